@@ -1,0 +1,88 @@
+"""Write the recipes of both published tables: `python configs/write.py` (needs torch and timm; a test checks the result).
+
+Facts about a model are measured here, on the meta device, so that plans need no torch.
+"""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import timm
+import torch
+from torch import nn
+
+TEMPLATE = """\
+# Fix{title}: python launch/submit.py --model {model} --res {fix_test_res} --weights {weights} --data DIR --nodes 4
+# Published (arXiv 2003.08237, Table {table}): {base_top1}/{base_top5} at {base_test_res} -> {fix_top1}/{fix_top5} at {fix_test_res}; timm's weights start at {timm_base_top1}/{timm_base_top5}.
+# From the paper: the test resolution, the resize rule, classifier + last BN, label smoothing (without its value).
+# Our choice: epochs, batch, learning rate, schedule, the smoothing's 0.1, exact BN statistics; nothing is published.
+model: {{name: {model}, timm_name: {timm_name}, weights: {weights}}}
+data: {{res: {fix_test_res}, resize_rule: fixefficientnet, train_transform: test_aug}}
+tune:
+  policy: classifier+bn
+  bn_stats: exact
+  epochs: 1
+  global_batch: 384
+  base_lr: 1.0e-3
+  schedule: cosine
+  label_smoothing: 0.1
+facts:  # measured on the meta device by configs/write.py
+  {facts}
+"""
+
+
+def count(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+def measure(timm_name: str, res: int, train_res: int) -> dict[str, float]:
+    """Parameters and per-image costs of one forward at `res`; memory in MiB of bf16 activations."""
+    with torch.device("meta"):
+        model = timm.create_model(timm_name, pretrained=False).eval()
+    multiply_adds, traffic, peak = 0, 0, 0
+
+    def add(module: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+        nonlocal multiply_adds, traffic, peak
+        size = 2 * (inputs[0].numel() + output.numel())
+        traffic += size
+        peak = max(peak, size)
+        if isinstance(module, nn.Conv2d):
+            multiply_adds += output.numel() * module.weight[0].numel()
+        elif isinstance(module, nn.Linear):
+            multiply_adds += output.shape[0] * module.weight.numel()
+
+    for module in model.modules():
+        if not list(module.children()):
+            module.register_forward_hook(add)
+    with torch.no_grad():
+        model(torch.zeros(1, 3, res, res, device="meta"))
+    return {
+        "res": res,
+        "train_res": train_res,
+        "parameters": count(model),
+        "features": model.num_features,
+        "bn_parameters": count(model.bn2),
+        "conv_head_parameters": count(model.conv_head),
+        "last_block_parameters": count(model.blocks[-1][-1]),
+        "multiply_adds_g": round(multiply_adds / 1e9, 3),
+        "traffic_mib": round(traffic / 2**20, 1),
+        "peak_mib": round(peak / 2**20, 1),
+    }
+
+
+def recipe(row: dict[str, str]) -> str:
+    weights = "ns" if row["table"] == "1" else "ap"
+    facts = measure(row["timm_name"], int(row["fix_test_res"]), int(row["train_res"]))
+    title = f"EfficientNet-{row['model'].upper()}, {'Noisy Student' if weights == 'ns' else 'AdvProp'}"
+    lines = "\n  ".join(f"{key}: {value}" for key, value in facts.items())
+    return TEMPLATE.format(title=title, weights=weights, facts=lines, **row)
+
+
+if __name__ == "__main__":
+    here = Path(__file__).parent
+    with open(here / "published.csv", newline="") as file:
+        for row in csv.DictReader(file):
+            path = here / f"{row['model']}_{'ns' if row['table'] == '1' else 'ap'}.yaml"
+            path.write_text(recipe(row))
+            print(path.name)

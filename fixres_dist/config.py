@@ -1,0 +1,296 @@
+"""The configuration: frozen dataclasses, two levels, one YAML file.
+
+Precedence: defaults < recipe < flags < `section.key=value`. A value is checked against its annotation, a key against
+the fields, and both answer with the nearest accepted spelling. Field comments are the reference documentation
+(docs/config.md is printed from them). No torch: every login-node command imports this.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+import yaml
+
+from fixres_dist.errors import UserError, unknown
+
+ResizeRule = Literal["fixefficientnet", "fixres", "fixres_height", "timm"]
+Transform = Literal["test", "test_aug", "random_resized_crop"]
+Policy = Literal["classifier", "classifier+bn_stats", "classifier+bn", "classifier+bn+conv_head", "last_block", "all"]
+
+
+def at_least(section: Any, name: str, low: float) -> None:
+    value = getattr(section, name)
+    if value != "auto" and value < low:
+        raise UserError(f"{name} is {value}; accepted: {low} or more.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    name: str = ""  # recipe (b0 .. b8, l2, demo) or any timm model name
+    timm_name: str = ""  # what timm builds; follows from name and weights
+    weights: str = "pretrained"  # ns | ap | pretrained | none | a file (safetensors, or a plain torch state dict)
+    num_classes: int = 0  # 0: as many as the data set has
+
+    def __post_init__(self) -> None:
+        at_least(self, "num_classes", 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    root: str = ""  # directory with train/ and val/, a folder per class in each; or demo, the built-in example
+    res: int = 224  # test resolution in pixels: the one that is fixed, and evaluated
+    resize_rule: ResizeRule = "timm"  # how an image becomes res x res when testing (docs/method.md); train uses the same
+    train_transform: Transform = "test_aug"  # what the fixing stage sees
+    backend: Literal["auto", "torch"] = "auto"  # decoder and resizer; auto takes the faster one here
+    workers: int | Literal["auto"] = "auto"  # loader processes per rank; auto: the CPUs this rank may use; 0: none
+    cache: str = ""  # where scanned indexes are kept; empty: $FIXRES_CACHE or ~/.cache/fixres_dist
+
+    def __post_init__(self) -> None:
+        at_least(self, "res", 32)
+        at_least(self, "workers", 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tune:
+    policy: Policy = "classifier+bn"  # what trains (tuning.py); the default is what the paper says
+    bn_stats: Literal["exact", "ema"] = "exact"  # the last BN's statistics: measured once, or by momentum
+    bn_stats_images: int = 50_000  # samples that exact statistics are measured on
+    epochs: int = 1
+    global_batch: int = 384  # images per optimizer step over all ranks; divides over 1-4, 6, 8, 12, 16, 24, 32 .. GPUs
+    base_lr: float = 1e-3  # before lr_rule
+    lr_rule: Literal["fixres", "none"] = "fixres"  # fixres: base_lr * 8 * global_batch / 512, as the original code does
+    schedule: Literal["step", "cosine"] = "step"  # step: / 10 every 30 epochs; cosine: to zero at the end of the stage
+    warmup_epochs: float = 0.0  # linear, from zero
+    momentum: float = 0.9
+    weight_decay: float = 1e-4
+    label_smoothing: float = 0.1  # training loss only; the note gives no value, 0.1 is our choice
+
+    def __post_init__(self) -> None:
+        for name, low in (("epochs", 0), ("global_batch", 1), ("bn_stats_images", 1), ("warmup_epochs", 0)):
+            at_least(self, name, low)
+        for name in ("base_lr", "weight_decay"):
+            at_least(self, name, 0)
+        for name in ("momentum", "label_smoothing"):
+            if not 0 <= getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}; accepted: 0 <= {name} < 1.")
+        if self.policy == "all" and self.bn_stats == "exact":
+            # Every BN trains, so no single layer's statistics can be measured beforehand.
+            object.__setattr__(self, "bn_stats", "ema")
+
+    def peak_learning_rate(self) -> float:
+        """The learning rate that the schedule starts from (original: lr = 8 * base_lr * batch / 512)."""
+        return self.base_lr * 8 * self.global_batch / 512 if self.lr_rule == "fixres" else self.base_lr
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pretrain(Tune):
+    """Stage one: ordinary training at the training resolution, before the fixing stage."""
+
+    policy: Policy = "all"
+    bn_stats: Literal["exact", "ema"] = "ema"
+    res: int = 224  # training resolution in pixels
+    train_transform: Transform = "random_resized_crop"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least(self, "res", 32)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    seed: int = 0  # of the order, the augmentation and new weights
+    precision: Literal["auto", "fp32", "tf32", "bf16", "fp16"] = "auto"  # of what autograd does not touch; the head is fp32
+    memory_format: Literal["auto", "channels_last", "contiguous"] = "auto"
+    compile: bool = False  # torch.compile the trunk, one graph per resolution
+    engine: Literal["auto", "stream"] = "auto"  # stream: decode and run the trunk every epoch
+    batch_per_device: int | Literal["auto"] = "auto"  # images per forward of a rank; auto: chosen from the resolution
+    log_every: int = 10  # optimizer steps
+    save_every_s: float = 300.0
+    eval_every: int = 1  # epochs; 0: only before and after
+    record_samples: bool = False  # samples/rank_K.jsonl: which sample, in which view, at which step
+
+    def __post_init__(self) -> None:
+        for name, low in (("log_every", 1), ("save_every_s", 0), ("eval_every", 0), ("batch_per_device", 1)):
+            at_least(self, name, low)
+        if not 0 <= self.seed < 2**63:
+            raise UserError(f"seed is {self.seed}; accepted: 0 .. 2**63 - 1.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cluster:
+    nodes: str = "1"  # a number, or MIN-MAX: start with what there is
+    gpus_per_node: int = 8  # ranks per node; on a node without GPUs: processes
+    cpus_per_task: int = 8
+    mem: str = "0"  # per node, Slurm's units; 0: all of it
+    time: str = "24:00:00"  # Slurm's format; the job saves, requeues and goes on, so this bounds a start, not the run
+    partition: str = ""
+    account: str = ""
+    qos: str = ""
+    constraint: str = ""
+    exclude: str = ""
+    signal_delay_s: int = 120  # warning before the time limit; must cover one step and one save
+    max_restarts: int = 20  # after failures; preemptions and time limits are not counted
+    env: Mapping[str, str] = field(default_factory=dict)  # exported in the job, e.g. NCCL_SOCKET_IFNAME
+    setup: tuple[str, ...] = ()  # shell lines before srun, e.g. module load
+    srun_args: tuple[str, ...] = ()  # e.g. --container-image=..., --container-mounts=...
+
+    def __post_init__(self) -> None:
+        self.node_range()
+        for name, low in (("gpus_per_node", 1), ("cpus_per_task", 1), ("signal_delay_s", 1), ("max_restarts", 0)):
+            at_least(self, name, low)
+
+    def node_range(self) -> tuple[int, int]:
+        """(fewest, most) nodes."""
+        low, _, high = self.nodes.partition("-")
+        try:
+            least, most = int(low), int(high or low)
+        except ValueError:
+            least, most = 0, 0
+        if not 1 <= least <= most:
+            raise UserError(f"nodes is {self.nodes!r}; accepted: a number from 1, or MIN-MAX such as 1-4.")
+        return least, most
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    model: Model = Model()
+    data: Data = Data()
+    tune: Tune = Tune()
+    pretrain: Pretrain | None = None
+    run: Run = Run()
+    cluster: Cluster = Cluster()
+
+
+# What may differ between two starts of one run: it changes speed, place or reporting, never the result's meaning.
+OPERATIONAL = {
+    "cluster": "*",
+    "data": {"root", "workers", "backend", "cache"},
+    "run": {"log_every", "save_every_s", "batch_per_device", "memory_format", "compile", "engine", "record_samples"},
+}
+
+
+def parse(cls: type, values: Any, where: str = "") -> Any:
+    """`values` (from YAML or the command line) as a `cls`; raises UserError for a key or value that does not fit."""
+    if not isinstance(values, Mapping):
+        raise UserError(f"{where or 'the configuration'} is {values!r}; accepted: a mapping of {', '.join(names(cls))}.")
+    hints = get_type_hints(cls)
+    for key in values:
+        if key not in hints:
+            raise unknown("key", f"{where}.{key}" if where else key, [f"{where}.{n}" if where else n for n in names(cls)])
+    return cls(**{key: convert(value, hints[key], f"{where}.{key}" if where else key) for key, value in values.items()})
+
+
+def convert(value: Any, hint: Any, where: str) -> Any:
+    """`value` as the annotation `hint` wants it; text is read as that type."""
+    origin = get_origin(hint)
+    if origin in (Union, types.UnionType):
+        inner, alternative = get_args(hint)  # `X | None` or `int | Literal["auto"]`
+        if alternative is type(None):
+            return None if value is None or value == "null" else convert(value, inner, where)
+        return value if value in get_args(alternative) else convert(value, inner, where)
+    if dataclasses.is_dataclass(hint):
+        return parse(hint, value, where)  # type: ignore[arg-type]
+    if origin is Literal:
+        if value not in get_args(hint):
+            raise unknown(f"value for {where}", value, get_args(hint))
+        return value
+    if origin is tuple:
+        items = read_yaml(value) if isinstance(value, str) and value.startswith("[") else value
+        return tuple(str(item) for item in (items if isinstance(items, list | tuple) else [items]))
+    if origin is not None:  # Mapping[str, str]
+        items = read_yaml(value) if isinstance(value, str) else value
+        if not isinstance(items, Mapping):
+            raise UserError(f"{where} is {value!r}; accepted: a mapping such as {{NAME: value}}.")
+        return {str(key): str(item) for key, item in items.items()}
+    if hint is bool:
+        flag = {"true": True, "false": False}.get(str(value).lower())
+        if flag is None:
+            raise UserError(f"{where} is {value!r}; accepted: true, false.")
+        return flag
+    if hint is str:
+        return "" if value is None else str(value)
+    try:
+        number = hint(str(value)) if hint is int else float(value)  # int("1.5") refuses; YAML reads 1e-3 as text
+        if isinstance(value, bool) or number != number or number in (float("inf"), float("-inf")):
+            raise ValueError
+    except (TypeError, ValueError):
+        raise UserError(f"{where} is {value!r}; accepted: {'a whole number' if hint is int else 'a number'}.") from None
+    return number
+
+
+def read_yaml(text: str) -> Any:
+    """YAML whose scalars stay text: `convert` knows the type that is wanted, YAML 1.1 would read 24:00:00 as 86400."""
+    try:
+        return yaml.load(text, Loader=yaml.BaseLoader)
+    except yaml.YAMLError as error:
+        raise UserError(f"cannot read the configuration: {error}") from None
+
+
+def names(cls: type) -> list[str]:
+    return [f.name for f in fields(cls)]
+
+
+def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """Two-level mappings, `over` winning key by key; a section set to None is removed."""
+    merged = {key: dict(value) if isinstance(value, Mapping) else value for key, value in base.items()}
+    for section, values in over.items():
+        if isinstance(values, Mapping) and isinstance(merged.get(section), Mapping):
+            merged[section] = {**merged[section], **values}
+        else:
+            merged[section] = values
+    return merged
+
+
+def overrides(items: list[str]) -> dict[str, dict[str, Any]]:
+    """`["tune.epochs=3"]` as a two-level mapping; keys are checked by `parse`."""
+    result: dict[str, dict[str, Any]] = {}
+    for item in items:
+        path, equals, value = item.partition("=")
+        section, dot, key = path.partition(".")
+        if not (equals and dot and key):
+            raise UserError(f"cannot read {item!r}; accepted: section.key=value, such as tune.epochs=3.")
+        hints = get_type_hints(Config)
+        if section not in hints:
+            raise unknown("section", section, hints, "Keys are written section.key=value.")
+        result.setdefault(section, {})[key] = value
+    return result
+
+
+def load(text: str) -> Config:
+    """The configuration a YAML text describes; `load(dump(c)) == c`."""
+    return parse(Config, read_yaml(text) or {})
+
+
+def dump(config: Config) -> str:
+    return yaml.safe_dump(plain(config), sort_keys=False, width=120)
+
+
+def plain(config: Config) -> dict[str, Any]:
+    """The configuration as plain containers, ready for YAML or JSON."""
+    values = dataclasses.asdict(config)
+    values["cluster"]["env"] = dict(values["cluster"]["env"])
+    for key in ("setup", "srun_args"):
+        values["cluster"][key] = list(values["cluster"][key])
+    return values
+
+
+def identity(config: Config) -> dict[str, Any]:
+    """What makes two starts the same run: the configuration without its operational keys."""
+    return {
+        section: {k: v for k, v in values.items() if k not in OPERATIONAL.get(section, ())} if values else values
+        for section, values in plain(config).items()
+        if OPERATIONAL.get(section) != "*"
+    }
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """`["tune.base_lr 0.001 -> 0.002"]`: where two identities differ."""
+    lines = []
+    for section in {**old, **new}:
+        a, b = old.get(section) or {}, new.get(section) or {}
+        lines += [f"{section}.{k} {a.get(k)} -> {b.get(k)}" for k in {**a, **b} if a.get(k) != b.get(k)]
+    return lines

@@ -1,0 +1,119 @@
+"""Which pixels a sample shows: resize rules, crop windows and augmentation, in integers, without pixels.
+
+Both data backends take their windows from here, so they make the same picture of the same sample.
+Three resize rules exist around FixRes and their numbers do not mix (docs/method.md); train and test use one rule.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fixres_dist.data.order import uniforms
+
+DRAWS = 27  # flip, 3 jitter, shift, 10 x (area, ratio), y, x
+ATTEMPTS = 10  # of random_resized_crop before it falls back to the centre, as in torchvision
+
+
+class Resize(NamedTuple):
+    """How a whole image is scaled before its crop is taken."""
+
+    size: int  # pixels
+    by_height: bool  # the original repository scales by height; everything else by the shorter side
+    interpolation: str  # bilinear | bicubic, antialiased
+
+
+class View(NamedTuple):
+    """One picture of one sample: cut `box` from the source, scale it to `size`, cut res x res at `offset`, flip, jitter.
+
+    An offset below zero, or a window beyond the scaled image, shows black (only `fixres_height` does that).
+    """
+
+    flip: bool
+    box: tuple[int, int, int, int]  # y, x, height, width in source pixels
+    size: tuple[int, int]  # height, width after scaling
+    offset: tuple[int, int]  # y, x of the crop in the scaled image
+    jitter: tuple[float, float, float]  # brightness, contrast, saturation factors, applied in this order
+
+    def record(self) -> list[float]:
+        """Flat form for samples/rank_K.jsonl: flip, y, x, h, w (source box), size h, w, offset y, x, jitter factors."""
+        return [int(self.flip), *self.box, *self.size, *self.offset, *(round(f, 6) for f in self.jitter)]
+
+
+def resize_of(rule: str, res: int, crop_pct: float, interpolation: str) -> Resize:
+    """The resize a named rule asks for at test resolution `res`.
+
+    `fixefficientnet`: what the published FixEfficientNet numbers were evaluated with (the author's benchmark script).
+    `fixres`: 256/224 margin, bilinear. `fixres_height`: the same by height, as the original code's Resize does.
+    `timm`: the model's own crop_pct and interpolation.
+    """
+    if rule == "fixefficientnet":
+        return Resize(res, False, "bicubic")
+    if rule in ("fixres", "fixres_height"):
+        return Resize(int(256 / 224 * res), rule == "fixres_height", "bilinear")
+    return Resize(math.floor(res / crop_pct), False, interpolation)
+
+
+def scaled(height: int, width: int, resize: Resize) -> tuple[int, int]:
+    """Height and width after scaling; the longer side is rounded down as torchvision does."""
+    base = height if resize.by_height else min(height, width)
+    return max(1, resize.size * height // base), max(1, resize.size * width // base)
+
+
+def centre(outer: int, inner: int) -> int:
+    """Start of a centred window; torchvision's rounding (half to even), black borders split with the smaller first."""
+    return round((outer - inner) / 2) if outer >= inner else -((inner - outer) // 2)
+
+
+def test_view(height: int, width: int, res: int, resize: Resize) -> View:
+    """Scale and centre crop: what evaluation sees, and `train_transform: test`."""
+    oh, ow = scaled(height, width, resize)
+    return View(False, (0, 0, height, width), (oh, ow), (centre(oh, res), centre(ow, res)), (1.0, 1.0, 1.0))
+
+
+def train_views(
+    transform: str,
+    sizes: NDArray[np.integer],
+    samples: NDArray[np.integer],
+    res: int,
+    resize: Resize,
+    seed: int,
+    epoch: int,
+) -> list[View]:
+    """The views of `samples` (of source `sizes` [n, 2], height and width) in `epoch`.
+
+    `test`: as evaluated. `test_aug`: flip, horizontally shifted crop, jitter 0.05 (the original's transforms_v2).
+    `random_resized_crop`: area 0.08-1, ratio 3/4-4/3, flip, jitter 0.3 (the original's training transform).
+    """
+    if transform == "test":
+        return [test_view(int(h), int(w), res, resize) for h, w in sizes]
+    draws = uniforms(seed, epoch, samples, DRAWS)
+    strength = 0.05 if transform == "test_aug" else 0.3
+    views = []
+    for (h, w), u in zip(sizes.tolist(), draws.tolist(), strict=True):
+        b, c, s = (1 - strength + 2 * strength * x for x in u[1:4])
+        if transform == "test_aug":
+            view = test_view(h, w, res, resize)
+            y, x = view.offset
+            x = int(u[4] * (view.size[1] - res + 1)) if view.size[1] > res else x
+            views.append(view._replace(flip=u[0] < 0.5, offset=(y, x), jitter=(b, c, s)))
+        else:
+            views.append(View(u[0] < 0.5, random_box(h, w, u[5:]), (res, res), (0, 0), (b, c, s)))
+    return views
+
+
+def random_box(height: int, width: int, u: list[float]) -> tuple[int, int, int, int]:
+    """torchvision's RandomResizedCrop window from 22 uniforms: ten (area, ratio) attempts, then y and x."""
+    low, high = math.log(3 / 4), math.log(4 / 3)
+    for k in range(ATTEMPTS):
+        area = height * width * (0.08 + 0.92 * u[2 * k])
+        ratio = math.exp(low + (high - low) * u[2 * k + 1])
+        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < w <= width and 0 < h <= height:
+            return int(u[20] * (height - h + 1)), int(u[21] * (width - w + 1)), h, w
+    w = min(width, round(height * 4 / 3)) if width > height * 4 / 3 else width
+    h = round(width * 4 / 3) if height > width * 4 / 3 else height
+    return (height - h) // 2, (width - w) // 2, h, w

@@ -1,0 +1,137 @@
+"""`--model b0 --res 320 --weights ns` to a configuration: the recipes in configs/, and a generic one for any timm model.
+
+A recipe also carries the facts a plan needs of its model (parameters, multiply-adds, memory), measured by
+configs/write.py on the meta device, so that a dry run imports no torch.
+"""
+
+from __future__ import annotations
+
+import csv
+import importlib.util
+import re
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from fixres_dist.config import merge, parse, read_yaml
+from fixres_dist.errors import UserError, unknown
+
+WEIGHTS = ("ns", "ap", "pretrained", "none")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Facts:
+    """What the plan needs of a model; counts for 1,000 classes, costs for one image at the recipe's resolution."""
+
+    res: int
+    train_res: int  # the weights' own resolution
+    parameters: int
+    features: int  # inputs of the classifier
+    bn_parameters: int  # affine of the last BN
+    conv_head_parameters: int
+    last_block_parameters: int  # of the last block alone
+    multiply_adds_g: float  # 1e9, forward
+    traffic_mib: float  # activations read and written by an eager bf16 forward
+    peak_mib: float  # largest input + output of one layer, bf16
+
+    def trainable(self, policy: str, num_classes: int) -> int:
+        """Parameters that train under `policy`."""
+        count = (self.features + 1) * num_classes
+        if policy == "all":
+            return self.total(num_classes)
+        if policy in ("classifier+bn", "classifier+bn+conv_head", "last_block"):
+            count += self.bn_parameters
+        if policy in ("classifier+bn+conv_head", "last_block"):
+            count += self.conv_head_parameters
+        return count + (self.last_block_parameters if policy == "last_block" else 0)
+
+    def total(self, num_classes: int) -> int:
+        return self.parameters + (self.features + 1) * (num_classes - 1000)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    name: str  # what --model takes
+    weights: str
+    values: dict[str, Any]  # sections of the configuration
+    facts: Facts | None
+    published: dict[str, str] | None  # row of configs/published.csv
+
+
+def folder() -> Path:
+    """configs/ of the checkout, of a run's code snapshot, or as installed."""
+    beside = Path(__file__).parents[1] / "configs"
+    return beside if beside.is_dir() else Path(__file__).parent / "configs"
+
+
+@cache
+def published() -> dict[tuple[str, str], dict[str, str]]:
+    """Rows of the note's Tables 1 and 2 by (model, ns | ap), with timm's names and timm's own starting accuracy."""
+    with open(folder() / "published.csv", newline="") as file:
+        return {(row["model"], "ns" if row["table"] == "1" else "ap"): row for row in csv.DictReader(file)}
+
+
+def model_names() -> list[str]:
+    """The names with a recipe, smallest first."""
+    return [*dict.fromkeys(model for model, _ in sorted(published())), "demo"]
+
+
+def read(path: Path, name: str, weights: str) -> Recipe:
+    values = read_yaml(path.read_text())
+    facts = parse(Facts, values.pop("facts"), "facts") if "facts" in values else None
+    return Recipe(name, weights, values, facts, published().get((name, weights)))
+
+
+def every() -> list[Recipe]:
+    """The recipes of both published tables."""
+    return [read(folder() / f"{name}_{weights}.yaml", name, weights) for name, weights in published()]
+
+
+def find(name: str, weights: str = "") -> Recipe:
+    """The recipe for `--model name --weights weights`; raises UserError for an unknown model or weights it lacks."""
+    if name == "demo":
+        recipe = read(folder() / "demo.yaml", name, "none")
+        return with_weights(recipe, weights) if weights else recipe
+    variants = [w for n, w in published() if n == name]
+    if variants:
+        if weights in ("ns", "ap") and weights not in variants:
+            raise UserError(f"{name} has no {weights!r} weights; accepted: {', '.join(variants)}, none, or a file.")
+        default = weights if weights in variants else variants[0]
+        recipe = read(folder() / f"{name}_{default}.yaml", name, default)
+        return with_weights(recipe, weights) if weights and weights not in (default, "pretrained") else recipe
+    known = timm_names()
+    if name.partition(".")[0] not in known:
+        hint = "`python launch/submit.py --list` shows the recipes; any timm model name works too."
+        raise unknown("model", name, [*model_names(), *(sorted(known) if len(name) > 3 else ())], hint)
+    if weights in ("ns", "ap"):
+        raise UserError(f"weights {weights!r} belong to the recipes b0 .. b8 and l2; for {name} accepted: pretrained, none, a file.")
+    values = read_yaml((folder() / "generic.yaml").read_text())
+    values = merge(values, {"model": {"name": name, "timm_name": name}})
+    if "efficientnet" not in name:
+        values["data"]["resize_rule"] = "timm"
+    recipe = Recipe(name, "pretrained", values, None, None)
+    return with_weights(recipe, weights) if weights else recipe
+
+
+def with_weights(recipe: Recipe, weights: str) -> Recipe:
+    return Recipe(recipe.name, weights, merge(recipe.values, {"model": {"weights": weights}}), recipe.facts, None)
+
+
+@cache
+def timm_names() -> frozenset[str]:
+    """timm's model entry points, read from its sources: importing timm would import torch."""
+    spec = importlib.util.find_spec("timm")
+    if spec is None or spec.origin is None:
+        raise UserError("timm is not installed. Next: make setup")
+    pattern = re.compile(r"^@register_model\s+def (\w+)\(", re.MULTILINE)
+    sources = (Path(spec.origin).parent / "models").glob("*.py")
+    return frozenset(name for path in sources for name in pattern.findall(path.read_text(encoding="utf-8")))
+
+
+def run_name(name: str, res: int, weights: str) -> str:
+    """The default name of a run: the same command again finds the same directory."""
+    default = next((w for n, w in published() if n == name), "none" if name == "demo" else "pretrained")
+    if name == "demo":
+        return "demo" if weights == default else f"demo-{res}-{Path(weights).stem}"
+    return f"{name.replace('/', '_')}-{res}" + ("" if weights in (default, "pretrained") else f"-{Path(weights).stem}")
