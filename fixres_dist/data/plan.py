@@ -1,0 +1,75 @@
+"""Which samples in which views a rank loads, request by request; both backends serve the same requests."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fixres_dist.data import geometry, order
+from fixres_dist.data.index import Index
+
+
+class Request(NamedTuple):
+    """One forward pass of one rank: at most `batch_per_device` pictures, possibly none."""
+
+    samples: NDArray[np.int64]
+    views: list[geometry.View]
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """How images of a split become res x res pictures."""
+
+    transform: str  # test | test_aug | random_resized_crop
+    res: int
+    resize: geometry.Resize
+    seed: int
+
+
+def request(index: Index, pictures: Pictures, samples: NDArray[np.int64], epoch: int) -> Request:
+    sizes = index.sizes[samples]
+    p = pictures
+    return Request(samples, geometry.train_views(p.transform, sizes, samples, p.res, p.resize, p.seed, epoch))
+
+
+def chunks(samples: NDArray[np.int64], size: int) -> list[NDArray[np.int64]]:
+    """Parts of at most `size`; one empty part for no samples, since every rank takes part in every step."""
+    return [samples[i : i + size] for i in range(0, len(samples), size)] or [samples]
+
+
+def train_steps(
+    index: Index,
+    pictures: Pictures,
+    global_batch: int,
+    batch_per_device: int,
+    first: int,
+    stop: int,
+    rank: int,
+    world_size: int,
+) -> Iterator[list[Request]]:
+    """For each optimizer step `first` .. `stop - 1` of a stage, this rank's requests. Starting late costs nothing."""
+    per_epoch = order.steps_per_epoch(len(index), global_batch)
+    for step in range(first, stop):
+        samples = order.train_samples(len(index), pictures.seed, step, global_batch, rank, world_size)
+        yield [request(index, pictures, part, step // per_epoch) for part in chunks(samples, batch_per_device)]
+
+
+def first_samples(
+    index: Index, pictures: Pictures, count: int, batch_per_device: int, rank: int, world_size: int
+) -> Iterator[Request]:
+    """This rank's part of the first `count` samples of the first epoch's order: what exact statistics are measured on."""
+    start, stop = order.rank_part(0, min(count, len(index)), rank, world_size)
+    for part in range(start, stop, batch_per_device):
+        positions = np.arange(part, min(stop, part + batch_per_device))
+        yield request(index, pictures, order.positions_to_samples(len(index), pictures.seed, 0, positions), 0)
+
+
+def every_sample(index: Index, pictures: Pictures, batch: int, rank: int, world_size: int) -> Iterator[Request]:
+    """This rank's part of the split in file order: over all ranks every sample exactly once, none padded."""
+    start, stop = order.rank_part(0, len(index), rank, world_size)
+    for part in range(start, stop, batch):
+        yield request(index, pictures, np.arange(part, min(stop, part + batch)), 0)

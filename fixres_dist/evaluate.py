@@ -1,0 +1,93 @@
+"""Exact evaluation: every image of the split once, at any world size, and the paired interval of a gain."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from fixres_dist import distributed
+from fixres_dist.data import plan
+from fixres_dist.data.index import Index
+from fixres_dist.data.torch_cpu import Batch
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """One row per image, in the index's order."""
+
+    predicted: NDArray[np.int32]
+    correct1: NDArray[np.bool_]
+    correct5: NDArray[np.bool_]
+    loss: NDArray[np.float32]
+
+    def summary(self) -> dict[str, float]:
+        """top1 and top5 in percent, mean loss (without label smoothing), n."""
+        return {
+            "top1": round(100 * float(self.correct1.mean()), 4),
+            "top5": round(100 * float(self.correct5.mean()), 4),
+            "loss": round(float(self.loss.mean(dtype=np.float64)), 6),
+            "n": len(self.loss),
+        }
+
+    def save(self, path: Path, sample_list: str) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_name(f".{path.name}.{os.getpid()}.npz")
+        arrays = {"predicted": self.predicted, "correct1": self.correct1, "correct5": self.correct5, "loss": self.loss}
+        np.savez_compressed(part, sample_list=np.frombuffer(sample_list.encode(), np.uint8), **arrays)  # type: ignore[arg-type]
+        os.replace(part, path)
+
+    @staticmethod
+    def read(path: Path) -> Predictions:
+        with np.load(path, allow_pickle=False) as a:
+            return Predictions(a["predicted"], a["correct1"], a["correct5"], a["loss"])
+
+
+@torch.no_grad()
+def predict(
+    logits: Callable[[Batch], torch.Tensor],
+    index: Index,
+    batches: Iterator[Batch],
+    ranks: distributed.Ranks,
+    note: str = "",
+) -> Predictions:
+    """`logits(batch)` over this rank's batches, put together over all ranks; checks that no image was missed or repeated."""
+    n = len(index)
+    rows = torch.zeros(n, 5, dtype=torch.float64)  # seen, predicted, correct1, correct5, loss
+    start, stop = plan.order.rank_part(0, n, ranks.rank, ranks.world_size)
+    with tqdm(total=stop - start, desc=note, unit="img", leave=False, disable=None if ranks.is_main else True) as bar:
+        for batch in batches:
+            scores = logits(batch)
+            labels = batch.labels.to(scores.device, non_blocking=True)
+            top = scores.topk(min(5, scores.shape[1])).indices
+            hits = top == labels[:, None]
+            loss = F.cross_entropy(scores, labels, reduction="none")
+            row = torch.stack([torch.ones_like(loss), top[:, 0], hits[:, 0], hits.any(1), loss], 1)
+            rows.index_add_(0, batch.samples, row.double().cpu())
+            bar.update(len(labels))
+    distributed.total(ranks, rows)
+    if not bool((rows[:, 0] == 1).all()):
+        raise RuntimeError(f"evaluation saw {int(rows[:, 0].sum())} images of {n}, each should be seen once")
+    table = rows.numpy()
+    return Predictions(
+        table[:, 1].astype(np.int32), table[:, 2] > 0, table[:, 3] > 0, table[:, 4].astype(np.float32)
+    )
+
+
+def paired_gain(before: NDArray[np.bool_], after: NDArray[np.bool_]) -> tuple[float, tuple[float, float]]:
+    """(gain, its 95 % interval) of top-1 in percentage points, paired image by image.
+
+    The images are the same, so the interval is that of the mean difference; an unpaired one is several times wider.
+    """
+    difference = after.astype(np.float64) - before
+    gain = 100 * float(difference.mean())
+    half = 100 * 1.96 * float(difference.std(ddof=1)) / math.sqrt(len(difference)) if len(difference) > 1 else math.inf
+    return round(gain, 4), (round(gain - half, 4), round(gain + half, 4))

@@ -1,0 +1,240 @@
+"""The run directory: the only state of a run. Nothing that matters lives in a pickle, a job id or memory.
+
+The same command again resumes it, reports that it is finished, or says why it cannot. Every file is written by rename,
+or appended to line by line, so a kill at any moment leaves it readable. No torch.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fixres_dist import config as cfg
+from fixres_dist.errors import UserError
+
+STATES = ("pending", "running", "stopping", "requeued", "done", "failed", "cancelled")
+RECORDED = ("torch", "torchvision", "timm", "submitit", "tensorboard", "nvidia-dali-cuda130", "numpy", "pillow", "safetensors")
+
+
+@dataclass(frozen=True)
+class RunDir:
+    root: Path
+
+    @property
+    def name(self) -> str:
+        return self.root.name
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.root / "checkpoints"
+
+    @property
+    def pretrained(self) -> Path:
+        """The whole model after stage one; there when stage one is complete."""
+        return self.root / "pretrained.safetensors"
+
+    @property
+    def metrics(self) -> Path:
+        return self.root / "metrics.jsonl"
+
+    @property
+    def results(self) -> Path:
+        return self.root / "results.json"
+
+    @property
+    def done(self) -> Path:
+        return self.root / "DONE"
+
+    @property
+    def failed(self) -> Path:
+        return self.root / "FAILED"
+
+    @property
+    def code(self) -> Path:
+        """The snapshot the job imports: editing the checkout never changes a queued job."""
+        return self.root / "code"
+
+    def config(self) -> cfg.Config:
+        try:
+            return cfg.load((self.root / "config.yaml").read_text())
+        except FileNotFoundError:
+            raise UserError(f"{self.root} is no run directory: it has no config.yaml. Runs are made by launch/submit.py.") from None
+
+    def state(self) -> dict[str, Any]:
+        try:
+            return json.loads((self.root / "state.json").read_text())
+        except FileNotFoundError:
+            return {}
+
+    def update_state(self, **changes: Any) -> None:
+        """Merge `changes` into state.json."""
+        unset = {"state": "pending", "step": 0, "total_steps": None, "epoch": 0, "images_per_second": None, "eta_s": None}
+        unset |= {"restarts": {"preempted": 0, "timeout": 0, "failure": 0}, "job_id": None, "reason": None}
+        state = {**unset, **self.state(), **changes, "updated": time.time()}
+        if state["state"] not in STATES:
+            raise ValueError(f"state {state['state']!r} is none of {STATES}")
+        write(self.root / "state.json", json.dumps(state, indent=1) + "\n")
+
+    def event(self, name: str, **details: Any) -> None:
+        append(self.root / "events.jsonl", {"time": time.time(), "event": name, **details})
+
+    def fail(self, why: str, next_command: str) -> None:
+        """FAILED and the state say why and what to run next. The first rank's reason stays: the others fail because of it."""
+        try:
+            with open(self.failed, "x") as file:
+                file.write(f"{why}\nNext: {next_command}\n")
+        except FileExistsError:
+            return
+        self.update_state(state="failed", reason=why, eta_s=None)
+        self.event("failed", reason=why)
+
+    def finish(self) -> None:
+        self.failed.unlink(missing_ok=True)
+        self.update_state(state="done", eta_s=0.0, reason=None)
+        self.event("done")
+        write(self.done, "finished\n")
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Held by rank 0 while it works; the kernel drops it with the process, so a crash leaves nothing to clean."""
+        with open(self.root / ".lock", "w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise UserError(f"run {self.name} is being worked on by another process. Next: python launch/status.py {self.name}") from None
+            yield
+
+    def is_locked(self) -> bool:
+        try:
+            with open(self.root / ".lock") as file:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except FileNotFoundError:
+            return False
+        except OSError:
+            return True
+        return False
+
+
+def prepare(root: Path, config: cfg.Config, command: list[str]) -> RunDir:
+    """Create the run directory, or reopen the one that belongs to this configuration.
+
+    Raises UserError when `root` holds something else: another configuration (the differences are named) or other files.
+    """
+    run = RunDir(root)
+    check(root, config)
+    root.mkdir(parents=True, exist_ok=True)
+    write(root / "config.yaml", cfg.dump(config))
+    if not (root / "state.json").exists():
+        run.update_state()
+    if not run.done.exists():
+        write(root / "command.txt", " ".join(command) + "\n")
+        write(root / "environment.json", json.dumps(environment(), indent=1) + "\n")
+        snapshot_code(run)
+    return run
+
+
+def check(root: Path, config: cfg.Config) -> None:
+    """Refuse a directory that is not this run's; writes nothing."""
+    if not root.exists():
+        return
+    if not (root / "config.yaml").exists():
+        if root.is_dir() and not any(root.iterdir()):
+            return
+        raise UserError(f"{root} exists and is no run directory. Pick another --name.")
+    differ = cfg.differences(cfg.identity(RunDir(root).config()), cfg.identity(config))
+    if differ:
+        listed = "; ".join(differ[:6])
+        raise UserError(
+            f"run directory {root} holds a run with other settings ({listed}). "
+            f"Pick another --name, or move it away: mv {root} {root}.old"
+        )
+
+
+def write(path: Path, text: str) -> None:
+    """By rename, so a reader sees the old text or the new one."""
+    part = path.with_name(f".{path.name}.{os.getpid()}")
+    with open(part, "w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(part, path)
+
+
+def append(path: Path, line: dict[str, Any]) -> None:
+    with open(path, "a") as file:
+        file.write(json.dumps(line) + "\n")
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The complete lines of a JSON-lines file; a line torn by a kill is dropped."""
+    lines = []
+    try:
+        for text in path.read_text().splitlines():
+            try:
+                lines.append(json.loads(text))
+            except json.JSONDecodeError:
+                continue
+    except FileNotFoundError:
+        pass
+    return lines
+
+
+def keep_lines(path: Path, kept: Callable[[dict[str, Any]], bool]) -> None:
+    """Drop what a killed start wrote beyond the checkpoint it is resumed from, so that nothing stands there twice."""
+    if path.exists():
+        write(path, "".join(json.dumps(line) + "\n" for line in read_lines(path) if kept(line)))
+
+
+def snapshot_code(run: RunDir) -> None:
+    """Copy the package, launchers and recipes that are running now to code/ (whole or not at all)."""
+    source = Path(__file__).parents[1]
+    part = run.root / f".code.{os.getpid()}"
+    shutil.rmtree(part, ignore_errors=True)
+    ignore = shutil.ignore_patterns("__pycache__", "*.pyc")
+    for name in ("fixres_dist", "configs", "launch"):
+        if (source / name).is_dir() and source.resolve() != run.code.resolve():
+            shutil.copytree(source / name, part / name, ignore=ignore)
+    if part.exists():
+        shutil.rmtree(run.code, ignore_errors=True)
+        part.rename(run.code)
+
+
+def environment() -> dict[str, Any]:
+    """Versions, host and the checkout's commit and diff, so that a result can be traced to its code."""
+    versions = {}
+    for name in RECORDED:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = None
+    checkout = Path(__file__).parents[1]
+    return {
+        "versions": {"python": platform.python_version(), **versions},
+        "host": socket.gethostname(),
+        "platform": platform.platform(),
+        "executable": sys.executable,
+        "git": {"commit": git(checkout, "rev-parse", "HEAD"), "diff": git(checkout, "diff", "HEAD")},
+    }
+
+
+def git(checkout: Path, *arguments: str) -> str | None:
+    if not (checkout / ".git").exists():
+        return None
+    try:
+        done = subprocess.run(["git", "-C", str(checkout), *arguments], capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None

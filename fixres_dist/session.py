@@ -1,0 +1,110 @@
+"""A model, its data and its device, opened once: what training, evaluation and the resolution sweep share."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from fixres_dist import config as cfg
+from fixres_dist import distributed, evaluate, models, precision, tuning
+from fixres_dist.data import geometry, plan, sources, torch_cpu
+from fixres_dist.data.index import Index
+from fixres_dist.distributed import Ranks
+from fixres_dist.errors import UserError
+
+
+@dataclass(frozen=True)
+class Session:
+    config: cfg.Config
+    ranks: Ranks
+    model: nn.Module
+    spec: models.Preprocessing
+    train: Index
+    val: Index
+    precision: str  # what really runs
+    autocast: Callable[[], contextlib.AbstractContextManager[Any]]
+    memory_format: torch.memory_format
+
+    def resize(self, res: int) -> geometry.Resize:
+        return geometry.resize_of(self.config.data.resize_rule, res, self.spec.crop_pct, self.spec.interpolation)
+
+    def batch_per_device(self, res: int) -> int:
+        """Images per forward. A frozen trunk keeps no activations, so this bounds the peak of one layer, not a graph."""
+        chosen = self.config.run.batch_per_device
+        return int(chosen) if chosen != "auto" else max(1, int(64 * (320 / res) ** 2))
+
+    def batches(self, index: Index, requests: Iterable[plan.Request], res: int) -> Iterator[torch_cpu.Batch]:
+        workers = torch_cpu.worker_count(self.config.data.workers, self.ranks.local_size)
+        return torch_cpu.batches(index, requests, res, self.resize(res).interpolation, workers)
+
+    def to_device(self, images: torch.Tensor) -> torch.Tensor:
+        """uint8 pictures to normalised fp32 [n, 3, res, res] on this rank's device, in the trunk's memory format."""
+        images = images.to(self.ranks.device, non_blocking=True)
+        mean, std = (255 * torch.tensor(v, device=images.device).view(1, 3, 1, 1) for v in (self.spec.mean, self.spec.std))
+        return ((images.float() - mean) / std).contiguous(memory_format=self.memory_format)
+
+    def inputs(self, parts: tuning.Split, images: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """What the head takes, for uint8 pictures: the trunk's output in fp32 without autograd, or the pictures themselves."""
+        x = self.to_device(images)
+        if parts.trunk is None:
+            return (x,)
+        with torch.no_grad(), self.autocast():
+            return tuple(feature.float() for feature in parts.trunk(x))
+
+    def logits(self, parts: tuning.Split, head: nn.Module, inputs: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        """fp32 [n, classes]. The head is fp32 by itself; where there is no trunk it is the whole network, under autocast."""
+        with self.autocast() if parts.trunk is None else contextlib.nullcontext():
+            return head(*inputs).float()
+
+    def evaluate(self, parts: tuning.Split, res: int, note: str) -> evaluate.Predictions:
+        """Every validation image once over all ranks, in the same arithmetic as training. Leaves the model in eval mode."""
+        parts.model.eval()
+        parts.head.eval()
+        pictures = plan.Pictures("test", res, self.resize(res), 0)
+        requests = plan.every_sample(self.val, pictures, self.batch_per_device(res), self.ranks.rank, self.ranks.world_size)
+        return evaluate.predict(
+            lambda batch: self.logits(parts, parts.head, self.inputs(parts, batch.images)),
+            self.val,
+            self.batches(self.val, requests, res),
+            self.ranks,
+            note,
+        )
+
+
+def open_session(config: cfg.Config, ranks: Ranks, load_weights: bool = True) -> Session:
+    """Index the data and build the model; rank 0 goes first where something is written.
+
+    `load_weights=False` leaves the model as drawn from the seed, for a run whose whole model stands in its directory.
+    """
+    indexes: list[Index] = []
+    for turn in (True, False):
+        if ranks.is_main is turn:
+            root = sources.folder(config.data.root, config.data.cache)
+            indexes = [sources.load(root, split, config.data.cache, ranks.is_main) for split in ("train", "val")]
+        distributed.barrier(ranks)
+    train, val = indexes
+    name, classes = config.model.timm_name, len(train.classes)
+    if config.model.num_classes not in (0, classes):
+        raise UserError(f"model.num_classes is {config.model.num_classes}; the data set has {classes} classes. Accepted: 0, or that number.")
+    model = models.build(name, classes, config.run.seed)
+    if load_weights:
+        models.load_weights(model, name, config.model.weights, new_classifier=config.pretrain is not None)
+    chosen = precision.resolve(config.run.precision, ranks.device)
+    layout = memory_format(config, ranks.device)
+    model = model.to(ranks.device, memory_format=layout)
+    autocast = precision.apply(chosen, ranks.device)
+    return Session(config, ranks, model, models.preprocessing(name), train, val, chosen, autocast, layout)
+
+
+def memory_format(config: cfg.Config, device: torch.device) -> torch.memory_format:
+    """`auto`: channels-last on CPUs, and on GPUs where gradients reach the trunk; published timings have it lose on
+    large frozen forwards (timm's benchmark tables: -14 to -21 % from B6 to L2 on a 3090)."""
+    policies = {config.tune.policy, *([config.pretrain.policy] if config.pretrain else [])}
+    auto = device.type == "cpu" or bool(policies & {"all", "last_block"})
+    last = {"channels_last": True, "contiguous": False}.get(config.run.memory_format, auto)
+    return torch.channels_last if last else torch.contiguous_format

@@ -1,0 +1,77 @@
+"""What a person sees of a run: console, metrics.jsonl, TensorBoard, state.json. Rank 0 only."""
+
+from __future__ import annotations
+
+import time
+
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from fixres_dist import config as cfg
+from fixres_dist.rundir import RunDir, append, keep_lines
+
+
+def duration(seconds: float) -> str:
+    """`2h14m`, `3m05s`, `41s`."""
+    s = round(seconds)
+    if s >= 3600:
+        return f"{s // 3600}h{s % 3600 // 60:02d}m"
+    return f"{s // 60}m{s % 60:02d}s" if s >= 60 else f"{s}s"
+
+
+class Tracker:
+    """Opened for one stage at a step: what an earlier start wrote beyond it is dropped, so curves do not zigzag."""
+
+    def __init__(self, run: RunDir, config: cfg.Config, first_step: int, total_steps: int, resumed: bool) -> None:
+        self.run, self.first_step, self.total_steps, self.opened = run, first_step, total_steps, time.monotonic()
+        # Evaluations at a stage's ends are made after the last save or before the first one, so they are made again.
+        again = ("after", "pretrained") if resumed else ("before",)
+        keep_lines(run.metrics, lambda x: x["step"] < first_step or x["step"] == first_step and x.get("evaluation") not in again)
+        self.board = SummaryWriter(str(run.root / "tb"), purge_step=first_step + 1 if resumed else None)
+        if resumed:
+            self.board.add_scalar("events/restart", 1.0, first_step + 1)
+        elif not first_step:
+            self.board.add_text("config", "```yaml\n" + cfg.dump(config) + "```", 0)
+        self.bar = tqdm(total=total_steps, initial=first_step, unit="step", disable=None)  # only on a terminal
+
+    def say(self, text: str) -> None:
+        if self.bar.disable:
+            print(text, flush=True)
+        else:
+            self.bar.write(text)
+
+    def step(self, step: int, stage: str, epoch: float, values: dict[str, float]) -> None:
+        """One line per `run.log_every` optimizer steps; `values` are the train/ scalars."""
+        eta_s = (self.total_steps - step) * (time.monotonic() - self.opened) / (step - self.first_step)
+        append(self.run.metrics, {"step": step, "stage": stage, "epoch": round(epoch, 4), **values, "time": time.time()})
+        for name, value in values.items():
+            self.board.add_scalar(f"train/{name}", value, step)
+        self.run.update_state(
+            step=step, epoch=int(epoch), images_per_second=round(values["images_per_second"], 2), eta_s=round(eta_s, 1)
+        )
+        text = f"{stage} | loss {values['loss']:.3f} | lr {values['learning_rate']:.2e} | "
+        text += f"{values['images_per_second']:,.0f} img/s | data {values['data_wait_percent']:.0f}%"
+        if values["memory_gib"]:
+            text += f" | mem {values['memory_gib']:.1f} GiB"
+        if self.bar.disable:
+            share = 100 * step / self.total_steps
+            print(f"step {step}/{self.total_steps} {share:.0f}% | {text} | eta {duration(eta_s)}", flush=True)
+        else:
+            self.bar.update(step - self.bar.n)
+            self.bar.set_postfix_str(text)
+
+    def evaluation(self, step: int, label: str, res: int, summary: dict[str, float]) -> None:
+        append(self.run.metrics, {"step": step, "evaluation": label, "res": res, **summary, "time": time.time()})
+        for name in ("top1", "top5", "loss"):
+            self.board.add_scalar(f"eval/{name}", summary[name], step)
+        self.say(
+            f"evaluation ({label}, {res} px): top-1 {summary['top1']:.2f} | top-5 {summary['top5']:.2f} | "
+            f"loss {summary['loss']:.4f} | n {summary['n']}"
+        )
+
+    def flush(self) -> None:
+        self.board.flush()
+
+    def close(self) -> None:
+        self.bar.close()
+        self.board.close()

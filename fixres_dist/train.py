@@ -1,0 +1,406 @@
+"""The worker: read the run directory, train what is left of it, evaluate before and after.
+
+One loop serves both stages: ordinary training (optional) and fixing. Everything but the tuned tensors, their momenta
+and the step is a function of the configuration and the step, so a start after a kill goes on exactly where the
+checkpoint stands.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import math
+import signal
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from fixres_dist import checkpoint, distributed, export, models, results, tuning
+from fixres_dist import config as cfg
+from fixres_dist.data import order, plan
+from fixres_dist.data.torch_cpu import Batch
+from fixres_dist.errors import EXIT_DONE, EXIT_FAILED, EXIT_USER, UserError
+from fixres_dist.evaluate import Predictions
+from fixres_dist.preempt import StopFlag
+from fixres_dist.rundir import RunDir, append, keep_lines, write
+from fixres_dist.session import Session, open_session
+from fixres_dist.tracking import Tracker
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stretch of optimizer steps [first, stop) with one policy, resolution and transform, on `n` images."""
+
+    name: str  # pretrain | fix
+    tune: cfg.Tune
+    res: int
+    transform: str
+    first: int
+    n: int
+    seed: int  # of its order and augmentation: the stages must not repeat each other's
+
+    @property
+    def per_epoch(self) -> int:
+        return order.steps_per_epoch(self.n, self.tune.global_batch)
+
+    @property
+    def stop(self) -> int:
+        return self.first + self.tune.epochs * self.per_epoch
+
+    def batch_size(self, step: int) -> int:
+        """Images of optimizer step `step` over all ranks; an epoch's last step may have fewer."""
+        return min(self.tune.global_batch, self.n - (step - self.first) % self.per_epoch * self.tune.global_batch)
+
+    def images_until(self, step: int) -> int:
+        epochs, k = divmod(step - self.first, self.per_epoch)
+        return epochs * self.n + k * self.tune.global_batch
+
+    def learning_rate(self, step: int) -> float:
+        """A function of the step, so there is no schedule state to save."""
+        tune, k = self.tune, step - self.first
+        peak, warmup = tune.peak_learning_rate(), tune.warmup_epochs * self.per_epoch
+        if k < warmup:
+            return peak * (k + 1) / warmup
+        if tune.schedule == "step":
+            return peak * 0.1 ** (k // self.per_epoch // 30)
+        done = (k - warmup) / max(1.0, tune.epochs * self.per_epoch - warmup)
+        return peak * 0.5 * (1 + math.cos(math.pi * done))
+
+
+def stages(config: cfg.Config, n: int) -> list[Stage]:
+    """The stages of a run on `n` training images, in order; optimizer steps are counted through."""
+    found: list[Stage] = []
+    if config.pretrain:
+        p = config.pretrain
+        found.append(Stage("pretrain", p, p.res, p.train_transform, 0, n, 2 * config.run.seed + 1))
+    first = found[0].stop if found else 0
+    return [*found, Stage("fix", config.tune, config.data.res, config.data.train_transform, first, n, 2 * config.run.seed)]
+
+
+def run(folder: Path) -> int:
+    """Work on the run in `folder` until it is done or told to stop; returns the exit code. Safe to call again."""
+    here = RunDir(folder)
+    config = here.config()
+    if here.done.exists():
+        print(f"{here.name} is already finished. Results: {here.results}")
+        return EXIT_DONE
+    again = (here.root / "command.txt").read_text().strip() if (here.root / "command.txt").exists() else f"python -m fixres_dist train --run {folder}"
+    try:
+        return work(here, config)
+    except UserError as error:
+        here.fail(str(error), again)
+        print(f"error: {error}", flush=True)
+        return EXIT_USER
+    except Exception as error:
+        here.fail(f"{type(error).__name__}: {error}", f"{again}   (goes on from the last checkpoint)")
+        raise
+
+
+def work(here: RunDir, config: cfg.Config) -> int:
+    flag = StopFlag().install()
+    ranks = distributed.start(here.root)
+    with contextlib.ExitStack() as stack:
+        stack.callback(distributed.stop, ranks)
+        if ranks.is_main:
+            stack.enter_context(here.lock())
+            here.failed.unlink(missing_ok=True)
+            here.event("started", world_size=ranks.world_size, nodes=ranks.nodes)
+            here.update_state(state="running", reason=None)
+        session = open_session(config, ranks, load_weights=not here.pretrained.exists())
+        todo = stages(config, len(session.train))
+        if ranks.is_main:
+            write(here.root / "class_index.json", json.dumps(dict(enumerate(session.train.classes)), indent=1) + "\n")
+            here.update_state(total_steps=todo[-1].stop)
+            kept = newest_step(here)
+            for file in (here.root / "samples").glob("rank_*.jsonl"):
+                keep_lines(file, lambda line: line["step"] < kept)
+        distributed.barrier(ranks)
+        for stage in todo:
+            if stage.name == "fix" and here.pretrained.exists():
+                models.fill(session.model, load_file(here.pretrained), str(here.pretrained))
+            elif here.pretrained.exists():
+                continue
+            if not train_stage(here, session, stage, todo[-1].stop, flag):
+                return EXIT_FAILED
+        if ranks.is_main:
+            here.finish()
+        return EXIT_DONE
+
+
+def newest_step(here: RunDir) -> int:
+    found = checkpoint.complete(here.checkpoints)
+    return checkpoint.progress_of(found[-1]).step if found else 0
+
+
+def fingerprint(session: Session, stage: Stage, parts: tuning.Split) -> dict[str, Any]:
+    """All that must match between the starts of one run."""
+    return {
+        "stage": stage.name,
+        "configuration": cfg.identity(session.config),
+        "sample lists": [session.train.fingerprint, session.val.fingerprint],
+        "frozen weights": tuning.frozen_digest(parts),
+    }
+
+
+def train_stage(here: RunDir, session: Session, stage: Stage, total_steps: int, flag: StopFlag) -> bool:
+    """Train `stage` from its newest checkpoint, or from its start; False when told to stop before its end."""
+    ranks, settings, tune = session.ranks, session.config.run, stage.tune
+    parts = tuning.split(session.model, tune.policy)
+    trainable = [p for p in session.model.parameters() if p.requires_grad]
+    optimizer = torch.optim.SGD(trainable, lr=0.0, momentum=tune.momentum, weight_decay=tune.weight_decay)
+    scaler = torch.amp.GradScaler(enabled=session.precision == "fp16" and parts.trunk is None and ranks.device.type == "cuda")
+    identity = fingerprint(session, stage, parts)
+    progress, resumed = starting_point(here, stage, session.model, optimizer, identity)
+    tracker = Tracker(here, session.config, progress.step, total_steps, resumed) if ranks.is_main else None
+    started, seconds = time.monotonic(), progress.seconds
+
+    def evaluated(label: str, step: int) -> Predictions:
+        predictions = session.evaluate(parts, stage.res, label)
+        tuning.set_modes(parts, tune.bn_stats)
+        if tracker:
+            tracker.evaluation(step, label, stage.res, predictions.summary())
+        return predictions
+
+    def save() -> None:
+        if tracker:
+            tracker.flush()
+            checkpoint.save(here.checkpoints, session.model, parts.tuned.tensors, optimizer, progress, identity)
+            here.event("saved", step=progress.step)
+
+    tuning.set_modes(parts, tune.bn_stats)
+    if tracker and resumed:
+        tracker.say(f"resuming {here.name} at step {progress.step} of {total_steps} ({100 * progress.step / total_steps:.0f}%)")
+    if not resumed:
+        if stage.name == "fix":
+            before = evaluated("before", stage.first)
+            if ranks.is_main:
+                before.save(results.predictions_file(here, "before"), session.val.fingerprint)
+        if parts.tuned.last_bn and tune.bn_stats == "exact":
+            count = measure_statistics(session, stage, parts)
+            if tracker:
+                tracker.say(f"statistics of {parts.tuned.last_bn} measured on {count} images at {stage.res} px")
+        save()
+    head = distribute(session, stage, parts)
+
+    meter, saved_at = Meter(), time.monotonic()
+    for step, micro_batches in step_batches(session, stage, progress.step, meter):
+        rate = stage.learning_rate(step)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        optimizer.zero_grad()
+        samples = backward(session, stage, parts, head, scaler, step, micro_batches, meter)
+        scaler.unscale_(optimizer)
+        done = step + 1
+        last, epoch_ends = done == stage.stop, (done - stage.first) % stage.per_epoch == 0
+        logging = done % settings.log_every == 0 or last
+        norm = float(nn.utils.get_total_norm([p.grad for p in trainable if p.grad is not None])) if logging else 0.0
+        scaler.step(optimizer)
+        scaler.update()
+
+        progress = replace(progress, step=done, seconds=seconds + time.monotonic() - started)
+        if settings.record_samples:
+            record(here, session, stage, step, samples)
+        if logging:
+            values = meter.read(session, learning_rate=rate, grad_norm=norm)
+            if tracker:
+                tracker.step(done, stage.name, (done - stage.first) / stage.per_epoch, values)
+        epoch = (done - stage.first) // stage.per_epoch
+        if epoch_ends and not last and settings.eval_every and epoch % settings.eval_every == 0:
+            progress = progress.with_top1(evaluated(f"{stage.name} epoch {epoch}", done).summary()["top1"])
+            meter.restart()
+        due = ranks.is_main and time.monotonic() - saved_at >= settings.save_every_s
+        stop_signal, save_now = distributed.highest(ranks, [flag.signal, int(due)])
+        if stop_signal or save_now or last:
+            save()
+            saved_at = time.monotonic()
+        if stop_signal and not last:
+            if tracker:
+                stopped(here, tracker, stop_signal, done)
+            return False
+
+    if tuning.frozen_digest(parts) != identity["frozen weights"]:
+        raise RuntimeError("a tensor that the policy keeps frozen has changed; please report this with the run's config.yaml")
+    if stage.name == "pretrain":
+        evaluated("pretrained", stage.stop)
+        if ranks.is_main:
+            export.write_weights(session.model, here.pretrained, session.config, stage.res)
+    else:
+        after = evaluated("after", stage.stop)
+        if ranks.is_main:
+            after.save(results.predictions_file(here, "after"), session.val.fingerprint)
+            images = sum(s.images_until(s.stop) for s in stages(session.config, stage.n))
+            summary = results.write_results(here, session, progress.seconds, images)
+            export.write_weights(session.model, here.root / "export" / "model.safetensors", session.config, stage.res)
+            if tracker:
+                tracker.say(results.sentence(summary))
+    distributed.barrier(ranks)
+    if tracker:
+        tracker.close()
+    return True
+
+
+def starting_point(
+    here: RunDir, stage: Stage, model: nn.Module, optimizer: torch.optim.Optimizer, identity: dict[str, Any]
+) -> tuple[checkpoint.Progress, bool]:
+    """(where to go on, whether from a checkpoint of this stage)."""
+    found = checkpoint.complete(here.checkpoints)
+    newest = checkpoint.progress_of(found[-1]) if found else None
+    if newest and newest.stage == stage.name:
+        return checkpoint.restore(found[-1], model, optimizer, identity), True
+    return checkpoint.Progress(stage.first, stage.name, newest.seconds if newest else 0.0), False
+
+
+def step_batches(session: Session, stage: Stage, first: int, meter: Meter) -> Iterator[tuple[int, Iterator[Batch]]]:
+    """(step, this rank's micro-batches) from step `first` to the stage's end; loading runs ahead over step and epoch ends."""
+    ranks, size = session.ranks, session.batch_per_device(stage.res)
+    pictures = plan.Pictures(stage.transform, stage.res, session.resize(stage.res), stage.seed)
+
+    def requests() -> Iterator[list[plan.Request]]:
+        span = (first - stage.first, stage.stop - stage.first)
+        return plan.train_steps(session.train, pictures, stage.tune.global_batch, size, *span, ranks.rank, ranks.world_size)
+
+    loaded = meter.waiting(session.batches(session.train, itertools.chain.from_iterable(requests()), stage.res))
+    for step in range(first, stage.stop):
+        low, high = order.rank_part(0, stage.batch_size(step), ranks.rank, ranks.world_size)
+        yield step, itertools.islice(loaded, max(1, -(-(high - low) // size)))
+
+
+def backward(
+    session: Session,
+    stage: Stage,
+    parts: tuning.Split,
+    head: nn.Module,
+    scaler: torch.amp.GradScaler,
+    step: int,
+    micro_batches: Iterator[Batch],
+    meter: Meter,
+) -> list[int]:
+    """Gradients of the mean loss over the global batch, accumulated over micro-batches; returns the samples seen.
+
+    With `ema` statistics a frozen trunk's outputs are joined first, so that the head's BN sees the rank's whole batch.
+    """
+    joined = parts.trunk is not None and stage.tune.bn_stats == "ema"
+    batches = list(micro_batches) if joined else micro_batches
+    groups = iter([batches]) if joined else ([batch] for batch in batches)
+    batch_size, samples = stage.batch_size(step), []
+    group = next(groups, None)
+    while group is not None:
+        inputs = [torch.cat(part) for part in zip(*(session.inputs(parts, batch.images) for batch in group), strict=True)]
+        labels = torch.cat([batch.labels for batch in group]).to(session.ranks.device)
+        samples += [int(sample) for batch in group for sample in batch.samples]
+        group = next(groups, None)
+        with contextlib.nullcontext() if group is None or session.ranks.world_size == 1 else head.no_sync():  # type: ignore[operator]
+            logits = session.logits(parts, head, tuple(inputs))
+            loss = F.cross_entropy(logits, labels, reduction="sum", label_smoothing=stage.tune.label_smoothing)
+            # DDP averages over ranks; wanted is the mean over the global batch, whatever a rank's part of it.
+            scaler.scale(loss * (session.ranks.world_size / batch_size)).backward()
+        meter.add(loss.detach(), len(labels))
+    return samples
+
+
+def distribute(session: Session, stage: Stage, parts: tuning.Split) -> nn.Module:
+    """The head in DDP: its gradients are all that crosses the network. Alone, the head itself."""
+    if session.ranks.world_size == 1:
+        return parts.head
+    if stage.tune.bn_stats == "ema":
+        tuning.share_batch_statistics(parts)
+    device = session.ranks.device
+    head = DistributedDataParallel(
+        parts.head, device_ids=[device.index] if device.type == "cuda" else None, broadcast_buffers=False
+    )
+    # DDP lays its buckets out anew after the first backward; sums over three or more ranks depend on the layout, so a
+    # resumed run is bit-identical only if that has happened before its first real step. No image, no gradient, no statistics.
+    modes = {module: module.training for module in parts.head.modules()}
+    parts.head.eval()
+    for _ in range(2):
+        nothing = torch.zeros(0, 3, stage.res, stage.res, dtype=torch.uint8)
+        session.logits(parts, head, session.inputs(parts, nothing)).sum().backward()
+        parts.head.zero_grad()
+    for module, training in modes.items():
+        module.training = training
+    return head
+
+
+def measure_statistics(session: Session, stage: Stage, parts: tuning.Split) -> int:
+    """Set the last BN's mean and variance from the first `bn_stats_images` samples of the order; returns how many.
+
+    One pass and one all-reduce of fp64 sums: the same at any world size. Without autograd and before any training.
+    """
+    bn = session.model.get_submodule(parts.tuned.last_bn)
+    moments = tuning.Moments(bn.num_features)  # type: ignore[arg-type]
+    hook = bn.register_forward_pre_hook(lambda _, inputs: moments.add(inputs[0]))
+    pictures = plan.Pictures(stage.transform, stage.res, session.resize(stage.res), stage.seed)
+    size, ranks = session.batch_per_device(stage.res), session.ranks
+    requests = plan.first_samples(session.train, pictures, stage.tune.bn_stats_images, size, ranks.rank, ranks.world_size)
+    with torch.no_grad():
+        for batch in session.batches(session.train, requests, stage.res):
+            session.logits(parts, parts.head, session.inputs(parts, batch.images))
+    hook.remove()
+    distributed.total(ranks, moments.sums)
+    moments.set(bn)
+    return min(stage.tune.bn_stats_images, stage.n)
+
+
+class Meter:
+    """Loss, speed and time spent waiting for data since the last reading."""
+
+    def __init__(self) -> None:
+        self.restart()
+
+    def restart(self) -> None:
+        self.loss, self.images, self.wait_s, self.since = torch.zeros(()), 0, 0.0, time.monotonic()
+
+    def add(self, loss: torch.Tensor, images: int) -> None:
+        self.loss, self.images = self.loss.to(loss.device) + loss, self.images + images
+
+    def waiting(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """`batches`, with the time the caller waits for each one counted."""
+        while True:
+            asked = time.monotonic()
+            batch = next(batches, None)
+            self.wait_s += time.monotonic() - asked
+            if batch is None:
+                return
+            yield batch
+
+    def read(self, session: Session, **values: float) -> dict[str, float]:
+        """Scalars over all ranks since the last reading."""
+        elapsed, ranks = time.monotonic() - self.since, session.ranks
+        sums = distributed.total(ranks, torch.tensor([float(self.loss), self.images, self.wait_s / elapsed], dtype=torch.float64))
+        memory = torch.cuda.max_memory_allocated() / 2**30 if ranks.device.type == "cuda" else 0.0
+        loss, images, wait = sums.tolist()
+        self.restart()
+        return {
+            "loss": loss / max(1.0, images),
+            **values,
+            "images_per_second": images / elapsed,
+            "data_wait_percent": 100 * wait / ranks.world_size,
+            "memory_gib": memory,
+        }
+
+
+def record(here: RunDir, session: Session, stage: Stage, step: int, samples: list[int]) -> None:
+    """A line of samples/rank_K.jsonl: what this rank has seen at this step (run.record_samples=true)."""
+    epoch = (step - stage.first) // stage.per_epoch
+    pictures = plan.Pictures(stage.transform, stage.res, session.resize(stage.res), stage.seed)
+    views = plan.request(session.train, pictures, torch.tensor(samples, dtype=torch.int64).numpy(), epoch).views
+    file = here.root / "samples" / f"rank_{session.ranks.rank}.jsonl"
+    file.parent.mkdir(exist_ok=True)
+    append(file, {"epoch": epoch, "step": step, "stage": stage.name, "samples": samples, "views": [v.record() for v in views]})
+
+
+def stopped(here: RunDir, tracker: Tracker, number: int, step: int) -> None:
+    name = signal.Signals(number).name
+    here.event("stop requested", signal=name, step=step)
+    here.update_state(state="cancelled", reason=f"{name} at step {step}; the same command goes on from there", eta_s=None)
+    tracker.say(f"{name}: saved at step {step}. The same command goes on from there.")
+    tracker.close()
