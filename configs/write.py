@@ -14,7 +14,8 @@ from torch import nn
 
 TEMPLATE = """\
 # Fix{title}: python launch/submit.py --model {model} --res {fix_test_res} --weights {weights} --data DIR --nodes 4
-# Published (arXiv 2003.08237, Table {table}): {base_top1}/{base_top5} at {base_test_res} -> {fix_top1}/{fix_top5} at {fix_test_res}; timm's weights start at {timm_base_top1}/{timm_base_top5}.
+# Published (arXiv 2003.08237, Table {table}): {base_top1}/{base_top5} at {base_test_res} -> {fix_top1}/{fix_top5} at {fix_test_res}.
+# timm's weights start at {timm_base_top1}/{timm_base_top5}.
 # From the paper: the test resolution, the resize rule, classifier + last BN, label smoothing (without its value).
 # Our choice: epochs, batch, learning rate, schedule, the smoothing's 0.1, exact BN statistics; nothing is published.
 model: {{name: {model}, timm_name: {timm_name}, weights: {weights}}}

@@ -63,7 +63,7 @@ def save(
 
 
 def momenta(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    names = {parameter: name for name, parameter in model.named_parameters()}
+    names: dict[Any, str] = {parameter: name for name, parameter in model.named_parameters()}
     return {
         names[p]: s["momentum_buffer"].detach().cpu().contiguous()
         for p, s in optimizer.state.items()
@@ -103,7 +103,9 @@ def restore(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, fing
     kept = meta["fingerprint"]
     differ = [f"{key} was {value}, is {fingerprint[key]}" for key, value in kept.items() if fingerprint[key] != value]
     if differ:
-        raise UserError(f"{path} cannot be resumed: {'; '.join(differ)}. Put back what changed, or start under another --name.")
+        raise UserError(
+            f"{path} cannot be resumed: {'; '.join(differ)}. Put back what changed, or start under another --name."
+        )
     load_tensors(path, model)
     parameters = dict(model.named_parameters())
     for name, value in load_file(path / "optimizer.safetensors").items():

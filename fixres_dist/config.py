@@ -43,7 +43,9 @@ class Model:
 class Data:
     root: str = ""  # directory with train/ and val/, a folder per class in each; or demo, the built-in example
     res: int = 224  # test resolution in pixels: the one that is fixed, and evaluated
-    resize_rule: ResizeRule = "timm"  # how an image becomes res x res when testing (docs/method.md); train uses the same
+    resize_rule: ResizeRule = (
+        "timm"  # how an image becomes res x res when testing (docs/method.md); train uses the same
+    )
     train_transform: Transform = "test_aug"  # what the fixing stage sees
     backend: Literal["auto", "torch"] = "auto"  # decoder and resizer; auto takes the faster one here
     workers: int | Literal["auto"] = "auto"  # loader processes per rank; auto: the CPUs this rank may use; 0: none
@@ -103,7 +105,9 @@ class Pretrain(Tune):
 @dataclass(frozen=True, kw_only=True)
 class Run:
     seed: int = 0  # of the order, the augmentation and new weights
-    precision: Literal["auto", "fp32", "tf32", "bf16", "fp16"] = "auto"  # of what autograd does not touch; the head is fp32
+    precision: Literal["auto", "fp32", "tf32", "bf16", "fp16"] = (
+        "auto"  # of what autograd does not touch; the head is fp32
+    )
     memory_format: Literal["auto", "channels_last", "contiguous"] = "auto"
     compile: bool = False  # torch.compile the trunk, one graph per resolution
     engine: Literal["auto", "stream"] = "auto"  # stream: decode and run the trunk every epoch
@@ -176,11 +180,15 @@ OPERATIONAL = {
 def parse(cls: type, values: Any, where: str = "") -> Any:
     """`values` (from YAML or the command line) as a `cls`; raises UserError for a key or value that does not fit."""
     if not isinstance(values, Mapping):
-        raise UserError(f"{where or 'the configuration'} is {values!r}; accepted: a mapping of {', '.join(names(cls))}.")
+        raise UserError(
+            f"{where or 'the configuration'} is {values!r}; accepted: a mapping of {', '.join(names(cls))}."
+        )
     hints = get_type_hints(cls)
     for key in values:
         if key not in hints:
-            raise unknown("key", f"{where}.{key}" if where else key, [f"{where}.{n}" if where else n for n in names(cls)])
+            raise unknown(
+                "key", f"{where}.{key}" if where else key, [f"{where}.{n}" if where else n for n in names(cls)]
+            )
     return cls(**{key: convert(value, hints[key], f"{where}.{key}" if where else key) for key, value in values.items()})
 
 

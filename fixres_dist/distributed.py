@@ -38,7 +38,7 @@ class Ranks:
     local_size: int
     nodes: tuple[str, ...]
     device: torch.device
-    control: dist.ProcessGroup | None = None
+    control: Any = None  # a process group; None is the default one
 
     @property
     def is_main(self) -> bool:
@@ -78,7 +78,7 @@ def start(run_folder: Path) -> Ranks:
     timeout = datetime.timedelta(seconds=COLLECTIVE_TIMEOUT_S)
     backend = "nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
-    control = dist.new_group(backend="gloo", timeout=timeout) if backend == "nccl" else dist.group.WORLD
+    control: Any = dist.new_group(backend="gloo", timeout=timeout) if backend == "nccl" else None
     found: list[Any] = [None] * world
     dist.all_gather_object(found, node, group=control)
     return Ranks(rank, world, local, local_size, tuple(dict.fromkeys(found)), device, control)
@@ -92,12 +92,18 @@ def meet(file: Path, rank: int, world: int, many_nodes: bool) -> dist.TCPStore:
         write(file, json.dumps({"address": own_address() if many_nodes else "127.0.0.1", "port": store.port}))
         return store
     deadline = time.monotonic() + MEET_TIMEOUT_S
-    while file.name not in (os.listdir(file.parent) if file.parent.exists() else ()):  # listing defeats NFS's name cache
+    while file.name not in (
+        os.listdir(file.parent) if file.parent.exists() else ()
+    ):  # listing defeats NFS's name cache
         if time.monotonic() > deadline:
-            raise UserError(f"rank {rank} waited {MEET_TIMEOUT_S:.0f} s for rank 0 to publish {file}; is the run directory shared by all nodes?")
+            raise UserError(
+                f"rank {rank} waited {MEET_TIMEOUT_S:.0f} s for rank 0 to publish {file}; is the run directory shared by all nodes?"
+            )
         time.sleep(0.05)
     found = json.loads(file.read_text())
-    return dist.TCPStore(found["address"], found["port"], world, is_master=False, timeout=timeout, wait_for_workers=False)
+    return dist.TCPStore(
+        found["address"], found["port"], world, is_master=False, timeout=timeout, wait_for_workers=False
+    )
 
 
 def own_address() -> str:
@@ -107,7 +113,9 @@ def own_address() -> str:
     node = os.environ.get("SLURMD_NODENAME", "")
     if node:
         try:
-            shown = subprocess.run(["scontrol", "show", "node", node, "-o"], capture_output=True, text=True, timeout=20).stdout
+            shown = subprocess.run(
+                ["scontrol", "show", "node", node, "-o"], capture_output=True, text=True, timeout=20
+            ).stdout
             address = dict(item.partition("=")[::2] for item in shown.split()).get("NodeAddr", "")
             if address:
                 return socket.gethostbyname(address)

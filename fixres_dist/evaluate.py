@@ -77,9 +77,7 @@ def predict(
     if not bool((rows[:, 0] == 1).all()):
         raise RuntimeError(f"evaluation saw {int(rows[:, 0].sum())} images of {n}, each should be seen once")
     table = rows.numpy()
-    return Predictions(
-        table[:, 1].astype(np.int32), table[:, 2] > 0, table[:, 3] > 0, table[:, 4].astype(np.float32)
-    )
+    return Predictions(table[:, 1].astype(np.int32), table[:, 2] > 0, table[:, 3] > 0, table[:, 4].astype(np.float32))
 
 
 def paired_gain(before: NDArray[np.bool_], after: NDArray[np.bool_]) -> tuple[float, tuple[float, float]]:

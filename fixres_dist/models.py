@@ -98,7 +98,11 @@ def fill(model: nn.Module, state: dict[str, torch.Tensor], origin: str, new_clas
     """Load `state` when it covers every tensor of `model` with its shape; otherwise refuse and list what differs."""
     own = {name: value.shape for name, value in model.state_dict().items() if not name.endswith("num_batches_tracked")}
     state = {name: value for name, value in state.items() if not name.endswith("num_batches_tracked")}
-    wrong = [f"{n} is {list(state[n].shape)}, the model wants {list(s)}" for n, s in own.items() if n in state and state[n].shape != s]
+    wrong = [
+        f"{n} is {list(state[n].shape)}, the model wants {list(s)}"
+        for n, s in own.items()
+        if n in state and state[n].shape != s
+    ]
     missing = [f"{n} is missing" for n in own if n not in state]
     extra = [f"{n} is not in the model" for n in state if n not in own]
     names = classifier_tensors(model)
@@ -112,13 +116,15 @@ def fill(model: nn.Module, state: dict[str, torch.Tensor], origin: str, new_clas
         state = {name: value for name, value in state.items() if name not in names}
     elif differ := wrong + missing + extra:
         listed = "; ".join(differ[:4]) + (f"; and {len(differ) - 4} more" if len(differ) > 4 else "")
-        raise UserError(f"{origin} does not fit {type(model).__name__} ({len(own)} tensors, {len(differ)} differ): {listed}.")
+        raise UserError(
+            f"{origin} does not fit {type(model).__name__} ({len(own)} tensors, {len(differ)} differ): {listed}."
+        )
     model.load_state_dict(state, strict=False)
 
 
 def classifier_name(model: nn.Module) -> str:
     """Qualified name of the classifier layer, by timm's get_classifier."""
-    classifier = model.get_classifier() if hasattr(model, "get_classifier") else None
+    classifier = getattr(model, "get_classifier", lambda: None)()
     if not isinstance(classifier, nn.Module) or isinstance(classifier, nn.Identity):
         raise UserError(f"{type(model).__name__} has no single classifier layer to tune.")
     return next(name for name, module in model.named_modules() if module is classifier)

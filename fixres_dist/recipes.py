@@ -105,7 +105,9 @@ def find(name: str, weights: str = "") -> Recipe:
         hint = "`python launch/submit.py --list` shows the recipes; any timm model name works too."
         raise unknown("model", name, [*model_names(), *(sorted(known) if len(name) > 3 else ())], hint)
     if weights in ("ns", "ap"):
-        raise UserError(f"weights {weights!r} belong to the recipes b0 .. b8 and l2; for {name} accepted: pretrained, none, a file.")
+        raise UserError(
+            f"weights {weights!r} belong to the recipes b0 .. b8 and l2; for {name} accepted: pretrained, none, a file."
+        )
     values = read_yaml((folder() / "generic.yaml").read_text())
     values = merge(values, {"model": {"name": name, "timm_name": name}})
     if "efficientnet" not in name:

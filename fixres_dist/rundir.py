@@ -26,7 +26,17 @@ from fixres_dist import config as cfg
 from fixres_dist.errors import UserError
 
 STATES = ("pending", "running", "stopping", "requeued", "done", "failed", "cancelled")
-RECORDED = ("torch", "torchvision", "timm", "submitit", "tensorboard", "nvidia-dali-cuda130", "numpy", "pillow", "safetensors")
+RECORDED = (
+    "torch",
+    "torchvision",
+    "timm",
+    "submitit",
+    "tensorboard",
+    "nvidia-dali-cuda130",
+    "numpy",
+    "pillow",
+    "safetensors",
+)
 
 
 @dataclass(frozen=True)
@@ -71,7 +81,9 @@ class RunDir:
         try:
             return cfg.load((self.root / "config.yaml").read_text())
         except FileNotFoundError:
-            raise UserError(f"{self.root} is no run directory: it has no config.yaml. Runs are made by launch/submit.py.") from None
+            raise UserError(
+                f"{self.root} is no run directory: it has no config.yaml. Runs are made by launch/submit.py."
+            ) from None
 
     def state(self) -> dict[str, Any]:
         try:
@@ -81,7 +93,14 @@ class RunDir:
 
     def update_state(self, **changes: Any) -> None:
         """Merge `changes` into state.json."""
-        unset = {"state": "pending", "step": 0, "total_steps": None, "epoch": 0, "images_per_second": None, "eta_s": None}
+        unset = {
+            "state": "pending",
+            "step": 0,
+            "total_steps": None,
+            "epoch": 0,
+            "images_per_second": None,
+            "eta_s": None,
+        }
         unset |= {"restarts": {"preempted": 0, "timeout": 0, "failure": 0}, "job_id": None, "reason": None}
         state = {**unset, **self.state(), **changes, "updated": time.time()}
         if state["state"] not in STATES:
@@ -114,7 +133,9 @@ class RunDir:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
-                raise UserError(f"run {self.name} is being worked on by another process. Next: python launch/status.py {self.name}") from None
+                raise UserError(
+                    f"run {self.name} is being worked on by another process. Next: python launch/status.py {self.name}"
+                ) from None
             yield
 
     def is_locked(self) -> bool:
@@ -214,7 +235,7 @@ def snapshot_code(run: RunDir) -> None:
 
 def environment() -> dict[str, Any]:
     """Versions, host and the checkout's commit and diff, so that a result can be traced to its code."""
-    versions = {}
+    versions: dict[str, str | None] = {}
     for name in RECORDED:
         try:
             versions[name] = importlib.metadata.version(name)

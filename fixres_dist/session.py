@@ -16,6 +16,7 @@ from fixres_dist.data import geometry, plan, sources, torch_cpu
 from fixres_dist.data.index import Index
 from fixres_dist.distributed import Ranks
 from fixres_dist.errors import UserError
+from fixres_dist.schedule import batch_per_device
 
 
 @dataclass(frozen=True)
@@ -33,11 +34,6 @@ class Session:
     def resize(self, res: int) -> geometry.Resize:
         return geometry.resize_of(self.config.data.resize_rule, res, self.spec.crop_pct, self.spec.interpolation)
 
-    def batch_per_device(self, res: int) -> int:
-        """Images per forward. A frozen trunk keeps no activations, so this bounds the peak of one layer, not a graph."""
-        chosen = self.config.run.batch_per_device
-        return int(chosen) if chosen != "auto" else max(1, int(64 * (320 / res) ** 2))
-
     def batches(self, index: Index, requests: Iterable[plan.Request], res: int) -> Iterator[torch_cpu.Batch]:
         workers = torch_cpu.worker_count(self.config.data.workers, self.ranks.local_size)
         return torch_cpu.batches(index, requests, res, self.resize(res).interpolation, workers)
@@ -45,7 +41,9 @@ class Session:
     def to_device(self, images: torch.Tensor) -> torch.Tensor:
         """uint8 pictures to normalised fp32 [n, 3, res, res] on this rank's device, in the trunk's memory format."""
         images = images.to(self.ranks.device, non_blocking=True)
-        mean, std = (255 * torch.tensor(v, device=images.device).view(1, 3, 1, 1) for v in (self.spec.mean, self.spec.std))
+        mean, std = (
+            255 * torch.tensor(v, device=images.device).view(1, 3, 1, 1) for v in (self.spec.mean, self.spec.std)
+        )
         return ((images.float() - mean) / std).contiguous(memory_format=self.memory_format)
 
     def inputs(self, parts: tuning.Split, images: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -61,16 +59,21 @@ class Session:
         with self.autocast() if parts.trunk is None else contextlib.nullcontext():
             return head(*inputs).float()
 
-    def evaluate(self, parts: tuning.Split, res: int, note: str) -> evaluate.Predictions:
-        """Every validation image once over all ranks, in the same arithmetic as training. Leaves the model in eval mode."""
+    def evaluate(self, parts: tuning.Split, res: int, note: str, index: Index | None = None) -> evaluate.Predictions:
+        """Every image (of the validation split) once over all ranks, in the same arithmetic as training.
+
+        Leaves the model in eval mode.
+        """
+        index = index or self.val
         parts.model.eval()
         parts.head.eval()
         pictures = plan.Pictures("test", res, self.resize(res), 0)
-        requests = plan.every_sample(self.val, pictures, self.batch_per_device(res), self.ranks.rank, self.ranks.world_size)
+        size = batch_per_device(self.config, res)
+        requests = plan.every_sample(index, pictures, size, self.ranks.rank, self.ranks.world_size)
         return evaluate.predict(
             lambda batch: self.logits(parts, parts.head, self.inputs(parts, batch.images)),
-            self.val,
-            self.batches(self.val, requests, res),
+            index,
+            self.batches(index, requests, res),
             self.ranks,
             note,
         )
@@ -90,13 +93,15 @@ def open_session(config: cfg.Config, ranks: Ranks, load_weights: bool = True) ->
     train, val = indexes
     name, classes = config.model.timm_name, len(train.classes)
     if config.model.num_classes not in (0, classes):
-        raise UserError(f"model.num_classes is {config.model.num_classes}; the data set has {classes} classes. Accepted: 0, or that number.")
+        raise UserError(
+            f"model.num_classes is {config.model.num_classes}; the data set has {classes} classes. Accepted: 0, or that number."
+        )
     model = models.build(name, classes, config.run.seed)
     if load_weights:
         models.load_weights(model, name, config.model.weights, new_classifier=config.pretrain is not None)
     chosen = precision.resolve(config.run.precision, ranks.device)
     layout = memory_format(config, ranks.device)
-    model = model.to(ranks.device, memory_format=layout)
+    model = model.to(device=ranks.device).to(memory_format=layout)
     autocast = precision.apply(chosen, ranks.device)
     return Session(config, ranks, model, models.preprocessing(name), train, val, chosen, autocast, layout)
 

@@ -26,7 +26,10 @@ class Tracker:
         self.run, self.first_step, self.total_steps, self.opened = run, first_step, total_steps, time.monotonic()
         # Evaluations at a stage's ends are made after the last save or before the first one, so they are made again.
         again = ("after", "pretrained") if resumed else ("before",)
-        keep_lines(run.metrics, lambda x: x["step"] < first_step or x["step"] == first_step and x.get("evaluation") not in again)
+        keep_lines(
+            run.metrics,
+            lambda x: x["step"] < first_step or (x["step"] == first_step and x.get("evaluation") not in again),
+        )
         self.board = SummaryWriter(str(run.root / "tb"), purge_step=first_step + 1 if resumed else None)
         if resumed:
             self.board.add_scalar("events/restart", 1.0, first_step + 1)
@@ -43,7 +46,9 @@ class Tracker:
     def step(self, step: int, stage: str, epoch: float, values: dict[str, float]) -> None:
         """One line per `run.log_every` optimizer steps; `values` are the train/ scalars."""
         eta_s = (self.total_steps - step) * (time.monotonic() - self.opened) / (step - self.first_step)
-        append(self.run.metrics, {"step": step, "stage": stage, "epoch": round(epoch, 4), **values, "time": time.time()})
+        append(
+            self.run.metrics, {"step": step, "stage": stage, "epoch": round(epoch, 4), **values, "time": time.time()}
+        )
         for name, value in values.items():
             self.board.add_scalar(f"train/{name}", value, step)
         self.run.update_state(
@@ -75,3 +80,10 @@ class Tracker:
     def close(self) -> None:
         self.bar.close()
         self.board.close()
+
+
+def write_curve(run: RunDir, label: str, tag: str, points: dict[int, float]) -> None:
+    """A curve over something other than steps, as a sub-run of its own."""
+    with SummaryWriter(str(run.root / "tb" / label)) as board:
+        for x, value in points.items():
+            board.add_scalar(tag, value, x)

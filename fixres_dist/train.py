@@ -10,11 +10,10 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
-import math
 import signal
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,58 +31,9 @@ from fixres_dist.errors import EXIT_DONE, EXIT_FAILED, EXIT_USER, UserError
 from fixres_dist.evaluate import Predictions
 from fixres_dist.preempt import StopFlag
 from fixres_dist.rundir import RunDir, append, keep_lines, write
+from fixres_dist.schedule import Stage, batch_per_device, stages
 from fixres_dist.session import Session, open_session
 from fixres_dist.tracking import Tracker
-
-
-@dataclass(frozen=True)
-class Stage:
-    """A stretch of optimizer steps [first, stop) with one policy, resolution and transform, on `n` images."""
-
-    name: str  # pretrain | fix
-    tune: cfg.Tune
-    res: int
-    transform: str
-    first: int
-    n: int
-    seed: int  # of its order and augmentation: the stages must not repeat each other's
-
-    @property
-    def per_epoch(self) -> int:
-        return order.steps_per_epoch(self.n, self.tune.global_batch)
-
-    @property
-    def stop(self) -> int:
-        return self.first + self.tune.epochs * self.per_epoch
-
-    def batch_size(self, step: int) -> int:
-        """Images of optimizer step `step` over all ranks; an epoch's last step may have fewer."""
-        return min(self.tune.global_batch, self.n - (step - self.first) % self.per_epoch * self.tune.global_batch)
-
-    def images_until(self, step: int) -> int:
-        epochs, k = divmod(step - self.first, self.per_epoch)
-        return epochs * self.n + k * self.tune.global_batch
-
-    def learning_rate(self, step: int) -> float:
-        """A function of the step, so there is no schedule state to save."""
-        tune, k = self.tune, step - self.first
-        peak, warmup = tune.peak_learning_rate(), tune.warmup_epochs * self.per_epoch
-        if k < warmup:
-            return peak * (k + 1) / warmup
-        if tune.schedule == "step":
-            return peak * 0.1 ** (k // self.per_epoch // 30)
-        done = (k - warmup) / max(1.0, tune.epochs * self.per_epoch - warmup)
-        return peak * 0.5 * (1 + math.cos(math.pi * done))
-
-
-def stages(config: cfg.Config, n: int) -> list[Stage]:
-    """The stages of a run on `n` training images, in order; optimizer steps are counted through."""
-    found: list[Stage] = []
-    if config.pretrain:
-        p = config.pretrain
-        found.append(Stage("pretrain", p, p.res, p.train_transform, 0, n, 2 * config.run.seed + 1))
-    first = found[0].stop if found else 0
-    return [*found, Stage("fix", config.tune, config.data.res, config.data.train_transform, first, n, 2 * config.run.seed)]
 
 
 def run(folder: Path) -> int:
@@ -93,7 +43,11 @@ def run(folder: Path) -> int:
     if here.done.exists():
         print(f"{here.name} is already finished. Results: {here.results}")
         return EXIT_DONE
-    again = (here.root / "command.txt").read_text().strip() if (here.root / "command.txt").exists() else f"python -m fixres_dist train --run {folder}"
+    again = (
+        (here.root / "command.txt").read_text().strip()
+        if (here.root / "command.txt").exists()
+        else f"python -m fixres_dist train --run {folder}"
+    )
     try:
         return work(here, config)
     except UserError as error:
@@ -157,7 +111,9 @@ def train_stage(here: RunDir, session: Session, stage: Stage, total_steps: int, 
     parts = tuning.split(session.model, tune.policy)
     trainable = [p for p in session.model.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(trainable, lr=0.0, momentum=tune.momentum, weight_decay=tune.weight_decay)
-    scaler = torch.amp.GradScaler(enabled=session.precision == "fp16" and parts.trunk is None and ranks.device.type == "cuda")
+    scaler = torch.amp.GradScaler(
+        enabled=session.precision == "fp16" and parts.trunk is None and ranks.device.type == "cuda"
+    )
     identity = fingerprint(session, stage, parts)
     progress, resumed = starting_point(here, stage, session.model, optimizer, identity)
     tracker = Tracker(here, session.config, progress.step, total_steps, resumed) if ranks.is_main else None
@@ -178,7 +134,9 @@ def train_stage(here: RunDir, session: Session, stage: Stage, total_steps: int, 
 
     tuning.set_modes(parts, tune.bn_stats)
     if tracker and resumed:
-        tracker.say(f"resuming {here.name} at step {progress.step} of {total_steps} ({100 * progress.step / total_steps:.0f}%)")
+        tracker.say(
+            f"resuming {here.name} at step {progress.step} of {total_steps} ({100 * progress.step / total_steps:.0f}%)"
+        )
     if not resumed:
         if stage.name == "fix":
             before = evaluated("before", stage.first)
@@ -228,7 +186,9 @@ def train_stage(here: RunDir, session: Session, stage: Stage, total_steps: int, 
             return False
 
     if tuning.frozen_digest(parts) != identity["frozen weights"]:
-        raise RuntimeError("a tensor that the policy keeps frozen has changed; please report this with the run's config.yaml")
+        raise RuntimeError(
+            "a tensor that the policy keeps frozen has changed; please report this with the run's config.yaml"
+        )
     if stage.name == "pretrain":
         evaluated("pretrained", stage.stop)
         if ranks.is_main:
@@ -261,12 +221,14 @@ def starting_point(
 
 def step_batches(session: Session, stage: Stage, first: int, meter: Meter) -> Iterator[tuple[int, Iterator[Batch]]]:
     """(step, this rank's micro-batches) from step `first` to the stage's end; loading runs ahead over step and epoch ends."""
-    ranks, size = session.ranks, session.batch_per_device(stage.res)
+    ranks, size = session.ranks, batch_per_device(session.config, stage.res)
     pictures = plan.Pictures(stage.transform, stage.res, session.resize(stage.res), stage.seed)
 
     def requests() -> Iterator[list[plan.Request]]:
         span = (first - stage.first, stage.stop - stage.first)
-        return plan.train_steps(session.train, pictures, stage.tune.global_batch, size, *span, ranks.rank, ranks.world_size)
+        return plan.train_steps(
+            session.train, pictures, stage.tune.global_batch, size, *span, ranks.rank, ranks.world_size
+        )
 
     loaded = meter.waiting(session.batches(session.train, itertools.chain.from_iterable(requests()), stage.res))
     for step in range(first, stage.stop):
@@ -294,7 +256,9 @@ def backward(
     batch_size, samples = stage.batch_size(step), []
     group = next(groups, None)
     while group is not None:
-        inputs = [torch.cat(part) for part in zip(*(session.inputs(parts, batch.images) for batch in group), strict=True)]
+        inputs = [
+            torch.cat(part) for part in zip(*(session.inputs(parts, batch.images) for batch in group), strict=True)
+        ]
         labels = torch.cat([batch.labels for batch in group]).to(session.ranks.device)
         samples += [int(sample) for batch in group for sample in batch.samples]
         group = next(groups, None)
@@ -339,8 +303,10 @@ def measure_statistics(session: Session, stage: Stage, parts: tuning.Split) -> i
     moments = tuning.Moments(bn.num_features)  # type: ignore[arg-type]
     hook = bn.register_forward_pre_hook(lambda _, inputs: moments.add(inputs[0]))
     pictures = plan.Pictures(stage.transform, stage.res, session.resize(stage.res), stage.seed)
-    size, ranks = session.batch_per_device(stage.res), session.ranks
-    requests = plan.first_samples(session.train, pictures, stage.tune.bn_stats_images, size, ranks.rank, ranks.world_size)
+    size, ranks = batch_per_device(session.config, stage.res), session.ranks
+    requests = plan.first_samples(
+        session.train, pictures, stage.tune.bn_stats_images, size, ranks.rank, ranks.world_size
+    )
     with torch.no_grad():
         for batch in session.batches(session.train, requests, stage.res):
             session.logits(parts, parts.head, session.inputs(parts, batch.images))
@@ -375,7 +341,9 @@ class Meter:
     def read(self, session: Session, **values: float) -> dict[str, float]:
         """Scalars over all ranks since the last reading."""
         elapsed, ranks = time.monotonic() - self.since, session.ranks
-        sums = distributed.total(ranks, torch.tensor([float(self.loss), self.images, self.wait_s / elapsed], dtype=torch.float64))
+        sums = distributed.total(
+            ranks, torch.tensor([float(self.loss), self.images, self.wait_s / elapsed], dtype=torch.float64)
+        )
         memory = torch.cuda.max_memory_allocated() / 2**30 if ranks.device.type == "cuda" else 0.0
         loss, images, wait = sums.tolist()
         self.restart()
@@ -395,12 +363,17 @@ def record(here: RunDir, session: Session, stage: Stage, step: int, samples: lis
     views = plan.request(session.train, pictures, torch.tensor(samples, dtype=torch.int64).numpy(), epoch).views
     file = here.root / "samples" / f"rank_{session.ranks.rank}.jsonl"
     file.parent.mkdir(exist_ok=True)
-    append(file, {"epoch": epoch, "step": step, "stage": stage.name, "samples": samples, "views": [v.record() for v in views]})
+    append(
+        file,
+        {"epoch": epoch, "step": step, "stage": stage.name, "samples": samples, "views": [v.record() for v in views]},
+    )
 
 
 def stopped(here: RunDir, tracker: Tracker, number: int, step: int) -> None:
     name = signal.Signals(number).name
     here.event("stop requested", signal=name, step=step)
-    here.update_state(state="cancelled", reason=f"{name} at step {step}; the same command goes on from there", eta_s=None)
+    here.update_state(
+        state="cancelled", reason=f"{name} at step {step}; the same command goes on from there", eta_s=None
+    )
     tracker.say(f"{name}: saved at step {step}. The same command goes on from there.")
     tracker.close()

@@ -71,7 +71,9 @@ def select(model: nn.Module, policy: str) -> Tuned:
     """
     classifier = classifier_name(model)
     if policy == "all":
-        buffers = tuple(n for n, _ in model.named_buffers() if n.rpartition(".")[2].startswith(("running_", "num_batches")))
+        buffers = tuple(
+            n for n, _ in model.named_buffers() if n.rpartition(".")[2].startswith(("running_", "num_batches"))
+        )
         return Tuned(("",), "", tuple(n for n, _ in model.named_parameters()), buffers)
     modules = [classifier]
     last_bn = ""
@@ -79,7 +81,9 @@ def select(model: nn.Module, policy: str) -> Tuned:
         order = forward_order(model)
         norms = [name for name in order if isinstance(model.get_submodule(name), _BatchNorm)]
         if not norms:
-            raise UserError(f"policy {policy!r} tunes the last BatchNorm, and {type(model).__name__} has none. Next: tune.policy=classifier")
+            raise UserError(
+                f"policy {policy!r} tunes the last BatchNorm, and {type(model).__name__} has none. Next: tune.policy=classifier"
+            )
         last_bn = norms[-1]
         modules.insert(0, last_bn)
     if policy in ("classifier+bn+conv_head", "last_block"):
@@ -88,14 +92,14 @@ def select(model: nn.Module, policy: str) -> Tuned:
     if policy == "last_block":
         block = last_block(model)
         modules = [block, *(name for name in modules if not name.startswith(f"{block}."))]
-    parameters = [
+    trained = [
         f"{module}.{name}"
         for module in modules
         if not (module == last_bn and policy == "classifier+bn_stats")
         for name, _ in model.get_submodule(module).named_parameters()
     ]
-    buffers = [f"{last_bn}.{name}" for name, _ in model.get_submodule(last_bn).named_buffers()] if last_bn else []
-    return Tuned(tuple(modules), last_bn, tuple(dict.fromkeys(parameters)), tuple(buffers))
+    statistics = [f"{last_bn}.{name}" for name, _ in model.get_submodule(last_bn).named_buffers()] if last_bn else []
+    return Tuned(tuple(modules), last_bn, tuple(dict.fromkeys(trained)), tuple(statistics))
 
 
 def last_block(model: nn.Module) -> str:
@@ -194,8 +198,8 @@ class Moments:
         mean, square = self.sums[:-1].chunk(2)
         mean = mean / count
         variance = (square / count - mean.square()).clamp(min=0) * count / (count - 1)
-        bn.running_mean.copy_(mean)  # type: ignore[union-attr,operator]
-        bn.running_var.copy_(variance)  # type: ignore[union-attr,operator]
+        bn.running_mean.copy_(mean)  # type: ignore[operator]
+        bn.running_var.copy_(variance)  # type: ignore[operator]
 
 
 class AllReduceSum(torch.autograd.Function):
@@ -208,7 +212,7 @@ class AllReduceSum(torch.autograd.Function):
         return x
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
         grad = grad.clone()
         dist.all_reduce(grad)
         return grad

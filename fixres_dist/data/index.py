@@ -67,7 +67,9 @@ def check_folder(root: Path) -> None:
     for split in ("train", "val"):
         if split not in found:
             seen = ", ".join(found[:6]) or "no directories"
-            raise UserError(f"{root} has no {split}/ folder (found: {seen}). Point --data at the parent of train/ and val/.")
+            raise UserError(
+                f"{root} has no {split}/ folder (found: {seen}). Point --data at the parent of train/ and val/."
+            )
         classes = class_names(root / split)
         if len(classes) < 2:
             raise UserError(
@@ -163,7 +165,9 @@ def scan(folder: Path, kept: Path, progress: Progress | None) -> Index:
     if bad:
         listed = "\n  ".join(bad[:5])
         more = f"\n  and {len(bad) - 5} more" if len(bad) > 5 else ""
-        raise UserError(f"{len(bad)} of {len(paths)} files in {folder} are no readable images:\n  {listed}{more}\nMove them away.")
+        raise UserError(
+            f"{len(bad)} of {len(paths)} files in {folder} are no readable images:\n  {listed}{more}\nMove them away."
+        )
     names = [os.fsencode(path.relative_to(folder)) for path in paths]
     index = Index(
         folder,

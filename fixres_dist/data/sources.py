@@ -38,7 +38,14 @@ class Bar:
 
     def __call__(self, done: int, total: int) -> None:
         if self.bar is None:
-            self.bar = tqdm(total=total, desc=self.note, unit="img", leave=False, file=sys.stderr, disable=None if self.show else True)
+            self.bar = tqdm(
+                total=total,
+                desc=self.note,
+                unit="img",
+                leave=False,
+                file=sys.stderr,
+                disable=None if self.show else True,
+            )
         self.bar.update(done - self.bar.n)
 
     def __exit__(self, *_: object) -> None:

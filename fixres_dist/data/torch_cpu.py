@@ -75,7 +75,9 @@ class Pictures(Dataset[Batch]):
             if tuple(image.shape[1:]) != tuple(self.index.sizes[sample]):
                 was = "x".join(map(str, self.index.sizes[sample]))
                 now = "x".join(map(str, image.shape[1:]))
-                raise UserError(f"{path} was {was} pixels when it was indexed and is {now} now. Run the same command again.")
+                raise UserError(
+                    f"{path} was {was} pixels when it was indexed and is {now} now. Run the same command again."
+                )
             images[i] = picture(image, view, self.res, self.interpolation)
         labels = torch.from_numpy(self.index.labels[request.samples].astype(np.int64))
         return Batch(images, labels, torch.from_numpy(request.samples))
@@ -108,4 +110,8 @@ def worker_count(setting: int | str, local_size: int) -> int:
     """`auto`: this process's share of the CPUs the node gives it, one left for the training process where there is one."""
     if setting != "auto":
         return int(setting)
-    return max(1, len(os.sched_getaffinity(0)) // local_size - 1) if local_size > 1 else max(1, len(os.sched_getaffinity(0)))
+    return (
+        max(1, len(os.sched_getaffinity(0)) // local_size - 1)
+        if local_size > 1
+        else max(1, len(os.sched_getaffinity(0)))
+    )

@@ -1,0 +1,138 @@
+"""What a submission will do, in words and numbers, before anything starts. No torch."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from fixres_dist import config as cfg
+from fixres_dist.data import index
+from fixres_dist.errors import UserError
+from fixres_dist.recipes import Facts
+from fixres_dist.schedule import batch_per_device, stages
+
+IMAGENET = (1_281_167, 50_000, 1000)
+# An eager EfficientNet is bound by memory traffic; 55 % of the nominal bandwidth is what published A100 timings reach.
+H200_MIB_PER_S = 0.55 * 4.8e12 / 2**20
+
+
+@dataclass(frozen=True)
+class Counts:
+    train: int
+    val: int
+    classes: int
+    source: str
+
+
+def count(config: cfg.Config) -> Counts:
+    """Images and classes of the data set; ImageNet-1k's where none is given (a dry run needs no data)."""
+    root = Path(config.data.root)
+    if config.data.root == "demo":
+        from fixres_dist.data import demo
+
+        return Counts(demo.N_TRAIN, demo.N_VAL, len(demo.CLASSES), "the built-in example")
+    if not config.data.root:
+        return Counts(*IMAGENET, "ImageNet-1k assumed: no --data given")
+    files = [
+        sum(1 for name in index.class_names(root / s) for _ in index.walk(root / s / name)) for s in ("train", "val")
+    ]
+    return Counts(files[0], files[1], len(index.class_names(root / "train")), str(root))
+
+
+def check(config: cfg.Config, world_size: int, dry: bool) -> None:
+    """The mistakes that can be found before anything starts; raises UserError and writes nothing."""
+    if not config.data.root and not dry:
+        raise UserError(
+            "no data set given. Next: --data DIR (with train/ and val/), --data demo, or data.root in the profile."
+        )
+    if config.data.root not in ("", "demo"):
+        index.check_folder(Path(config.data.root))
+    batches = {
+        "tune": config.tune.global_batch,
+        **({"pretrain": config.pretrain.global_batch} if config.pretrain else {}),
+    }
+    for section, batch in batches.items():
+        if batch % world_size:
+            near = max(world_size, round(batch / world_size) * world_size)
+            raise UserError(
+                f"{section}.global_batch is {batch} and cannot be divided over {world_size} ranks. Next: {section}.global_batch={near}"
+            )
+
+
+def lines(config: cfg.Config, facts: Facts | None, counts: Counts, run_folder: Path, world_size: int) -> list[str]:
+    """The plan: at most fifteen lines."""
+    tune, res = config.tune, config.data.res
+    todo = stages(config, counts.train)
+    size = min(batch_per_device(config, res), -(-tune.global_batch // world_size))
+    rows = [
+        ("model", f"{config.model.name} = {config.model.timm_name}, weights {config.model.weights}"),
+        (
+            "data",
+            f"{counts.train:,} training and {counts.val:,} validation images, {counts.classes:,} classes ({counts.source})",
+        ),
+        (
+            "policy",
+            f"{tune.policy}, BN statistics {tune.bn_stats}, transform {config.data.train_transform}, resize {config.data.resize_rule}",
+        ),
+    ]
+    if facts:
+        classes = config.model.num_classes or counts.classes
+        total, trainable = facts.total(classes), facts.trainable(tune.policy, classes)
+        rows.append(("parameters", f"{trainable:,} trainable of {total:,} ({100 * trainable / total:.2f} %)"))
+        rows.append(
+            (
+                "resolution",
+                f"{facts.train_res} px weights, fixed at {res} px: "
+                f"{facts.multiply_adds_g * (res / facts.res) ** 2:.2f} G multiply-adds per image",
+            )
+        )
+    else:
+        rows.append(("parameters", "known once the model is built (no recipe carries its facts)"))
+        rows.append(("resolution", f"fixed at {res} px"))
+    for stage in todo:
+        peak = stage.tune.peak_learning_rate()
+        rows.append(
+            (
+                stage.name,
+                f"{stage.stop - stage.first:,} steps ({stage.tune.epochs} epochs of {stage.per_epoch:,}) at {stage.res} px, "
+                f"global batch {stage.tune.global_batch}, learning rate {peak:.3g} {stage.tune.schedule}",
+            )
+        )
+    rows.append(
+        (
+            "ranks",
+            f"{world_size} ({config.cluster.nodes} node(s) x {config.cluster.gpus_per_node}); {size} images per forward and rank",
+        )
+    )
+    if facts:
+        rows.append(
+            (
+                "memory",
+                f"about {memory_gib(config, facts, size):.1f} GiB per GPU: fp32 weights, head, largest layer in bf16 (estimate)",
+            )
+        )
+        rows.append(("time", time_text(config, facts, counts, world_size)))
+    rows.append(("run", str(run_folder)))
+    return [f"{key:<11}{text}" for key, text in rows]
+
+
+def memory_gib(config: cfg.Config, facts: Facts, batch: int) -> float:
+    scale = (config.data.res / facts.res) ** 2
+    weights = 4 * facts.parameters + 12 * facts.trainable(config.tune.policy, 1000)  # + gradient, momentum, bucket
+    return (weights + 2 * batch * facts.peak_mib * scale * 2**20) / 2**30
+
+
+def time_text(config: cfg.Config, facts: Facts, counts: Counts, world_size: int) -> str:
+    if config.pretrain or config.tune.policy in ("last_block", "all"):
+        return "not estimated for policies that train the trunk"
+    passes = config.tune.epochs * counts.train + min(config.tune.bn_stats_images, counts.train) + 2 * counts.val
+    per_second = H200_MIB_PER_S / (facts.traffic_mib * (config.data.res / facts.res) ** 2)
+    hours = passes / per_second / world_size / 3600
+    return f"about {hours:.2g} h on {world_size} H200 ({per_second:,.0f} images/s each; an estimate from memory traffic, +-40 %)"
+
+
+def shown_path(path: Path) -> str:
+    """Relative where that is shorter."""
+    relative = os.path.relpath(path)
+    return relative if len(relative) < len(str(path)) else str(path)
