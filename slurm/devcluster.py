@@ -1,0 +1,335 @@
+#!/usr/bin/env python3
+"""A real Slurm on one machine, to try the service with its preemptions on a laptop, and to test every cluster claim.
+
+    eval "$(python slurm/devcluster.py up)"      # 4 nodes with 8 pretended GPUs each; as root or as an ordinary user
+    sbatch -p high ...                           # `high` preempts `low` (the default partition) by requeue
+    python slurm/devcluster.py status            # also: kill-node n2, revive-node n2
+    python slurm/devcluster.py down              # no process and no directory is left
+
+What belongs to a cluster has SLURM_CLUSTER_NAME in its environment: Slurm sets it in jobs and `up` for the daemons, but
+a shell (editor, test run) in which SLURM_CONF was exported lacks it. So SIGKILL goes by that mark, never by the name of
+a program, and never hits the user's own processes, another dev cluster or a real Slurm.
+Measured with Slurm 22.05 (Debian 12). Standard library only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import os
+import pwd
+import random
+import re
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+PREFIX = "fixresdev"  # begins every ClusterName of ours
+NODE_SIZE = "CPUs=16 RealMemory=1000000 Gres=gpu:8"
+# An ordinary user of Debian has no sbin in PATH, yet may run the daemons.
+SEARCH_PATH = os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/local/sbin", "/usr/sbin", "/sbin"])
+PACKAGE_OF = {"munged": "munge", "slurmctld": "slurmctld", "slurmd": "slurmd", "srun": "slurm-client"}
+
+SLURM_CONF = """\
+ClusterName={name}
+SlurmctldHost={host}(127.0.0.1)
+SlurmctldPort={port}
+SlurmUser={user}
+SlurmdUser={user}
+# A requeued job is held for cred_expire + 1 s: by default 121 s, and values below 5 are ignored.
+AuthInfo=socket={dir}/munge.sock,cred_expire=5
+StateSaveLocation={dir}/state
+SlurmdSpoolDir={dir}/%n
+SlurmctldPidFile={dir}/slurmctld.pid
+SlurmdPidFile={dir}/%n.pid
+SlurmctldLogFile={dir}/slurmctld.log
+SlurmdLogFile={dir}/%n.log
+# Needs no cgroup, hence no root.
+ProctrackType=proctrack/linuxproc
+SelectType=select/cons_tres
+SelectTypeParameters=CR_CPU
+GresTypes=gpu
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+{user_signal}
+SchedulerParameters=sched_min_interval=200000,bf_interval=1,batch_sched_delay=0
+KillWait=2
+SlurmdTimeout=10
+ReturnToService=2
+# Nodes may be larger than the machine, so a memory request made for a real GPU node fits.
+SlurmdParameters=config_overrides
+MailProg=/bin/true
+{nodes}
+PartitionName=low Nodes=ALL Default=YES PriorityTier=1 GraceTime={grace_s}
+PartitionName=high Nodes=ALL PriorityTier=10 PreemptMode=OFF
+"""
+
+
+class DevClusterError(RuntimeError):
+    """Says what was seen, what is accepted and the next command."""
+
+
+def missing_packages() -> list[str]:
+    """Debian packages whose programs are not found; empty when a cluster can be started."""
+    return [package for program, package in PACKAGE_OF.items() if not shutil.which(program, path=SEARCH_PATH)]
+
+
+def require_packages(install: bool = False) -> None:
+    """Returns when all programs are there; `install` fetches the missing ones, which needs root."""
+    if not (packages := missing_packages()):
+        return
+    command = f"apt-get update -q && apt-get install -q -y --no-install-recommends {' '.join(packages)}"
+    if not (install and os.geteuid() == 0 and shutil.which("apt-get")):
+        raise DevClusterError(f"missing: {', '.join(packages)}. Next, as root: {command}  (`up --install` does it)")
+    print(f"devcluster: {command}", file=sys.stderr)
+    environment = os.environ | {"DEBIAN_FRONTEND": "noninteractive"}
+    subprocess.run(command, shell=True, env=environment, stdout=sys.stderr, check=True)
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports below 20000: no outgoing connection takes one of them, so a killed node can come back on its own port."""
+    ports: set[int] = set()
+    while len(ports) < count:
+        # Not the global generator: two test processes with one seed would pick the same ports.
+        port = random.SystemRandom().randrange(10_000, 20_000)
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("", port))
+            ports.add(port)
+    return list(ports)
+
+
+def wait_until(condition: Callable[[], bool], timeout_s: float) -> bool:
+    """Whether `condition` became true in time."""
+    deadline = time.monotonic() + timeout_s
+    while not (done := condition()) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return done
+
+
+@dataclass(frozen=True)
+class DevCluster:
+    """One cluster, wholly described by its directory: one process may `up` it, another `DevCluster.at(dir).down()`.
+
+    The directory is in /tmp whatever TMPDIR says: Unix socket paths end at 107 bytes and Slurm appends up to 35.
+    """
+
+    nodes: int = 4
+    user_signal: bool = True
+    grace_s: int = 10
+    dir: Path = field(default_factory=lambda: Path(f"/tmp/{PREFIX}-{secrets.token_hex(4)}"))
+
+    @classmethod
+    def at(cls, dir: Path) -> DevCluster:
+        """The cluster that was started in `dir`; refuses whatever is not ours, since `down` deletes and kills.
+
+        Of the options it knows only the number of nodes: the others matter to `up` alone.
+        """
+        conf = dir / "slurm.conf"
+        text = conf.read_text() if conf.is_file() else ""
+        cluster = cls(nodes=text.count("\nNodeName="), dir=dir)
+        seen = re.search(r"(?i)\bClusterName=\S+", text)
+        if not seen or seen[0] != f"ClusterName={cluster.name}":
+            raise DevClusterError(f"{conf} has {seen and seen[0]}; accepted: what devcluster.py up made ({PREFIX}_...)")
+        return cluster
+
+    @property
+    def name(self) -> str:
+        """ClusterName. Made from the directory, so unique on the host, and known even when the directory is gone."""
+        return f"{PREFIX}_{hashlib.sha256(str(self.dir).encode()).hexdigest()[:12]}"
+
+    @property
+    def env(self) -> dict[str, str]:
+        """Environment for clients. Variables of an outer Slurm job would change what srun and sbatch do: left out."""
+        outer = ("SLURM", "SBATCH", "SRUN", "SALLOC", "PMI")
+        inner = {"SLURM_CONF": str(self.dir / "slurm.conf")}
+        return {key: value for key, value in os.environ.items() if not key.startswith(outer)} | inner
+
+    def up(self) -> None:
+        """Starts everything; returns when a real srun over all nodes has worked, leaves nothing behind if none does."""
+        require_packages()
+        if self.nodes < 1 or self.grace_s < 0:
+            raise DevClusterError(f"nodes={self.nodes}, grace_s={self.grace_s}; accepted: nodes from 1, grace_s from 0")
+        if not re.fullmatch(r"/[\w./-]{1,70}", str(self.dir)):
+            raise DevClusterError(f"directory {self.dir}; accepted: absolute, up to 71 letters, digits, . _ - /")
+        if self.dir.exists():
+            raise DevClusterError(f"{self.dir} exists; accepted: a new one. Next: devcluster.py down --dir {self.dir}")
+        self.dir.mkdir(mode=0o700)  # only the user who starts it may submit, and all jobs run as that user
+        try:
+            self._write_files()
+            parts = {"key-file": "key", "socket": "sock", "pid-file": "pid", "log-file": "log", "seed-file": "seed"}
+            # --force: munged dislikes a private directory, although only its owner is to use it.
+            self._start("munged", "--force", *(f"--{key}={self.dir}/munge.{end}" for key, end in parts.items()))
+            self._start("slurmctld")
+            for node in self.node_names:
+                self._start("slurmd", "-N", node, node=node)
+            # sinfo calls a node idle before its slurmd has registered; only a step on every node is a proof.
+            probe = ["srun", "-N", str(self.nodes), "--ntasks-per-node=1", "--immediate=1", "true"]
+            if not wait_until(lambda: self._client(*probe) is not None, 30):
+                raise DevClusterError(f"no srun over {self.nodes} nodes worked in 30 s:\n{self._complaints()}")
+        except BaseException:
+            self._remove()
+            raise
+
+    def down(self) -> None:
+        """Cancels all jobs, stops the daemons, kills what ignores signals, removes the directory. May be repeated."""
+        if os.environ.get("SLURM_CLUSTER_NAME") == self.name:
+            raise DevClusterError("`down` in a job of the cluster would kill itself; accepted: a shell outside of it")
+        # A job that ignores SIGTERM outlives the daemons, so first wait for Slurm's SIGKILL, some 7 s after scancel: it
+        # follows the process tree and thus also reaches a task that has cleared its environment.
+        if self._pids() and self._client("scancel", "-u", str(self.dir.stat().st_uid)) is not None:
+            wait_until(lambda: self._client("squeue", "-h") in ("", None), 12)
+        self._remove()
+
+    def kill_node(self, node: str) -> None:
+        """A lost node: SIGKILL for its slurmd, step daemons and tasks. Slurm notices after SlurmdTimeout or more."""
+        self._check(node)
+        self._kill(node)
+
+    def revive_node(self, node: str) -> None:
+        """Starts the slurmd of a killed node and waits until Slurm uses the node again."""
+        self._check(node)
+        if not self._pids(node):
+            self._start("slurmd", "-N", node, node=node)
+        if not wait_until(lambda: self.node_states().get(node) in ("idle", "mixed", "allocated"), 30):
+            raise DevClusterError(f"{node} is not back 30 s after its start:\n{self._complaints()}")
+
+    @property
+    def node_names(self) -> list[str]:
+        return [f"n{i + 1}" for i in range(self.nodes)]
+
+    def node_states(self) -> dict[str, str]:
+        """State of each node as Slurm sees it (a trailing *: it does not answer); empty when the cluster is down."""
+        text = self._client("sinfo", "-h", "-N", "-p", "low", "-o", "%N %T") if self._pids() else None
+        return dict(line.split() for line in (text or "").splitlines())
+
+    def __enter__(self) -> DevCluster:
+        self.up()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.down()
+
+    def _write_files(self) -> None:
+        for name in ["state", "dev", *self.node_names]:
+            (self.dir / name).mkdir()
+        (self.dir / "munge.key").touch(mode=0o600)
+        (self.dir / "munge.key").write_bytes(secrets.token_bytes(1024))
+        # Slurm takes only a device for a GPU, an ordinary user cannot make one, and a link to /dev/null is accepted.
+        for i in range(8):
+            (self.dir / "dev" / f"gpu{i}").symlink_to("/dev/null")
+        (self.dir / "gres.conf").write_text(f"Name=gpu File={self.dir}/dev/gpu[0-7]\n")
+        host, ports = socket.gethostname().split(".")[0], free_ports(self.nodes + 1)
+        at = f"NodeHostname={host} NodeAddr=127.0.0.1 {NODE_SIZE}"
+        nodes = [f"NodeName={node} Port={port} {at}" for node, port in zip(self.node_names, ports[1:], strict=True)]
+        # Without the signal the whole line goes: Slurm does not parse an empty value.
+        user_signal = "SlurmctldParameters=preempt_send_user_signal" if self.user_signal else ""
+        values = vars(self) | {"name": self.name, "host": host, "port": ports[0], "user_signal": user_signal}
+        values |= {"user": pwd.getpwuid(os.geteuid()).pw_name, "nodes": "\n".join(nodes)}
+        (self.dir / "slurm.conf").write_text(SLURM_CONF.format(**values))
+
+    def _start(self, program: str, *arguments: str, node: str = "") -> None:
+        """Starts a daemon, which detaches itself; its environment is how it is found again, so no handle is kept."""
+        command = [shutil.which(program, path=SEARCH_PATH) or program, *arguments]
+        environment = self.env | {"SLURM_CLUSTER_NAME": self.name, "SLURMD_NODENAME": node}
+        with (self.dir / "start.log").open("ab") as log:
+            done = subprocess.run(command, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+        if done.returncode != 0:
+            raise DevClusterError(f"{' '.join(command)} ended with {done.returncode}:\n{self._complaints()}")
+
+    def _client(self, *command: str) -> str | None:
+        """Output of a Slurm command; None if it failed, or hung as it does without a controller."""
+        with suppress(subprocess.SubprocessError):
+            return subprocess.run(command, env=self.env, capture_output=True, text=True, timeout=10, check=True).stdout
+        return None
+
+    def _pids(self, node: str = "") -> list[int]:
+        """Daemons and job processes of the cluster, or of one node. A zombie has no environment and does not count."""
+        marks = {f"SLURM_CLUSTER_NAME={self.name}"} | ({f"SLURMD_NODENAME={node}"} if node else set())
+        found = []
+        for entry in Path("/proc").glob("[0-9]*"):
+            with suppress(OSError):  # it has ended meanwhile, or belongs to another user
+                if marks <= set((entry / "environ").read_text(errors="replace").split("\0")):
+                    found.append(int(entry.name))
+        return found
+
+    def _signal(self, number: signal.Signals, node: str = "") -> list[int]:
+        pids = self._pids(node)
+        for pid in pids:
+            with suppress(ProcessLookupError):
+                os.kill(pid, number)
+        return pids
+
+    def _kill(self, node: str = "") -> None:
+        # Again until none is found: a process may fork while the list is read.
+        if not wait_until(lambda: not self._signal(signal.SIGKILL, node), 10):
+            raise DevClusterError(f"processes {self._pids(node)} survive SIGKILL. Next: look at /proc/PID/stack")
+
+    def _remove(self) -> None:
+        self._signal(signal.SIGTERM)
+        wait_until(lambda: not self._pids(), 3)
+        self._kill()
+        if self.dir.exists():
+            shutil.rmtree(self.dir)
+
+    def _check(self, node: str) -> None:
+        if node not in self.node_names:
+            raise DevClusterError(f"no node {node}; accepted: {', '.join(self.node_names)}")
+
+    def _complaints(self) -> str:
+        """What the daemons complained of last: a failing `up` removes the logs, so its message must hold it."""
+        lines = [f"  {log.name}: {line}" for log in self.dir.glob("*.log") for line in log.read_text().splitlines()]
+        return "\n".join([line for line in lines if re.search(r"(?i)error|fatal", line) and "pmix" not in line][-20:])
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="A real Slurm on one machine, for trials and tests.")
+    parser.add_argument("command", choices=["up", "down", "status", "kill-node", "revive-node"])
+    parser.add_argument("node", nargs="?", default="", help="for kill-node and revive-node, such as n2")
+    parser.add_argument("--dir", type=os.path.abspath, help="default: `up` makes one, the others use SLURM_CONF")
+    parser.add_argument("--nodes", type=int, default=4, help="up: how many, with 8 pretended GPUs each")
+    parser.add_argument("--grace-s", type=int, default=10, help="up: GraceTime of `low`; Slurm acts up to 30 s later")
+    parser.add_argument("--no-user-signal", action="store_true", help="up: no SIGUSR2 to preempted jobs, only SIGTERM")
+    parser.add_argument("--install", action="store_true", help="up: first install missing Debian packages, as root")
+    args = parser.parse_args()
+    chosen = [Path(args.dir)] if args.dir else []
+    if args.command == "up":
+        require_packages(args.install)
+        cluster = DevCluster(args.nodes, not args.no_user_signal, args.grace_s, *chosen)
+        cluster.up()
+        print(f"devcluster: {args.nodes} nodes are up. Next: sbatch; `down --dir {cluster.dir}`", file=sys.stderr)
+        print(f"export SLURM_CONF={cluster.dir}/slurm.conf")
+        return 0
+    if not chosen and not os.environ.get("SLURM_CONF"):
+        known = " ".join(str(path) for path in Path("/tmp").glob(f"{PREFIX}-*")) or "none"
+        raise DevClusterError(f"neither --dir nor SLURM_CONF is given; accepted: a dev cluster, in /tmp: {known}")
+    directory = chosen[0] if chosen else Path(os.environ["SLURM_CONF"]).parent
+    cluster = DevCluster.at(directory) if directory.exists() else DevCluster(dir=directory)
+    if args.command == "down":
+        cluster.down()
+        print(f"devcluster: nothing is left of {directory}. Next: unset SLURM_CONF", file=sys.stderr)
+    elif args.command == "kill-node":
+        cluster.kill_node(args.node)
+    elif args.command == "revive-node":
+        cluster.revive_node(args.node)
+    else:
+        states = cluster.node_states()
+        nodes = " ".join(f"{node}={state}" for node, state in states.items())
+        print(f"up: {nodes} SLURM_CONF={directory}/slurm.conf" if states else f"down: {directory}")
+        return 0 if states else 1
+    return 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except (DevClusterError, OSError, subprocess.CalledProcessError) as error:
+        print(f"devcluster: {error}", file=sys.stderr)
+        sys.exit(2)
