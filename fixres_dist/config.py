@@ -243,7 +243,7 @@ def names(cls: type) -> list[str]:
 
 
 def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """Two-level mappings, `over` winning key by key; a section set to None is removed."""
+    """Two-level mappings, `over` winning key by key; a section set to None goes."""
     merged = {key: dict(value) if isinstance(value, Mapping) else value for key, value in base.items()}
     for section, values in over.items():
         if isinstance(values, Mapping) and isinstance(merged.get(section), Mapping):
@@ -253,11 +253,14 @@ def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def overrides(items: list[str]) -> dict[str, dict[str, Any]]:
-    """`["tune.epochs=3"]` as a two-level mapping; keys are checked by `parse`."""
-    result: dict[str, dict[str, Any]] = {}
+def overrides(items: list[str]) -> dict[str, dict[str, Any] | None]:
+    """`["tune.epochs=3"]` as a two-level mapping; keys are checked by `parse`. `pretrain=none` drops stage one."""
+    result: dict[str, Any] = {}
     for item in items:
         path, equals, value = item.partition("=")
+        if item == "pretrain=none":
+            result["pretrain"] = None
+            continue
         section, dot, key = path.partition(".")
         if not (equals and dot and key):
             raise UserError(f"cannot read {item!r}; accepted: section.key=value, such as tune.epochs=3.")

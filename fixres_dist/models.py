@@ -96,15 +96,15 @@ def read_state(path: Path) -> dict[str, torch.Tensor]:
 
 def fill(model: nn.Module, state: dict[str, torch.Tensor], origin: str, new_classifier: bool = False) -> None:
     """Load `state` when it covers every tensor of `model` with its shape; otherwise refuse and list what differs."""
-    own = {name: value.shape for name, value in model.state_dict().items() if not name.endswith("num_batches_tracked")}
-    state = {name: value for name, value in state.items() if not name.endswith("num_batches_tracked")}
+    optional = "num_batches_tracked"  # counts nobody reads; some converters leave them out
+    own = {name: value.shape for name, value in model.state_dict().items() if not name.endswith(optional)}
     wrong = [
         f"{n} is {list(state[n].shape)}, the model wants {list(s)}"
         for n, s in own.items()
         if n in state and state[n].shape != s
     ]
     missing = [f"{n} is missing" for n in own if n not in state]
-    extra = [f"{n} is not in the model" for n in state if n not in own]
+    extra = [f"{n} is not in the model" for n in state if n not in own and not n.endswith(optional)]
     names = classifier_tensors(model)
     mismatched = {text.split(" ")[0] for text in wrong}
     if mismatched and mismatched <= names and not missing and not extra:

@@ -1,0 +1,30 @@
+# The README's two commands: `make demo` and `make test`. Both set up a virtual environment first.
+VENV ?= .venv
+PYTHON ?= python3
+PY = $(VENV)/bin/python
+SIZES = 96,128,160,192,224,256
+
+.PHONY: setup demo test check clean
+setup: $(VENV)/ready
+
+$(VENV)/ready: setup.cfg
+	$(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet --disable-pip-version-check -e .[dev]
+	touch $@
+
+demo: setup
+	$(PY) launch/submit.py --data demo --name demo --cluster local --gpus-per-node 1
+	$(PY) launch/submit.py --data demo --name demo-control --cluster local --gpus-per-node 1 \
+		--weights runs/demo/pretrained.safetensors --res 128 pretrain=none
+	$(PY) -m fixres_dist sweep --run runs/demo --also control=runs/demo-control --res $(SIZES)
+
+check: setup
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+test: setup check
+	$(PY) -m pytest
+
+clean:
+	rm -rf $(VENV) runs build *.egg-info

@@ -1,0 +1,183 @@
+"""The exact tensors that train and that change, per policy, and the cut between trunk and head."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from fixres_dist import models, tuning
+from fixres_dist.errors import UserError
+
+BN_BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
+EFFICIENTNET = {
+    "classifier": (["classifier"], [], None),
+    "classifier+bn_stats": (["classifier"], [], "bn2"),
+    "classifier+bn": (["classifier", "bn2"], [], "bn2"),
+    "classifier+bn+conv_head": (["classifier", "bn2", "conv_head"], [], "bn2"),
+    "last_block": (["classifier", "bn2", "conv_head"], ["blocks.4.0."], "bn2"),
+}
+RESNET = {
+    "classifier": (["fc"], [], None),
+    "classifier+bn_stats": (["fc"], [], "layer4.1.bn2"),
+    "classifier+bn": (["fc", "layer4.1.bn2"], [], "layer4.1.bn2"),
+    "classifier+bn+conv_head": (["fc", "layer4.1.bn2", "layer4.1.conv2"], [], "layer4.1.bn2"),
+    "last_block": (["fc"], ["layer4.1."], "layer4.1.bn2"),
+}
+CASES = [(name, policy, *row) for name, table in (("test_efficientnet", EFFICIENTNET), ("resnet18", RESNET)) for policy, row in table.items()]
+
+
+def parameters_below(model: nn.Module, modules: list[str], prefixes: list[str]) -> set[str]:
+    return {
+        name
+        for name, _ in model.named_parameters()
+        if name.rpartition(".")[0] in modules or name.startswith(tuple(prefixes))
+    }
+
+
+def one_step(parts: tuning.Split, bn_stats: str) -> None:
+    """One SGD step on noise, the statistics measured on it first where they are to be exact."""
+    torch.manual_seed(1)
+    images, labels = torch.randn(6, 3, 64, 64) * 2 + 0.5, torch.arange(6) % 5
+    tuning.set_modes(parts, bn_stats)
+    inputs = (images,)
+    if parts.trunk is not None:
+        with torch.no_grad():
+            inputs = parts.trunk(images)
+    if parts.tuned.last_bn and bn_stats == "exact":
+        bn = parts.model.get_submodule(parts.tuned.last_bn)
+        moments = tuning.Moments(bn.num_features)
+        hook = bn.register_forward_pre_hook(lambda _, x: moments.add(x[0]))
+        with torch.no_grad():
+            parts.head(*inputs)
+        hook.remove()
+        moments.set(bn)
+    optimizer = torch.optim.SGD([p for p in parts.model.parameters() if p.requires_grad], lr=0.1)
+    F.cross_entropy(parts.head(*inputs), labels).backward()
+    optimizer.step()
+
+
+@pytest.mark.parametrize("bn_stats", ["exact", "ema"])
+@pytest.mark.parametrize(("name", "policy", "modules", "prefixes", "last_bn"), CASES)
+def test_exactly_the_tuned_tensors_train_and_change(
+    name: str, policy: str, modules: list[str], prefixes: list[str], last_bn: str | None, bn_stats: str
+) -> None:
+    model = models.build(name, 5)
+    for p in model.parameters():  # affine weights away from 1 and 0, so that a change shows
+        p.data += 0.01
+    before = copy.deepcopy(model.state_dict())
+    parts = tuning.split(model, policy)
+    expected = parameters_below(model, modules, prefixes)
+    assert {n for n, p in model.named_parameters() if p.requires_grad} == expected
+    assert set(parts.tuned.parameters) == expected
+    one_step(parts, bn_stats)
+    changed = {n for n, value in model.state_dict().items() if not torch.equal(value, before[n])}
+    statistics = {f"{last_bn}.{b}" for b in BN_BUFFERS} if last_bn else set()
+    if bn_stats == "exact":
+        statistics.discard(f"{last_bn}.num_batches_tracked")
+    assert changed == expected | statistics
+    assert changed <= set(parts.tuned.tensors)
+
+
+@pytest.mark.parametrize("name", ["test_efficientnet", "resnet18"])
+def test_policy_all_trains_and_changes_everything(name: str) -> None:
+    model = models.build(name, 5)
+    for p in model.parameters():  # ResNets start the last BN of a block at zero, which stops the gradient before it
+        p.data += 0.01
+    before = copy.deepcopy(model.state_dict())
+    parts = tuning.split(model, "all")
+    assert parts.trunk is None
+    one_step(parts, "ema")
+    assert all(p.requires_grad for p in model.parameters())
+    assert {n for n, v in model.state_dict().items() if not torch.equal(v, before[n])} == set(before)
+
+
+@pytest.mark.parametrize("policy", list(EFFICIENTNET))
+@pytest.mark.parametrize("name", ["test_efficientnet", "resnet18", "tf_efficientnet_b0"])
+def test_trunk_and_head_are_the_model(name: str, policy: str) -> None:
+    model = models.build(name, 7)
+    images = torch.randn(2, 3, 96, 64)
+    expected = model(images).detach()
+    parts = tuning.split(model, policy)
+    assert parts.trunk is not None
+    features = parts.trunk(images)
+    assert torch.equal(parts.head(*features), expected)
+    below_head = {id(p) for p in parts.head.parameters()}
+    assert {id(p) for p in model.parameters() if p.requires_grad} <= below_head
+    assert parts.head(*parts.trunk(images[:0])).shape == (0, 7), "a rank without a sample still takes part in a step"
+
+
+def test_setting_requires_grad_on_a_module_is_a_silent_no_op() -> None:
+    """What the original code does with conv_head; the reason why tuning sets it on parameters."""
+    model = models.build("test_efficientnet", 5)
+    for p in model.parameters():
+        p.requires_grad_(False)
+    model.conv_head.requires_grad = True
+    assert not any(p.requires_grad for p in model.parameters())
+
+
+def test_modes_after_an_evaluation() -> None:
+    parts = tuning.split(models.build("test_efficientnet", 5), "classifier+bn")
+    parts.model.train()
+    tuning.set_modes(parts, "ema")
+    training = [n for n, m in parts.model.named_modules() if m.training and isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    assert training == ["bn2"]
+    tuning.set_modes(parts, "exact")
+    assert not any(m.training for m in parts.model.modules())
+
+
+def test_moments_are_those_of_the_whole_input() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(12, 4, 5, 5) * 3 + 100
+    moments, other = tuning.Moments(4), tuning.Moments(4)
+    moments.add(x[:5])
+    other.add(x[5:])
+    moments.sums += other.sums  # what the all-reduce does
+    bn = nn.BatchNorm2d(4)
+    moments.set(bn)
+    torch.testing.assert_close(bn.running_mean, x.mean((0, 2, 3)))
+    torch.testing.assert_close(bn.running_var, x.transpose(0, 1).flatten(1).var(1))
+
+
+def test_statistics_over_ranks_equal_ordinary_batch_norm(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With one rank the sum over ranks is the identity: values, gradients and running statistics must be torch's."""
+    monkeypatch.setattr(tuning.dist, "all_reduce", lambda x: x)
+    torch.manual_seed(0)
+    models_ = [models.build("test_efficientnet", 5) for _ in range(2)]
+    models_[1].load_state_dict(models_[0].state_dict())
+    images, losses = torch.randn(6, 3, 64, 64), []
+    for k, model in enumerate(models_):
+        parts = tuning.split(model, "all")
+        tuning.set_modes(parts, "ema")
+        if k:
+            tuning.share_batch_statistics(parts)
+        loss = parts.head(images).square().mean()
+        loss.backward()
+        losses.append(loss)
+    torch.testing.assert_close(losses[1], losses[0])
+    for (name, a), (_, b) in zip(models_[0].named_parameters(), models_[1].named_parameters(), strict=True):
+        torch.testing.assert_close(b.grad, a.grad, rtol=2e-3, atol=2e-5, msg=name)
+    for name, value in models_[0].state_dict().items():
+        torch.testing.assert_close(models_[1].state_dict()[name], value, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_digest_sees_one_changed_frozen_element_and_no_tuned_one() -> None:
+    model = models.build("test_efficientnet", 5)
+    parts = tuning.split(model, "classifier+bn")
+    first = tuning.frozen_digest(parts)
+    with torch.no_grad():
+        model.classifier.weight += 1
+    assert tuning.frozen_digest(parts) == first
+    with torch.no_grad():
+        model.conv_stem.weight[0, 0, 0, 0] += 1e-6
+    assert tuning.frozen_digest(parts) != first
+
+
+def test_a_model_without_batch_norm_is_refused_with_the_way_out() -> None:
+    model = models.build("convnext_atto", 5)
+    with pytest.raises(UserError, match=r"has none. Next: tune.policy=classifier"):
+        tuning.split(model, "classifier+bn")
+    assert tuning.split(model, "classifier").tuned.modules == ("head.fc",)
