@@ -83,7 +83,8 @@ def row(run: RunDir, queue: dict[str, slurm.Queued] | None) -> Row:
     elif job and queue is not None and word in UNFINISHED:
         if job in queue:
             reason = "; ".join(filter(None, (reason, slurm.in_words(queue[job]))))
-            word = "running" if word == "requeued" and queue[job].state == "RUNNING" and run.is_locked() else word
+            if word in ("pending", "requeued") and queue[job].state == "RUNNING":
+                reason = "; ".join(filter(None, (reason, f"starting on {queue[job].nodes}")))
         elif time.time() - state.get("updated", 0.0) > GRACE_S or not run.is_locked():
             was, word = word, "failed"
             reason = f"{was}, but job {job} has left the queue. Next: python launch/resume.py {run.name}"
