@@ -33,7 +33,12 @@ assert not loaded, loaded
 
 @pytest.mark.parametrize(
     "arguments",
-    [["--help"], ["--list"], ["--model", "l2", "--res", "600", "--nodes", "4", "--dry-run"], ["--model", "resnet50", "--res", "288", "--dry-run"]],
+    [
+        ["--help"],
+        ["--list"],
+        ["--model", "l2", "--res", "600", "--nodes", "4", "--dry-run"],
+        ["--model", "resnet50", "--res", "288", "--dry-run"],
+    ],
     ids=["help", "list", "plan", "plan of a timm model"],
 )
 def test_login_node_commands_import_no_torch(arguments: list[str]) -> None:
@@ -48,7 +53,12 @@ def test_the_cards_command_prints_plan_and_sbatch_text(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     plan, _, sbatch = done.stdout.partition("# what sbatch would get\n")
     assert len(plan.strip().splitlines()) <= 15
-    for text in ("tf_efficientnet_l2.ns_jft_in1k_475", "5,516,008 trainable of 480,309,308", "3,337 steps", "32 (4 node(s) x 8)"):
+    for text in (
+        "tf_efficientnet_l2.ns_jft_in1k_475",
+        "5,516,008 trainable of 480,309,308",
+        "3,337 steps",
+        "32 (4 node(s) x 8)",
+    ):
         assert text in plan
     for line in ("#SBATCH --nodes=4", "#SBATCH --ntasks-per-node=8", "#SBATCH --requeue", "#SBATCH --signal=USR2@120"):
         assert line in sbatch.splitlines()
@@ -63,7 +73,13 @@ def test_sbatch_text_is_the_recorded_one() -> None:
         cfg.Config,
         cfg.overrides(
             [
-                *("model.name=b0", "cluster.nodes=1-4", "cluster.partition=gpu", "cluster.account=vision", "cluster.qos=high"),
+                *(
+                    "model.name=b0",
+                    "cluster.nodes=1-4",
+                    "cluster.partition=gpu",
+                    "cluster.account=vision",
+                    "cluster.qos=high",
+                ),
                 *("cluster.mem=480G", "cluster.time=1-12:00:00", "cluster.exclude=n7", "cluster.constraint=h200"),
                 *("cluster.env={NCCL_SOCKET_IFNAME: ib0}", "cluster.setup=[module load cuda]"),
                 "cluster.srun_args=[--container-image=fixres.sqsh]",
@@ -78,7 +94,14 @@ def test_sbatch_text_is_the_recorded_one() -> None:
 
 
 def test_slurm_times() -> None:
-    assert [cluster.minutes(t) for t in ("90", "1:30", "24:00:00", "2-0", "1-12:30", "0:0:30")] == [90, 2, 1440, 2880, 2190, 1]
+    assert [cluster.minutes(t) for t in ("90", "1:30", "24:00:00", "2-0", "1-12:30", "0:0:30")] == [
+        90,
+        2,
+        1440,
+        2880,
+        2190,
+        1,
+    ]
     with pytest.raises(UserError, match="cluster.time is 'soon'"):
         cluster.minutes("soon")
 
@@ -126,7 +149,12 @@ def test_what_is_no_data_set_is_refused_before_submission(tmp_path: Path, photos
         for name in ("birch", "cedar"):
             shutil.rmtree(data / "train" / name)
     text = refuse(tmp_path, "--model", "b0", "--res", "64", "--weights", "none", "--data", data)
-    expected = {"no train": "no train/ folder", "no val": "no val/ folder", "empty class": "holds no image", "one class": "has 1 class"}
+    expected = {
+        "no train": "no train/ folder",
+        "no val": "no val/ folder",
+        "empty class": "holds no image",
+        "one class": "has 1 class",
+    }
     assert expected[damage] in text
 
 
@@ -160,8 +188,22 @@ def test_a_run_directory_of_another_configuration_is_refused(tmp_path: Path, pho
 
 def test_offline_weights_name_the_command_that_fetches_them(tmp_path: Path, photos: Path) -> None:
     env = {**environment(), "HF_HOME": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
-    arguments = command("submit", "--runs-dir", tmp_path / "runs", "--model", "b0", "--res", "64", "--data", photos, "--cluster", "inline")
-    done = subprocess.run([*arguments, "pretrain.epochs=1"], capture_output=True, text=True, env=env, cwd=ROOT, check=False)
+    arguments = command(
+        "submit",
+        "--runs-dir",
+        tmp_path / "runs",
+        "--model",
+        "b0",
+        "--res",
+        "64",
+        "--data",
+        photos,
+        "--cluster",
+        "inline",
+    )
+    done = subprocess.run(
+        [*arguments, "pretrain.epochs=1"], capture_output=True, text=True, env=env, cwd=ROOT, check=False
+    )
     assert done.returncode == 2, done.stderr
     assert "python -m fixres_dist fetch --model tf_efficientnet_b0.ns_jft_in1k" in done.stdout
     failed = (tmp_path / "runs" / "b0-64" / "FAILED").read_text()

@@ -21,7 +21,9 @@ PICTURES = plan.Pictures("test", 64, resize_of("fixefficientnet", 64, 0.875, "bi
 def batches(requests: Iterator[plan.Request], labels: np.ndarray) -> Iterator[Batch]:
     for request in requests:
         n = len(request.samples)
-        yield Batch(torch.zeros(n, 3, 2, 2), torch.from_numpy(labels[request.samples]), torch.from_numpy(request.samples))
+        yield Batch(
+            torch.zeros(n, 3, 2, 2), torch.from_numpy(labels[request.samples]), torch.from_numpy(request.samples)
+        )
 
 
 def made(n: int) -> index.Index:
@@ -33,7 +35,10 @@ def test_counts_against_a_table() -> None:
     scores = torch.tensor([[9.0, 0, 0, 0, 0, 0, 0], [0, 1, 2, 3, 4, 5, 6], [6, 5, 4, 3, 2, 1, 0]])
     labels = np.array([0, 2, 6])
     found = evaluate.predict(
-        lambda batch: scores[batch.samples], made(3), batches(plan.every_sample(made(3), PICTURES, 2, 0, 1), labels), ALONE
+        lambda batch: scores[batch.samples],
+        made(3),
+        batches(plan.every_sample(made(3), PICTURES, 2, 0, 1), labels),
+        ALONE,
     )
     assert found.predicted.tolist() == [0, 6, 0]
     assert found.correct1.tolist() == [True, False, False]
@@ -50,7 +55,12 @@ def test_counts_against_a_table() -> None:
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 7])
 def test_ranks_share_101_files_without_padding(world_size: int) -> None:
-    found = [s for rank in range(world_size) for r in plan.every_sample(made(101), PICTURES, 8, rank, world_size) for s in r.samples]
+    found = [
+        s
+        for rank in range(world_size)
+        for r in plan.every_sample(made(101), PICTURES, 8, rank, world_size)
+        for s in r.samples
+    ]
     assert sorted(found) == list(range(101))
 
 
@@ -61,7 +71,9 @@ def test_a_missed_or_repeated_image_is_an_error() -> None:
 
     for requests in (twice(), iter(list(plan.every_sample(made(4), PICTURES, 2, 0, 1))[:1])):
         with pytest.raises(RuntimeError, match="each should be seen once"):
-            evaluate.predict(lambda b: torch.zeros(len(b.samples), 3), made(4), batches(requests, np.zeros(4, np.int64)), ALONE)
+            evaluate.predict(
+                lambda b: torch.zeros(len(b.samples), 3), made(4), batches(requests, np.zeros(4, np.int64)), ALONE
+            )
 
 
 def test_paired_interval() -> None:

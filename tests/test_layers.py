@@ -28,7 +28,14 @@ LAYERS = [
     "__main__",
 ]
 NO_TORCH = LAYERS[: LAYERS.index("planning preempt") + 1]
-ONE_HOME = {"submitit": "cluster", "tensorboard": "tracking", "matplotlib": "report", "nvidia": "data.dali", "apex": "precision", "onnx": "export"}
+ONE_HOME = {
+    "submitit": "cluster",
+    "tensorboard": "tracking",
+    "matplotlib": "report",
+    "nvidia": "data.dali",
+    "apex": "precision",
+    "onnx": "export",
+}
 
 
 def imports(file: Path, top_level: bool) -> Iterator[str]:
@@ -74,7 +81,9 @@ def test_heavy_libraries_have_one_home() -> None:
 def test_light_layers_import_no_torch() -> None:
     for module, file in modules().items():
         if any(module in line.split() for line in NO_TORCH):
-            assert not any(name.split(".")[0] in ("torch", "timm", "torchvision") for name in imports(file, top_level=False)), module
+            assert not any(
+                name.split(".")[0] in ("torch", "timm", "torchvision") for name in imports(file, top_level=False)
+            ), module
 
 
 def test_our_code_reads_no_pickle() -> None:

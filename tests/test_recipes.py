@@ -44,7 +44,9 @@ def test_facts_in_the_recipes_are_what_the_script_measures(name: str, weights: s
     assert text == writer().recipe(recipes.published()[name, weights])
 
 
-@pytest.mark.parametrize("policy", ["classifier", "classifier+bn_stats", "classifier+bn", "classifier+bn+conv_head", "last_block", "all"])
+@pytest.mark.parametrize(
+    "policy", ["classifier", "classifier+bn_stats", "classifier+bn", "classifier+bn+conv_head", "last_block", "all"]
+)
 def test_planned_parameter_counts_are_the_models(policy: str) -> None:
     facts = recipes.find("b0").facts
     assert facts is not None
@@ -73,11 +75,18 @@ def test_names_resolve() -> None:
     assert recipes.find("b0", "none").values["model"]["weights"] == "none"
     assert recipes.find("resnet50.a1_in1k").values["data"]["resize_rule"] == "timm"
     assert recipes.find("tf_efficientnet_b3.ap_in1k").values["data"]["resize_rule"] == "fixefficientnet"
-    for arguments, words in ((("b9", ""), "'b8'"), (("resnet50", "ns"), "pretrained, none"), (("b8", "ns"), "ap, none")):
+    for arguments, words in (
+        (("b9", ""), "'b8'"),
+        (("resnet50", "ns"), "pretrained, none"),
+        (("b8", "ns"), "ap, none"),
+    ):
         with pytest.raises(UserError, match=words):
             recipes.find(*arguments)
 
 
 def test_the_same_command_names_the_same_run() -> None:
-    names = [recipes.run_name(*a) for a in (("l2", 600, "ns"), ("b0", 320, "ap"), ("b0", 320, str(Path("x/mine.pth"))), ("demo", 160, "none"))]
+    names = [
+        recipes.run_name(*a)
+        for a in (("l2", 600, "ns"), ("b0", 320, "ap"), ("b0", 320, str(Path("x/mine.pth"))), ("demo", 160, "none"))
+    ]
     assert names == ["l2-600", "b0-320-ap", "b0-320-mine", "demo"]

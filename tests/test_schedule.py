@@ -22,7 +22,9 @@ def test_step_schedule_is_the_originals() -> None:
 
 
 def test_cosine_with_warm_up() -> None:
-    config = configured("tune.epochs=10", "tune.schedule=cosine", "tune.warmup_epochs=2", "tune.lr_rule=none", "tune.base_lr=1")
+    config = configured(
+        "tune.epochs=10", "tune.schedule=cosine", "tune.warmup_epochs=2", "tune.lr_rule=none", "tune.base_lr=1"
+    )
     (stage,) = stages(config, 384 * 5)
     rates = [stage.learning_rate(step) for step in range(stage.stop)]
     assert rates[:10] == pytest.approx([(k + 1) / 10 for k in range(10)])
@@ -32,7 +34,9 @@ def test_cosine_with_warm_up() -> None:
 
 
 def test_steps_and_images_add_up_over_both_stages() -> None:
-    config = configured("pretrain.epochs=3", "pretrain.global_batch=10", "tune.epochs=2", "tune.global_batch=16", "run.seed=4")
+    config = configured(
+        "pretrain.epochs=3", "pretrain.global_batch=10", "tune.epochs=2", "tune.global_batch=16", "run.seed=4"
+    )
     first, second = stages(config, 25)
     assert (first.first, first.stop, second.first, second.stop) == (0, 9, 9, 13)
     assert [first.batch_size(s) for s in range(4)] == [10, 10, 5, 10]
