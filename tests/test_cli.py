@@ -102,7 +102,7 @@ def test_slurm_times() -> None:
         2190,
         1,
     ]
-    with pytest.raises(UserError, match="cluster.time is 'soon'"):
+    with pytest.raises(UserError, match="soon"):
         cluster.minutes("soon")
 
 
