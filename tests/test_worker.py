@@ -147,6 +147,13 @@ def test_an_unfinished_checkpoint_is_invisible(tmp_path: Path) -> None:
     assert [p.name[-1] for p in checkpoint.complete(tmp_path)] == ["1", "3", "4"]
 
 
+def test_a_relative_runs_directory(tmp_path: Path, photos: Path) -> None:
+    arguments = tiny(Path("some/runs"), "relative", photos, 1, "tune.epochs=0", "tune.bn_stats_images=3")
+    done = run(*arguments, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (tmp_path / "some" / "runs" / "relative" / "DONE").exists()
+
+
 def test_one_run_is_worked_on_once(tmp_path: Path) -> None:
     here = rundir.RunDir(tmp_path)
     assert not here.is_locked()
