@@ -39,8 +39,8 @@ def resume(run: rundir.RunDir, args: argparse.Namespace) -> int:
     config = cfg.parse(cfg.Config, values)
     submitted = [e for e in rundir.read_lines(run.root / "events.jsonl") if e["event"] == "submitted"]
     kind = args.cluster or (submitted[-1]["cluster"] if submitted else cluster.default_cluster())
-    if kind == "slurm":
-        cluster.ask_slurm(cluster.sbatch_text(config, run))
+    if kind == "slurm" and not cluster.ask_slurm(cluster.sbatch_text(config, run)):
+        raise UserError("Slurm does not answer here. Next: a login node of the cluster, or --cluster local.")
     with run.lock(".submit.lock", wait_s=60):
         if submit.told_already(run, kind):
             return EXIT_DONE

@@ -185,6 +185,8 @@ def submit(args: argparse.Namespace) -> int:
         least, most = target.config.cluster.node_range()
         planning.check(target.config, target.world_size if least == most else 1, dry=args.dry_run)
         rundir.check(target.run.root, target.config)
+        if not (args.dry_run or target.run.done.exists() or target.run.is_locked()):
+            check_weights(target.config)
     text = cluster.sbatch_text(todo[0].config, *(t.run for t in todo), at_once=args.at_once) if not args.prepare else ""
     if args.dry_run:
         print("\n".join(todo[0].plan()))
@@ -193,8 +195,10 @@ def submit(args: argparse.Namespace) -> int:
         said = cluster.ask_slurm(text) if cluster.default_cluster() == "slurm" else ""
         print(f"\n# Slurm says: {said or 'nothing here (sbatch --test-only got no answer)'}")
         return EXIT_DONE
-    if kind == "slurm" and not args.prepare:
-        cluster.ask_slurm(text)
+    if kind == "slurm" and not args.prepare and not cluster.ask_slurm(text):
+        raise UserError(
+            "Slurm does not answer here (sbatch --test-only). Next: a login node of the cluster, or --cluster local."
+        )
     with contextlib.ExitStack() as stack:
         for target in todo:  # two submissions of one run at once: the second waits here, then finds the first one's job
             target.run.root.mkdir(parents=True, exist_ok=True)
@@ -204,7 +208,6 @@ def submit(args: argparse.Namespace) -> int:
             return EXIT_DONE
         command = ["python", "launch/submit.py", *map(shlex.quote, sys.argv[1:])]
         for target in todo:
-            check_weights(target.config)
             rundir.prepare(target.run.root, target.config, command)
         print("\n".join(todo[0].plan()), flush=True)
         if args.prepare:

@@ -109,25 +109,10 @@ class Service:
         return (sorted((self.runs / name / "checkpoints").glob("step_*"))[-1] / "head.safetensors").read_bytes()
 
 
-def write_data(root: Path) -> None:
-    """48 training and 12 validation JPEG files of three classes: a coloured square on noise."""
-    import numpy as np
-    from PIL import Image
-
-    draw = np.random.Generator(np.random.Philox(7))
-    for split, count in (("train", 16), ("val", 4)):
-        for kind in range(3):
-            folder = root / split / f"class_{kind}"
-            folder.mkdir(parents=True)
-            for i in range(count):
-                pixels = draw.integers(0, 120, (72, 80, 3), dtype=np.uint8)
-                x, y = draw.integers(0, 40, 2)
-                pixels[y : y + 30, x : x + 30, kind] = 230
-                Image.fromarray(pixels).save(folder / f"{i}.jpg", quality=90)
-
-
 def service(folder: Path, cluster: slurm_here.DevCluster) -> Service:
-    write_data(folder / "data")
+    from conftest import write_photos  # which imports the fixtures of this module
+
+    write_photos(folder / "data", 16, 4)
     return Service(cluster, folder)
 
 
