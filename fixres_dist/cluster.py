@@ -181,9 +181,7 @@ def ask_slurm(text: str) -> str:
     said = answer.stderr.strip().replace("sbatch: ", "").replace("error: ", "")
     if answer.returncode == 0:
         return said.splitlines()[-1]
-    if any(word in said for word in ("Unable to contact", "configuration", "Connection refused", "timed out")) and (
-        "allocation failure" not in said
-    ):
+    if any(word in said for word in ("Unable to contact", "configuration source", "configuration file", "timed out")):
         return ""
     raise UserError(slurm.refusal(said))
 

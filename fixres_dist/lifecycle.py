@@ -7,6 +7,8 @@ same signals as a preempted one and must stay cancelled. Plain Python: it runs o
 
 from __future__ import annotations
 
+import contextlib
+import re
 import signal
 import sys
 import time
@@ -24,7 +26,8 @@ def begin(run: RunDir, world_size: int, nodes: Sequence[str]) -> None:
         count(run, "failure")
         run.event("lost", reason="the start before ended without a word: it was killed, or its node was lost")
     run.failed.unlink(missing_ok=True)
-    (run.root / "REQUEUE").unlink(missing_ok=True)
+    for left in ("REQUEUE", "BROKEN"):
+        (run.root / left).unlink(missing_ok=True)
     job = slurm.own_job()
     run.event("started", world_size=world_size, nodes=list(nodes), job_id=job, step=run.saved_step())
     known = {"job_id": job} if job else {}
@@ -43,6 +46,16 @@ def stopped(run: RunDir, number: int, step: int, signal_delay_s: float) -> str:
     why = slurm.stop(shown, slurm.restart_count(), signal_delay_s, time.time()) if shown else slurm.Stop("cancelled")
     run.event("stop requested", signal=name, step=step, reason=why.reason)
     return settle(run, job or "", why, f"{name} at step {step}")
+
+
+def broke(run: RunDir, why: str, next_command: str) -> None:
+    """Any rank, with an error that a retry may mend. In a job the batch script judges it; the first rank's word is kept,
+    since the others break because of it."""
+    if slurm.own_job() is None:
+        run.fail(why, next_command)
+        return
+    with contextlib.suppress(FileExistsError), open(run.root / "BROKEN", "x") as file:
+        file.write(why)
 
 
 def ask(run: RunDir, what: str) -> None:
@@ -87,7 +100,7 @@ def ended(run: RunDir, code: int) -> None:
     if settled and (why.by_slurm or why.reason == "cancelled"):
         return  # rank 0 has settled it and was killed while leaving
     if why.by_slurm or why.reason in ("preempted", "cancelled") or told or shown.get("JobState") not in slurm.ALIVE:
-        settle(run, job, why, told or f"srun ended with {meaning(code)}")
+        settle(run, job, why, told or f"srun ended with {code}")
         return
     failed(run, job, code, config.cluster.max_restarts)
 
@@ -95,8 +108,9 @@ def ended(run: RunDir, code: int) -> None:
 def failed(run: RunDir, job: str, code: int, max_restarts: int) -> None:
     """Retry from the last checkpoint where that can help: progress since the failure before, and restarts left."""
     state, step = run.state(), run.saved_step()
-    said = run.failed.read_text().splitlines()[0] if run.failed.exists() else ""
-    why = "; ".join(filter(None, (f"srun ended with {meaning(code)}", said)))
+    broken = run.root / "BROKEN"
+    said = broken.read_text().partition("\n")[0] if broken.exists() else ""
+    why = "; ".join(filter(None, (culprit(run, job) or f"srun ended with {code}", said)))
     if state.get("final"):
         return  # the user's mistake, which FAILED explains
     failures = state.get("restarts", {}).get("failure", 0)
@@ -106,7 +120,7 @@ def failed(run: RunDir, job: str, code: int, max_restarts: int) -> None:
         since = "the failure before" if failures else "its start"
         why = f"no progress since {since}, so no retry: {why}"
     else:
-        run.failed.unlink(missing_ok=True)
+        broken.unlink(missing_ok=True)
         count(run, "failure")
         run.update_state(state="requeued", reason=f"failure: {why}", last_failure_step=step, eta_s=None)
         run.event("requeued", reason="failure", why=why, step=step)
@@ -114,7 +128,6 @@ def failed(run: RunDir, job: str, code: int, max_restarts: int) -> None:
         if not refused:
             return
         why = f"{why}; Slurm refused to requeue job {job}: {refused}"
-    run.failed.unlink(missing_ok=True)
     run.fail(why, f"{logs_command(run)}, mend it, then {resume_command(run)}")
 
 
@@ -125,13 +138,15 @@ def count(run: RunDir, reason: str) -> None:
     )
 
 
-def meaning(code: int) -> str:
-    """`137 (a rank got SIGKILL: killed by hand, or out of memory)`"""
-    if code in (128 + signal.SIGKILL, signal.SIGKILL):
-        return f"{code} (a rank got SIGKILL: by hand, or out of memory)"
-    if code == 128 + signal.SIGTERM:
-        return f"{code} (a rank died and the others were ended)"
-    return str(code)
+def culprit(run: RunDir, job: str) -> str:
+    """What srun says of the task that died, such as `n2: task 3: Killed`; the others it then terminates itself.
+
+    srun's exit code tells less: it is the highest one, so mostly 143 of a task that was terminated.
+    """
+    file = run.root / "submitit" / job / f"{job}_0_log.err"
+    text = file.read_text(errors="replace") if file.exists() else ""
+    said = re.findall(r"^srun: error: (\S+: tasks? \S+: (?!Terminated).+)$", text, re.MULTILINE)
+    return said[-1] + (" (by hand, or out of memory)" if said[-1].endswith("Killed") else "") if said else ""
 
 
 def resume_command(run: RunDir) -> str:

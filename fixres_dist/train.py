@@ -59,7 +59,7 @@ def run(folder: Path, flag: StopFlag | None = None) -> int:
         print(f"error: {error}", flush=True)
         return EXIT_USER
     except Exception as error:
-        here.fail(f"{type(error).__name__}: {error}", f"{again}   (goes on from the last checkpoint)")
+        lifecycle.broke(here, f"{type(error).__name__}: {error}", f"{again}   (goes on from the last checkpoint)")
         raise
 
 
@@ -73,7 +73,8 @@ def work(here: RunDir, config: cfg.Config, flag: StopFlag) -> int:
         taken = ""
         if ranks.is_main:
             try:
-                stack.enter_context(here.lock(wait_s=LOCK_WAIT_S if in_slurm else 0.0))
+                again = in_slurm and here.state().get("job_id") == slurm.own_job()
+                stack.enter_context(here.lock(wait_s=LOCK_WAIT_S if again else 0.0))
                 lifecycle.begin(here, ranks.world_size, ranks.nodes)
             except Locked as error:
                 taken = str(error)

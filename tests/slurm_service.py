@@ -42,14 +42,29 @@ class Service:
 
     def launch(self, script: str, *arguments: object, code: int = 0) -> str:
         """Both streams of a command of launch/ on these runs; asserts its exit code."""
-        command = [sys.executable, str(ROOT / "launch" / f"{script}.py"), *map(str, arguments), "--runs-dir", str(self.runs)]
+        command = [
+            sys.executable,
+            str(ROOT / "launch" / f"{script}.py"),
+            *map(str, arguments),
+            "--runs-dir",
+            str(self.runs),
+        ]
         done = subprocess.run(command, env=self.env, cwd="/", capture_output=True, text=True, timeout=120)
         assert done.returncode == code, (command, done.returncode, done.stdout, done.stderr)
         return done.stdout + done.stderr
 
     def arguments(self, *more: object) -> list[str]:
         """Of launch/submit.py, for the tiny model on the tiny data set."""
-        model = ["--model", "test_efficientnet", "--weights", "none", "--res", "64", "--data", str(self.folder / "data")]
+        model = [
+            "--model",
+            "test_efficientnet",
+            "--weights",
+            "none",
+            "--res",
+            "64",
+            "--data",
+            str(self.folder / "data"),
+        ]
         profile = ["--profile", str(ROOT / "slurm" / "profiles" / "devcluster.yaml"), "--gpus-per-node", "1"]
         return [*model, *profile, "tune.global_batch=16", *map(str, more)]
 
@@ -65,7 +80,9 @@ class Service:
 
     def preempt(self) -> None:
         """Run a job of higher priority on every GPU; returns when it has ended."""
-        self.slurm("srun", "-p", "high", "-N", str(self.cluster.nodes), "--ntasks-per-node=1", "--gpus-per-node=8", "true")
+        self.slurm(
+            "srun", "-p", "high", "-N", str(self.cluster.nodes), "--ntasks-per-node=1", "--gpus-per-node=8", "true"
+        )
 
     def job(self, job: str, field: str) -> str:
         found = re.search(rf"\b{field}=(\S+)", self.slurm("scontrol", "show", "job", "-o", job))
@@ -75,7 +92,8 @@ class Service:
         return json.loads((self.runs / name / "state.json").read_text())
 
     def events(self, name: str, kind: str = "") -> list[dict[str, Any]]:
-        lines = (self.runs / name / "events.jsonl").read_text().splitlines()
+        file = self.runs / name / "events.jsonl"
+        lines = file.read_text().splitlines() if file.exists() else []
         return [event for event in map(json.loads, lines) if kind in ("", event["event"])]
 
     def until(self, name: str, condition: Callable[[], bool], timeout_s: float = 120.0) -> None:
