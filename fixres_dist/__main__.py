@@ -6,11 +6,14 @@ import argparse
 import sys
 from pathlib import Path
 
-from fixres_dist import commands
-from fixres_dist.errors import EXIT_FAILED, EXIT_USER, UserError
+from fixres_dist import commands, lifecycle
+from fixres_dist.errors import EXIT_DONE, EXIT_FAILED, EXIT_USER, UserError
+from fixres_dist.rundir import RunDir
 
 
 def train(args: argparse.Namespace) -> int:
+    if lifecycle.finished(RunDir(args.run)):
+        return EXIT_DONE
     from fixres_dist import train as worker
 
     return worker.run(args.run)

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fixres_dist import config as cfg
-from fixres_dist import slurm
+from fixres_dist import lifecycle, slurm
 from fixres_dist.errors import EXIT_DONE, EXIT_FAILED, UserError
 from fixres_dist.preempt import StopFlag
 from fixres_dist.rundir import RunDir, write
@@ -41,6 +41,8 @@ class TrainJob:
         self.folder = folder
 
     def __call__(self) -> int:
+        if lifecycle.finished(RunDir(Path(self.folder))):
+            return EXIT_DONE
         flag = StopFlag().install()  # over submitit's handlers, before the seconds that importing torch takes
         from fixres_dist import train
 
@@ -82,16 +84,22 @@ def slurm_parameters(config: cfg.Config, runs: Sequence[RunDir], at_once: int = 
         "requeue": True,  # sites with JobRequeue=0 cancel preempted jobs otherwise
         "chdir": str(runs[0].root.parent.resolve()),
     }
+    tasks: int | None = c.gpus_per_node
+    cpus, srun_args = c.cpus_per_task, ["--kill-on-bad-exit=1"]
     if "-" in c.nodes:
+        # Slurm 22.05 gives a job at most as many nodes as it has tasks at its fewest nodes, so a job that may grow asks
+        # for nodes alone, and only srun is told of ranks.
         extra["nodes"] = c.nodes
+        srun_args += [f"--ntasks-per-node={tasks}", f"--cpus-per-task={cpus}"]
+        tasks, cpus = None, c.gpus_per_node * cpus
     folders = [shlex.quote(str(run.root.resolve())) for run in runs]
     exports = {"NCCL_DEBUG": "WARN", "PYTHONFAULTHANDLER": "1", "PYTHONUNBUFFERED": "1", **c.env}
-    return {
+    parameters = {
         "job_name": runs[0].name if len(runs) == 1 else f"{runs[0].name}-and-{len(runs) - 1}",
         "nodes": least,
-        "ntasks_per_node": c.gpus_per_node,
+        "ntasks_per_node": tasks,
         "gpus_per_node": c.gpus_per_node,
-        "cpus_per_task": c.cpus_per_task,
+        "cpus_per_task": cpus,
         "mem": c.mem,
         "time": minutes(c.time),
         "partition": c.partition or None,
@@ -101,7 +109,7 @@ def slurm_parameters(config: cfg.Config, runs: Sequence[RunDir], at_once: int = 
         "exclude": c.exclude or None,
         "signal_delay_s": c.signal_delay_s,
         "array_parallelism": at_once or len(runs),
-        "srun_args": ["--kill-on-bad-exit=1", *c.srun_args],  # plain srun lets the others run on when a task dies
+        "srun_args": [*srun_args, *c.srun_args],  # without kill-on-bad-exit the others run on when a task dies
         "setup": [
             f"run={folders[0]}"
             if len(runs) == 1
@@ -116,6 +124,7 @@ def slurm_parameters(config: cfg.Config, runs: Sequence[RunDir], at_once: int = 
         "teardown": ["rc=$?", f'{shlex.quote(sys.executable)} -m fixres_dist.lifecycle "$run" $rc', "exit $rc"],
         "additional_parameters": extra,
     }
+    return {name: value for name, value in parameters.items() if value is not None}
 
 
 def submission_folder(runs: Sequence[RunDir]) -> Path:

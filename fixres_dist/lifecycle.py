@@ -19,6 +19,13 @@ from fixres_dist import slurm
 from fixres_dist.rundir import RunDir, write
 
 
+def finished(run: RunDir) -> bool:
+    """Whether there is nothing left to do, which is said: arrays start finished tasks again. Ask before importing torch."""
+    if run.done.exists():
+        print(f"{run.name} is already finished. Results: {run.results}", flush=True)
+    return run.done.exists()
+
+
 def begin(run: RunDir, world_size: int, nodes: Sequence[str]) -> None:
     """Rank 0, once it holds the lock. A start that ended without a word (killed, node lost) is counted here."""
     state = run.state()

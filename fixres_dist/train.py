@@ -44,8 +44,7 @@ def run(folder: Path, flag: StopFlag | None = None) -> int:
     """
     here = RunDir(folder)
     config = here.config()
-    if here.done.exists():
-        print(f"{here.name} is already finished. Results: {here.results}")
+    if lifecycle.finished(here):
         return EXIT_DONE
     again = (
         (here.root / "command.txt").read_text().strip()

@@ -50,7 +50,7 @@ class Service:
             str(self.runs),
         ]
         done = subprocess.run(command, env=self.env, cwd="/", capture_output=True, text=True, timeout=120)
-        assert done.returncode == code, (command, done.returncode, done.stdout, done.stderr)
+        assert done.returncode == code, f"{script} ended with {done.returncode}:\n{done.stdout}\n{done.stderr}"
         return done.stdout + done.stderr
 
     def arguments(self, *more: object) -> list[str]:
