@@ -144,6 +144,8 @@ class RunDir:
         The file holds who has it, for launch/cancel.py.
         """
         with open(self.root / name, "a+") as file:
+            # A forked loader worker outlives a killed parent by seconds and must not hold its lock meanwhile.
+            os.register_at_fork(after_in_child=file.close)
             deadline = time.monotonic() + wait_s
             while True:
                 try:

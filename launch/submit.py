@@ -117,6 +117,8 @@ def configure(args: argparse.Namespace, kind: str) -> tuple[cfg.Config, recipes.
         )
     if values["data"].get("root") not in (None, "", "demo"):
         values["data"]["root"] = str(Path(values["data"]["root"]).expanduser().absolute())
+    if values["model"].get("weights", "none") not in recipes.WEIGHTS:
+        values["model"]["weights"] = str(Path(values["model"]["weights"]).expanduser().absolute())
     config = cfg.parse(cfg.Config, values)
     if kind != "slurm" and config.cluster.nodes != "1":
         raise UserError(
@@ -238,7 +240,7 @@ def told_already(run: rundir.RunDir, kind: str) -> bool:
 
 
 def check_weights(config: cfg.Config) -> None:
-    if config.model.weights not in (*recipes.WEIGHTS,):
+    if config.model.weights not in recipes.WEIGHTS:
         from fixres_dist import models  # a file is checked here rather than in the queue; this imports torch
 
         classes = planning.count(config).classes
