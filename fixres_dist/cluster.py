@@ -124,8 +124,9 @@ def run_local(run: RunDir, processes: int) -> int:
     )
     if processes > 1 and "OMP_NUM_THREADS" not in os.environ:
         os.environ["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // processes))
+    task = TrainJob(str(run.root.resolve()))  # before the change of directory: --runs-dir may be relative
     with ignored_interrupt(), contextlib.chdir(run.code):
-        job = executor.submit(TrainJob(str(run.root.resolve())))
+        job = executor.submit(task)
     run.update_state(job_id=f"local-{job.job_id}")
     follow(run, job)
     codes = []

@@ -1,8 +1,8 @@
 """The configuration: frozen dataclasses, two levels, one YAML file.
 
 Precedence: defaults < recipe < flags < `section.key=value`. A value is checked against its annotation, a key against
-the fields, and both answer with the nearest accepted spelling. Field comments are the reference documentation
-(docs/config.md is printed from them). No torch: every login-node command imports this.
+the fields, and both answer with the nearest accepted spelling. The field comments are the reference documentation.
+No torch: every login-node command imports this.
 """
 
 from __future__ import annotations

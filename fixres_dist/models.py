@@ -83,15 +83,19 @@ def read_state(path: Path) -> dict[str, torch.Tensor]:
             return load_file(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, safetensors.SafetensorError, ValueError, EOFError) as error:
-        raise UserError(f"{path} is no readable weights file: {str(error).splitlines()[0]}") from None
+        raise UserError(f"{path} is no readable weights file: {first_line(error)}") from None
     except Exception as error:  # pickle.UnpicklingError and its like
-        raise UserError(f"{path} holds more than tensors and is not opened: {str(error).splitlines()[0]}") from None
+        raise UserError(f"{path} holds more than tensors and is not opened: {first_line(error)}") from None
     for key in ("state_dict", "model"):  # how training scripts nest it
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]
     if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise UserError(f"{path} holds no state dict; accepted: a mapping of names to tensors.")
     return {name.removeprefix("module."): value for name, value in state.items()}
+
+
+def first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def fill(model: nn.Module, state: dict[str, torch.Tensor], origin: str, new_classifier: bool = False) -> None:
@@ -114,7 +118,7 @@ def fill(model: nn.Module, state: dict[str, torch.Tensor], origin: str, new_clas
                 "a new classifier has to be trained first. Next: add stage one, for example pretrain.epochs=10 pretrain.base_lr=0.01"
             )
         state = {name: value for name, value in state.items() if name not in names}
-    elif differ := wrong + missing + extra:
+    elif differ := missing + wrong + extra:
         listed = "; ".join(differ[:4]) + (f"; and {len(differ) - 4} more" if len(differ) > 4 else "")
         raise UserError(
             f"{origin} does not fit {type(model).__name__} ({len(own)} tensors, {len(differ)} differ): {listed}."

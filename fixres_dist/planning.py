@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fixres_dist import config as cfg
-from fixres_dist.data import index
+from fixres_dist.data import demo, index
 from fixres_dist.errors import UserError
 from fixres_dist.recipes import Facts
 from fixres_dist.schedule import batch_per_device, stages
@@ -29,8 +29,6 @@ def count(config: cfg.Config) -> Counts:
     """Images and classes of the data set; ImageNet-1k's where none is given (a dry run needs no data)."""
     root = Path(config.data.root)
     if config.data.root == "demo":
-        from fixres_dist.data import demo
-
         return Counts(demo.N_TRAIN, demo.N_VAL, len(demo.CLASSES), "the built-in example")
     if not config.data.root:
         return Counts(*IMAGENET, "ImageNet-1k assumed: no --data given")

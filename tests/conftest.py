@@ -57,7 +57,13 @@ def environment() -> dict[str, str]:
 
 def run(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        command(*arguments), capture_output=True, text=True, env=environment(), cwd=cwd or ROOT, timeout=600, check=False
+        command(*arguments),
+        capture_output=True,
+        text=True,
+        env=environment(),
+        cwd=cwd or ROOT,
+        timeout=600,
+        check=False,
     )
 
 

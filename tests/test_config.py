@@ -13,7 +13,11 @@ def parsed(*items: str) -> cfg.Config:
 def test_written_and_read_again_it_is_equal() -> None:
     config = parsed(
         *("model.name=b0", "tune.base_lr=1e-3", "pretrain.epochs=4", "run.batch_per_device=8", "run.compile=true"),
-        *("cluster.time=24:00:00", "cluster.env={NCCL_SOCKET_IFNAME: ib0}", "cluster.srun_args=[--container-image=a:b]"),
+        *(
+            "cluster.time=24:00:00",
+            "cluster.env={NCCL_SOCKET_IFNAME: ib0}",
+            "cluster.srun_args=[--container-image=a:b]",
+        ),
     )
     assert cfg.load(cfg.dump(config)) == config
     assert config.tune.base_lr == 1e-3

@@ -42,7 +42,19 @@ def test_height_rule_pads_portraits_with_black() -> None:
 
 def test_published_resize_targets() -> None:
     """The original rule int(256/224 * s), as listed for its resolutions."""
-    known = {128: 146, 160: 182, 224: 256, 288: 329, 320: 365, 384: 438, 420: 480, 448: 512, 472: 539, 600: 685, 800: 914}
+    known = {
+        128: 146,
+        160: 182,
+        224: 256,
+        288: 329,
+        320: 365,
+        384: 438,
+        420: 480,
+        448: 512,
+        472: 539,
+        600: 685,
+        800: 914,
+    }
     for res, target in known.items():
         assert geometry.resize_of("fixres", res, 0.875, "bilinear").size == target
 
@@ -95,7 +107,11 @@ def features(boxes: np.ndarray) -> list[np.ndarray]:
 
 def kolmogorov_smirnov(a: np.ndarray, b: np.ndarray) -> float:
     grid = np.sort(np.concatenate([a, b]))
-    return float(np.abs(np.searchsorted(np.sort(a), grid, "right") / len(a) - np.searchsorted(np.sort(b), grid, "right") / len(b)).max())
+    return float(
+        np.abs(
+            np.searchsorted(np.sort(a), grid, "right") / len(a) - np.searchsorted(np.sort(b), grid, "right") / len(b)
+        ).max()
+    )
 
 
 def test_extreme_shapes_get_a_window_inside() -> None:

@@ -32,7 +32,9 @@ def at_step(folder: Path, step: int) -> bool:
 
 
 @pytest.mark.parametrize(
-    ("processes", "save_every_s", "stage_one"), [(1, "0.3", False), (2, "0", True)], ids=["alone", "two-ranks-two-stages"]
+    ("processes", "save_every_s", "stage_one"),
+    [(1, "0.3", False), (2, "0", True)],
+    ids=["alone", "two-ranks-two-stages"],
 )
 def test_killed_and_resumed_is_bit_identical(
     tmp_path: Path, photos: Path, processes: int, save_every_s: str, stage_one: bool
@@ -62,7 +64,9 @@ def test_killed_and_resumed_is_bit_identical(
     for key in ("before", "after", "delta_top1", "images_seen", "world_size", "n"):
         assert both[0][key] == both[1][key]
 
-    steps = [line["step"] for line in read_lines(folder / "metrics.jsonl") if "loss" in line and "evaluation" not in line]
+    steps = [
+        line["step"] for line in read_lines(folder / "metrics.jsonl") if "loss" in line and "evaluation" not in line
+    ]
     assert steps == list(range(1, len(steps) + 1)), "a step stands twice in metrics.jsonl, or is missing"
     starts = [line for line in read_lines(folder / "events.jsonl") if line["event"] == "started"]
     assert len(starts) == 3

@@ -27,7 +27,11 @@ RESNET = {
     "classifier+bn+conv_head": (["fc", "layer4.1.bn2", "layer4.1.conv2"], [], "layer4.1.bn2"),
     "last_block": (["fc"], ["layer4.1."], "layer4.1.bn2"),
 }
-CASES = [(name, policy, *row) for name, table in (("test_efficientnet", EFFICIENTNET), ("resnet18", RESNET)) for policy, row in table.items()]
+CASES = [
+    (name, policy, *row)
+    for name, table in (("test_efficientnet", EFFICIENTNET), ("resnet18", RESNET))
+    for policy, row in table.items()
+]
 
 
 def parameters_below(model: nn.Module, modules: list[str], prefixes: list[str]) -> set[str]:
@@ -123,7 +127,9 @@ def test_modes_after_an_evaluation() -> None:
     parts = tuning.split(models.build("test_efficientnet", 5), "classifier+bn")
     parts.model.train()
     tuning.set_modes(parts, "ema")
-    training = [n for n, m in parts.model.named_modules() if m.training and isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    training = [
+        n for n, m in parts.model.named_modules() if m.training and isinstance(m, nn.modules.batchnorm._BatchNorm)
+    ]
     assert training == ["bn2"]
     tuning.set_modes(parts, "exact")
     assert not any(m.training for m in parts.model.modules())

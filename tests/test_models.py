@@ -1,0 +1,99 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+
+from fixres_dist import models
+from fixres_dist.errors import UserError
+
+NAME = "test_efficientnet"
+
+
+def state(classes: int = 5, seed: int = 1) -> dict[str, torch.Tensor]:
+    return {k: v.clone() for k, v in models.build(NAME, classes, seed).state_dict().items()}
+
+
+def test_new_weights_follow_the_seed_and_leave_the_random_state_alone() -> None:
+    torch.manual_seed(9)
+    first = torch.rand(1)
+    torch.manual_seed(9)
+    a, b, c = models.build(NAME, 5, 1), models.build(NAME, 5, 1), models.build(NAME, 5, 2)
+    assert torch.equal(torch.rand(1), first)
+    assert all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
+    assert not torch.equal(a.conv_stem.weight, c.conv_stem.weight)
+    assert not a.training
+
+
+@pytest.mark.parametrize("form", ["safetensors", "plain", "state_dict", "model.module"])
+def test_files_load_in_the_forms_people_have(tmp_path: Path, form: str) -> None:
+    wanted = state()
+    file = tmp_path / ("w.safetensors" if form == "safetensors" else "w.pth")
+    if form == "safetensors":
+        save_file(wanted, file)
+    elif form == "model.module":
+        torch.save({"model": {f"module.{k}": v for k, v in wanted.items()}}, file)
+    else:
+        torch.save({"state_dict": wanted, "epoch": 3} if form == "state_dict" else wanted, file)
+    model = models.build(NAME, 5, 7)
+    models.load_weights(model, NAME, str(file), new_classifier=False)
+    assert all(torch.equal(v, wanted[k]) for k, v in model.state_dict().items())
+
+
+def test_partial_coverage_is_refused_and_leaves_the_model_alone(tmp_path: Path) -> None:
+    broken = state()
+    del broken["bn2.weight"]
+    broken["conv_head.weight"] = broken["conv_head.weight"][:3]
+    broken["extra"] = torch.zeros(1)
+    save_file(broken, tmp_path / "w.safetensors")
+    model = models.build(NAME, 5, 7)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    with pytest.raises(UserError) as caught:
+        models.load_weights(model, NAME, str(tmp_path / "w.safetensors"), new_classifier=False)
+    for text in ("bn2.weight is missing", "conv_head.weight is [3, 64, 1, 1]", "extra is not in the model"):
+        assert text in str(caught.value)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_another_number_of_classes_needs_stage_one(tmp_path: Path) -> None:
+    save_file(state(classes=10), tmp_path / "w.safetensors")
+    model = models.build(NAME, 5, 7)
+    own = model.classifier.weight.clone()
+    with pytest.raises(UserError, match="classifies 10 classes, the data set has 5"):
+        models.load_weights(model, NAME, str(tmp_path / "w.safetensors"), new_classifier=False)
+    models.load_weights(model, NAME, str(tmp_path / "w.safetensors"), new_classifier=True)
+    assert torch.equal(model.classifier.weight, own)
+    assert torch.equal(model.conv_stem.weight, state(classes=10)["conv_stem.weight"])
+
+
+@pytest.mark.parametrize("content", [b"", b"no weights at all", b"PK\x03\x04torn"])
+def test_torn_files_are_refused(tmp_path: Path, content: bytes) -> None:
+    for name in ("w.pth", "w.safetensors"):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(UserError, match=str(tmp_path / name)):
+            models.read_state(tmp_path / name)
+
+
+def test_a_pickle_that_holds_code_is_not_opened(tmp_path: Path) -> None:
+    torch.save({"model": models.build(NAME, 5)}, tmp_path / "w.pth")
+    with pytest.raises(UserError, match="more than tensors"):
+        models.read_state(tmp_path / "w.pth")
+
+
+def test_names_timm_cannot_build_are_refused() -> None:
+    with pytest.raises(UserError, match="timm cannot build"):
+        models.build("no_such_model", 5)
+
+
+def test_preprocessing_is_timms(tmp_path: Path) -> None:
+    for name in ("resnet18.a1_in1k", "tf_efficientnet_b8.ap_in1k"):
+        spec, cfg = models.preprocessing(name), timm.get_pretrained_cfg(name)
+        assert (spec.mean, spec.std, spec.crop_pct, spec.interpolation) == (
+            cfg.mean,
+            cfg.std,
+            cfg.crop_pct,
+            cfg.interpolation,
+        )

@@ -1,0 +1,92 @@
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import timm
+
+from fixres_dist import config as cfg
+from fixres_dist import models, recipes, tuning
+from fixres_dist.errors import UserError
+
+
+def writer() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("write", recipes.folder() / "write.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_all_rows_of_both_tables_are_there() -> None:
+    found = recipes.every()
+    assert len(found) == 18
+    for recipe in found:
+        config = cfg.parse(cfg.Config, recipe.values)
+        row = recipe.published
+        assert row is not None
+        assert config.data.res == int(row["fix_test_res"])
+        assert config.model.timm_name == row["timm_name"]
+        assert config.data.resize_rule == "fixefficientnet"
+        path = recipes.folder() / f"{recipe.name}_{recipe.weights}.yaml"
+        text = path.read_text()
+        assert len(text.splitlines()) <= 25, path.name
+        assert "our choice" in text.lower()
+        assert row["fix_top1"] in text
+
+
+@pytest.mark.parametrize(("name", "weights"), [("b0", "ns"), ("b8", "ap"), ("l2", "ns")])
+def test_facts_in_the_recipes_are_what_the_script_measures(name: str, weights: str) -> None:
+    text = (recipes.folder() / f"{name}_{weights}.yaml").read_text()
+    assert text == writer().recipe(recipes.published()[name, weights])
+
+
+@pytest.mark.parametrize(
+    "policy", ["classifier", "classifier+bn_stats", "classifier+bn", "classifier+bn+conv_head", "last_block", "all"]
+)
+def test_planned_parameter_counts_are_the_models(policy: str) -> None:
+    facts = recipes.find("b0").facts
+    assert facts is not None
+    model = models.build("tf_efficientnet_b0", 7)
+    parts = tuning.split(model, policy)
+    assert facts.trainable(policy, 7) == sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert facts.total(7) == sum(p.numel() for p in model.parameters())
+    assert parts.tuned.parameters
+
+
+def test_advprop_and_noisy_student_have_their_own_preprocessing() -> None:
+    ap, ns = (models.preprocessing(f"tf_efficientnet_b0.{tag}") for tag in ("ap_in1k", "ns_jft_in1k"))
+    assert ap.mean == ap.std == (0.5, 0.5, 0.5)
+    assert ns.mean == (0.485, 0.456, 0.406)
+
+
+def test_timm_names_read_from_its_sources_are_timms() -> None:
+    assert recipes.timm_names() == frozenset(timm.list_models())
+
+
+def test_names_resolve() -> None:
+    assert recipes.find("l2").values["model"]["timm_name"] == "tf_efficientnet_l2.ns_jft_in1k_475"
+    assert recipes.find("b4", "ap").values["data"]["res"] == "512"
+    assert recipes.find("b4", "ns").values["data"]["res"] == "472"
+    assert recipes.find("b8").weights == "ap"
+    assert recipes.find("b0", "none").values["model"]["weights"] == "none"
+    assert recipes.find("resnet50.a1_in1k").values["data"]["resize_rule"] == "timm"
+    assert recipes.find("tf_efficientnet_b3.ap_in1k").values["data"]["resize_rule"] == "fixefficientnet"
+    for arguments, words in (
+        (("b9", ""), "'b8'"),
+        (("resnet50", "ns"), "pretrained, none"),
+        (("b8", "ns"), "ap, none"),
+    ):
+        with pytest.raises(UserError, match=words):
+            recipes.find(*arguments)
+
+
+def test_the_same_command_names_the_same_run() -> None:
+    names = [
+        recipes.run_name(*a)
+        for a in (("l2", 600, "ns"), ("b0", 320, "ap"), ("b0", 320, str(Path("x/mine.pth"))), ("demo", 160, "none"))
+    ]
+    assert names == ["l2-600", "b0-320-ap", "b0-320-mine", "demo"]

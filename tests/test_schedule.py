@@ -1,0 +1,53 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from fixres_dist import config as cfg
+from fixres_dist.schedule import batch_per_device, stages
+
+
+def configured(*items: str) -> cfg.Config:
+    return cfg.parse(cfg.Config, cfg.overrides(list(items)))
+
+
+def test_step_schedule_is_the_originals() -> None:
+    """56 epochs of ResNet-50: 8e-3 for epochs 0-29, 8e-4 for 30-55."""
+    config = configured("tune.epochs=56", "tune.global_batch=512", "tune.base_lr=1e-3", "tune.schedule=step")
+    (stage,) = stages(config, 5120)
+    rates = [stage.learning_rate(step) for step in range(stage.stop)]
+    assert rates[: 30 * 10] == pytest.approx([8e-3] * 300)
+    assert rates[30 * 10 :] == pytest.approx([8e-4] * 260)
+
+
+def test_cosine_with_warm_up() -> None:
+    config = configured(
+        "tune.epochs=10", "tune.schedule=cosine", "tune.warmup_epochs=2", "tune.lr_rule=none", "tune.base_lr=1"
+    )
+    (stage,) = stages(config, 384 * 5)
+    rates = [stage.learning_rate(step) for step in range(stage.stop)]
+    assert rates[:10] == pytest.approx([(k + 1) / 10 for k in range(10)])
+    assert rates[10] == pytest.approx(1.0)
+    assert rates[30] == pytest.approx(0.5)
+    assert rates[-1] == pytest.approx(0.5 * (1 + math.cos(math.pi * 39 / 40)))
+
+
+def test_steps_and_images_add_up_over_both_stages() -> None:
+    config = configured(
+        "pretrain.epochs=3", "pretrain.global_batch=10", "tune.epochs=2", "tune.global_batch=16", "run.seed=4"
+    )
+    first, second = stages(config, 25)
+    assert (first.first, first.stop, second.first, second.stop) == (0, 9, 9, 13)
+    assert [first.batch_size(s) for s in range(4)] == [10, 10, 5, 10]
+    assert [second.batch_size(s) for s in range(9, 13)] == [16, 9, 16, 9]
+    assert [second.images_until(s) for s in (9, 10, 11, 13)] == [0, 16, 25, 50]
+    assert first.seed != second.seed
+
+
+def test_pixels_of_a_forward_stay_about_constant() -> None:
+    config = configured()
+    assert batch_per_device(config, 320) == 64
+    assert batch_per_device(config, 640) == 16
+    assert batch_per_device(config, 4000) == 1
+    assert batch_per_device(configured("run.batch_per_device=3"), 640) == 3

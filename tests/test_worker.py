@@ -1,0 +1,249 @@
+"""Parts of the worker that the end-to-end tests cannot reach one by one."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from conftest import killed_when, run, tiny
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from fixres_dist import checkpoint, distributed, models, preempt, rundir
+from fixres_dist import config as cfg
+from fixres_dist.data import geometry, index, plan, torch_cpu
+from fixres_dist.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, photos: Path) -> Path:
+    runs = tmp_path_factory.mktemp("runs")
+    done = run(*tiny(runs, "two", photos, 2, "pretrain.epochs=1", "pretrain.res=64", "pretrain.global_batch=12"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    return runs / "two"
+
+
+def test_the_run_directory_is_complete(finished: Path) -> None:
+    expected = "config.yaml command.txt environment.json code submission.sh state.json events.jsonl metrics.jsonl tb checkpoints "
+    expected += "results.json samples export DONE class_index.json predictions pretrained.safetensors"
+    assert set(expected.split()) <= {p.name for p in finished.iterdir()}
+    assert not list(finished.rglob(".code.*"))
+    config = cfg.load((finished / "config.yaml").read_text())
+    assert config == rundir.RunDir(finished).config()
+    state = json.loads((finished / "state.json").read_text())
+    keys = {
+        "state",
+        "step",
+        "total_steps",
+        "epoch",
+        "images_per_second",
+        "eta_s",
+        "restarts",
+        "job_id",
+        "reason",
+        "updated",
+    }
+    assert set(state) == keys
+    assert (state["state"], state["step"], state["total_steps"]) == ("done", 21, 21)
+    assert [line["event"] for line in rundir.read_lines(finished / "events.jsonl")][:2] == ["submitted", "started"]
+    results = json.loads((finished / "results.json").read_text())
+    keys = "model timm_name weights res policy transform resize_rule n before after delta_top1 delta_ci95 images_seen seconds "
+    assert set((keys + "world_size hardware versions").split()) <= set(results)
+    assert results["delta_top1"] == pytest.approx(results["after"]["top1"] - results["before"]["top1"], abs=1e-3)
+    assert json.loads((finished / "class_index.json").read_text()) == {"0": "ash", "1": "birch", "2": "cedar"}
+    assert (finished / "code" / "fixres_dist" / "train.py").exists()
+
+
+def test_tensorboard_has_the_promised_tags(finished: Path) -> None:
+    events = EventAccumulator(str(finished / "tb"))
+    events.Reload()
+    names = "loss learning_rate grad_norm images_per_second data_wait_percent memory_gib"
+    expected = {f"train/{name}" for name in names.split()} | {f"eval/{name}" for name in ("top1", "top5", "loss")}
+    assert expected <= set(events.Tags()["scalars"])
+    steps = [e.step for e in events.Scalars("train/loss")]
+    assert steps == list(range(1, 22))
+
+
+def test_the_export_loads_in_timm_and_evaluates_as_in_the_run(finished: Path, photos: Path) -> None:
+    model = timm.create_model(
+        "test_efficientnet", num_classes=3, checkpoint_path=str(finished / "export" / "model.safetensors")
+    )
+    assert sum(p.numel() for p in model.parameters())
+    done = run("evaluate", "--run", finished, "--json", finished / "again.json")
+    assert done.returncode == 0, done.stderr
+    again = json.loads((finished / "again.json").read_text())
+    results = json.loads((finished / "results.json").read_text())
+    assert {k: again[k] for k in ("top1", "top5")} == {k: results["after"][k] for k in ("top1", "top5")}
+    assert again["loss"] == pytest.approx(results["after"]["loss"], abs=1e-5)
+    source = ["--model", "test_efficientnet", "--checkpoint", finished / "export" / "model.safetensors"]
+    done = run("evaluate", *source, "--data", photos, "--res", "64", "--split", "train")
+    assert done.returncode == 0, done.stderr
+    assert "on train" in done.stdout
+    assert "n 84" in done.stdout
+
+
+def test_sweep_writes_table_json_and_picture(finished: Path) -> None:
+    done = run("sweep", "--run", finished, "--res", "64,96")
+    assert done.returncode == 0, done.stderr
+    table = json.loads((finished / "sweep.json").read_text())
+    results = json.loads((finished / "results.json").read_text())
+    assert set(table["curves"]) == {"before", "after"}
+    for when in ("before", "after"):
+        assert table["curves"][when]["64"]["top1"] == results[when]["top1"]
+    assert "best_after_minus_best_before" in table
+    with Image.open(finished / "sweep.png") as image:
+        assert image.size[0] > 500
+    events = EventAccumulator(str(finished / "tb" / "after"))
+    events.Reload()
+    assert [e.step for e in events.Scalars("eval_by_res/top1")] == [64, 96]
+
+
+def test_stage_one_checkpoint_files_hold_tensors_and_json_only(finished: Path) -> None:
+    found = checkpoint.complete(finished / "checkpoints")
+    assert found
+    assert len(found) <= 3
+    for path in found:
+        assert {p.name for p in path.iterdir()} == {"head.safetensors", "optimizer.safetensors", "meta.json"}
+    assert checkpoint.progress_of(found[-1]).step == 21
+
+
+def test_a_stop_signal_saves_and_the_same_command_goes_on(tmp_path: Path, photos: Path) -> None:
+    arguments = tiny(tmp_path, "asked", photos, 2, "tune.epochs=4")
+    folder = tmp_path / "asked"
+    lines = folder / "samples" / "rank_0.jsonl"
+    killed_when(arguments, lambda: len(rundir.read_lines(lines)) >= 3, signal.SIGINT)
+    state = json.loads((folder / "state.json").read_text())
+    assert state["state"] == "cancelled"
+    saved = checkpoint.progress_of(checkpoint.complete(folder / "checkpoints")[-1]).step
+    assert f"SIGINT at step {saved}" in state["reason"]
+    done = run(*arguments)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"resuming asked at step {saved} of 28" in done.stdout
+
+
+def test_a_checkpoint_of_changed_data_is_refused_by_name(tmp_path: Path, photos: Path) -> None:
+    model = models.build("test_efficientnet", 3)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    progress = checkpoint.Progress(4, "fix")
+    path = checkpoint.save(tmp_path, model, ("classifier.weight",), optimizer, progress, {"sample lists": ["a", "b"]})
+    assert checkpoint.restore(path, model, optimizer, {"sample lists": ["a", "b"]}) == progress
+    with pytest.raises(UserError, match=r"sample lists was \['a', 'b'\], is \['a', 'c'\]"):
+        checkpoint.restore(path, model, optimizer, {"sample lists": ["a", "c"]})
+
+
+def test_an_unfinished_checkpoint_is_invisible(tmp_path: Path) -> None:
+    model = models.build("test_efficientnet", 3)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for step in range(5):
+        checkpoint.save(tmp_path, model, ("bn2.weight",), optimizer, checkpoint.Progress(step, "fix", best_step=1), {})
+    assert [p.name[-1] for p in checkpoint.complete(tmp_path)] == ["1", "3", "4"], "the newest two and the best"
+    (tmp_path / ".step_00000009.123").mkdir()
+    (tmp_path / "step_00000009").mkdir()
+    assert [p.name[-1] for p in checkpoint.complete(tmp_path)] == ["1", "3", "4"]
+
+
+def test_a_relative_runs_directory(tmp_path: Path, photos: Path) -> None:
+    arguments = tiny(Path("some/runs"), "relative", photos, 1, "tune.epochs=0", "tune.bn_stats_images=3")
+    done = run(*arguments, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (tmp_path / "some" / "runs" / "relative" / "DONE").exists()
+
+
+def test_one_run_is_worked_on_once(tmp_path: Path) -> None:
+    here = rundir.RunDir(tmp_path)
+    assert not here.is_locked()
+    with here.lock():
+        assert here.is_locked()
+        with pytest.raises(UserError, match="being worked on by another process"), here.lock():
+            pass
+    assert not here.is_locked()
+
+
+def test_the_first_failure_is_the_one_that_is_told(tmp_path: Path) -> None:
+    here = rundir.RunDir(tmp_path)
+    here.fail("disk full", "make room")
+    here.fail("connection closed by peer", "try again")
+    assert here.failed.read_text() == "disk full\nNext: make room\n"
+    assert here.state()["reason"] == "disk full"
+
+
+def test_lines_beyond_the_checkpoint_are_dropped_and_torn_ones_ignored(tmp_path: Path) -> None:
+    file = tmp_path / "metrics.jsonl"
+    file.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"st')
+    rundir.keep_lines(file, lambda line: line["step"] <= 2)
+    assert rundir.read_lines(file) == [{"step": 1}, {"step": 2}]
+
+
+def test_stop_signals_are_remembered_and_not_acted_on() -> None:
+    kept = {number: signal.getsignal(number) for number in preempt.SIGNALS}
+    try:
+        flag = preempt.StopFlag().install()
+        os.kill(os.getpid(), signal.SIGUSR2)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert flag.signal == signal.SIGUSR2
+        flag.pid += 1  # as in a forked loader worker
+        flag.signal = 0
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert flag.signal == 0
+    finally:
+        for number, handler in kept.items():
+            signal.signal(number, handler)
+
+
+def test_who_am_i_under_every_launcher() -> None:
+    torchrun = {
+        "TORCHELASTIC_RUN_ID": "none",
+        "RANK": "3",
+        "WORLD_SIZE": "4",
+        "LOCAL_RANK": "1",
+        "LOCAL_WORLD_SIZE": "2",
+        "MASTER_PORT": "7",
+    }
+    assert distributed.variables(torchrun)[:4] == (3, 4, 1, 2)
+    slurm = {
+        "SLURM_PROCID": "5",
+        "SLURM_NTASKS": "8",
+        "SLURM_LOCALID": "1",
+        "SLURM_NNODES": "2",
+        "SLURM_JOB_ID": "7",
+        "SLURM_STEP_ID": "0",
+    }
+    assert distributed.variables(slurm)[:4] == (5, 8, 1, 4)
+    assert distributed.variables(slurm)[4] != distributed.variables({**slurm, "SLURM_RESTART_COUNT": "1"})[4]
+    local = {
+        "SUBMITIT_LOCAL_JOB_ID": "9",
+        "SUBMITIT_LOCAL_GLOBALID": "1",
+        "SUBMITIT_LOCAL_NTASKS": "2",
+        "SUBMITIT_LOCAL_LOCALID": "1",
+    }
+    assert distributed.variables(local)[:4] == (1, 2, 1, 2)
+    assert distributed.variables({"SLURM_JOB_ID": "1"}) == (0, 1, 0, 1, "alone"), (
+        "a shell inside an allocation is no task"
+    )
+
+
+def test_pictures_are_those_of_pil_and_torchvision(photos: Path, tmp_path: Path) -> None:
+    """Decode, scale and crop of every training photo against PIL: the usual loader's pixels."""
+    found = index.load(photos, "train", tmp_path)
+    resize = geometry.resize_of("fixefficientnet", 64, 0.875, "bicubic")
+    requests = [plan.request(found, plan.Pictures("test", 64, resize, 0), torch.arange(84).numpy(), 0)]
+    (batch,) = torch_cpu.batches(found, requests, 64, "bicubic", workers=0)
+    worst, total = 0, 0.0
+    for i in range(84):
+        with Image.open(found.path(i)) as image:
+            view = requests[0].views[i]
+            scaled = image.convert("RGB").resize(view.size[::-1], Image.Resampling.BICUBIC)
+            y, x = view.offset
+            expected = (
+                torch.tensor(list(scaled.crop((x, y, x + 64, y + 64)).tobytes())).view(64, 64, 3).permute(2, 0, 1)
+            )
+        difference = (batch.images[i].int() - expected).abs()
+        worst, total = max(worst, int(difference.max())), total + float(difference.float().mean())
+    assert worst <= 2
+    assert total / 84 <= 0.02
+    assert batch.labels.tolist() == [0] * 28 + [1] * 28 + [2] * 28
