@@ -153,13 +153,18 @@ def load(root: Path, split: str, cache: Path | None = None, progress: Progress |
 
     Raises UserError for a folder that cannot be listed, or that holds files whose header cannot be read.
     """
-    found, bad = recheck(load_all(root, split, cache, progress))
-    if bad:
+    return checked(load_all(root, split, cache, progress))
+
+
+def checked(index: Index, on_bad: str = "stop") -> Index:
+    """The index with the headers that could not be read tried again; with `stop` refused if any still cannot."""
+    found, bad = recheck(index)
+    if bad and on_bad == "stop":
         listed = "\n  ".join(f"{found.where(sample)}: {reason}" for sample, reason in list(bad.items())[:5])
         more = f"\n  and {len(bad) - 5} more" if len(bad) > 5 else ""
         raise UserError(
             f"{len(bad)} of {len(found)} files in {found.folder} are no readable images:\n  {listed}{more}\n"
-            f"Next: python -m fixres_dist data verify --data {root} --deny-list bad.txt, then data.deny_list=bad.txt; "
+            f"Next: python -m fixres_dist data verify --data {found.folder.parent} --deny-list bad.txt, then data.deny_list=bad.txt; "
             "or data.on_bad=skip; or move them away."
         )
     return found
