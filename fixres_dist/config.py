@@ -51,7 +51,9 @@ class Data:
     on_bad: Literal["stop", "skip"] = "stop"  # a file that cannot be decoded: stop and name it, or do without it
     deny_list: str = ""  # file of images to leave out, as `data verify --deny-list` writes it
     hw_decoder_load: float = 0.65  # share of the JPEGs that the GPU's decoding engine takes (dali)
-    preallocate_width: int = 0  # of the largest photograph, for the GPU decoder's buffers; 0: they grow as needed (dali)
+    preallocate_width: int = (
+        0  # of the largest photograph, for the GPU decoder's buffers; 0: they grow as needed (dali)
+    )
     preallocate_height: int = 0
     workers: int | Literal["auto"] = "auto"  # loader processes per rank; auto: the CPUs this rank may use; 0: none
     cache: str = ""  # where scanned indexes are kept; empty: $FIXRES_CACHE or ~/.cache/fixres_dist
@@ -181,9 +183,16 @@ class Config:
 OPERATIONAL = {
     "cluster": "*",
     "data": {
-        "root", "workers", "backend", "cache",
-        "on_bad", "deny_list", "hw_decoder_load", "preallocate_width", "preallocate_height",
-    },  # fmt: skip
+        "root",
+        "workers",
+        "backend",
+        "cache",
+        "on_bad",
+        "deny_list",
+        "hw_decoder_load",
+        "preallocate_width",
+        "preallocate_height",
+    },
     "run": {"log_every", "save_every_s", "batch_per_device", "memory_format", "compile", "engine", "record_samples"},
 }
 

@@ -38,9 +38,7 @@ class Session:
     def batches(self, index: Index, requests: Iterable[plan.Request], res: int) -> Iterator[torch_cpu.Batch]:
         workers = torch_cpu.worker_count(self.config.data.workers, self.ranks.local_size)
         settings, device, size = self.config.data, self.ranks.device, self.batch_per_device(res)
-        return loading.batches(
-            index, requests, res, self.resize(res), settings, device, workers, size, self.on_skip
-        )
+        return loading.batches(index, requests, res, self.resize(res), settings, device, workers, size, self.on_skip)
 
     def to_device(self, images: torch.Tensor) -> torch.Tensor:
         """uint8 pictures to normalised fp32 [n, 3, res, res] on this rank's device, in the trunk's memory format."""

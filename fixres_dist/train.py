@@ -346,7 +346,8 @@ class Meter:
         """Scalars over all ranks since the last reading."""
         elapsed, ranks = time.monotonic() - self.since, session.ranks
         sums = distributed.total(
-            ranks, torch.tensor([float(self.loss), self.images, self.wait_s / elapsed, self.skipped], dtype=torch.float64)
+            ranks,
+            torch.tensor([float(self.loss), self.images, self.wait_s / elapsed, self.skipped], dtype=torch.float64),
         )
         memory = torch.cuda.max_memory_allocated() / 2**30 if ranks.device.type == "cuda" else 0.0
         loss, images, wait, skipped = sums.tolist()

@@ -14,6 +14,7 @@ from PIL import Image
 from fixres_dist.data import dali, index, plan, torch_cpu
 from fixres_dist.data.geometry import View
 
+torch.set_num_threads(1)  # as the loader's workers have it
 Pixels = NDArray[np.int16]
 SIZES = ((375, 500), (500, 375), (333, 500), (500, 500), (151, 203), (640, 427), (300, 911), (701, 260), (1024, 768))
 
@@ -24,7 +25,9 @@ def photograph(height: int, width: int, seed: int) -> Image.Image:
     total = np.zeros((height, width, 3), np.float32)
     for scale in (2, 6, 20, 70):
         coarse = rng.integers(0, 256, (height // scale + 2, width // scale + 2, 3), np.uint8)
-        total += np.asarray(Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)) * np.float32(scale)
+        total += np.asarray(Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)) * np.float32(
+            scale
+        )
     total[height // 3 :, : width // 2] *= 0.7
     total += rng.normal(0, 150, total.shape).astype(np.float32)
     total -= total.min()

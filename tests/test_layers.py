@@ -26,7 +26,7 @@ LAYERS = [
     "session",
     "results",
     "report",
-    "data.verify data.show",
+    "data.verify data.show bench",
     "data.commands",
     "train commands",
     "cluster",

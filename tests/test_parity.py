@@ -111,5 +111,8 @@ def test_exif_orientation_is_ignored(tmp_path: Path) -> None:
     assert found.sizes.tolist() == [[90, 130]] * 2
     pictures = plan.Pictures("test", 64, geometry.resize_of("fixres", 64, 1.0, "bilinear"), 0)
     request = plan.request(found, pictures, np.arange(2), 0)
-    for made in (p.pixels(p.torch_batches(found, [request], pictures)), p.pixels(p.dali_batches(found, [request], pictures))):
+    for made in (
+        p.pixels(p.torch_batches(found, [request], pictures)),
+        p.pixels(p.dali_batches(found, [request], pictures)),
+    ):
         assert np.array_equal(made[0], made[1])

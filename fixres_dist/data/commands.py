@@ -16,7 +16,9 @@ SPLITS = ("train", "val")
 
 
 def add_parsers(subparsers: Any) -> None:
-    data = subparsers.add_parser("data", help="prepare a data set: index, verify, shard, demo; show what a model will see")
+    data = subparsers.add_parser(
+        "data", help="prepare a data set: index, verify, shard, demo; show what a model will see"
+    )
     sub = data.add_subparsers(dest="data_command", required=True, metavar="COMMAND")
 
     p = add(sub, "index", "read every header once, so that jobs start at once", index_command)
@@ -26,7 +28,9 @@ def add_parsers(subparsers: Any) -> None:
     p.add_argument("--deny-list", type=Path, help="write them here; runs leave them out with data.deny_list=FILE")
     p.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes; default: one per CPU")
 
-    p = add(sub, "shard", "write tar shards in WebDataset layout; a second run goes on with what is missing", shard_command)
+    p = add(
+        sub, "shard", "write tar shards in WebDataset layout; a second run goes on with what is missing", shard_command
+    )
     p.add_argument("--out", type=Path, required=True, help="where the shards go: OUT/train, OUT/val")
     p.add_argument("--samples-per-shard", type=int, default=5000, help="default: 5000, about 600 MB of ImageNet")
     p.add_argument("--deny-list", default="", help="leave these out, as `data verify` lists them")
@@ -40,7 +44,9 @@ def add_parsers(subparsers: Any) -> None:
     p.add_argument("--samples", required=True, help="positions in the split, such as 0,5,9")
     p.add_argument("--out", type=Path, required=True, metavar="DIR")
     p.add_argument("--transform", default="test", help=f"{', '.join(get_args(cfg.Transform))}; default: test")
-    p.add_argument("--resize-rule", default="", help=f"{', '.join(get_args(cfg.ResizeRule))}; default: the model's recipe")
+    p.add_argument(
+        "--resize-rule", default="", help=f"{', '.join(get_args(cfg.ResizeRule))}; default: the model's recipe"
+    )
     p.add_argument("--backend", default="auto", help="auto, dali or torch; default: auto")
     p.add_argument("--model", default="b0", help="its mean, std and interpolation; default: b0")
     p.add_argument("--seed", type=int, default=0, help="run.seed; default: 0")
@@ -83,7 +89,9 @@ def index_command(args: argparse.Namespace) -> int:
         for sample, reason in bad.items():
             print(f"  {found.where(sample)}: {reason}")
         if bad:
-            print(f"{len(bad)} cannot be read. Next: python -m fixres_dist data verify --data {args.data} --deny-list bad.txt")
+            print(
+                f"{len(bad)} cannot be read. Next: python -m fixres_dist data verify --data {args.data} --deny-list bad.txt"
+            )
     return EXIT_DONE
 
 
@@ -104,7 +112,9 @@ def verify_command(args: argparse.Namespace) -> int:
         verify.write_deny_list(args.deny_list, found)
         print(f"Next: submit with data.deny_list={args.deny_list.resolve()}")
     elif any(found.values()):
-        print(f"Next: the same command with --deny-list bad.txt, then submit with data.deny_list={Path('bad.txt').resolve()}")
+        print(
+            f"Next: the same command with --deny-list bad.txt, then submit with data.deny_list={Path('bad.txt').resolve()}"
+        )
     return EXIT_FAILED if any(found.values()) and not args.deny_list else EXIT_DONE
 
 
@@ -156,7 +166,9 @@ def show_command(args: argparse.Namespace) -> int:
     settings = cfg.Data(res=args.res, backend=args.backend)
     pictures = plan.Pictures(args.transform, args.res, resize, 2 * args.seed)  # the fixing stage's, see schedule.stages
     written = show.show(samples, pictures, chosen, args.epoch, settings, spec.mean, spec.std, args.out)
-    print(f"{len(chosen)} pictures ({args.transform}, {rule}, {args.res} px) in {args.out}: {', '.join(p.name for p in written)}")
+    print(
+        f"{len(chosen)} pictures ({args.transform}, {rule}, {args.res} px) in {args.out}: {', '.join(p.name for p in written)}"
+    )
     return EXIT_DONE
 
 

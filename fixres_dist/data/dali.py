@@ -109,7 +109,9 @@ def build(source: Iterator[Any], res: int, resize: Resize, settings: Settings, t
     device = "cpu" if settings.device_id is None else "gpu"
     pipe = Pipeline(settings.batch, settings.threads, settings.device_id, prefetch_queue_depth=2)
     with pipe:
-        files, *numbers = fn.external_source(source, num_outputs=1 + len(used := fields(resize, two_passes)), batch=True)
+        files, *numbers = fn.external_source(
+            source, num_outputs=1 + len(used := fields(resize, two_passes)), batch=True
+        )
         g = dict(zip(used, numbers, strict=True))
         options: dict[str, Any] = {"output_type": types.RGB, "adjust_orientation": False, "jpeg_fancy_upsampling": True}
         if device == "gpu":
@@ -147,7 +149,12 @@ def readable(index: Index, sample: int, decoded: bool) -> NDArray[np.uint8]:
 
 
 def batches(
-    index: Index, requests: Iterable[Request], res: int, resize: Resize, settings: Settings, two_passes: bool | None = None
+    index: Index,
+    requests: Iterable[Request],
+    res: int,
+    resize: Resize,
+    settings: Settings,
+    two_passes: bool | None = None,
 ) -> Iterator[Batch]:
     """The batch of every request, in their order, read and decoded ahead; images uint8 on the pipeline's device.
 
@@ -156,7 +163,9 @@ def batches(
     passes = settings.device_id is not None if two_passes is None else two_passes
     todo = iter(requests)
     reading: deque[Part] = deque()
-    running: deque[tuple[Part, list[int], list[Bad]]] = deque()  # in the pipeline: part, rows with a picture, the others
+    running: deque[tuple[Part, list[int], list[Bad]]] = (
+        deque()
+    )  # in the pipeline: part, rows with a picture, the others
     with ThreadPoolExecutor(max(2, settings.threads)) as pool:
 
         def submit(request: Request, decoded: bool) -> Part:
@@ -201,8 +210,12 @@ def batches(
             part, good, bad = running.popleft()
             images = pictures(output, len(good), settings.device_id)
             factors = torch.tensor([part.request.views[row].jitter for row in good]).view(-1, 3)
-            if bool((factors != 1).any()):
+            if images.is_cuda:
                 images = jitter(images, factors.to(images.device))
+            else:
+                for image, row in zip(images, factors, strict=True):  # one at a time stays in the cache
+                    if bool((row != 1).any()):
+                        image.copy_(jitter(image[None], row[None])[0])
             yield Batch(images, *rows(index, part.request.samples[good]), tuple(bad))
 
 

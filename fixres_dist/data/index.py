@@ -59,8 +59,9 @@ class Index:
         return self.folder / inside
 
     def where(self, sample: int) -> str:
-        """For messages."""
-        return str(self.path(sample)) + ("" if self.places is None else f" ({self.name(sample)})")
+        """For messages: printable whatever the name's encoding."""
+        text = str(self.path(sample)) + ("" if self.places is None else f" ({self.name(sample)})")
+        return os.fsencode(text).decode("utf-8", "backslashreplace")
 
     def read(self, sample: int) -> NDArray[np.uint8]:
         """The encoded file; raises OSError. Safe from any thread and after a fork."""
@@ -101,7 +102,12 @@ class Index:
         text = b"".join(self.text[a:b] for a, b in zip(starts, [*pieces, len(self.text)], strict=True))
         places = None if self.places is None else self.places[keep]
         return replace(
-            self, text=text, ends=np.cumsum(lengths[keep]), labels=self.labels[keep], sizes=self.sizes[keep], places=places
+            self,
+            text=text,
+            ends=np.cumsum(lengths[keep]),
+            labels=self.labels[keep],
+            sizes=self.sizes[keep],
+            places=places,
         )
 
 
@@ -187,7 +193,9 @@ def load_all(root: Path, split: str, cache: Path | None = None, progress: Progre
 
 def stale(folder: Path, meta: dict[str, Any]) -> set[str]:
     """The directories of a cached index that have to be read again."""
-    return {name for name, mtime_ns, _ in meta["directories"] if mtime(folder / name) != mtime_ns or fresh(mtime_ns, meta)}
+    return {
+        name for name, mtime_ns, _ in meta["directories"] if mtime(folder / name) != mtime_ns or fresh(mtime_ns, meta)
+    }
 
 
 def fresh(mtime_ns: int, meta: dict[str, Any]) -> bool:
@@ -209,7 +217,7 @@ def read_cached(kept: Path) -> tuple[Index, dict[str, Any]] | None:
             meta = json.loads(a["meta"].tobytes())
             if meta["format"] != FORMAT:
                 return None
-            places = a["places"] if "places" in a else None
+            places = a.get("places")
             index = Index(
                 kept.parent, tuple(meta["classes"]), a["text"].tobytes(), a["ends"], a["labels"], a["sizes"],
                 tuple(name for name, _ in meta.get("shards", ())), places,
@@ -287,7 +295,9 @@ def directories(folder: Path) -> list[Path]:
             return
         found.append(path)
         with os.scandir(path) as entries:
-            below = [e.path for e in entries if e.is_dir(follow_symlinks=False) or (e.is_symlink() and os.path.isdir(e.path))]
+            below = [
+                e.path for e in entries if e.is_dir(follow_symlinks=False) or (e.is_symlink() and os.path.isdir(e.path))
+            ]
         for sub in below:
             visit(Path(sub), above | {here})
 
@@ -298,7 +308,9 @@ def directories(folder: Path) -> list[Path]:
 
 def image_names(folder: Path) -> list[str]:
     with os.scandir(folder) as entries:
-        return sorted(e.name for e in entries if e.name.lower().endswith(EXTENSIONS) and not e.is_dir(follow_symlinks=False))
+        return sorted(
+            e.name for e in entries if e.name.lower().endswith(EXTENSIONS) and not e.is_dir(follow_symlinks=False)
+        )
 
 
 def walk(folder: Path) -> Iterator[Path]:
@@ -321,7 +333,11 @@ def recheck(index: Index) -> tuple[Index, dict[int, str]]:
     sizes = index.sizes
     for sample in np.flatnonzero(index.sizes[:, 0] == 0).tolist():
         try:
-            found = header_size(index.path(sample)) if index.places is None else encoded_size(io.BytesIO(index.read(sample)))
+            found = (
+                header_size(index.path(sample))
+                if index.places is None
+                else encoded_size(io.BytesIO(index.read(sample)))
+            )
         except OSError as error:
             found = str(error)
         if isinstance(found, str):

@@ -48,7 +48,9 @@ def write_shards(index: Index, out: Path, samples_per_shard: int, progress: Prog
     out.mkdir(parents=True, exist_ok=True)
     mark, plan = out / ".source", f"{index.fingerprint} {samples_per_shard}\n"
     if mark.exists() and mark.read_text() != plan:
-        raise UserError(f"{out} holds shards of another data set or of another size. Next: give another --out, or remove it.")
+        raise UserError(
+            f"{out} holds shards of another data set or of another size. Next: give another --out, or remove it."
+        )
     if not mark.exists() and any(out.iterdir()):
         raise UserError(f"{out} is not empty and was not written by this command. Next: give another --out.")
     write(mark, plan)
@@ -65,7 +67,9 @@ def write_shards(index: Index, out: Path, samples_per_shard: int, progress: Prog
             progress(stop, n)
     kept = scan(out, out / INDEX, None)
     if kept.fingerprint != index.fingerprint:
-        raise UserError(f"{out} does not hold the samples of {index.folder}: a file has changed meanwhile. Next: remove {out}.")
+        raise UserError(
+            f"{out} does not hold the samples of {index.folder}: a file has changed meanwhile. Next: remove {out}."
+        )
     return made
 
 
@@ -77,7 +81,9 @@ def write_tar(index: Index, samples: list[int], shard: Path) -> None:
                 try:
                     data = index.read(sample).tobytes()
                 except OSError as error:
-                    raise UserError(f"cannot read {index.where(sample)}: {error.strerror}. Next: the same command again.") from None
+                    raise UserError(
+                        f"cannot read {index.where(sample)}: {error.strerror}. Next: the same command again."
+                    ) from None
                 name = index.name(sample)
                 for member, content in ((name, data), (label_name(name), str(int(index.labels[sample])).encode())):
                     entry = tarfile.TarInfo(member)
@@ -126,7 +132,9 @@ def scan(folder: Path, kept: Path, progress: Progress | None) -> Index:
     except FileNotFoundError:
         classes = tuple(str(k) for k in range(int(labels.max(initial=-1)) + 1))
     if len(labels) and labels.max() >= len(classes):
-        raise UserError(f"{folder} has label {labels.max()} and {len(classes)} classes in {CLASSES}. Accepted: 0 to {len(classes) - 1}.")
+        raise UserError(
+            f"{folder} has label {labels.max()} and {len(classes)} classes in {CLASSES}. Accepted: 0 to {len(classes) - 1}."
+        )
     index = Index(
         folder,
         classes,
@@ -151,7 +159,9 @@ def read_tar(shard: Path, number: int) -> list[tuple[int, str, str, tuple[int, i
             for member in tar:
                 path = PurePosixPath(member.name)
                 if path.is_absolute() or ".." in path.parts:
-                    raise UserError(f"{shard} holds {member.name!r}, which points outside. Accepted: names below the shard.")
+                    raise UserError(
+                        f"{shard} holds {member.name!r}, which points outside. Accepted: names below the shard."
+                    )
                 if member.isdir():
                     continue
                 if not member.isreg():
@@ -167,7 +177,9 @@ def read_tar(shard: Path, number: int) -> list[tuple[int, str, str, tuple[int, i
             for key, member in images:
                 name = member.name
                 if key not in labels:
-                    raise UserError(f"{shard} holds {name!r} without its label {key!r}. Next: write it again with `data shard`.")
+                    raise UserError(
+                        f"{shard} holds {name!r} without its label {key!r}. Next: write it again with `data shard`."
+                    )
                 file.seek(member.offset_data)
                 size = encoded_size(io.BytesIO(file.read(member.size)))
                 directory, _, base = name.rpartition("/")

@@ -33,7 +33,9 @@ def load(
     folder, kept = root / split, index.cache_folder(cache)
     if not folder.is_dir():
         found = ", ".join(sorted(p.name for p in root.iterdir() if p.is_dir())[:6]) if root.is_dir() else ""
-        raise UserError(f"no split {split!r} in {root} (found: {found or 'no directories'}). Accepted: one of its folders.")
+        raise UserError(
+            f"no split {split!r} in {root} (found: {found or 'no directories'}). Accepted: one of its folders."
+        )
     with Bar(f"reading {split} headers", show) as bar:
         read = shards.load if shards.is_sharded(folder) else index.load_all
         found_all = read(root, split, kept, bar)

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import gc
 import io
 import os
 import signal
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -162,15 +163,29 @@ class Requests(Sampler[Request]):
         return iter(self.requests)
 
 
+def as_is(batch: Batch) -> Batch:
+    return batch
+
+
 def start_worker(_: int) -> None:
     """Loader workers outlive the signals that the training process wants to survive, and nothing outlives that process."""
+    gc.freeze()  # never run the destructors of the parent's garbage here: DALI's wait for threads that only the parent has
     ignore_stop_signals()
     with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG, Linux; elsewhere the loader's watchdog sees to it
+        ctypes.CDLL(None).prctl(
+            1, signal.SIGKILL
+        )  # PR_SET_PDEATHSIG, Linux; elsewhere the loader's watchdog sees to it
 
 
-def batches(index: Index, requests: Iterable[Request], res: int, interpolation: str, workers: int) -> Iterator[Batch]:
-    """The batch of every request, in their order, `workers` processes ahead of the caller."""
+def batches(
+    index: Index,
+    requests: Iterable[Request],
+    res: int,
+    interpolation: str,
+    workers: int,
+    finish: Callable[[Batch], Batch] = as_is,
+) -> Iterator[Batch]:
+    """The batch of every request, in their order, `workers` processes ahead of the caller; `finish` runs in them."""
     loader = DataLoader(
         Pictures(index, res, interpolation),
         batch_size=None,
@@ -178,6 +193,7 @@ def batches(index: Index, requests: Iterable[Request], res: int, interpolation: 
         num_workers=workers,
         prefetch_factor=2 if workers else None,
         pin_memory=torch.cuda.is_available(),
+        collate_fn=finish,
         worker_init_fn=start_worker,
         multiprocessing_context="fork" if workers else None,  # the index is shared, not copied
     )

@@ -29,9 +29,9 @@ def verify(index: Index, workers: int, progress: Progress | None = None) -> list
 
 
 def begin(index: Index) -> None:
+    start_worker(0)
     global shared
     shared = index
-    start_worker(0)
     torch.set_num_threads(1)
 
 
