@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -107,12 +108,13 @@ def opened(config: cfg.Config, meeting_place: Path) -> Iterator[Any]:
 
 
 def split_with(live: Any, weights: Path | None) -> Any:
-    """The session's model with `weights` (or as opened), cut for evaluation in the run's own arithmetic."""
+    """A copy of the session's model with `weights` (or as opened), cut for evaluation in the run's own arithmetic."""
     from fixres_dist import models, tuning
 
+    model = copy.deepcopy(live.model)
     if weights is not None:
-        models.fill(live.model, models.read_state(weights), str(weights))
-    return tuning.split(live.model, live.config.tune.policy)
+        models.fill(model, models.read_state(weights), str(weights))
+    return tuning.split(model, live.config.tune.policy)
 
 
 def evaluate(args: argparse.Namespace) -> int:
@@ -123,7 +125,11 @@ def evaluate(args: argparse.Namespace) -> int:
 
         root = sources.folder(config.data.root, config.data.cache)
         index = (
-            live.val if args.split == "val" else sources.load(root, args.split, config.data.cache, live.ranks.is_main)
+            live.val
+            if args.split == "val"
+            else sources.load(
+                root, args.split, config.data.cache, live.ranks.is_main, config.data.deny_list, config.data.on_bad
+            )
         )
         if index.classes != live.train.classes:
             raise UserError(f"{root / args.split} has other classes than {root / 'train'}.")
@@ -158,7 +164,7 @@ def meeting_place() -> Path:
 
 
 def sweep(args: argparse.Namespace) -> int:
-    """Evaluate every subject at every resolution; one model in memory, one pass per (subject, resolution)."""
+    """Evaluate every subject at every resolution: one pass over the images per resolution, one trunk where it is shared."""
     from fixres_dist import evaluate as ev
     from fixres_dist import report
 
@@ -172,9 +178,10 @@ def sweep(args: argparse.Namespace) -> int:
         found.append(Subject(label, weights_after(RunDir(Path(folder)))))
     curves: dict[str, dict[int, ev.Predictions]] = {}
     with opened(config, args.run or meeting_place()) as live:
-        for subject in found:
-            parts = split_with(live, subject.weights)
-            curves[subject.label] = {res: live.evaluate(parts, res, f"{subject.label} {res} px") for res in sizes}
+        every = [split_with(live, subject.weights) for subject in found]
+        for res in sizes:
+            for subject, predictions in zip(found, live.evaluate_all(every, res, f"{res} px"), strict=True):
+                curves.setdefault(subject.label, {})[res] = predictions
         if not live.ranks.is_main:
             return EXIT_DONE
     out = args.out or args.run or Path(".")

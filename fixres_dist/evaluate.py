@@ -59,33 +59,42 @@ class Predictions:
 
 @torch.no_grad()
 def predict(
-    logits: Callable[[Batch], torch.Tensor],
+    logits: Callable[[Batch], list[torch.Tensor]],
     index: Index,
     batches: Iterator[Batch],
     ranks: distributed.Ranks,
+    models: int = 1,
     note: str = "",
-) -> Predictions:
-    """`logits(batch)` over this rank's batches, put together over all ranks; checks that no image was missed or repeated."""
+) -> list[Predictions]:
+    """`logits(batch)` of each of `models` models over this rank's batches, put together over all ranks.
+
+    Raises RuntimeError should an image have been missed or repeated.
+    """
     n = len(index)
-    rows = torch.zeros(n, 5, dtype=torch.float64)  # seen, predicted, correct1, correct5, loss
+    rows = torch.zeros(models, n, 5, dtype=torch.float64)  # seen, predicted, correct1, correct5, loss
     start, stop = plan.order.rank_part(0, n, ranks.rank, ranks.world_size)
     with tqdm(total=stop - start, desc=note, unit="img", leave=False, disable=None if ranks.is_main else True) as bar:
         for batch in batches:
-            scores = logits(batch)
-            labels = batch.labels.to(scores.device, non_blocking=True)
-            top = scores.topk(min(5, scores.shape[1])).indices
-            hits = top == labels[:, None]
-            loss = F.cross_entropy(scores, labels, reduction="none")
-            row = torch.stack([torch.ones_like(loss), top[:, 0], hits[:, 0], hits.any(1), loss], 1)
-            rows.index_add_(0, batch.samples, row.double().cpu())
             skipped = [bad.sample for bad in batch.skipped]
-            rows[skipped, :2] += torch.tensor([1.0, -1.0])  # seen, without a prediction
-            bar.update(len(labels) + len(skipped))
+            rows[:, skipped, :2] += torch.tensor([1.0, -1.0], dtype=rows.dtype)  # seen, without a prediction
+            for k, scores in enumerate(logits(batch)):
+                rows[k].index_add_(0, batch.samples, scored(scores, batch.labels.to(scores.device)).double().cpu())
+            bar.update(len(batch.labels) + len(skipped))
     distributed.total(ranks, rows)
-    if not bool((rows[:, 0] == 1).all()):
-        raise RuntimeError(f"evaluation saw {int(rows[:, 0].sum())} images of {n}, each should be seen once")
-    table = rows.numpy()
-    return Predictions(table[:, 1].astype(np.int32), table[:, 2] > 0, table[:, 3] > 0, table[:, 4].astype(np.float32))
+    if not bool((rows[:, :, 0] == 1).all()):
+        raise RuntimeError(f"evaluation saw {int(rows[0, :, 0].sum())} images of {n}, each should be seen once")
+    return [
+        Predictions(t[:, 1].astype(np.int32), t[:, 2] > 0, t[:, 3] > 0, t[:, 4].astype(np.float32))
+        for t in rows.numpy()
+    ]
+
+
+def scored(scores: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """[n, 5]: seen (1), predicted class, top-1 hit, top-5 hit, cross-entropy, for logits [n, classes]."""
+    top = scores.topk(min(5, scores.shape[1])).indices
+    hits = top == labels[:, None]
+    loss = F.cross_entropy(scores, labels, reduction="none")
+    return torch.stack([torch.ones_like(loss), top[:, 0], hits[:, 0], hits.any(1), loss], 1)
 
 
 def paired_gain(before: NDArray[np.bool_], after: NDArray[np.bool_]) -> tuple[float, tuple[float, float]]:

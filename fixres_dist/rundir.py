@@ -130,6 +130,8 @@ class RunDir:
     def lock(self) -> Iterator[None]:
         """Held by rank 0 while it works; the kernel drops it with the process, so a crash leaves nothing to clean."""
         with open(self.root / ".lock", "w") as file:
+            # A forked loader worker outlives a killed parent by seconds and must not hold its lock meanwhile.
+            os.register_at_fork(after_in_child=file.close)
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:

@@ -11,11 +11,12 @@ import torch
 from torch import nn
 
 from fixres_dist import config as cfg
-from fixres_dist import distributed, evaluate, models, precision, tuning
+from fixres_dist import distributed, models, precision, tuning
 from fixres_dist.data import geometry, loading, plan, sources, torch_cpu
 from fixres_dist.data.index import Index
 from fixres_dist.distributed import Ranks
 from fixres_dist.errors import UserError
+from fixres_dist.evaluate import Predictions, predict
 from fixres_dist.schedule import batch_per_device
 
 
@@ -37,7 +38,7 @@ class Session:
 
     def batches(self, index: Index, requests: Iterable[plan.Request], res: int) -> Iterator[torch_cpu.Batch]:
         workers = torch_cpu.worker_count(self.config.data.workers, self.ranks.local_size)
-        settings, device, size = self.config.data, self.ranks.device, self.batch_per_device(res)
+        settings, device, size = self.config.data, self.ranks.device, batch_per_device(self.config, res)
         return loading.batches(index, requests, res, self.resize(res), settings, device, workers, size, self.on_skip)
 
     def to_device(self, images: torch.Tensor) -> torch.Tensor:
@@ -61,22 +62,39 @@ class Session:
         with self.autocast() if parts.trunk is None else contextlib.nullcontext():
             return head(*inputs).float()
 
-    def evaluate(self, parts: tuning.Split, res: int, note: str, index: Index | None = None) -> evaluate.Predictions:
-        """Every image (of the validation split) once over all ranks, in the same arithmetic as training.
+    def evaluate(self, parts: tuning.Split, res: int, note: str, index: Index | None = None) -> Predictions:
+        """Every image (of the validation split) once over all ranks; leaves the model in eval mode."""
+        return self.evaluate_all([parts], res, note, index)[0]
 
-        Leaves the model in eval mode.
-        """
+    def evaluate_all(
+        self, models: list[tuning.Split], res: int, note: str, index: Index | None = None
+    ) -> list[Predictions]:
+        """Several models in one pass over the images, in the arithmetic of training; a trunk they share runs once."""
         index = index or self.val
-        parts.model.eval()
-        parts.head.eval()
+        for parts in models:
+            parts.model.eval()
+            parts.head.eval()
+        trunks = [tuning.frozen_digest(parts) if parts.trunk else str(k) for k, parts in enumerate(models)]
+
+        def logits(batch: torch_cpu.Batch) -> list[torch.Tensor]:
+            features = {
+                name: self.inputs(parts, batch.images) for name, parts in dict(zip(trunks, models, strict=True)).items()
+            }
+            # Cloned: a head may work in place, and another one may take the same features.
+            return [
+                self.logits(parts, parts.head, tuple(f.clone() for f in features[name]))
+                for name, parts in zip(trunks, models, strict=True)
+            ]
+
         pictures = plan.Pictures("test", res, self.resize(res), 0)
         size = batch_per_device(self.config, res)
         requests = plan.every_sample(index, pictures, size, self.ranks.rank, self.ranks.world_size)
-        return evaluate.predict(
-            lambda batch: self.logits(parts, parts.head, self.inputs(parts, batch.images)),
+        return predict(
+            logits,
             index,
             self.batches(index, requests, res),
             self.ranks,
+            len(models),
             note,
         )
 

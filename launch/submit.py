@@ -98,6 +98,8 @@ def configure(args: argparse.Namespace, kind: str) -> tuple[cfg.Config, recipes.
         )
     if values["data"].get("root") not in (None, "", "demo"):
         values["data"]["root"] = str(Path(values["data"]["root"]).expanduser().absolute())
+    if values["model"].get("weights", "none") not in recipes.WEIGHTS:
+        values["model"]["weights"] = str(Path(values["model"]["weights"]).expanduser().absolute())
     config = cfg.parse(cfg.Config, values)
     if kind != "slurm" and config.cluster.nodes != "1":
         raise UserError(
@@ -131,7 +133,7 @@ def submit(args: argparse.Namespace) -> int:
     if run.done.exists():
         print(f"{name} is finished; its results: {run.results}")
         return EXIT_DONE
-    if config.model.weights not in (*recipes.WEIGHTS,):
+    if config.model.weights not in recipes.WEIGHTS:
         from fixres_dist import models  # a file is checked here rather than in the queue; this imports torch
 
         models.check_weights(

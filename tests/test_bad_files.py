@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+import pictures as p
 import pytest
 import torch
 from PIL import Image
@@ -18,7 +19,6 @@ from fixres_dist import config as cfg
 from fixres_dist.data import geometry, index, loading, plan, sources
 from fixres_dist.data.torch_cpu import Batch
 from fixres_dist.errors import UserError
-from tests import pictures as p
 
 PHOTO = p.photograph(120, 160, 7)
 Backend = Callable[[index.Index, list[plan.Request], plan.Pictures], list[Batch]]

@@ -7,13 +7,13 @@ import os
 from pathlib import Path
 
 import numpy as np
+import pictures as p
 import pytest
+from conftest import write_photos
 from PIL import Image
 
 from fixres_dist.__main__ import main
 from fixres_dist.data import geometry, index, plan, sources
-from tests import pictures as p
-from tests.conftest import write_photos
 
 
 @pytest.fixture

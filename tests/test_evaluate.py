@@ -34,8 +34,8 @@ def made(n: int) -> index.Index:
 def test_counts_against_a_table() -> None:
     scores = torch.tensor([[9.0, 0, 0, 0, 0, 0, 0], [0, 1, 2, 3, 4, 5, 6], [6, 5, 4, 3, 2, 1, 0]])
     labels = np.array([0, 2, 6])
-    found = evaluate.predict(
-        lambda batch: scores[batch.samples],
+    (found,) = evaluate.predict(
+        lambda batch: [scores[batch.samples]],
         made(3),
         batches(plan.every_sample(made(3), PICTURES, 2, 0, 1), labels),
         ALONE,
@@ -50,6 +50,7 @@ def test_counts_against_a_table() -> None:
         "top5": pytest.approx(200 / 3, abs=1e-3),
         "loss": pytest.approx(np.mean(expected), abs=1e-5),
         "n": 3,
+        "skipped": 0,
     }
 
 
@@ -72,7 +73,7 @@ def test_a_missed_or_repeated_image_is_an_error() -> None:
     for requests in (twice(), iter(list(plan.every_sample(made(4), PICTURES, 2, 0, 1))[:1])):
         with pytest.raises(RuntimeError, match="each should be seen once"):
             evaluate.predict(
-                lambda b: torch.zeros(len(b.samples), 3), made(4), batches(requests, np.zeros(4, np.int64)), ALONE
+                lambda b: [torch.zeros(len(b.samples), 3)], made(4), batches(requests, np.zeros(4, np.int64)), ALONE
             )
 
 

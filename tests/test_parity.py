@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import pictures as p
 import pytest
 import torch
 from PIL import Image
 
 from fixres_dist.data import geometry, index, plan, torch_cpu
-from tests import pictures as p
 
 RULES = ("fixefficientnet", "fixres", "fixres_height", "timm")
 # 108 photographs; every rule and transform at 224, fewer at the larger sizes, where a picture takes PIL 30 ms.

@@ -8,12 +8,12 @@ import tarfile
 from pathlib import Path
 
 import numpy as np
+import pictures as p
 import pytest
 import torch
 
 from fixres_dist.data import geometry, index, order, plan, shards, sources
 from fixres_dist.errors import UserError
-from tests import pictures as p
 
 
 @pytest.fixture(scope="module")

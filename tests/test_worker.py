@@ -164,6 +164,26 @@ def test_one_run_is_worked_on_once(tmp_path: Path) -> None:
     assert not here.is_locked()
 
 
+def test_a_loader_worker_that_outlives_its_parent_holds_no_lock(tmp_path: Path) -> None:
+    here = rundir.RunDir(tmp_path)
+    ready, parent = os.pipe()
+    child = os.fork()
+    if child == 0:  # the worker: killed while a process it forked lives on
+        with here.lock():
+            if os.fork() == 0:
+                os.write(parent, str(os.getpid()).encode())
+                signal.pause()
+            signal.pause()
+    orphan = int(os.read(ready, 20))
+    try:
+        assert here.is_locked()
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        assert not here.is_locked()
+    finally:
+        os.kill(orphan, signal.SIGKILL)
+
+
 def test_the_first_failure_is_the_one_that_is_told(tmp_path: Path) -> None:
     here = rundir.RunDir(tmp_path)
     here.fail("disk full", "make room")

@@ -70,7 +70,8 @@ def geometry(views: list[View], res: int, two_passes: bool) -> Geometry:
     """Crop and flip folded into the region that is scaled: a region that runs backwards comes out mirrored."""
     table = [window(view, res, two_passes) for view in views]
     kinds = (np.int32, np.int32, *(np.float32,) * 6, np.int32)
-    return Geometry(*(np.array([row[k] for row in table], kind) for k, kind in enumerate(kinds)))
+    columns: list[Any] = [np.array([row[k] for row in table], kind) for k, kind in enumerate(kinds)]
+    return Geometry(*columns)
 
 
 def window(view: View, res: int, two_passes: bool) -> tuple[tuple[float, float], ...]:

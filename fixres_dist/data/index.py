@@ -336,7 +336,7 @@ def recheck(index: Index) -> tuple[Index, dict[int, str]]:
             found = (
                 header_size(index.path(sample))
                 if index.places is None
-                else encoded_size(io.BytesIO(index.read(sample)))
+                else encoded_size(io.BytesIO(index.read(sample).tobytes()))
             )
         except OSError as error:
             found = str(error)

