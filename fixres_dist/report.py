@@ -35,13 +35,11 @@ def sweep_plot(table: Table, config: cfg.Config, file: Path) -> None:
         axes.errorbar(
             list(curve), [s["top1"] for s in curve.values()], bars, fmt=style, color=colour, label=label, capsize=2
         )
-    if config.pretrain:
-        axes.axvline(config.pretrain.res, color="tab:gray", lw=0.8, ls=":")
-        axes.annotate(
-            "trained at", (config.pretrain.res, axes.get_ylim()[0]), rotation=90, va="bottom", ha="right", fontsize=8
-        )
-    axes.axvline(config.data.res, color="tab:blue", lw=0.8, ls=":")
-    axes.annotate("fixed at", (config.data.res, axes.get_ylim()[0]), rotation=90, va="bottom", ha="right", fontsize=8)
+    marks = {"fixed at": config.data.res, **({"trained at": config.pretrain.res} if config.pretrain else {})}
+    for text, res in marks.items():
+        axes.axvline(res, color="tab:gray", lw=0.8, ls=":")
+        where = {"xycoords": ("data", "axes fraction"), "xytext": (-3, 0), "textcoords": "offset points"}
+        axes.annotate(text, (res, 0.02), rotation=90, va="bottom", ha="right", fontsize=8, **where)
     axes.set_xticks(list(next(iter(table.values()))))
     axes.set_xlabel("test resolution (px)")
     axes.set_ylabel("top-1 (%)")
