@@ -8,7 +8,7 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1] / "fixres_dist"
 LAYERS = [
-    "errors data.headers",
+    "errors data.headers data.listing",
     "config",
     "recipes rundir",
     "data.order data.index data.demo",

@@ -11,7 +11,7 @@ import io
 import json
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
@@ -24,9 +24,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fixres_dist.data.headers import encoded_size, header_size
+from fixres_dist.data.listing import EXTENSIONS, class_names, directories, image_names, walk
 from fixres_dist.errors import UserError
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")  # torchvision's list
 FORMAT = 2  # of the cached arrays
 OPEN_SHARDS = 128  # tar files kept open per process: an open is a round trip to the metadata server
 Progress = Callable[[int, int], None]  # (done, total)
@@ -282,49 +282,6 @@ def keep(index: Index, meta: dict[str, Any], kept: Path) -> None:
         os.replace(part, kept)
     except OSError:
         part.unlink(missing_ok=True)
-
-
-def directories(folder: Path) -> list[Path]:
-    """`folder` and every directory below it, links followed; a link back to a directory above it is not."""
-    found: list[Path] = []
-
-    def visit(path: Path, above: frozenset[tuple[int, int]]) -> None:
-        status = os.stat(path)
-        here = (status.st_dev, status.st_ino)
-        if here in above:
-            return
-        found.append(path)
-        with os.scandir(path) as entries:
-            below = [
-                e.path for e in entries if e.is_dir(follow_symlinks=False) or (e.is_symlink() and os.path.isdir(e.path))
-            ]
-        for sub in below:
-            visit(Path(sub), above | {here})
-
-    parents = [os.stat(p) for p in folder.resolve().parents]
-    visit(folder, frozenset((p.st_dev, p.st_ino) for p in parents))
-    return sorted(found, key=str)
-
-
-def image_names(folder: Path) -> list[str]:
-    with os.scandir(folder) as entries:
-        return sorted(
-            e.name for e in entries if e.name.lower().endswith(EXTENSIONS) and not e.is_dir(follow_symlinks=False)
-        )
-
-
-def walk(folder: Path) -> Iterator[Path]:
-    """The images below a class folder, in torchvision's order."""
-    for base in directories(folder):
-        yield from (base / name for name in image_names(base))
-
-
-def class_names(folder: Path) -> list[str]:
-    """One per subfolder, sorted; of a folder of shards, what stands beside them."""
-    listed = folder / "classes.json"
-    if listed.is_file():
-        return list(json.loads(listed.read_bytes()))
-    return sorted(p.name for p in folder.iterdir() if p.is_dir())
 
 
 def recheck(index: Index) -> tuple[Index, dict[int, str]]:

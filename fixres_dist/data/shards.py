@@ -19,7 +19,8 @@ import numpy as np
 from fixres_dist.data import index as indexes
 from fixres_dist.data import order
 from fixres_dist.data.headers import encoded_size
-from fixres_dist.data.index import EXTENSIONS, Index, Progress
+from fixres_dist.data.index import Index, Progress
+from fixres_dist.data.listing import EXTENSIONS, class_names, walk
 from fixres_dist.errors import UserError
 from fixres_dist.rundir import write
 
@@ -33,7 +34,7 @@ def is_sharded(folder: Path) -> bool:
 def count(folder: Path) -> int:
     """Images of a split, of folders or of shards, without reading a header."""
     if not is_sharded(folder):
-        return sum(1 for name in indexes.class_names(folder) for _ in indexes.walk(folder / name))
+        return sum(1 for name in class_names(folder) for _ in walk(folder / name))
     beside = indexes.read_cached(folder / INDEX)
     return len(beside[0]) if beside else len(load(folder.parent, folder.name))
 
