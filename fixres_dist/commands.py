@@ -125,7 +125,11 @@ def evaluate(args: argparse.Namespace) -> int:
 
         root = sources.folder(config.data.root, config.data.cache)
         index = (
-            live.val if args.split == "val" else sources.load(root, args.split, config.data.cache, live.ranks.is_main)
+            live.val
+            if args.split == "val"
+            else sources.load(
+                root, args.split, config.data.cache, live.ranks.is_main, config.data.deny_list, config.data.on_bad
+            )
         )
         if index.classes != live.train.classes:
             raise UserError(f"{root / args.split} has other classes than {root / 'train'}.")

@@ -12,7 +12,7 @@ from torch import nn
 
 from fixres_dist import config as cfg
 from fixres_dist import distributed, models, precision, tuning
-from fixres_dist.data import geometry, plan, sources, torch_cpu
+from fixres_dist.data import geometry, loading, plan, sources, torch_cpu
 from fixres_dist.data.index import Index
 from fixres_dist.distributed import Ranks
 from fixres_dist.errors import UserError
@@ -31,13 +31,15 @@ class Session:
     precision: str  # what really runs
     autocast: Callable[[], contextlib.AbstractContextManager[Any]]
     memory_format: torch.memory_format
+    on_skip: loading.OnSkip  # what is done about an image that cannot be decoded, under data.on_bad: skip
 
     def resize(self, res: int) -> geometry.Resize:
         return geometry.resize_of(self.config.data.resize_rule, res, self.spec.crop_pct, self.spec.interpolation)
 
     def batches(self, index: Index, requests: Iterable[plan.Request], res: int) -> Iterator[torch_cpu.Batch]:
         workers = torch_cpu.worker_count(self.config.data.workers, self.ranks.local_size)
-        return torch_cpu.batches(index, requests, res, self.resize(res).interpolation, workers)
+        settings, device, size = self.config.data, self.ranks.device, batch_per_device(self.config, res)
+        return loading.batches(index, requests, res, self.resize(res), settings, device, workers, size, self.on_skip)
 
     def to_device(self, images: torch.Tensor) -> torch.Tensor:
         """uint8 pictures to normalised fp32 [n, 3, res, res] on this rank's device, in the trunk's memory format."""
@@ -97,7 +99,13 @@ class Session:
         )
 
 
-def open_session(config: cfg.Config, ranks: Ranks, load_weights: bool = True) -> Session:
+def tell(index: Index, bad: loading.Bad) -> None:
+    print(f"skipped {index.where(bad.sample)}: {bad.reason}", flush=True)
+
+
+def open_session(
+    config: cfg.Config, ranks: Ranks, load_weights: bool = True, on_skip: loading.OnSkip = tell
+) -> Session:
     """Index the data and build the model; rank 0 goes first where something is written.
 
     `load_weights=False` leaves the model as drawn from the seed, for a run whose whole model stands in its directory.
@@ -106,7 +114,11 @@ def open_session(config: cfg.Config, ranks: Ranks, load_weights: bool = True) ->
     for turn in (True, False):
         if ranks.is_main is turn:
             root = sources.folder(config.data.root, config.data.cache)
-            indexes = [sources.load(root, split, config.data.cache, ranks.is_main) for split in ("train", "val")]
+            data = config.data
+            indexes = [
+                sources.load(root, split, data.cache, ranks.is_main, data.deny_list, data.on_bad)
+                for split in ("train", "val")
+            ]
         distributed.barrier(ranks)
     train, val = indexes
     name, classes = config.model.timm_name, len(train.classes)
@@ -121,7 +133,7 @@ def open_session(config: cfg.Config, ranks: Ranks, load_weights: bool = True) ->
     layout = memory_format(config, ranks.device)
     model = model.to(device=ranks.device).to(memory_format=layout)
     autocast = precision.apply(chosen, ranks.device)
-    return Session(config, ranks, model, models.preprocessing(name), train, val, chosen, autocast, layout)
+    return Session(config, ranks, model, models.preprocessing(name), train, val, chosen, autocast, layout, on_skip)
 
 
 def memory_format(config: cfg.Config, device: torch.device) -> torch.memory_format:

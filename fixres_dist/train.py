@@ -25,7 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fixres_dist import checkpoint, distributed, export, models, results, tuning
 from fixres_dist import config as cfg
-from fixres_dist.data import order, plan
+from fixres_dist.data import loading, order, plan
 from fixres_dist.data.torch_cpu import Batch
 from fixres_dist.errors import EXIT_DONE, EXIT_FAILED, EXIT_USER, UserError
 from fixres_dist.evaluate import Predictions
@@ -69,7 +69,8 @@ def work(here: RunDir, config: cfg.Config) -> int:
             here.failed.unlink(missing_ok=True)
             here.event("started", world_size=ranks.world_size, nodes=ranks.nodes)
             here.update_state(state="running", reason=None)
-        session = open_session(config, ranks, load_weights=not here.pretrained.exists())
+        on_skip = results.skipping(here, ranks)
+        session = open_session(config, ranks, not here.pretrained.exists(), on_skip)
         todo = stages(config, len(session.train))
         if ranks.is_main:
             write(here.root / "class_index.json", json.dumps(dict(enumerate(session.train.classes)), indent=1) + "\n")
@@ -77,6 +78,7 @@ def work(here: RunDir, config: cfg.Config) -> int:
             kept = newest_step(here)
             for file in (here.root / "samples").glob("rank_*.jsonl"):
                 keep_lines(file, lambda line: line["step"] < kept)
+            print("decoding with {}: {}".format(*loading.choose(config.data.backend, ranks.device)), flush=True)
         distributed.barrier(ranks)
         for stage in todo:
             if stage.name == "fix" and here.pretrained.exists():
@@ -324,6 +326,7 @@ class Meter:
 
     def restart(self) -> None:
         self.loss, self.images, self.wait_s, self.since = torch.zeros(()), 0, 0.0, time.monotonic()
+        self.skipped = 0
 
     def add(self, loss: torch.Tensor, images: int) -> None:
         self.loss, self.images = self.loss.to(loss.device) + loss, self.images + images
@@ -336,16 +339,18 @@ class Meter:
             self.wait_s += time.monotonic() - asked
             if batch is None:
                 return
+            self.skipped += len(batch.skipped)
             yield batch
 
     def read(self, session: Session, **values: float) -> dict[str, float]:
         """Scalars over all ranks since the last reading."""
         elapsed, ranks = time.monotonic() - self.since, session.ranks
         sums = distributed.total(
-            ranks, torch.tensor([float(self.loss), self.images, self.wait_s / elapsed], dtype=torch.float64)
+            ranks,
+            torch.tensor([float(self.loss), self.images, self.wait_s / elapsed, self.skipped], dtype=torch.float64),
         )
         memory = torch.cuda.max_memory_allocated() / 2**30 if ranks.device.type == "cuda" else 0.0
-        loss, images, wait = sums.tolist()
+        loss, images, wait, skipped = sums.tolist()
         self.restart()
         return {
             "loss": loss / max(1.0, images),
@@ -353,6 +358,7 @@ class Meter:
             "images_per_second": images / elapsed,
             "data_wait_percent": 100 * wait / ranks.world_size,
             "memory_gib": memory,
+            "skipped": skipped,
         }
 
 
