@@ -114,7 +114,7 @@ def split_with(live: Any, weights: Path | None) -> Any:
     model = copy.deepcopy(live.model)
     if weights is not None:
         models.fill(model, models.read_state(weights), str(weights))
-    return tuning.split(model, live.config.tune.policy)
+    return live.with_fast_trunk(tuning.split(model, live.config.tune.policy))
 
 
 def evaluate(args: argparse.Namespace) -> int:

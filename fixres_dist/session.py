@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, cast
 
 import torch
 from torch import nn
 
 from fixres_dist import config as cfg
-from fixres_dist import distributed, models, precision, tuning
+from fixres_dist import distributed, folding, models, precision, tuning
 from fixres_dist.data import geometry, loading, plan, sources, torch_cpu
 from fixres_dist.data.index import Index
 from fixres_dist.distributed import Ranks
@@ -48,6 +48,16 @@ class Session:
             255 * torch.tensor(v, device=images.device).view(1, 3, 1, 1) for v in (self.spec.mean, self.spec.std)
         )
         return ((images.float() - mean) / std).contiguous(memory_format=self.memory_format)
+
+    def with_fast_trunk(self, parts: tuning.Split) -> tuning.Split:
+        """The same function with the frozen trunk's BatchNorms folded and, with `run.compile`, one graph per resolution."""
+        if parts.trunk is None:
+            return parts
+        trunk, _ = folding.folded(parts.trunk, 64)
+        if self.config.run.compile:
+            # dynamic=False: a second size would otherwise be traced symbolically, which takes minutes with SAME padding.
+            trunk = cast(nn.Module, torch.compile(trunk, dynamic=False))
+        return replace(parts, trunk=trunk)
 
     def inputs(self, parts: tuning.Split, images: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """What the head takes, for uint8 pictures: the trunk's output in fp32 without autograd, or the pictures themselves."""

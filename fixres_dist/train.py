@@ -110,7 +110,7 @@ def fingerprint(session: Session, stage: Stage, parts: tuning.Split) -> dict[str
 def train_stage(here: RunDir, session: Session, stage: Stage, total_steps: int, flag: StopFlag) -> bool:
     """Train `stage` from its newest checkpoint, or from its start; False when told to stop before its end."""
     ranks, settings, tune = session.ranks, session.config.run, stage.tune
-    parts = tuning.split(session.model, tune.policy)
+    parts = session.with_fast_trunk(tuning.split(session.model, tune.policy))
     trainable = [p for p in session.model.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(trainable, lr=0.0, momentum=tune.momentum, weight_decay=tune.weight_decay)
     scaler = torch.amp.GradScaler(
@@ -174,6 +174,8 @@ def train_stage(here: RunDir, session: Session, stage: Stage, total_steps: int, 
             if tracker:
                 tracker.step(done, stage.name, (done - stage.first) / stage.per_epoch, values)
         epoch = (done - stage.first) // stage.per_epoch
+        if epoch_ends:
+            tuning.set_modes(parts, tune.bn_stats)
         if epoch_ends and not last and settings.eval_every and epoch % settings.eval_every == 0:
             progress = progress.with_top1(evaluated(f"{stage.name} epoch {epoch}", done).summary()["top1"])
             meter.restart()

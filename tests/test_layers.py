@@ -18,7 +18,7 @@ LAYERS = [
     "planning preempt",
     "distributed precision",
     "models",
-    "tuning",
+    "tuning folding",
     "data.torch_cpu",
     "data.dali",
     "data.loading",

@@ -1,0 +1,67 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from fixres_dist import folding, models, tuning
+
+
+def lived_in(model: nn.Module) -> nn.Module:
+    """BatchNorms as training leaves them: statistics and affine away from their start."""
+    generator = torch.Generator().manual_seed(3)
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            for tensor, low, high in (
+                (module.running_mean, -0.5, 0.5),
+                (module.running_var, 0.5, 2),
+                (module.bias, -0.5, 0.5),
+            ):
+                tensor.data.uniform_(low, high, generator=generator)
+            module.weight.data.uniform_(0.5, 1.5, generator=generator)
+    return model
+
+
+# Every BN but the last one follows a convolution; in a DenseNet only the stem's and each dense layer's second one do.
+@pytest.mark.parametrize(
+    ("name", "count"), [("test_efficientnet", 12), ("tf_efficientnet_b0", 48), ("resnet18", 19), ("densenet121", 59)]
+)
+def test_folding_is_exact_and_leaves_the_model_alone(name: str, count: int) -> None:
+    model = lived_in(models.build(name, 5))
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    parts = tuning.split(model, "classifier+bn")
+    assert parts.trunk is not None
+    trunk, folded = folding.folded(parts.trunk, 64)
+    assert folded == count
+    images = torch.randn(2, 3, 96, 96)
+    with torch.no_grad():
+        for a, b in zip(parts.trunk(images), trunk(images), strict=True):
+            assert float((a - b).abs().max() / a.abs().max()) < 1e-5
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_a_shared_convolution_is_not_folded() -> None:
+    class Shared(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.bn = nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3)
+
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor]:
+            return (self.bn(self.conv(self.conv(x))),)
+
+    trunk = lived_in(Shared()).eval()
+    assert folding.folded(trunk, 32) == (trunk, 0)
+
+
+def test_an_output_used_elsewhere_fails_the_check_and_nothing_is_folded() -> None:
+    class Leaks(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.bn = nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3)
+
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor]:
+            y = self.conv(x)
+            return (self.bn(y) + y,)
+
+    trunk = lived_in(Leaks()).eval()
+    assert folding.folded(trunk, 32) == (trunk, 0)
