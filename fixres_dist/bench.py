@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import io
 import json
 import os
 import resource
@@ -203,8 +204,9 @@ def pil_loader(case: Case, samples: index.Index, chosen: Any, workers: int) -> I
             return len(chosen)
 
         def __getitem__(self, i: int) -> Any:
-            with open(samples.path(int(chosen[i])), "rb") as file, Image.open(file) as image:
-                return transform(image.convert("RGB")), int(samples.labels[chosen[i]])
+            sample = int(chosen[i])
+            with Image.open(io.BytesIO(samples.read(sample).data) if samples.shards else samples.path(sample)) as image:
+                return transform(image.convert("RGB")), int(samples.labels[sample])
 
     for images, _ in torch.utils.data.DataLoader(Files(), BATCH, num_workers=workers, multiprocessing_context="fork"):
         yield images
