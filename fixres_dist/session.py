@@ -26,12 +26,19 @@ class Session:
     ranks: Ranks
     model: nn.Module
     spec: models.Preprocessing
-    train: Index
-    val: Index
+    splits: dict[str, Index]  # train and val; only the one that is asked for where a model is just evaluated
     precision: str  # what really runs
     autocast: Callable[[], contextlib.AbstractContextManager[Any]]
     memory_format: torch.memory_format
     on_skip: loading.OnSkip  # what is done about an image that cannot be decoded, under data.on_bad: skip
+
+    @property
+    def train(self) -> Index:
+        return self.splits["train"]
+
+    @property
+    def val(self) -> Index:
+        return self.splits["val"]
 
     def resize(self, res: int) -> geometry.Resize:
         return geometry.resize_of(self.config.data.resize_rule, res, self.spec.crop_pct, self.spec.interpolation)
@@ -72,15 +79,13 @@ class Session:
         with self.autocast() if parts.trunk is None else contextlib.nullcontext():
             return head(*inputs).float()
 
-    def evaluate(self, parts: tuning.Split, res: int, note: str, index: Index | None = None) -> Predictions:
-        """Every image (of the validation split) once over all ranks; leaves the model in eval mode."""
-        return self.evaluate_all([parts], res, note, index)[0]
+    def evaluate(self, parts: tuning.Split, res: int, note: str, split: str = "val") -> Predictions:
+        """Every image of the split once over all ranks; leaves the model in eval mode."""
+        return self.evaluate_all([parts], res, note, split)[0]
 
-    def evaluate_all(
-        self, models: list[tuning.Split], res: int, note: str, index: Index | None = None
-    ) -> list[Predictions]:
+    def evaluate_all(self, models: list[tuning.Split], res: int, note: str, split: str = "val") -> list[Predictions]:
         """Several models in one pass over the images, in the arithmetic of training; a trunk they share runs once."""
-        index = index or self.val
+        index = self.splits[split]
         for parts in models:
             parts.model.eval()
             parts.head.eval()
@@ -114,24 +119,24 @@ def tell(index: Index, bad: loading.Bad) -> None:
 
 
 def open_session(
-    config: cfg.Config, ranks: Ranks, load_weights: bool = True, on_skip: loading.OnSkip = tell
+    config: cfg.Config,
+    ranks: Ranks,
+    load_weights: bool = True,
+    on_skip: loading.OnSkip = tell,
+    splits: tuple[str, ...] = ("train", "val"),
 ) -> Session:
     """Index the data and build the model; rank 0 goes first where something is written.
 
-    `load_weights=False` leaves the model as drawn from the seed, for a run whose whole model stands in its directory.
+    `load_weights=False` leaves the model as drawn from the seed, for one whose whole model stands in a file of its own.
     """
-    indexes: list[Index] = []
+    data, indexes = config.data, {}
     for turn in (True, False):
         if ranks.is_main is turn:
-            root = sources.folder(config.data.root, config.data.cache)
-            data = config.data
-            indexes = [
-                sources.load(root, split, data.cache, ranks.is_main, data.deny_list, data.on_bad)
-                for split in ("train", "val")
-            ]
+            root = sources.folder(data.root, data.cache)
+            for split in splits:
+                indexes[split] = sources.load(root, split, data.cache, ranks.is_main, data.deny_list, data.on_bad)
         distributed.barrier(ranks)
-    train, val = indexes
-    name, classes = config.model.timm_name, len(train.classes)
+    name, classes = config.model.timm_name, len(indexes[splits[0]].classes)
     if config.model.num_classes not in (0, classes):
         raise UserError(
             f"model.num_classes is {config.model.num_classes}; the data set has {classes} classes. Accepted: 0, or that number."
@@ -143,7 +148,7 @@ def open_session(
     layout = memory_format(config, ranks.device)
     model = model.to(device=ranks.device).to(memory_format=layout)
     autocast = precision.apply(chosen, ranks.device)
-    return Session(config, ranks, model, models.preprocessing(name), train, val, chosen, autocast, layout, on_skip)
+    return Session(config, ranks, model, models.preprocessing(name), indexes, chosen, autocast, layout, on_skip)
 
 
 def memory_format(config: cfg.Config, device: torch.device) -> torch.memory_format:
