@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import io
 import json
 import os
 import resource
@@ -203,8 +204,9 @@ def pil_loader(case: Case, samples: index.Index, chosen: Any, workers: int) -> I
             return len(chosen)
 
         def __getitem__(self, i: int) -> Any:
-            with open(samples.path(int(chosen[i])), "rb") as file, Image.open(file) as image:
-                return transform(image.convert("RGB")), int(samples.labels[chosen[i]])
+            sample = int(chosen[i])
+            with Image.open(io.BytesIO(samples.read(sample).data) if samples.shards else samples.path(sample)) as image:
+                return transform(image.convert("RGB")), int(samples.labels[sample])
 
     for images, _ in torch.utils.data.DataLoader(Files(), BATCH, num_workers=workers, multiprocessing_context="fork"):
         yield images
@@ -280,13 +282,18 @@ def at_scale(scratch: Path) -> dict[str, float]:
 
 def load_index(kept: Path) -> tuple[float, float, float]:
     """(CPU seconds, peak MiB of the process, MiB more than before) of loading an index and its fingerprint."""
-    before, started = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
+    before, started = peak_mib(), time.process_time()
     cached = index.read_cached(kept)
     if cached is None:
         raise UserError(f"cannot read {kept}")
     _ = cached[0].fingerprint
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return round(time.process_time() - started, 3), round(peak / 1024, 1), round((peak - before) / 1024, 1)
+    return round(time.process_time() - started, 3), round(peak_mib(), 1), round(peak_mib() - before, 1)
+
+
+def peak_mib() -> float:
+    """Of this program; getrusage's figure would include the process that started it."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1024
 
 
 def processor() -> str:
