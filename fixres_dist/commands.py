@@ -97,12 +97,14 @@ def weights_after(run: RunDir) -> Path:
 
 
 @contextlib.contextmanager
-def opened(config: cfg.Config, meeting_place: Path) -> Iterator[Any]:
+def opened(config: cfg.Config, found: list[Subject], run: Path | None, split: str = "val") -> Iterator[Any]:
+    """A session with `split` alone; its own weights are loaded only if a subject has none of its own."""
     from fixres_dist import distributed, session
 
-    ranks = distributed.start(meeting_place)
+    ranks = distributed.start(run or meeting_place())
     try:
-        yield session.open_session(config, ranks)
+        needed = any(subject.weights is None for subject in found)
+        yield session.open_session(config, ranks, load_weights=needed, splits=(split,))
     finally:
         distributed.stop(ranks)
 
@@ -114,22 +116,14 @@ def split_with(live: Any, weights: Path | None) -> Any:
     model = copy.deepcopy(live.model)
     if weights is not None:
         models.fill(model, models.read_state(weights), str(weights))
-    return tuning.split(model, live.config.tune.policy)
+    return live.with_fast_trunk(tuning.split(model, live.config.tune.policy))
 
 
 def evaluate(args: argparse.Namespace) -> int:
     config = source(args, None if args.res is None else parse_sizes(args.res)[0])
     subject = subjects(args, config)[-1]
-    with opened(config, args.run or meeting_place()) as live:
-        from fixres_dist.data import sources
-
-        root = sources.folder(config.data.root, config.data.cache)
-        index = (
-            live.val if args.split == "val" else sources.load(root, args.split, config.data.cache, live.ranks.is_main)
-        )
-        if index.classes != live.train.classes:
-            raise UserError(f"{root / args.split} has other classes than {root / 'train'}.")
-        predictions = live.evaluate(split_with(live, subject.weights), config.data.res, "evaluating", index)
+    with opened(config, [subject], args.run, args.split) as live:
+        predictions = live.evaluate(split_with(live, subject.weights), config.data.res, "evaluating", args.split)
         if live.ranks.is_main:
             result = {"model": config.model.name, "res": config.data.res, "split": args.split, **predictions.summary()}
             print(
@@ -173,7 +167,7 @@ def sweep(args: argparse.Namespace) -> int:
             raise UserError(f"--also is {item!r}; accepted: LABEL=RUN, such as control=runs/demo-control.")
         found.append(Subject(label, weights_after(RunDir(Path(folder)))))
     curves: dict[str, dict[int, ev.Predictions]] = {}
-    with opened(config, args.run or meeting_place()) as live:
+    with opened(config, found, args.run) as live:
         every = [split_with(live, subject.weights) for subject in found]
         for res in sizes:
             for subject, predictions in zip(found, live.evaluate_all(every, res, f"{res} px"), strict=True):

@@ -47,13 +47,23 @@ class Data:
         "timm"  # how an image becomes res x res when testing (docs/method.md); train uses the same
     )
     train_transform: Transform = "test_aug"  # what the fixing stage sees
-    backend: Literal["auto", "torch"] = "auto"  # decoder and resizer; auto takes the faster one here
+    backend: Literal["auto", "dali", "torch"] = "auto"  # decoder and resizer; auto: dali on a GPU, torch on a CPU
+    on_bad: Literal["stop", "skip"] = "stop"  # a file that cannot be decoded: stop and name it, or do without it
+    deny_list: str = ""  # file of images to leave out, as `data verify --deny-list` writes it
+    hw_decoder_load: float = 0.65  # share of the JPEGs that the GPU's decoding engine takes (dali)
+    preallocate_width: int = (
+        0  # of the largest photograph, for the GPU decoder's buffers; 0: they grow as needed (dali)
+    )
+    preallocate_height: int = 0
     workers: int | Literal["auto"] = "auto"  # loader processes per rank; auto: the CPUs this rank may use; 0: none
     cache: str = ""  # where scanned indexes are kept; empty: $FIXRES_CACHE or ~/.cache/fixres_dist
 
     def __post_init__(self) -> None:
         at_least(self, "res", 32)
-        at_least(self, "workers", 0)
+        for name in ("workers", "preallocate_width", "preallocate_height"):
+            at_least(self, name, 0)
+        if not 0 <= self.hw_decoder_load <= 1:
+            raise UserError(f"hw_decoder_load is {self.hw_decoder_load}; accepted: 0 to 1.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,7 +182,17 @@ class Config:
 # What may differ between two starts of one run: it changes speed, place or reporting, never the result's meaning.
 OPERATIONAL = {
     "cluster": "*",
-    "data": {"root", "workers", "backend", "cache"},
+    "data": {
+        "root",
+        "workers",
+        "backend",
+        "cache",
+        "on_bad",
+        "deny_list",
+        "hw_decoder_load",
+        "preallocate_width",
+        "preallocate_height",
+    },
     "run": {"log_every", "save_every_s", "batch_per_device", "memory_format", "compile", "engine", "record_samples"},
 }
 

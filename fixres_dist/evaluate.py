@@ -24,18 +24,24 @@ from fixres_dist.data.torch_cpu import Batch
 class Predictions:
     """One row per image, in the index's order."""
 
-    predicted: NDArray[np.int32]
+    predicted: NDArray[np.int32]  # -1: the image could not be decoded (data.on_bad: skip) and counts nowhere
     correct1: NDArray[np.bool_]
     correct5: NDArray[np.bool_]
     loss: NDArray[np.float32]
 
+    @property
+    def counted(self) -> NDArray[np.bool_]:
+        return self.predicted >= 0
+
     def summary(self) -> dict[str, float]:
-        """top1 and top5 in percent, mean loss (without label smoothing), n."""
+        """top1 and top5 in percent, mean loss (without label smoothing), n of them; how many were skipped."""
+        kept = self.counted
         return {
-            "top1": round(100 * float(self.correct1.mean()), 4),
-            "top5": round(100 * float(self.correct5.mean()), 4),
-            "loss": round(float(self.loss.mean(dtype=np.float64)), 6),
-            "n": len(self.loss),
+            "top1": round(100 * float(self.correct1[kept].mean()), 4),
+            "top5": round(100 * float(self.correct5[kept].mean()), 4),
+            "loss": round(float(self.loss[kept].mean(dtype=np.float64)), 6),
+            "n": int(kept.sum()),
+            "skipped": int((~kept).sum()),
         }
 
     def save(self, path: Path, sample_list: str) -> None:
@@ -69,9 +75,11 @@ def predict(
     start, stop = plan.order.rank_part(0, n, ranks.rank, ranks.world_size)
     with tqdm(total=stop - start, desc=note, unit="img", leave=False, disable=None if ranks.is_main else True) as bar:
         for batch in batches:
+            skipped = [bad.sample for bad in batch.skipped]
+            rows[:, skipped, :2] += torch.tensor([1.0, -1.0], dtype=rows.dtype)  # seen, without a prediction
             for k, scores in enumerate(logits(batch)):
                 rows[k].index_add_(0, batch.samples, scored(scores, batch.labels.to(scores.device)).double().cpu())
-            bar.update(len(batch.labels))
+            bar.update(len(batch.labels) + len(skipped))
     distributed.total(ranks, rows)
     if not bool((rows[:, :, 0] == 1).all()):
         raise RuntimeError(f"evaluation saw {int(rows[0, :, 0].sum())} images of {n}, each should be seen once")

@@ -25,7 +25,7 @@ def folded(trunk: nn.Module, res: int) -> tuple[nn.Module, int]:
     """
     copied = copy.deepcopy(trunk).eval()
     parameter = next(copied.parameters(), None)
-    if parameter is None or parameter.dtype != torch.float32:
+    if parameter is None or not any(isinstance(module, _BatchNorm) for module in copied.modules()):
         return trunk, 0
     noise = torch.randn(2, 3, res, res, generator=torch.Generator().manual_seed(0)).to(parameter.device)
     pairs = followers(copied, noise)

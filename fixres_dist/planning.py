@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fixres_dist import config as cfg
-from fixres_dist.data import demo, index
+from fixres_dist.data import demo, index, shards
 from fixres_dist.errors import UserError
 from fixres_dist.recipes import Facts
 from fixres_dist.schedule import batch_per_device, stages
@@ -32,9 +32,7 @@ def count(config: cfg.Config) -> Counts:
         return Counts(demo.N_TRAIN, demo.N_VAL, len(demo.CLASSES), "the built-in example")
     if not config.data.root:
         return Counts(*IMAGENET, "ImageNet-1k assumed: no --data given")
-    files = [
-        sum(1 for name in index.class_names(root / s) for _ in index.walk(root / s / name)) for s in ("train", "val")
-    ]
+    files = [shards.count(root / s) for s in ("train", "val")]
     return Counts(files[0], files[1], len(index.class_names(root / "train")), str(root))
 
 

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 import platform
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from fixres_dist.data.index import Index
+from fixres_dist.data.torch_cpu import Bad
+from fixres_dist.distributed import Ranks
 from fixres_dist.evaluate import Predictions, paired_gain
-from fixres_dist.rundir import RunDir, environment, write
+from fixres_dist.rundir import RunDir, append, environment, write
 from fixres_dist.session import Session
 
 
@@ -22,7 +26,8 @@ def predictions_file(run: RunDir, when: str) -> Path:
 def write_results(run: RunDir, session: Session, seconds: float, images_seen: int) -> dict[str, Any]:
     config, ranks = session.config, session.ranks
     before, after = (Predictions.read(predictions_file(run, when)) for when in ("before", "after"))
-    gain, interval = paired_gain(before.correct1, after.correct1)
+    both = before.counted & after.counted
+    gain, interval = paired_gain(before.correct1[both], after.correct1[both])
     kept = ("top1", "top5", "loss")
     summary = {
         "model": config.model.name,
@@ -32,7 +37,8 @@ def write_results(run: RunDir, session: Session, seconds: float, images_seen: in
         "policy": config.tune.policy,
         "transform": config.data.train_transform,
         "resize_rule": config.data.resize_rule,
-        "n": len(after.loss),
+        "n": int(after.counted.sum()),
+        "skipped": count_skipped(run),
         "before": {key: before.summary()[key] for key in kept},
         "after": {key: after.summary()[key] for key in kept},
         "delta_top1": gain,
@@ -46,6 +52,27 @@ def write_results(run: RunDir, session: Session, seconds: float, images_seen: in
     }
     write(run.results, json.dumps(summary, indent=1) + "\n")
     return summary
+
+
+def skipping(run: RunDir, ranks: Ranks) -> Callable[[Index, Bad], None]:
+    """What a run does about an image it has to do without: a line in skipped/rank_K.jsonl, once per start."""
+    seen: set[str] = set()
+
+    def note(index: Index, bad: Bad) -> None:
+        name = f"{index.folder.name}/{index.name(bad.sample)}"
+        if name not in seen:
+            seen.add(name)
+            (run.root / "skipped").mkdir(exist_ok=True)
+            append(run.root / "skipped" / f"rank_{ranks.rank}.jsonl", {"name": name, "reason": bad.reason})
+            print(f"skipped {index.where(bad.sample)}: {bad.reason}", flush=True)
+
+    return note
+
+
+def count_skipped(run: RunDir) -> int:
+    """Images that this run, over all its starts and ranks, could not decode."""
+    files = (run.root / "skipped").glob("rank_*.jsonl")
+    return len({json.loads(line)["name"] for file in files for line in file.read_text().splitlines()})
 
 
 def hardware(session: Session) -> dict[str, Any]:

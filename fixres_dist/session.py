@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, cast
 
 import torch
 from torch import nn
 
 from fixres_dist import config as cfg
-from fixres_dist import distributed, models, precision, tuning
-from fixres_dist.data import geometry, plan, sources, torch_cpu
+from fixres_dist import distributed, folding, models, precision, tuning
+from fixres_dist.data import geometry, loading, plan, sources, torch_cpu
 from fixres_dist.data.index import Index
 from fixres_dist.distributed import Ranks
 from fixres_dist.errors import UserError
@@ -26,18 +26,27 @@ class Session:
     ranks: Ranks
     model: nn.Module
     spec: models.Preprocessing
-    train: Index
-    val: Index
+    splits: dict[str, Index]  # train and val; only the one that is asked for where a model is just evaluated
     precision: str  # what really runs
     autocast: Callable[[], contextlib.AbstractContextManager[Any]]
     memory_format: torch.memory_format
+    on_skip: loading.OnSkip  # what is done about an image that cannot be decoded, under data.on_bad: skip
+
+    @property
+    def train(self) -> Index:
+        return self.splits["train"]
+
+    @property
+    def val(self) -> Index:
+        return self.splits["val"]
 
     def resize(self, res: int) -> geometry.Resize:
         return geometry.resize_of(self.config.data.resize_rule, res, self.spec.crop_pct, self.spec.interpolation)
 
     def batches(self, index: Index, requests: Iterable[plan.Request], res: int) -> Iterator[torch_cpu.Batch]:
         workers = torch_cpu.worker_count(self.config.data.workers, self.ranks.local_size)
-        return torch_cpu.batches(index, requests, res, self.resize(res).interpolation, workers)
+        settings, device, size = self.config.data, self.ranks.device, batch_per_device(self.config, res)
+        return loading.batches(index, requests, res, self.resize(res), settings, device, workers, size, self.on_skip)
 
     def to_device(self, images: torch.Tensor) -> torch.Tensor:
         """uint8 pictures to normalised fp32 [n, 3, res, res] on this rank's device, in the trunk's memory format."""
@@ -46,6 +55,16 @@ class Session:
             255 * torch.tensor(v, device=images.device).view(1, 3, 1, 1) for v in (self.spec.mean, self.spec.std)
         )
         return ((images.float() - mean) / std).contiguous(memory_format=self.memory_format)
+
+    def with_fast_trunk(self, parts: tuning.Split) -> tuning.Split:
+        """The same function with the frozen trunk's BatchNorms folded and, with `run.compile`, one graph per resolution."""
+        if parts.trunk is None:
+            return parts
+        trunk, _ = folding.folded(parts.trunk, 64)
+        if self.config.run.compile:
+            # dynamic=False: a second size would otherwise be traced symbolically, which takes minutes with SAME padding.
+            trunk = cast(nn.Module, torch.compile(trunk, dynamic=False))
+        return replace(parts, trunk=trunk)
 
     def inputs(self, parts: tuning.Split, images: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """What the head takes, for uint8 pictures: the trunk's output in fp32 without autograd, or the pictures themselves."""
@@ -60,15 +79,13 @@ class Session:
         with self.autocast() if parts.trunk is None else contextlib.nullcontext():
             return head(*inputs).float()
 
-    def evaluate(self, parts: tuning.Split, res: int, note: str, index: Index | None = None) -> Predictions:
-        """Every image (of the validation split) once over all ranks; leaves the model in eval mode."""
-        return self.evaluate_all([parts], res, note, index)[0]
+    def evaluate(self, parts: tuning.Split, res: int, note: str, split: str = "val") -> Predictions:
+        """Every image of the split once over all ranks; leaves the model in eval mode."""
+        return self.evaluate_all([parts], res, note, split)[0]
 
-    def evaluate_all(
-        self, models: list[tuning.Split], res: int, note: str, index: Index | None = None
-    ) -> list[Predictions]:
+    def evaluate_all(self, models: list[tuning.Split], res: int, note: str, split: str = "val") -> list[Predictions]:
         """Several models in one pass over the images, in the arithmetic of training; a trunk they share runs once."""
-        index = index or self.val
+        index = self.splits[split]
         for parts in models:
             parts.model.eval()
             parts.head.eval()
@@ -97,19 +114,29 @@ class Session:
         )
 
 
-def open_session(config: cfg.Config, ranks: Ranks, load_weights: bool = True) -> Session:
+def tell(index: Index, bad: loading.Bad) -> None:
+    print(f"skipped {index.where(bad.sample)}: {bad.reason}", flush=True)
+
+
+def open_session(
+    config: cfg.Config,
+    ranks: Ranks,
+    load_weights: bool = True,
+    on_skip: loading.OnSkip = tell,
+    splits: tuple[str, ...] = ("train", "val"),
+) -> Session:
     """Index the data and build the model; rank 0 goes first where something is written.
 
-    `load_weights=False` leaves the model as drawn from the seed, for a run whose whole model stands in its directory.
+    `load_weights=False` leaves the model as drawn from the seed, for one whose whole model stands in a file of its own.
     """
-    indexes: list[Index] = []
+    data, indexes = config.data, {}
     for turn in (True, False):
         if ranks.is_main is turn:
-            root = sources.folder(config.data.root, config.data.cache)
-            indexes = [sources.load(root, split, config.data.cache, ranks.is_main) for split in ("train", "val")]
+            root = sources.folder(data.root, data.cache)
+            for split in splits:
+                indexes[split] = sources.load(root, split, data.cache, ranks.is_main, data.deny_list, data.on_bad)
         distributed.barrier(ranks)
-    train, val = indexes
-    name, classes = config.model.timm_name, len(train.classes)
+    name, classes = config.model.timm_name, len(indexes[splits[0]].classes)
     if config.model.num_classes not in (0, classes):
         raise UserError(
             f"model.num_classes is {config.model.num_classes}; the data set has {classes} classes. Accepted: 0, or that number."
@@ -121,7 +148,7 @@ def open_session(config: cfg.Config, ranks: Ranks, load_weights: bool = True) ->
     layout = memory_format(config, ranks.device)
     model = model.to(device=ranks.device).to(memory_format=layout)
     autocast = precision.apply(chosen, ranks.device)
-    return Session(config, ranks, model, models.preprocessing(name), train, val, chosen, autocast, layout)
+    return Session(config, ranks, model, models.preprocessing(name), indexes, chosen, autocast, layout, on_skip)
 
 
 def memory_format(config: cfg.Config, device: torch.device) -> torch.memory_format:

@@ -8,6 +8,7 @@ checkpoint stands.
 from __future__ import annotations
 
 import contextlib
+import inspect
 import itertools
 import json
 import time
@@ -24,7 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fixres_dist import checkpoint, distributed, export, lifecycle, models, results, slurm, tuning
 from fixres_dist import config as cfg
-from fixres_dist.data import order, plan
+from fixres_dist.data import loading, order, plan
 from fixres_dist.data.torch_cpu import Batch
 from fixres_dist.errors import EXIT_DONE, EXIT_FAILED, EXIT_USER, UserError
 from fixres_dist.evaluate import Predictions
@@ -80,7 +81,8 @@ def work(here: RunDir, config: cfg.Config, flag: StopFlag) -> int:
         if taken := distributed.from_main(ranks, taken):  # this start is the twin: it must not touch the run's state
             print(f"error: {taken}", flush=True)
             return EXIT_USER
-        session = open_session(config, ranks, load_weights=not here.pretrained.exists())
+        on_skip = results.skipping(here, ranks)
+        session = open_session(config, ranks, not here.pretrained.exists(), on_skip)
         todo = stages(config, len(session.train))
         if ranks.is_main:
             write(here.root / "class_index.json", json.dumps(dict(enumerate(session.train.classes)), indent=1) + "\n")
@@ -88,6 +90,7 @@ def work(here: RunDir, config: cfg.Config, flag: StopFlag) -> int:
             kept = newest_step(here)
             for file in (here.root / "samples").glob("rank_*.jsonl"):
                 keep_lines(file, lambda line: line["step"] < kept)
+            print("decoding with {}: {}".format(*loading.choose(config.data.backend, ranks.device)), flush=True)
         distributed.barrier(ranks)
         for stage in todo:
             if stage.name == "fix" and here.pretrained.exists():
@@ -119,7 +122,7 @@ def fingerprint(session: Session, stage: Stage, parts: tuning.Split) -> dict[str
 def train_stage(here: RunDir, session: Session, stage: Stage, total_steps: int, flag: StopFlag) -> bool:
     """Train `stage` from its newest checkpoint, or from its start; False when told to stop before its end."""
     ranks, settings, tune = session.ranks, session.config.run, stage.tune
-    parts = tuning.split(session.model, tune.policy)
+    parts = session.with_fast_trunk(tuning.split(session.model, tune.policy))
     trainable = [p for p in session.model.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(trainable, lr=0.0, momentum=tune.momentum, weight_decay=tune.weight_decay)
     scaler = torch.amp.GradScaler(
@@ -183,6 +186,8 @@ def train_stage(here: RunDir, session: Session, stage: Stage, total_steps: int, 
             if tracker:
                 tracker.step(done, stage.name, (done - stage.first) / stage.per_epoch, values)
         epoch = (done - stage.first) // stage.per_epoch
+        if epoch_ends:
+            tuning.set_modes(parts, tune.bn_stats)
         if epoch_ends and not last and settings.eval_every and epoch % settings.eval_every == 0:
             progress = progress.with_top1(evaluated(f"{stage.name} epoch {epoch}", done).summary()["top1"])
             meter.restart()
@@ -292,9 +297,10 @@ def distribute(session: Session, stage: Stage, parts: tuning.Split) -> nn.Module
     if stage.tune.bn_stats == "ema":
         tuning.share_batch_statistics(parts)
     device = session.ranks.device
-    head = DistributedDataParallel(
-        parts.head, device_ids=[device.index] if device.type == "cuda" else None, broadcast_buffers=False
-    )
+    options = inspect.signature(DistributedDataParallel).parameters
+    # Buffers are the same on every rank by construction. The option's name is another one from torch 2.15 on.
+    buffers: dict[str, Any] = {"forward_sync_buffers" if "forward_sync_buffers" in options else "broadcast_buffers": False}
+    head = DistributedDataParallel(parts.head, [device.index] if device.type == "cuda" else None, **buffers)
     # DDP lays its buckets out anew after the first backward; sums over three or more ranks depend on the layout, so a
     # resumed run is bit-identical only if that has happened before its first real step. No image, no gradient, no statistics.
     modes = {module: module.training for module in parts.head.modules()}
@@ -338,6 +344,7 @@ class Meter:
 
     def restart(self) -> None:
         self.loss, self.images, self.wait_s, self.since = torch.zeros(()), 0, 0.0, time.monotonic()
+        self.skipped = 0
 
     def add(self, loss: torch.Tensor, images: int) -> None:
         self.loss, self.images = self.loss.to(loss.device) + loss, self.images + images
@@ -350,16 +357,18 @@ class Meter:
             self.wait_s += time.monotonic() - asked
             if batch is None:
                 return
+            self.skipped += len(batch.skipped)
             yield batch
 
     def read(self, session: Session, **values: float) -> dict[str, float]:
         """Scalars over all ranks since the last reading."""
         elapsed, ranks = time.monotonic() - self.since, session.ranks
         sums = distributed.total(
-            ranks, torch.tensor([float(self.loss), self.images, self.wait_s / elapsed], dtype=torch.float64)
+            ranks,
+            torch.tensor([float(self.loss), self.images, self.wait_s / elapsed, self.skipped], dtype=torch.float64),
         )
         memory = torch.cuda.max_memory_allocated() / 2**30 if ranks.device.type == "cuda" else 0.0
-        loss, images, wait = sums.tolist()
+        loss, images, wait, skipped = sums.tolist()
         self.restart()
         return {
             "loss": loss / max(1.0, images),
@@ -367,6 +376,7 @@ class Meter:
             "images_per_second": images / elapsed,
             "data_wait_percent": 100 * wait / ranks.world_size,
             "memory_gib": memory,
+            "skipped": skipped,
         }
 
 

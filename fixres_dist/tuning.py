@@ -43,7 +43,7 @@ class Split:
 
     model: nn.Module
     tuned: Tuned
-    trunk: fx.GraphModule | None
+    trunk: nn.Module | None
     head: nn.Module
 
 

@@ -50,6 +50,7 @@ def test_counts_against_a_table() -> None:
         "top5": pytest.approx(200 / 3, abs=1e-3),
         "loss": pytest.approx(np.mean(expected), abs=1e-5),
         "n": 3,
+        "skipped": 0,
     }
 
 

@@ -1,4 +1,4 @@
-"""What a data set holds: files, labels, class names and pixel sizes of an ImageFolder, scanned once and cached.
+"""What a data set holds: names, labels, class names and pixel sizes of an ImageFolder, scanned once and cached.
 
 The sizes come from the headers, so that geometry (data/geometry.py) needs no pixels and every rank, backend and restart
 agrees on the view of a sample before anything is decoded. No torch: the launcher checks a data set with this.
@@ -7,44 +7,71 @@ agrees on the view of a sample before anything is decoded. No torch: the launche
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import time
-import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
+from io import FileIO
 from pathlib import Path
+from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
 
+from fixres_dist.data.headers import encoded_size, header_size
+from fixres_dist.data.listing import EXTENSIONS, class_names, directories, image_names, walk
 from fixres_dist.errors import UserError
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")  # torchvision's list
-FORMAT = 1  # of the cached arrays
+FORMAT = 2  # of the cached arrays
+OPEN_SHARDS = 128  # tar files kept open per process: an open is a round trip to the metadata server
 Progress = Callable[[int, int], None]  # (done, total)
 
 
 @dataclass(frozen=True)
 class Index:
-    """One split. Sample i is the i-th file in class order, then path order, as torchvision's ImageFolder has it."""
+    """One split. Sample i is the i-th file in class order, then directory, then file name, as torchvision's ImageFolder has it."""
 
     folder: Path  # the split's directory
     classes: tuple[str, ...]
-    text: bytes  # all paths relative to `folder`, joined: a million Python strings would take 100 MB per process
-    ends: NDArray[np.int64]  # end of each path in `text`
+    text: bytes  # all names (paths below `folder`), joined: a million Python strings would take 100 MB per process
+    ends: NDArray[np.int64]  # end of each name in `text`
     labels: NDArray[np.int32]
-    sizes: NDArray[np.int32]  # [n, 2] height, width in pixels
+    sizes: NDArray[np.int32]  # [n, 2] height, width in pixels; 0, 0 where the header could not be read
+    shards: tuple[str, ...] = ()  # tar files in `folder`; none: every sample is a file of its own
+    places: NDArray[np.int64] | None = None  # [n, 3] shard, first byte, bytes
 
     def __len__(self) -> int:
         return len(self.labels)
 
-    def path(self, sample: int) -> Path:
+    def name(self, sample: int) -> str:
+        """`class/file.JPEG`; the same whether the sample lies in a folder or in a shard."""
         start = int(self.ends[sample - 1]) if sample else 0
-        return self.folder / os.fsdecode(self.text[start : int(self.ends[sample])])
+        return os.fsdecode(self.text[start : int(self.ends[sample])])
+
+    def path(self, sample: int) -> Path:
+        """The file to look at: the image, or the shard that holds it."""
+        inside = self.name(sample) if self.places is None else self.shards[self.places[sample, 0]]
+        return self.folder / inside
+
+    def where(self, sample: int) -> str:
+        """For messages: printable whatever the name's encoding."""
+        text = str(self.path(sample)) + ("" if self.places is None else f" ({self.name(sample)})")
+        return os.fsencode(text).decode("utf-8", "backslashreplace")
+
+    def read(self, sample: int) -> NDArray[np.uint8]:
+        """The encoded file; raises OSError. Safe from any thread and after a fork."""
+        if self.places is None:
+            return np.fromfile(self.path(sample), np.uint8)
+        _, offset, size = (int(v) for v in self.places[sample])
+        data = np.empty(size, np.uint8)
+        if (got := os.preadv(open_shard(str(self.path(sample))).fileno(), [data.data], offset)) < size:
+            raise OSError(f"the shard ends after {got} of its {size} bytes")
+        return data
 
     @cached_property
     def fingerprint(self) -> str:
@@ -54,10 +81,48 @@ class Index:
             digest.update(part)
         return digest.hexdigest()[:16]
 
+    def find(self, name: str) -> int | None:
+        """The sample of that name. Searches the joined text: a table of a million names would cost more than it saves."""
+        wanted, start = os.fsencode(name), -1
+        while (start := self.text.find(wanted, start + 1)) >= 0:
+            sample = int(np.searchsorted(self.ends, start, "right"))
+            if start == (self.ends[sample - 1] if sample else 0) and start + len(wanted) == self.ends[sample]:
+                return sample
+        return None
+
+    def without(self, names: Iterable[str]) -> Index:
+        """This split less the samples of those names; unknown names are no error (a deny list may cover more)."""
+        dropped = sorted({sample for name in names if (sample := self.find(name)) is not None})
+        if not dropped:
+            return self
+        keep = np.ones(len(self), bool)
+        keep[dropped] = False
+        lengths = np.diff(self.ends, prepend=0)
+        starts, pieces = [0, *(int(self.ends[s]) for s in dropped)], [int(self.ends[s] - lengths[s]) for s in dropped]
+        text = b"".join(self.text[a:b] for a, b in zip(starts, [*pieces, len(self.text)], strict=True))
+        places = None if self.places is None else self.places[keep]
+        return replace(
+            self,
+            text=text,
+            ends=np.cumsum(lengths[keep]),
+            labels=self.labels[keep],
+            sizes=self.sizes[keep],
+            places=places,
+        )
+
+
+@lru_cache(OPEN_SHARDS)
+def open_shard(path: str) -> FileIO:
+    return FileIO(path)  # closed when the cache and the last reader let go of it
+
 
 def cache_folder(setting: str = "") -> Path:
     """Where indexes and the built-in example are kept: `data.cache`, $FIXRES_CACHE, or ~/.cache/fixres_dist."""
     return Path(setting or os.environ.get("FIXRES_CACHE") or "~/.cache/fixres_dist").expanduser()
+
+
+def cache_file(folder: Path, cache: Path | None) -> Path:
+    return (cache or cache_folder()) / "index" / f"{hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:24]}.npz"
 
 
 def check_folder(root: Path) -> None:
@@ -77,7 +142,7 @@ def check_folder(root: Path) -> None:
                 f"{root / split} has {len(classes)} class folder(s){': ' + classes[0] if classes else ''}; "
                 "accepted: two or more, one folder per class."
             )
-        for name in classes:
+        for name in () if (root / split / "classes.json").is_file() else classes:
             if next(walk(root / split / name), None) is None:
                 raise UserError(
                     f"class folder {root / split / name} holds no image ({' '.join(EXTENSIONS)}). "
@@ -89,124 +154,152 @@ def check_folder(root: Path) -> None:
         raise UserError(f"train/ and val/ have different classes: {', '.join(odd[:6])} stand(s) in only one of them.")
 
 
-def class_names(folder: Path) -> list[str]:
-    return sorted(p.name for p in folder.iterdir() if p.is_dir())
-
-
-def walk(folder: Path) -> Iterator[Path]:
-    """The images below a class folder, in torchvision's order."""
-    for base, subfolders, files in os.walk(folder, followlinks=True):
-        subfolders.sort()
-        for name in sorted(files):
-            if name.lower().endswith(EXTENSIONS):
-                yield Path(base, name)
-
-
 def load(root: Path, split: str, cache: Path | None = None, progress: Progress | None = None) -> Index:
     """The index of `root/split`, from the cache when no directory below it has changed since it was scanned.
 
-    Raises UserError for a folder that is no data set or an image whose header cannot be read.
+    Raises UserError for a folder that cannot be listed, or that holds files whose header cannot be read.
     """
+    return checked(load_all(root, split, cache, progress))
+
+
+def checked(index: Index, on_bad: str = "stop") -> Index:
+    """The index with the headers that could not be read tried again; with `stop` refused if any still cannot."""
+    found, bad = recheck(index)
+    if bad and on_bad == "stop":
+        listed = "\n  ".join(f"{found.where(sample)}: {reason}" for sample, reason in list(bad.items())[:5])
+        more = f"\n  and {len(bad) - 5} more" if len(bad) > 5 else ""
+        raise UserError(
+            f"{len(bad)} of {len(found)} files in {found.folder} are no readable images:\n  {listed}{more}\n"
+            f"Next: python -m fixres_dist data verify --data {found.folder.parent} --deny-list bad.txt, then data.deny_list=bad.txt; "
+            "or data.on_bad=skip; or move them away."
+        )
+    return found
+
+
+def load_all(root: Path, split: str, cache: Path | None = None, progress: Progress | None = None) -> Index:
+    """As `load`, with the files whose header cannot be read (size 0, 0). Only directories that changed are read again."""
     folder = root / split
-    kept = (cache or cache_folder()) / "index" / f"{hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:24]}.npz"
-    index = read_cached(folder, kept)
-    if index is None:
-        index = scan(folder, kept, progress)
-    return index
-
-
-def read_cached(folder: Path, kept: Path) -> Index | None:
+    kept = cache_file(folder, cache)
+    cached = read_cached(kept)
     try:
-        with np.load(kept, allow_pickle=False) as arrays:
-            meta = json.loads(arrays["meta"].tobytes())
-            if meta["format"] != FORMAT or any(
-                # A directory touched within a clock tick of the scan may hold a file the scan did not see.
-                os.stat(folder / name).st_mtime_ns != mtime_ns or mtime_ns > meta["scanned_ns"] - 2_000_000_000
-                for name, mtime_ns in meta["directories"].items()
-            ):
-                return None
-            return Index(
-                folder,
-                tuple(meta["classes"]),
-                arrays["text"].tobytes(),
-                arrays["ends"],
-                arrays["labels"],
-                arrays["sizes"],
-            )
-    except (OSError, KeyError, ValueError, zipfile.BadZipFile):
+        if cached and not stale(folder, cached[1]):
+            return replace(cached[0], folder=folder)
+        return scan(folder, kept, cached, progress)
+    except OSError as error:
+        raise UserError(
+            f"cannot list {error.filename}: {error.strerror}. Accepted: a directory this user may read."
+        ) from None
+
+
+def stale(folder: Path, meta: dict[str, Any]) -> set[str]:
+    """The directories of a cached index that have to be read again."""
+    return {
+        name for name, mtime_ns, _ in meta["directories"] if mtime(folder / name) != mtime_ns or fresh(mtime_ns, meta)
+    }
+
+
+def fresh(mtime_ns: int, meta: dict[str, Any]) -> bool:
+    """A directory touched within a clock tick of the scan may hold a file that the scan did not see."""
+    return mtime_ns > meta["scanned_ns"] - 2_000_000_000
+
+
+def mtime(path: Path) -> int | None:
+    try:
+        return os.stat(path).st_mtime_ns
+    except OSError:
         return None
 
 
-def scan(folder: Path, kept: Path, progress: Progress | None) -> Index:
-    """Walk the folder, read every header (threads: it is I/O), and keep the result."""
+def read_cached(kept: Path) -> tuple[Index, dict[str, Any]] | None:
+    """(index, meta) as written by `keep`, whatever has happened to the folder since."""
+    try:
+        with np.load(kept, allow_pickle=False) as a:
+            meta = json.loads(a["meta"].tobytes())
+            if meta["format"] != FORMAT:
+                return None
+            places = a.get("places")
+            index = Index(
+                kept.parent, tuple(meta["classes"]), a["text"].tobytes(), a["ends"], a["labels"], a["sizes"],
+                tuple(name for name, _ in meta.get("shards", ())), places,
+            )  # fmt: skip
+            return index, meta
+    except (OSError, KeyError, ValueError, EOFError, BadZipFile):
+        return None
+
+
+def scan(folder: Path, kept: Path, cached: tuple[Index, dict[str, Any]] | None, progress: Progress | None) -> Index:
+    """List the folder, read the headers in the directories that are new or changed (threads: it is I/O), keep the result."""
     scanned_ns = time.time_ns()
     classes = class_names(folder)
-    paths: list[Path] = []
+    known: dict[str, tuple[int, int]] = {}  # unchanged directory -> its part of the cached index
+    if cached:
+        changed, start = stale(folder, cached[1]), 0
+        for name, _, files in cached[1]["directories"]:
+            if name not in changed:
+                known[name] = (start, start + files)
+            start += files
+    listed: list[tuple[str, int, int]] = [(".", os.stat(folder).st_mtime_ns, 0)]
     labels: list[int] = []
-    directories = {".": os.stat(folder).st_mtime_ns}
+    names: list[bytes] = []
+    copied: list[tuple[int, int, int]] = []  # first sample here, part of the cached index
     for label, name in enumerate(classes):
-        directories[name] = os.stat(folder / name).st_mtime_ns
-        for base, subfolders, _ in os.walk(folder / name, followlinks=True):
-            for sub in subfolders:
-                path = Path(base, sub)
-                directories[str(path.relative_to(folder))] = os.stat(path).st_mtime_ns
-        found = list(walk(folder / name))
-        paths += found
-        labels += [label] * len(found)
-    sizes = np.zeros((len(paths), 2), np.int32)
-    bad: list[str] = []
+        for base in directories(folder / name):
+            relative, changed_ns = str(base.relative_to(folder)), os.stat(base).st_mtime_ns
+            files = image_names(base)
+            a, b = known.get(relative, (0, -1))
+            if b - a == len(files):
+                copied.append((len(names), a, b))
+            names += [os.fsencode(f"{relative}/{file}") for file in files]
+            labels += [label] * len(files)
+            listed.append((relative, changed_ns, len(files)))
+    sizes = np.full((len(names), 2), -1, np.int32)
+    for at, a, b in copied:
+        sizes[at : at + b - a] = cached[0].sizes[a:b] if cached else 0
+    todo, done = np.flatnonzero(sizes[:, 0] < 0), len(names) - int((sizes[:, 0] < 0).sum())
     with ThreadPoolExecutor(max(4, (os.cpu_count() or 1) * 2)) as pool:
-        for i, size in enumerate(pool.map(header_size, paths)):
-            if isinstance(size, str):
-                bad.append(f"{paths[i]}: {size}")
-            else:
-                sizes[i] = size
-            if progress and (i % 1000 == 999 or i + 1 == len(paths)):
-                progress(i + 1, len(paths))
-    if bad:
-        listed = "\n  ".join(bad[:5])
-        more = f"\n  and {len(bad) - 5} more" if len(bad) > 5 else ""
-        raise UserError(
-            f"{len(bad)} of {len(paths)} files in {folder} are no readable images:\n  {listed}{more}\nMove them away."
-        )
-    names = [os.fsencode(path.relative_to(folder)) for path in paths]
-    index = Index(
-        folder,
-        tuple(classes),
-        b"".join(names),
-        np.cumsum([len(name) for name in names], dtype=np.int64),
-        np.asarray(labels, np.int32),
-        sizes,
-    )
-    meta = {"format": FORMAT, "classes": classes, "directories": directories, "scanned_ns": scanned_ns}
-    keep(index, meta, kept)
+        for part in np.array_split(todo, max(1, -(-len(todo) // 1000))):  # a future per file would take gigabytes
+            read = pool.map(lambda i: header_size(folder / os.fsdecode(names[i])), part.tolist())
+            sizes[part] = np.array([(0, 0) if isinstance(size, str) else size for size in read]).reshape(-1, 2)
+            done += len(part)
+            if progress:
+                progress(done, len(names))
+    ends = np.cumsum([len(name) for name in names], dtype=np.int64)
+    index = Index(folder, tuple(classes), b"".join(names), ends, np.asarray(labels, np.int32), sizes)
+    keep(index, {"directories": listed, "scanned_ns": scanned_ns}, kept)
     return index
 
 
-def keep(index: Index, meta: dict[str, object], kept: Path) -> None:
+def keep(index: Index, meta: dict[str, Any], kept: Path) -> None:
     """Write the cache by rename; a cache that cannot be written only costs the next scan."""
     part = kept.with_name(f".{kept.stem}.{os.getpid()}.npz")
+    text = json.dumps({"format": FORMAT, "classes": index.classes, **meta}).encode()
+    arrays: dict[str, NDArray[Any]] = {"ends": index.ends, "labels": index.labels, "sizes": index.sizes}
+    if index.places is not None:
+        arrays["places"] = index.places
     try:
         kept.parent.mkdir(parents=True, exist_ok=True)
-        np.savez(
-            part,
-            meta=np.frombuffer(json.dumps(meta).encode(), np.uint8),
-            text=np.frombuffer(index.text, np.uint8),
-            ends=index.ends,
-            labels=index.labels,
-            sizes=index.sizes,
-        )
+        np.savez(part, meta=np.frombuffer(text, np.uint8), text=np.frombuffer(index.text, np.uint8), **arrays)  # type: ignore[arg-type]
         os.replace(part, kept)
     except OSError:
         part.unlink(missing_ok=True)
 
 
-def header_size(path: Path) -> tuple[int, int] | str:
-    """(height, width), or why the header cannot be read."""
-    try:
-        with Image.open(path) as image:
-            return image.height, image.width
-    except UnidentifiedImageError:
-        return "not an image" if path.stat().st_size else "empty file"
-    except (OSError, ValueError, Image.DecompressionBombError) as error:
-        return str(error) or type(error).__name__
+def recheck(index: Index) -> tuple[Index, dict[int, str]]:
+    """The index with the headers that could not be read tried again, and why each of the rest cannot be read."""
+    reasons: dict[int, str] = {}
+    sizes = index.sizes
+    for sample in np.flatnonzero(index.sizes[:, 0] == 0).tolist():
+        try:
+            found = (
+                header_size(index.path(sample))
+                if index.places is None
+                else encoded_size(io.BytesIO(index.read(sample).tobytes()))
+            )
+        except OSError as error:
+            found = str(error)
+        if isinstance(found, str):
+            reasons[sample] = found
+        else:
+            sizes = sizes.copy() if sizes is index.sizes else sizes
+            sizes[sample] = found
+    return (index if sizes is index.sizes else replace(index, sizes=sizes)), reasons

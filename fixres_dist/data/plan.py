@@ -31,7 +31,7 @@ class Pictures:
 
 
 def request(index: Index, pictures: Pictures, samples: NDArray[np.int64], epoch: int) -> Request:
-    sizes = index.sizes[samples]
+    sizes = np.maximum(index.sizes[samples], 1)  # 0: the header could not be read; the backend will skip it
     p = pictures
     return Request(samples, geometry.train_views(p.transform, sizes, samples, p.res, p.resize, p.seed, epoch))
 

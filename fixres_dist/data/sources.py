@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
 from tqdm import tqdm
 
-from fixres_dist.data import demo, index
+from fixres_dist.data import demo, index, shards
+from fixres_dist.errors import UserError
 
 
 def folder(root: str, cache: str = "") -> Path:
@@ -20,10 +22,38 @@ def folder(root: str, cache: str = "") -> Path:
     return target
 
 
-def load(root: Path, split: str, cache: str = "", show: bool = True) -> index.Index:
-    """The index of one split; with a progress bar while headers are read."""
+def load(
+    root: Path, split: str, cache: str = "", show: bool = True, deny_list: str = "", on_bad: str = "stop"
+) -> index.Index:
+    """The index of one split, of folders or of shards, less the deny list; with a progress bar while headers are read.
+
+    With `on_bad: stop` files whose header cannot be read are refused, with `skip` they stay in, to be skipped at their
+    turn: so the order of the others does not depend on them.
+    """
+    folder, kept = root / split, index.cache_folder(cache)
+    if not folder.is_dir():
+        found = ", ".join(sorted(p.name for p in root.iterdir() if p.is_dir())[:6]) if root.is_dir() else ""
+        raise UserError(
+            f"no split {split!r} in {root} (found: {found or 'no directories'}). Accepted: one of its folders."
+        )
     with Bar(f"reading {split} headers", show) as bar:
-        return index.load(root, split, index.cache_folder(cache), bar)
+        read = shards.load if shards.is_sharded(folder) else index.load_all
+        found_all = read(root, split, kept, bar)
+    return index.checked(found_all.without(denied(deny_list, split)), on_bad)
+
+
+def denied(deny_list: str, split: str) -> list[str]:
+    """The names of this split in a deny list: lines of `split/name`, a tab and a reason; `#` starts a comment."""
+    if not deny_list:
+        return []
+    try:
+        lines = Path(deny_list).read_bytes().splitlines()
+    except OSError as error:
+        raise UserError(
+            f"data.deny_list is {deny_list!r}: {error.strerror}. Next: python -m fixres_dist data verify writes one."
+        ) from None
+    names = (os.fsdecode(line.partition(b"\t")[0]) for line in lines if not line.startswith(b"#"))
+    return [name.removeprefix(f"{split}/") for name in names if name.startswith(f"{split}/")]
 
 
 class Bar:

@@ -1,0 +1,231 @@
+"""The same pictures with DALI: decoded and scaled on a GPU, or on the CPU where there is none.
+
+DALI has neither our order nor our augmentation: it is fed encoded files and, for each, the region to cut and the size
+to give it. So it shows the same crop of the same sample as the other backend, starts at any sample, and has no state
+to save. A file it may read differently from PIL (anything but a plain JPEG) is decoded by PIL and handed over as plain
+pixels; a file it refuses costs nothing but itself.
+
+The photograph is decoded whole: decoding a region on a GPU crashes in the release of nvImageCodec that DALI 2.4 needs
+(NVIDIA/nvImageCodec#55).
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from nvidia.dali import Pipeline, fn, types
+from nvidia.dali.plugin.pytorch import feed_ndarray
+
+from fixres_dist.data import headers
+from fixres_dist.data.geometry import Resize, View, vertical_first
+from fixres_dist.data.index import Index
+from fixres_dist.data.plan import Request
+from fixres_dist.data.torch_cpu import Bad, Batch, Undecodable, jitter, load, rows
+
+READ_AHEAD = 2  # requests being read beyond those in the pipeline
+INTERPOLATION = {"bilinear": types.INTERP_LINEAR, "bicubic": types.INTERP_CUBIC}
+NOTHING = np.frombuffer(b"P6 1 1 255\n\0\0\0", np.uint8)  # a black pixel, for a request without pictures
+
+
+class Settings(NamedTuple):
+    """How to run, not what to show."""
+
+    batch: int  # no request is larger
+    threads: int
+    device_id: int | None = None  # None: CPU
+    hw_decoder_load: float = 0.65  # share of the pictures that a GPU's JPEG engine takes
+    preallocate_width: int = 0  # of the largest photograph, so that decoder buffers are allocated once; 0: as they come
+    preallocate_height: int = 0
+
+
+class Geometry(NamedTuple):
+    """Per sample, what the graph takes; rows of (y, x) or (height, width)."""
+
+    anchor: NDArray[np.int32]  # the box, in source pixels
+    shape: NDArray[np.int32]
+    size1: NDArray[np.float32]  # scaling: output size and region, in pixels of the pass's input
+    start1: NDArray[np.float32]
+    end1: NDArray[np.float32]
+    size2: NDArray[np.float32]  # second pass; without one, the first does both axes
+    start2: NDArray[np.float32]
+    end2: NDArray[np.float32]
+    place: NDArray[np.int32]  # where the res x res window starts in what was scaled; below zero is black
+
+
+class Part(NamedTuple):
+    """A request on its way: its files, and how they were decoded."""
+
+    request: Request
+    files: list[Future[NDArray[np.uint8]]]
+    decoded: bool  # by us, because DALI refused one of them
+
+
+def geometry(views: list[View], res: int, two_passes: bool) -> Geometry:
+    """Crop and flip folded into the region that is scaled: a region that runs backwards comes out mirrored."""
+    table = [window(view, res, two_passes) for view in views]
+    kinds = (np.int32, np.int32, *(np.float32,) * 6, np.int32)
+    columns: list[Any] = [np.array([row[k] for row in table], kind) for k, kind in enumerate(kinds)]
+    return Geometry(*columns)
+
+
+def window(view: View, res: int, two_passes: bool) -> tuple[tuple[float, float], ...]:
+    """One view's row of `Geometry`."""
+    y, x, h, w = view.box
+    low = [max(0, offset) for offset in view.offset]
+    high = [min(size, offset + res) for size, offset in zip(view.size, view.offset, strict=True)]
+    shown = (high[0] - low[0], high[1] - low[1])  # less than res x res where the window leaves the image
+    scale = (h / view.size[0], w / view.size[1])
+    top, bottom = low[0] * scale[0], high[0] * scale[0]
+    left, right = low[1] * scale[1], high[1] * scale[1]
+    gap = [max(0, -offset) for offset in view.offset]
+    if view.flip:
+        left, right = right, left
+        gap[1] = res - gap[1] - shown[1]
+    box, place = ((y, x), (h, w)), (-gap[0], -gap[1])
+    if not two_passes:
+        return (*box, shown, (top, left), (bottom, right), shown, (0, 0), shown, place)
+    if vertical_first(view, res):
+        return (*box, (shown[0], w), (top, 0), (bottom, w), shown, (0, left), (shown[0], right), place)
+    return (*box, (h, shown[1]), (0, left), (h, right), shown, (top, 0), (bottom, shown[1]), place)
+
+
+def fields(resize: Resize, two_passes: bool) -> list[str]:
+    """The fields of `Geometry` that the graph uses; DALI warns of others."""
+    second = ["size2", "start2", "end2"] if two_passes else []
+    return ["anchor", "shape", "size1", "start1", "end1", *second, *(["place"] if resize.by_height else [])]
+
+
+def build(source: Iterator[Any], res: int, resize: Resize, settings: Settings, two_passes: bool) -> Pipeline:
+    """The one graph, for training and evaluation: files and geometry in, uint8 [n, res, res, 3] out.
+
+    Scaling in two passes with 8 bits between them is what PIL does (0.005 grey levels from it on average); one pass
+    rounds once (0.19), which is all that a CPU affords: there two passes take over half as long again.
+    """
+    device = "cpu" if settings.device_id is None else "gpu"
+    pipe = Pipeline(settings.batch, settings.threads, settings.device_id, prefetch_queue_depth=2)
+    with pipe:
+        files, *numbers = fn.external_source(
+            source, num_outputs=1 + len(used := fields(resize, two_passes)), batch=True
+        )
+        g = dict(zip(used, numbers, strict=True))
+        options: dict[str, Any] = {"output_type": types.RGB, "adjust_orientation": False, "jpeg_fancy_upsampling": True}
+        if device == "gpu":
+            options |= {
+                "hw_decoder_load": settings.hw_decoder_load,
+                "preallocate_width_hint": settings.preallocate_width,
+                "preallocate_height_hint": settings.preallocate_height,
+            }
+        x = fn.decoders.image(files, device="mixed" if device == "gpu" else "cpu", **options)
+        x = fn.slice(x, g["anchor"], g["shape"], axis_names="HW", normalized_anchor=False, normalized_shape=False)
+        how = {"interp_type": INTERPOLATION[resize.interpolation], "antialias": True, "roi_relative": False}
+        x = fn.resize(x, size=g["size1"], roi_start=g["start1"], roi_end=g["end1"], **how)
+        if two_passes:
+            x = fn.resize(x, size=g["size2"], roi_start=g["start2"], roi_end=g["end2"], **how)
+        if resize.by_height:  # only then can a window leave the image
+            x = fn.slice(x, g["place"], (res, res), axes=(0, 1), out_of_bounds_policy="pad", fill_values=0)
+        pipe.set_outputs(x)
+    pipe.build()
+    return pipe
+
+
+def readable(index: Index, sample: int, decoded: bool) -> NDArray[np.uint8]:
+    """What DALI is given of a sample: the file, or its pixels as a PPM. Raises Undecodable."""
+    if not decoded:
+        try:
+            data = index.read(sample)
+        except OSError as error:
+            raise Undecodable(error.strerror or str(error)) from None
+        header = headers.header(data.data)
+        if header and header.plain and [header.height, header.width] == index.sizes[sample].tolist():
+            return data
+    pixels = load(index, sample).permute(1, 2, 0).contiguous().numpy()
+    start = b"P6 %d %d 255\n" % (pixels.shape[1], pixels.shape[0])
+    return np.concatenate([np.frombuffer(start, np.uint8), pixels.reshape(-1)])
+
+
+def batches(
+    index: Index,
+    requests: Iterable[Request],
+    res: int,
+    resize: Resize,
+    settings: Settings,
+    two_passes: bool | None = None,
+) -> Iterator[Batch]:
+    """The batch of every request, in their order, read and decoded ahead; images uint8 on the pipeline's device.
+
+    Raises RuntimeError where DALI fails on pictures that were decoded for it.
+    """
+    passes = settings.device_id is not None if two_passes is None else two_passes
+    todo = iter(requests)
+    reading: deque[Part] = deque()
+    running: deque[tuple[Part, list[int], list[Bad]]] = (
+        deque()
+    )  # in the pipeline: part, rows with a picture, the others
+    with ThreadPoolExecutor(max(2, settings.threads)) as pool:
+
+        def submit(request: Request, decoded: bool) -> Part:
+            return Part(request, [pool.submit(readable, index, s, decoded) for s in request.samples.tolist()], decoded)
+
+        def source() -> Iterator[list[Any]]:
+            while True:
+                while len(reading) <= READ_AHEAD and (request := next(todo, None)) is not None:
+                    reading.append(submit(request, False))
+                if not reading:
+                    return
+                part, files, good, bad = reading.popleft(), [], [], []
+                for row, file in enumerate(part.files):
+                    try:
+                        files.append(file.result())
+                        good.append(row)
+                    except Undecodable as error:
+                        bad.append(Bad(int(part.request.samples[row]), str(error)))
+                running.append((part, good, bad))
+                views = [part.request.views[row] for row in good] or [
+                    View(False, (0, 0, 1, 1), (res, res), (0, 0), (1.0, 1.0, 1.0))
+                ]
+                table = geometry(views, res, passes)._asdict()
+                yield [files or [NOTHING], *(table[name] for name in fields(resize, passes))]
+
+        pipe = build(source(), res, resize, settings, passes)
+        while True:
+            try:
+                (output,) = pipe.run()
+            except StopIteration:
+                return
+            except RuntimeError:
+                # A file that DALI cannot decode takes its batch with it, often unnamed, and ends the pipeline. Its batch
+                # is decoded here, which finds the file, and what followed it goes in again.
+                if not running or running[0][0].decoded:
+                    raise
+                again = [submit(part.request, k == 0) for k, (part, _, _) in enumerate(running)]
+                reading.extendleft(reversed(again))
+                running.clear()
+                pipe = build(source(), res, resize, settings, passes)
+                continue
+            part, good, bad = running.popleft()
+            images = pictures(output, len(good), settings.device_id)
+            factors = torch.tensor([part.request.views[row].jitter for row in good]).view(-1, 3)
+            if images.is_cuda:
+                images = jitter(images, factors.to(images.device))
+            else:
+                for image, row in zip(images, factors, strict=True):  # one at a time stays in the cache
+                    if bool((row != 1).any()):
+                        image.copy_(jitter(image[None], row[None])[0])
+            yield Batch(images, *rows(index, part.request.samples[good]), tuple(bad))
+
+
+def pictures(output: Any, count: int, device_id: int | None) -> torch.Tensor:
+    """A copy of the pipeline's output, whose buffers it uses again: uint8 [count, 3, res, res], channels last in memory."""
+    if device_id is None:
+        images = torch.from_numpy(np.array(output.as_tensor()))
+    else:
+        dense = output.as_tensor()
+        images = torch.empty(dense.shape(), dtype=torch.uint8, device=torch.device("cuda", device_id))
+        feed_ndarray(dense, images, cuda_stream=torch.cuda.current_stream(images.device))
+    return images[:count].permute(0, 3, 1, 2)

@@ -1,0 +1,193 @@
+"""Tar shards in WebDataset layout: fewer, larger files for shared file systems, with random access, so order stays ours.
+
+A sample is two members, `class/file.JPEG` and `class/file.cls` (its label as text); names, labels and sizes are those
+of the folder it was written from. Any WebDataset reader can read the shards; any tar of such pairs can be read here.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import tarfile
+from dataclasses import replace
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+
+from fixres_dist.data import index as indexes
+from fixres_dist.data import order
+from fixres_dist.data.headers import encoded_size
+from fixres_dist.data.index import Index, Progress
+from fixres_dist.data.listing import EXTENSIONS, class_names, walk
+from fixres_dist.errors import UserError
+from fixres_dist.rundir import write
+
+CLASSES, INDEX = "classes.json", "index.npz"
+
+
+def is_sharded(folder: Path) -> bool:
+    return any(folder.glob("*.tar"))
+
+
+def count(folder: Path) -> int:
+    """Images of a split, of folders or of shards, without reading a header."""
+    if not is_sharded(folder):
+        return sum(1 for name in class_names(folder) for _ in walk(folder / name))
+    beside = indexes.read_cached(folder / INDEX)
+    return len(beside[0]) if beside else len(load(folder.parent, folder.name))
+
+
+def write_shards(index: Index, out: Path, samples_per_shard: int, progress: Progress | None = None) -> int:
+    """Write `index` as shards and their index into `out`; returns how many shards were missing. Safe to run again.
+
+    Which sample goes into which shard is a function of the sample list alone, and a shard is there in full or not at
+    all, so a second run goes on where the first one stopped. Samples are mixed over the shards, for readers that shuffle
+    only within a buffer. Raises UserError where `out` holds shards of something else, or a file cannot be read.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    mark, plan = out / ".source", f"{index.fingerprint} {samples_per_shard}\n"
+    if mark.exists() and mark.read_text() != plan:
+        raise UserError(
+            f"{out} holds shards of another data set or of another size. Next: give another --out, or remove it."
+        )
+    if not mark.exists() and any(out.iterdir()):
+        raise UserError(f"{out} is not empty and was not written by this command. Next: give another --out.")
+    write(mark, plan)
+    write(out / CLASSES, json.dumps(index.classes))
+    n, made = len(index), 0
+    for number, start in enumerate(range(0, n, samples_per_shard)):
+        stop = min(n, start + samples_per_shard)
+        shard = out / f"{number:06d}.tar"
+        if not shard.exists():
+            samples = order.positions_to_samples(n, 0, 0, np.arange(start, stop))
+            write_tar(index, samples.tolist(), shard)
+            made += 1
+        if progress:
+            progress(stop, n)
+    kept = scan(out, out / INDEX, None)
+    if kept.fingerprint != index.fingerprint:
+        raise UserError(
+            f"{out} does not hold the samples of {index.folder}: a file has changed meanwhile. Next: remove {out}."
+        )
+    return made
+
+
+def write_tar(index: Index, samples: list[int], shard: Path) -> None:
+    part = shard.with_name(f".{shard.name}.{os.getpid()}")
+    try:
+        with tarfile.open(part, "w", format=tarfile.PAX_FORMAT) as tar:
+            for sample in samples:
+                try:
+                    data = index.read(sample).tobytes()
+                except OSError as error:
+                    raise UserError(
+                        f"cannot read {index.where(sample)}: {error.strerror}. Next: the same command again."
+                    ) from None
+                name = index.name(sample)
+                for member, content in ((name, data), (label_name(name), str(int(index.labels[sample])).encode())):
+                    entry = tarfile.TarInfo(member)
+                    entry.size = len(content)
+                    tar.addfile(entry, io.BytesIO(content))
+        with open(part, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(part, shard)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def label_name(name: str) -> str:
+    """WebDataset's key: the path up to the first dot of the file name."""
+    path = PurePosixPath(name)
+    return str(path.with_name(path.name.partition(".")[0] + ".cls")) if "." in path.name[1:] else f"{name}.cls"
+
+
+def load(root: Path, split: str, cache: Path | None = None, progress: Progress | None = None) -> Index:
+    """The index of the shards in `root/split`: the one beside them, the cached one, or made now by reading the tars."""
+    folder = root / split
+    now = [[path.name, path.stat().st_size] for path in sorted(folder.glob("*.tar"))]
+    kept = indexes.cache_file(folder, cache)
+    for candidate in (folder / INDEX, kept):
+        cached = indexes.read_cached(candidate)
+        if cached and cached[1].get("shards") == now:
+            return replace(cached[0], folder=folder)
+    return scan(folder, kept, progress)
+
+
+def scan(folder: Path, kept: Path, progress: Progress | None) -> Index:
+    """Read every shard's table of contents and every image's header; keep the result. Raises UserError for a bad shard."""
+    shards = sorted(folder.glob("*.tar"))
+    rows: list[tuple[int, str, str, tuple[int, int, int], tuple[int, int]]] = []
+    for number, shard in enumerate(shards):
+        rows += read_tar(shard, number)
+        if progress:
+            progress(len(rows), max(len(rows), round(len(rows) * len(shards) / (number + 1))))
+    rows.sort(key=lambda row: row[:3])  # as an ImageFolder: by class, directory, file name
+    names = [os.fsencode(f"{row[1]}/{row[2]}" if row[1] else row[2]) for row in rows]
+    labels = np.array([row[0] for row in rows], np.int32)
+    if len(set(names)) < len(names):
+        raise UserError(f"a name stands twice in the shards of {folder}. Next: write them again with `data shard`.")
+    try:
+        classes = tuple(json.loads((folder / CLASSES).read_bytes()))
+    except FileNotFoundError:
+        classes = tuple(str(k) for k in range(int(labels.max(initial=-1)) + 1))
+    if len(labels) and labels.max() >= len(classes):
+        raise UserError(
+            f"{folder} has label {labels.max()} and {len(classes)} classes in {CLASSES}. Accepted: 0 to {len(classes) - 1}."
+        )
+    index = Index(
+        folder,
+        classes,
+        b"".join(names),
+        np.cumsum([len(name) for name in names], dtype=np.int64),
+        labels,
+        np.array([row[4] for row in rows], np.int32).reshape(-1, 2),
+        tuple(shard.name for shard in shards),
+        np.array([row[3] for row in rows], np.int64).reshape(-1, 3),
+    )
+    indexes.keep(index, {"shards": [[shard.name, shard.stat().st_size] for shard in shards]}, kept)
+    return index
+
+
+def read_tar(shard: Path, number: int) -> list[tuple[int, str, str, tuple[int, int, int], tuple[int, int]]]:
+    """(label, directory, file name, place, size) of every image in a shard."""
+    images: list[tuple[str, Any]] = []
+    labels: dict[str, int] = {}
+    rows = []
+    try:
+        with tarfile.open(shard, "r:") as tar, open(shard, "rb") as file:
+            for member in tar:
+                path = PurePosixPath(member.name)
+                if path.is_absolute() or ".." in path.parts:
+                    raise UserError(
+                        f"{shard} holds {member.name!r}, which points outside. Accepted: names below the shard."
+                    )
+                if member.isdir():
+                    continue
+                if not member.isreg():
+                    raise UserError(f"{shard} holds {member.name!r}, a link or device. Accepted: regular files.")
+                if path.suffix.lower() in EXTENSIONS:
+                    images.append((label_name(member.name), member))
+                elif path.suffix == ".cls":
+                    file.seek(member.offset_data)
+                    labels[member.name] = int(file.read(member.size))
+            file.seek(max(0, shard.stat().st_size - 1024))
+            if file.read() != bytes(1024):
+                raise tarfile.ReadError("the end mark is missing")
+            for key, member in images:
+                name = member.name
+                if key not in labels:
+                    raise UserError(
+                        f"{shard} holds {name!r} without its label {key!r}. Next: write it again with `data shard`."
+                    )
+                file.seek(member.offset_data)
+                size = encoded_size(io.BytesIO(file.read(member.size)))
+                directory, _, base = name.rpartition("/")
+                place = (number, member.offset_data, member.size)
+                rows.append((labels[key], directory, base, place, (0, 0) if isinstance(size, str) else size))
+    except (tarfile.TarError, EOFError, ValueError, OSError) as error:
+        raise UserError(
+            f"shard {shard} is torn or no tar: {error}. Next: remove it, and run the same `data shard` command again."
+        ) from None
+    return rows

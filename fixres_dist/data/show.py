@@ -1,0 +1,59 @@
+"""The pictures that the model will see, as PNG and as tensors; the test crop of the same photograph beside each."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+
+from fixres_dist.config import Data
+from fixres_dist.data import loading, plan
+from fixres_dist.data.index import Index
+
+GAP = 8  # white pixels between two pictures
+
+
+def show(
+    index: Index,
+    pictures: plan.Pictures,
+    samples: list[int],
+    epoch: int,
+    settings: Data,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    out: Path,
+) -> list[Path]:
+    """Write `<sample>.png`, `<sample>.npy` (float32 [3, res, res], normalised) and, where training differs from testing,
+    `<sample>_train_test.png`; returns what was written."""
+    out.mkdir(parents=True, exist_ok=True)
+    chosen = np.array(samples, np.int64)
+    seen = decoded(index, plan.request(index, pictures, chosen, epoch), pictures, settings)
+    test = plan.Pictures("test", pictures.res, pictures.resize, 0)
+    tested = decoded(index, plan.request(index, test, chosen, epoch), test, settings)
+    written: list[Path] = []
+    for sample, picture, other in zip(samples, seen, tested, strict=True):
+        written += [out / f"{sample}.png", out / f"{sample}.npy"]
+        Image.fromarray(picture).save(written[-2])
+        scaled = (torch.from_numpy(picture).permute(2, 0, 1).float() / 255 - column(mean)) / column(std)
+        np.save(written[-1], scaled.numpy())
+        if pictures.transform != "test":
+            written.append(out / f"{sample}_train_test.png")
+            gap = np.full((len(picture), GAP, 3), 255, np.uint8)
+            Image.fromarray(np.concatenate([picture, gap, other], 1)).save(written[-1])
+    return written
+
+
+def column(values: tuple[float, ...]) -> torch.Tensor:
+    return torch.tensor(values).view(3, 1, 1)
+
+
+def decoded(index: Index, request: plan.Request, pictures: plan.Pictures, settings: Data) -> NDArray[np.uint8]:
+    """uint8 [n, res, res, 3]; a file that cannot be decoded is a UserError."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    found = loading.batches(
+        index, [request], pictures.res, pictures.resize, settings, device, 0, len(request.samples), lambda *_: None
+    )
+    return next(iter(found)).images.permute(0, 2, 3, 1).cpu().numpy()

@@ -1,0 +1,89 @@
+"""Photograph-like JPEGs, and what PIL and torchvision's transforms make of them: the reference for both backends."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import numpy as np
+import torch
+import torchvision.transforms.functional as F
+from numpy.typing import NDArray
+from PIL import Image
+
+from fixres_dist.data import dali, index, plan, torch_cpu
+from fixres_dist.data.geometry import View
+
+torch.set_num_threads(1)  # as the loader's workers have it
+Pixels = NDArray[np.int16]
+SIZES = ((375, 500), (500, 375), (333, 500), (500, 500), (151, 203), (640, 427), (300, 911), (701, 260), (1024, 768))
+
+
+def photograph(height: int, width: int, seed: int) -> Image.Image:
+    """Structure at all scales, as photographs have it, edges and grain."""
+    rng = np.random.default_rng(seed)
+    total = np.zeros((height, width, 3), np.float32)
+    for scale in (2, 6, 20, 70):
+        coarse = rng.integers(0, 256, (height // scale + 2, width // scale + 2, 3), np.uint8)
+        total += np.asarray(Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)) * np.float32(
+            scale
+        )
+    total[height // 3 :, : width // 2] *= 0.7
+    total += rng.normal(0, 150, total.shape).astype(np.float32)
+    total -= total.min()
+    return Image.fromarray((total * (255 / total.max())).astype(np.uint8))
+
+
+def encode(image: Image.Image, **options: object) -> bytes:
+    out = io.BytesIO()
+    image.save(out, **{"format": "JPEG", "quality": 90, **options})
+    return out.getvalue()
+
+
+def write_folder(root: Path, count: int, classes: int = 2) -> Path:
+    """`count` JPEGs of mixed sizes, orientations, chroma samplings and EXIF orientations in root/train."""
+    for i in range(count):
+        folder = root / "train" / f"class_{i % classes}"
+        folder.mkdir(parents=True, exist_ok=True)
+        height, width = SIZES[i % len(SIZES)]
+        exif = Image.Exif()
+        exif[0x0112] = 1 + i % 8
+        data = encode(photograph(height, width, i), subsampling=i % 3, progressive=i % 5 == 0, exif=exif)
+        (folder / f"{i:04d}.jpg").write_bytes(data)
+    return root
+
+
+def expected(image: Image.Image, view: View, res: int, interpolation: str) -> Pixels:
+    """The view as PIL and torchvision's functional transforms make it: [res, res, 3]."""
+    y, x, h, w = view.box
+    image = image.convert("RGB").crop((x, y, x + w, y + h))
+    image = F.resize(image, list(view.size), F.InterpolationMode(interpolation))
+    image = F.crop(image, *view.offset, res, res)
+    image = F.hflip(image) if view.flip else image
+    for adjust, factor in zip((F.adjust_brightness, F.adjust_contrast, F.adjust_saturation), view.jitter, strict=True):
+        image = adjust(image, factor)
+    return np.asarray(image, np.int16)
+
+
+def reference(samples: index.Index, request: plan.Request, pictures: plan.Pictures) -> Pixels:
+    made = []
+    for sample, view in zip(request.samples.tolist(), request.views, strict=True):
+        with Image.open(io.BytesIO(samples.read(sample).tobytes())) as image:
+            made.append(expected(image, view, pictures.res, pictures.resize.interpolation))
+    return np.stack(made)
+
+
+def torch_batches(samples: index.Index, requests: list[plan.Request], pictures: plan.Pictures) -> list[torch_cpu.Batch]:
+    return list(torch_cpu.batches(samples, requests, pictures.res, pictures.resize.interpolation, 0))
+
+
+def dali_batches(
+    samples: index.Index, requests: list[plan.Request], pictures: plan.Pictures, two_passes: bool | None = None
+) -> list[torch_cpu.Batch]:
+    largest = max(1, *(len(r.samples) for r in requests))
+    settings = dali.Settings(largest, 2)
+    return list(dali.batches(samples, requests, pictures.res, pictures.resize, settings, two_passes))
+
+
+def pixels(batches: list[torch_cpu.Batch]) -> Pixels:
+    return torch.cat([batch.images for batch in batches]).permute(0, 2, 3, 1).numpy().astype(np.int16)

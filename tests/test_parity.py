@@ -1,0 +1,118 @@
+"""Both backends against PIL decode and torchvision's transforms, and against each other."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pictures as p
+import pytest
+import torch
+from PIL import Image
+
+from fixres_dist.data import geometry, index, plan, torch_cpu
+
+RULES = ("fixefficientnet", "fixres", "fixres_height", "timm")
+# 108 photographs; every rule and transform at 224, fewer at the larger sizes, where a picture takes PIL 30 ms.
+COMBINATIONS = [
+    *((224, rule, transform) for rule in RULES for transform in ("test", "test_aug")),
+    (224, "fixres", "random_resized_crop"),
+    (320, "fixefficientnet", "random_resized_crop"),
+    (320, "timm", "test"),
+    (475, "fixres_height", "test_aug"),
+    (600, "fixefficientnet", "test"),
+    (600, "fixres", "random_resized_crop"),
+    (672, "timm", "test_aug"),
+    (800, "fixefficientnet", "test"),
+]
+
+
+@pytest.fixture(scope="module")
+def samples(tmp_path_factory: pytest.TempPathFactory) -> index.Index:
+    return index.load(p.write_folder(tmp_path_factory.mktemp("parity"), 108), "train")
+
+
+@pytest.mark.parametrize(("res", "rule", "transform"), COMBINATIONS)
+def test_same_pictures_as_pil_and_torchvision(samples: index.Index, res: int, rule: str, transform: str) -> None:
+    pictures = plan.Pictures(transform, res, geometry.resize_of(rule, res, 0.9, "bicubic"), 5)
+    first = 12 * COMBINATIONS.index((res, rule, transform)) % 108
+    count = 12 if res < 400 else 6
+    request = plan.request(samples, pictures, np.arange(first, first + count) % 108, 1)
+    want = p.reference(samples, request, pictures)
+    jittered = transform != "test"
+    # A grey level of difference in a crop grows with the jitter: by (1 + strength) in each of its three steps.
+    for name, batches, mean, largest in (
+        ("torch", p.torch_batches(samples, [request], pictures), 0.02, 4 if jittered else 2),
+        ("dali", p.dali_batches(samples, [request], pictures), 0.25, 6),
+        ("dali as on a GPU", p.dali_batches(samples, [request], pictures, two_passes=True), 0.06, 6),
+    ):
+        difference = np.abs(p.pixels(batches) - want)
+        assert difference.mean() <= mean, name
+        assert difference.max() <= largest, name
+
+
+def test_flips_and_shifts_are_the_same_in_both_backends(samples: index.Index) -> None:
+    """The wrong side, or a window a pixel off, would be worlds away: these photographs change from pixel to pixel."""
+    for transform in ("test_aug", "random_resized_crop"):
+        pictures = plan.Pictures(transform, 96, geometry.resize_of("fixres", 96, 1.0, "bilinear"), 0)
+        request = plan.request(samples, pictures, np.arange(108), 3)
+        assert 30 < sum(view.flip for view in request.views) < 78
+        ours, theirs = (p.pixels(f(samples, [request], pictures)) for f in (p.torch_batches, p.dali_batches))
+        per_picture = np.abs(ours - theirs).mean((1, 2, 3))
+        assert per_picture.max() < 0.6
+        mirrored = np.abs(ours - theirs[:, :, ::-1]).mean((1, 2, 3))
+        assert mirrored.min() > 3, "the photographs must differ from their mirror image, or this shows nothing"
+
+
+@pytest.mark.parametrize("factors", [(1.3, 1.3, 1.3), (0.7, 0.7, 0.7), (0.95, 1.05, 1.02), (1.0, 1.0, 1.3)])
+def test_jitter_equals_pils_exactly(factors: tuple[float, float, float]) -> None:
+    image = p.photograph(96, 96, 1)
+    view = geometry.View(False, (0, 0, 96, 96), (96, 96), (0, 0), factors)
+    ours = torch_cpu.jitter(torch.from_numpy(np.array(image)).permute(2, 0, 1)[None], torch.tensor([factors]))
+    assert np.array_equal(ours[0].permute(1, 2, 0).numpy(), p.expected(image, view, 96, "bilinear"))
+
+
+def test_a_batch_is_jittered_picture_by_picture() -> None:
+    images = torch.randint(0, 256, (5, 3, 20, 20), dtype=torch.uint8)
+    factors = torch.rand(5, 3) + 0.5
+    together = torch_cpu.jitter(images, factors)
+    for k in range(5):
+        assert torch.equal(together[k], torch_cpu.jitter(images[k : k + 1], factors[k : k + 1])[0])
+    assert torch.equal(together, torch_cpu.jitter(images.contiguous(memory_format=torch.channels_last), factors))
+
+
+def test_batches_of_any_size_and_none(samples: index.Index) -> None:
+    pictures = plan.Pictures("test", 64, geometry.resize_of("fixres", 64, 1.0, "bilinear"), 0)
+    parts = [[0, 1, 2], [], [3], [], [], [4, 5, 6, 7], []]
+    requests = [plan.request(samples, pictures, np.array(part, np.int64), 0) for part in parts]
+    for batches in (p.torch_batches(samples, requests, pictures), p.dali_batches(samples, requests, pictures)):
+        assert [batch.samples.tolist() for batch in batches] == parts
+        assert [tuple(batch.images.shape) for batch in batches] == [(len(part), 3, 64, 64) for part in parts]
+        assert [batch.labels.tolist() for batch in batches] == [samples.labels[part].tolist() for part in parts]
+
+
+def test_a_batch_outlives_the_next_one(samples: index.Index) -> None:
+    """DALI uses its buffers again; what was handed out must not change."""
+    pictures = plan.Pictures("test", 64, geometry.resize_of("fixres", 64, 1.0, "bilinear"), 0)
+    requests = [plan.request(samples, pictures, np.array([k, k + 1]), 0) for k in range(0, 16, 2)]
+    kept = p.dali_batches(samples, requests, pictures)
+    again = [p.dali_batches(samples, [request], pictures)[0] for request in requests]
+    assert all(torch.equal(a.images, b.images) for a, b in zip(kept, again, strict=True))
+
+
+def test_exif_orientation_is_ignored(tmp_path: Path) -> None:
+    folder = tmp_path / "train" / "a"
+    folder.mkdir(parents=True)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    (folder / "turned.jpg").write_bytes(p.encode(p.photograph(90, 130, 0), exif=exif))
+    (folder / "upright.jpg").write_bytes(p.encode(p.photograph(90, 130, 0)))
+    found = index.load(tmp_path, "train")
+    assert found.sizes.tolist() == [[90, 130]] * 2
+    pictures = plan.Pictures("test", 64, geometry.resize_of("fixres", 64, 1.0, "bilinear"), 0)
+    request = plan.request(found, pictures, np.arange(2), 0)
+    for made in (
+        p.pixels(p.torch_batches(found, [request], pictures)),
+        p.pixels(p.dali_batches(found, [request], pictures)),
+    ):
+        assert np.array_equal(made[0], made[1])

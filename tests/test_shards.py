@@ -1,0 +1,203 @@
+"""Tar shards: the same samples as the folder they come from, written once whatever interrupts, refused when torn."""
+
+from __future__ import annotations
+
+import io
+import os
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pictures as p
+import pytest
+import torch
+
+from fixres_dist.data import geometry, index, order, plan, shards, sources
+from fixres_dist.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """101 small images in 3 classes, one with a name that is no UTF-8, one that a plain tar header cannot hold."""
+    root = tmp_path_factory.mktemp("hundred")
+    for i in range(101):
+        folder = root / "val" / f"class_{i % 3}" / ("deep" if i % 7 == 0 else "")
+        folder.mkdir(parents=True, exist_ok=True)
+        name = os.fsdecode(
+            {5: b"caf\xe9.jpg", 6: b"n" * 240 + b".jpg", 8: b"a.b.jpg", 11: b"a.c.jpg"}.get(i, b"%03d.jpg" % i)
+        )
+        (folder / name).write_bytes(p.encode(p.photograph(40 + i % 30, 60 - i % 20, i)))
+    return root
+
+
+@pytest.fixture
+def sharded(data: Path, tmp_path: Path) -> Path:
+    shards.write_shards(sources.load(data, "val"), tmp_path / "val", 30)
+    return tmp_path
+
+
+def test_the_same_samples_from_folder_and_shards(data: Path, sharded: Path) -> None:
+    a, b = sources.load(data, "val"), sources.load(sharded, "val")
+    assert [path.name for path in sorted((sharded / "val").glob("*.tar"))] == [f"00000{k}.tar" for k in range(4)]
+    assert (a.classes, a.text, a.labels.tolist(), a.sizes.tolist()) == (
+        b.classes,
+        b.text,
+        b.labels.tolist(),
+        b.sizes.tolist(),
+    )
+    assert a.fingerprint == b.fingerprint
+    assert all(np.array_equal(a.read(i), b.read(i)) for i in range(101))
+    pictures = plan.Pictures("test_aug", 32, geometry.resize_of("fixres", 32, 1.0, "bilinear"), 0)
+    request = plan.request(a, pictures, np.arange(101), 4)
+    for backend in (p.torch_batches, p.dali_batches):
+        assert torch.equal(backend(a, [request], pictures)[0].images, backend(b, [request], pictures)[0].images)
+
+
+def test_without_our_index_the_tars_are_read(data: Path, sharded: Path, tmp_path: Path) -> None:
+    (sharded / "val" / shards.INDEX).unlink()
+    assert sources.load(sharded, "val", str(tmp_path / "cache")).fingerprint == sources.load(data, "val").fingerprint
+    assert shards.count(sharded / "val") == shards.count(data / "val") == 101
+
+
+def test_writing_goes_on_where_it_was_stopped(data: Path, tmp_path: Path) -> None:
+    samples, out = sources.load(data, "val"), tmp_path / "val"
+
+    def stop_at(done: int, total: int) -> None:
+        if done == 60:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        shards.write_shards(samples, out, 30, stop_at)
+    before = {path.name: path.stat().st_mtime_ns for path in out.glob("*.tar")}
+    assert len(before) == 2
+    assert shards.write_shards(samples, out, 30) == 2
+    assert {name: (out / name).stat().st_mtime_ns for name in before} == before
+    assert shards.write_shards(samples, out, 30) == 0
+    assert sources.load(tmp_path, "val").fingerprint == samples.fingerprint
+
+
+def test_another_data_set_or_size_is_not_mixed_in(data: Path, sharded: Path) -> None:
+    samples = sources.load(data, "val")
+    with pytest.raises(UserError, match="another data set or of another size"):
+        shards.write_shards(samples, sharded / "val", 31)
+    with pytest.raises(UserError, match="not empty"):
+        shards.write_shards(samples, data / "val", 30)
+
+
+@pytest.mark.parametrize("after", ["half of it", "its last member"])
+def test_a_torn_shard_is_named(sharded: Path, after: str) -> None:
+    shard = sharded / "val" / "000002.tar"
+    with tarfile.open(shard) as tar:
+        last = tar.getmembers()[-1]
+    os.truncate(shard, shard.stat().st_size // 2 if after == "half of it" else last.offset_data + 512)
+    with pytest.raises(UserError, match=r"000002\.tar is torn.*data shard"):
+        sources.load(sharded, "val")
+
+
+def test_a_shard_torn_during_the_run_costs_its_lost_samples_only(sharded: Path) -> None:
+    samples = sources.load(sharded, "val")
+    assert samples.places is not None
+    shard = sharded / "val" / "000001.tar"
+    with open(shard, "rb+") as file:
+        file.truncate(shard.stat().st_size // 2)
+    shards.indexes.open_shard.cache_clear()
+    lost = [
+        i
+        for i, (number, offset, size) in enumerate(samples.places.tolist())
+        if number == 1 and offset + size > shard.stat().st_size
+    ]
+    assert lost
+    pictures = plan.Pictures("test", 32, geometry.resize_of("fixres", 32, 1.0, "bilinear"), 0)
+    for backend in (p.torch_batches, p.dali_batches):
+        (batch,) = backend(samples, [plan.request(samples, pictures, np.arange(101), 0)], pictures)
+        assert [bad.sample for bad in batch.skipped] == lost
+        assert "the shard ends" in batch.skipped[0].reason
+
+
+def member(name: str, content: bytes = b"0", kind: bytes = tarfile.REGTYPE) -> tuple[tarfile.TarInfo, io.BytesIO]:
+    entry = tarfile.TarInfo(name)
+    entry.size, entry.type, entry.linkname = (len(content) if kind == tarfile.REGTYPE else 0), kind, "/etc/passwd"
+    return entry, io.BytesIO(content)
+
+
+@pytest.mark.parametrize(
+    ("odd", "words"),
+    [
+        (member("../../outside.jpg"), "points outside"),
+        (member("/etc/outside.jpg"), "points outside"),
+        (member("class_0/link.jpg", kind=tarfile.SYMTYPE), "a link or device"),
+        (member("class_0/lonely.jpg"), "without its label"),
+        (member("class_0/x.cls", b"seven"), "torn or no tar"),
+    ],
+)
+def test_tar_members_that_are_refused(tmp_path: Path, odd: tuple[tarfile.TarInfo, io.BytesIO], words: str) -> None:
+    (tmp_path / "val").mkdir()
+    with tarfile.open(tmp_path / "val" / "0.tar", "w") as tar:
+        tar.addfile(*member("class_0/a.jpg", p.encode(p.photograph(20, 20, 0))))
+        tar.addfile(*member("class_0/a.cls"))
+        tar.addfile(*odd)
+    with pytest.raises(UserError, match=words):
+        sources.load(tmp_path, "val", str(tmp_path / "cache"))
+
+
+def steps_seen(
+    backend: object, samples: index.Index, first: int, world: int, transform: str
+) -> list[tuple[object, ...]]:
+    """(step, sample, view) of every rank from step `first` on, with the pictures' sums: what training would be fed."""
+    pictures = plan.Pictures(transform, 32, geometry.resize_of("fixres", 32, 1.0, "bilinear"), 9)
+    seen: list[tuple[object, ...]] = []
+    for rank in range(world):
+        steps = list(plan.train_steps(samples, pictures, 20, 6, first, 9, rank, world))
+        requests = [request for step in steps for request in step]
+        batches = iter(backend(samples, requests, pictures))  # type: ignore[operator]
+        for number, step in enumerate(steps):
+            for request in step:
+                batch = next(batches)
+                assert batch.samples.tolist() == request.samples.tolist()
+                sums = batch.images.sum((1, 2, 3)).tolist()
+                seen += zip(
+                    [first + number] * len(sums),
+                    batch.samples.tolist(),
+                    map(tuple, (v.record() for v in request.views)),
+                    sums,
+                    strict=True,
+                )
+    return sorted(seen)  # type: ignore[type-var]
+
+
+@pytest.mark.parametrize("backend", [p.torch_batches, p.dali_batches], ids=["torch", "dali"])
+def test_any_resume_world_size_and_source_sees_the_same(data: Path, sharded: Path, backend: object) -> None:
+    """9 steps of 20 over 101 samples: past the end of the first epoch, whose last step has one sample."""
+    folder = sources.load(data, "val")
+    whole = steps_seen(backend, folder, 0, 1, "test_aug")
+    assert sorted(sample for step, sample, *_ in whole if step < 6) == list(range(101))  # type: ignore[operator,type-var]
+    for first, world, split in ((0, 2, sharded), (1, 3, data), (4, 7, sharded), (5, 1, sharded), (8, 2, data)):
+        resumed = steps_seen(backend, sources.load(split, "val"), first, world, "test_aug")
+        assert resumed == [row for row in whole if row[0] >= first]  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("backend", [p.torch_batches, p.dali_batches], ids=["torch", "dali"])
+def test_evaluation_sees_101_files_on_3_ranks_once_each(data: Path, backend: object) -> None:
+    samples = sources.load(data, "val")
+    pictures = plan.Pictures("test", 32, geometry.resize_of("fixres", 32, 1.0, "bilinear"), 0)
+    seen: list[int] = []
+    for rank in range(3):
+        requests = list(plan.every_sample(samples, pictures, 8, rank, 3))
+        seen += [s for batch in backend(samples, requests, pictures) for s in batch.samples.tolist()]  # type: ignore[operator]
+    assert seen == list(range(101))
+
+
+def test_a_late_step_costs_no_more_than_the_first() -> None:
+    """Work is counted, not timed: positions asked for, whatever the step."""
+    asked: list[int] = []
+    real = order.positions_to_samples
+
+    def counted(n: int, seed: int, epoch: int, positions: np.ndarray) -> np.ndarray:
+        asked.append(len(positions))
+        return real(n, seed, epoch, positions)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(order, "positions_to_samples", counted)
+        for step in (0, 4000):
+            order.train_samples(10**9, 0, step, 512, 3, 8)
+    assert asked == [64, 64]
