@@ -6,12 +6,15 @@ import argparse
 import sys
 from pathlib import Path
 
-from fixres_dist import bench, commands
+from fixres_dist import bench, commands, lifecycle
 from fixres_dist.data import commands as data_commands
-from fixres_dist.errors import EXIT_FAILED, EXIT_USER, UserError
+from fixres_dist.errors import EXIT_DONE, EXIT_FAILED, EXIT_USER, UserError
+from fixres_dist.rundir import RunDir
 
 
 def train(args: argparse.Namespace) -> int:
+    if lifecycle.finished(RunDir(args.run)):
+        return EXIT_DONE
     from fixres_dist import train as worker
 
     return worker.run(args.run)

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable
 from types import FrameType
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
@@ -30,6 +36,29 @@ class StopFlag:
         if number == signal.SIGINT and self.signal == signal.SIGINT:
             raise KeyboardInterrupt  # a second Ctrl-C means now
         self.signal = self.signal or number
+
+    def deadline(self, seconds: float, give_up: Callable[[], None]) -> None:
+        """End this process `seconds` after the first stop signal, unless it has left by itself: a rank that waits in a
+        collective for a dead peer must not hold its nodes. `give_up` is called before, with little time.
+
+        A Python handler does not run while the main thread hangs in C; the interpreter's wakeup descriptor is written
+        at once, so a thread that reads it knows of the signal in any case.
+        """
+        told, tell = socket.socketpair()
+        tell.setblocking(False)
+        signal.set_wakeup_fd(tell.fileno(), warn_on_full_buffer=False)
+
+        def watch() -> None:
+            with tell:  # kept open as long as signals are written to it
+                while not self.signal and told.recv(1)[0] not in SIGNALS:
+                    pass  # SIGCONT comes with most of Slurm's signals
+                time.sleep(seconds)
+                print(f"no common step boundary {seconds:.0f} s after the stop signal: giving up", file=sys.stderr)
+                faulthandler.dump_traceback()
+                give_up()
+                os._exit(1)
+
+        threading.Thread(target=watch, name="stop deadline", daemon=True).start()
 
 
 def ignore_stop_signals() -> None:

@@ -39,6 +39,10 @@ RECORDED = (
 )
 
 
+class Locked(UserError):
+    """Another process works on the run. Whoever meets this must leave the run's files alone."""
+
+
 @dataclass(frozen=True)
 class RunDir:
     root: Path
@@ -110,14 +114,17 @@ class RunDir:
     def event(self, name: str, **details: Any) -> None:
         append(self.root / "events.jsonl", {"time": time.time(), "event": name, **details})
 
-    def fail(self, why: str, next_command: str) -> None:
-        """FAILED and the state say why and what to run next. The first rank's reason stays: the others fail because of it."""
+    def fail(self, why: str, next_command: str, final: bool = False) -> None:
+        """FAILED and the state say why and what to run next. The first rank's reason stays: the others fail because of it.
+
+        `final`: no retry can help.
+        """
         try:
             with open(self.failed, "x") as file:
                 file.write(f"{why}\nNext: {next_command}\n")
         except FileExistsError:
             return
-        self.update_state(state="failed", reason=why, eta_s=None)
+        self.update_state(state="failed", reason=f"{why} Next: {next_command}", final=final, eta_s=None)
         self.event("failed", reason=why)
 
     def finish(self) -> None:
@@ -126,18 +133,33 @@ class RunDir:
         self.event("done")
         write(self.done, "finished\n")
 
+    def saved_step(self) -> int:
+        """The newest checkpoint's step; -1 without one."""
+        return max((int(path.parent.name[5:]) for path in self.checkpoints.glob("step_*/meta.json")), default=-1)
+
     @contextmanager
-    def lock(self) -> Iterator[None]:
-        """Held by rank 0 while it works; the kernel drops it with the process, so a crash leaves nothing to clean."""
-        with open(self.root / ".lock", "w") as file:
+    def lock(self, name: str = ".lock", wait_s: float = 0.0) -> Iterator[None]:
+        """Held by rank 0 while it works; the kernel drops it with the process, so a crash leaves nothing to clean.
+
+        The file holds who has it, for launch/cancel.py.
+        """
+        with open(self.root / name, "a+") as file:
             # A forked loader worker outlives a killed parent by seconds and must not hold its lock meanwhile.
             os.register_at_fork(after_in_child=file.close)
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                raise UserError(
-                    f"run {self.name} is being worked on by another process. Next: python launch/status.py {self.name}"
-                ) from None
+            deadline = time.monotonic() + wait_s
+            while True:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except OSError:
+                    if time.monotonic() > deadline:
+                        raise Locked(
+                            f"run {self.name} is being worked on by another process. Next: python launch/status.py {self.name}"
+                        ) from None
+                    time.sleep(0.2)
+            file.truncate(0)
+            file.write(f"{socket.gethostname()} {os.getpid()}\n")
+            file.flush()
             yield
 
     def is_locked(self) -> bool:
@@ -174,7 +196,7 @@ def check(root: Path, config: cfg.Config) -> None:
     if not root.exists():
         return
     if not (root / "config.yaml").exists():
-        if root.is_dir() and not any(root.iterdir()):
+        if root.is_dir() and all(path.name.startswith(".") for path in root.iterdir()):
             return
         raise UserError(f"{root} exists and is no run directory. Pick another --name.")
     differ = cfg.differences(cfg.identity(RunDir(root).config()), cfg.identity(config))

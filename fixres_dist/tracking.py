@@ -9,14 +9,7 @@ from tqdm import tqdm
 
 from fixres_dist import config as cfg
 from fixres_dist.rundir import RunDir, append, keep_lines
-
-
-def duration(seconds: float) -> str:
-    """`2h14m`, `3m05s`, `41s`."""
-    s = round(seconds)
-    if s >= 3600:
-        return f"{s // 3600}h{s % 3600 // 60:02d}m"
-    return f"{s // 60}m{s % 60:02d}s" if s >= 60 else f"{s}s"
+from fixres_dist.watch import duration
 
 
 class Tracker:

@@ -11,7 +11,6 @@ import contextlib
 import inspect
 import itertools
 import json
-import signal
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -24,25 +23,29 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from fixres_dist import checkpoint, distributed, export, models, results, tuning
+from fixres_dist import checkpoint, distributed, export, lifecycle, models, results, slurm, tuning
 from fixres_dist import config as cfg
 from fixres_dist.data import loading, order, plan
 from fixres_dist.data.torch_cpu import Batch
 from fixres_dist.errors import EXIT_DONE, EXIT_FAILED, EXIT_USER, UserError
 from fixres_dist.evaluate import Predictions
 from fixres_dist.preempt import StopFlag
-from fixres_dist.rundir import RunDir, append, keep_lines, write
+from fixres_dist.rundir import Locked, RunDir, append, keep_lines, write
 from fixres_dist.schedule import Stage, batch_per_device, stages
 from fixres_dist.session import Session, open_session
 from fixres_dist.tracking import Tracker
 
+LOCK_WAIT_S = 60.0  # a lost node's lock outlives its job for a while on network file systems
 
-def run(folder: Path) -> int:
-    """Work on the run in `folder` until it is done or told to stop; returns the exit code. Safe to call again."""
+
+def run(folder: Path, flag: StopFlag | None = None) -> int:
+    """Work on the run in `folder` until it is done or told to stop; returns the exit code. Safe to call again.
+
+    A stop saves and returns; in a Slurm job with 0, because a requeued job has not failed.
+    """
     here = RunDir(folder)
     config = here.config()
-    if here.done.exists():
-        print(f"{here.name} is already finished. Results: {here.results}")
+    if lifecycle.finished(here):
         return EXIT_DONE
     again = (
         (here.root / "command.txt").read_text().strip()
@@ -50,26 +53,34 @@ def run(folder: Path) -> int:
         else f"python -m fixres_dist train --run {folder}"
     )
     try:
-        return work(here, config)
+        return work(here, config, flag or StopFlag().install())
     except UserError as error:
-        here.fail(str(error), again)
+        here.fail(str(error), again, final=True)
         print(f"error: {error}", flush=True)
         return EXIT_USER
     except Exception as error:
-        here.fail(f"{type(error).__name__}: {error}", f"{again}   (goes on from the last checkpoint)")
+        lifecycle.broke(here, f"{type(error).__name__}: {error}", f"{again}   (goes on from the last checkpoint)")
         raise
 
 
-def work(here: RunDir, config: cfg.Config) -> int:
-    flag = StopFlag().install()
+def work(here: RunDir, config: cfg.Config, flag: StopFlag) -> int:
+    in_slurm = slurm.own_job() is not None
+    if in_slurm:
+        flag.deadline(0.8 * config.cluster.signal_delay_s, lambda: lifecycle.ask(here, "stop deadline"))
     ranks = distributed.start(here.root)
     with contextlib.ExitStack() as stack:
         stack.callback(distributed.stop, ranks)
+        taken = ""
         if ranks.is_main:
-            stack.enter_context(here.lock())
-            here.failed.unlink(missing_ok=True)
-            here.event("started", world_size=ranks.world_size, nodes=ranks.nodes)
-            here.update_state(state="running", reason=None)
+            try:
+                again = in_slurm and here.state().get("job_id") == slurm.own_job()
+                stack.enter_context(here.lock(wait_s=LOCK_WAIT_S if again else 0.0))
+                lifecycle.begin(here, ranks.world_size, ranks.nodes)
+            except Locked as error:
+                taken = str(error)
+        if taken := distributed.from_main(ranks, taken):  # this start is the twin: it must not touch the run's state
+            print(f"error: {taken}", flush=True)
+            return EXIT_USER
         on_skip = results.skipping(here, ranks)
         session = open_session(config, ranks, not here.pretrained.exists(), on_skip)
         todo = stages(config, len(session.train))
@@ -87,7 +98,7 @@ def work(here: RunDir, config: cfg.Config) -> int:
             elif here.pretrained.exists():
                 continue
             if not train_stage(here, session, stage, todo[-1].stop, flag):
-                return EXIT_FAILED
+                return EXIT_DONE if in_slurm else EXIT_FAILED
         if ranks.is_main:
             here.finish()
         return EXIT_DONE
@@ -182,12 +193,15 @@ def train_stage(here: RunDir, session: Session, stage: Stage, total_steps: int, 
             meter.restart()
         due = ranks.is_main and time.monotonic() - saved_at >= settings.save_every_s
         stop_signal, save_now = distributed.highest(ranks, [flag.signal, int(due)])
+        if stop_signal and tracker:
+            here.update_state(state="stopping", step=done, eta_s=None)
         if stop_signal or save_now or last:
             save()
             saved_at = time.monotonic()
         if stop_signal and not last:
             if tracker:
-                stopped(here, tracker, stop_signal, done)
+                tracker.say(lifecycle.stopped(here, stop_signal, done, session.config.cluster.signal_delay_s))
+                tracker.close()
             return False
 
     if tuning.frozen_digest(parts) != identity["frozen weights"]:
@@ -377,13 +391,3 @@ def record(here: RunDir, session: Session, stage: Stage, step: int, samples: lis
         file,
         {"epoch": epoch, "step": step, "stage": stage.name, "samples": samples, "views": [v.record() for v in views]},
     )
-
-
-def stopped(here: RunDir, tracker: Tracker, number: int, step: int) -> None:
-    name = signal.Signals(number).name
-    here.event("stop requested", signal=name, step=step)
-    here.update_state(
-        state="cancelled", reason=f"{name} at step {step}; the same command goes on from there", eta_s=None
-    )
-    tracker.say(f"{name}: saved at step {step}. The same command goes on from there.")
-    tracker.close()

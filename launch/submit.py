@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import itertools
 import os
 import shlex
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from fixres_dist import cluster, planning, recipes, rundir
+from fixres_dist import cluster, planning, recipes, rundir, slurm
 from fixres_dist import config as cfg
 from fixres_dist.errors import EXIT_DONE, EXIT_USER, UserError
 
@@ -21,6 +24,8 @@ examples:
   python launch/submit.py --model b0 --res 320 --data /data/imagenet --weights ap --profile slurm/profiles/generic.yaml
   python launch/submit.py --model b0 --res 320 --data DIR --cluster local --gpus-per-node 2 tune.epochs=3
   python launch/submit.py --data demo --cluster inline
+  python launch/submit.py --model b0 --res 320 --data DIR --sweep tune.base_lr=1e-3,1e-4 --at-once 2
+  python launch/submit.py --table 1 --data /data/imagenet --nodes 4
 """
 
 
@@ -40,7 +45,21 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--cluster", choices=("slurm", "local", "inline"), help="default: slurm where sbatch is found, else local"
     )
-    p.add_argument("--dry-run", action="store_true", help="print the plan and the sbatch text; write nothing")
+    p.add_argument(
+        "--sweep",
+        action="append",
+        default=[],
+        metavar="KEY=V1,V2",
+        help="a run for each value, as one job array; repeatable",
+    )
+    p.add_argument("--table", choices=("1", "2"), help="all recipes of a published table, as one job array")
+    p.add_argument(
+        "--at-once", type=int, default=0, metavar="N", help="runs of an array that run at the same time; default: all"
+    )
+    p.add_argument(
+        "--dry-run", action="store_true", help="print the plan, the sbatch text and what Slurm says; write nothing"
+    )
+    p.add_argument("--prepare", action="store_true", help="only make the run directory, for slurm/train.sbatch")
     p.add_argument("--list", action="store_true", help="show the recipes with starting and published accuracy")
     p.add_argument("overrides", nargs="*", metavar="section.key=value", help="any setting, such as tune.epochs=3")
     return p
@@ -113,48 +132,140 @@ def configure(args: argparse.Namespace, kind: str) -> tuple[cfg.Config, recipes.
     return config, recipe
 
 
+@dataclass(frozen=True)
+class Target:
+    """One run that the command asks for."""
+
+    run: rundir.RunDir
+    config: cfg.Config
+    recipe: recipes.Recipe
+
+    @property
+    def world_size(self) -> int:
+        return self.config.cluster.node_range()[0] * self.config.cluster.gpus_per_node
+
+    def plan(self) -> list[str]:
+        counts = planning.count(self.config)
+        return planning.lines(self.config, self.recipe.facts, counts, self.run.root, self.world_size)
+
+
+def targets(args: argparse.Namespace, kind: str) -> list[Target]:
+    """The run the command asks for, or those of a sweep or a table, each with a directory of its own."""
+    if args.table:
+        if args.model or args.res or args.weights:
+            raise UserError("--table is every recipe of it, so it excludes --model, --res and --weights.")
+        rows = [key for key, row in recipes.published().items() if row["table"] == args.table]
+        variants = [{"model": model, "weights": weights} for model, weights in rows]
+    else:
+        variants = [{}]
+    choices = []
+    for item in args.sweep:
+        key, equals, values = item.partition("=")
+        if not (equals and "." in key and all(values.split(","))):
+            raise UserError(f"--sweep is {item!r}; accepted: section.key=v1,v2, such as tune.base_lr=1e-3,1e-4.")
+        choices.append([(key, value) for value in values.split(",")])
+    found = []
+    for variant, chosen in itertools.product(variants, itertools.product(*choices)):
+        one = argparse.Namespace(**{**vars(args), **variant})
+        one.overrides = [*args.overrides, *(f"{key}={value}" for key, value in chosen)]
+        one.res = args.res or (recipes.find(one.model, one.weights).values["data"]["res"] if args.table else None)
+        config, recipe = configure(one, kind)
+        name = recipes.run_name(config.model.name, config.data.res, config.model.weights)
+        if args.name:
+            name = f"{args.name}-{name}" if args.table else args.name
+        name = "-".join([name, *(f"{key.rpartition('.')[2]}={value.replace('/', '_')}" for key, value in chosen)])
+        found.append(Target(rundir.RunDir(args.runs_dir / name), config, recipe))
+    return found
+
+
 def submit(args: argparse.Namespace) -> int:
     kind = args.cluster or cluster.default_cluster()
-    config, recipe = configure(args, "slurm" if args.dry_run and args.cluster is None else kind)
-    least, most = config.cluster.node_range()
-    world_size = least * config.cluster.gpus_per_node
-    planning.check(config, world_size if least == most else 1, dry=args.dry_run)
-    name = args.name or recipes.run_name(config.model.name, config.data.res, config.model.weights)
-    run = rundir.RunDir(args.runs_dir / name)
-    rundir.check(run.root, config)
-    plan = planning.lines(config, recipe.facts, planning.count(config), run.root, world_size)
+    if args.at_once < 0:
+        raise UserError(f"--at-once is {args.at_once}; accepted: 0 (all) or more.")
+    todo = targets(args, "slurm" if args.dry_run and args.cluster is None else kind)
+    for target in todo:
+        least, most = target.config.cluster.node_range()
+        planning.check(target.config, target.world_size if least == most else 1, dry=args.dry_run)
+        rundir.check(target.run.root, target.config)
+        if not (args.dry_run or target.run.done.exists() or target.run.is_locked()):
+            check_weights(target.config)
+    text = cluster.sbatch_text(todo[0].config, *(t.run for t in todo), at_once=args.at_once) if not args.prepare else ""
     if args.dry_run:
-        print("\n".join(plan))
-        print(f"\n# what sbatch would get\n{cluster.sbatch_text(config, run)}")
+        print("\n".join(todo[0].plan()))
+        print("".join(f"and        {target.run.root}\n" for target in todo[1:]), end="")
+        print(f"\n# what sbatch would get\n{text}")
+        said = cluster.ask_slurm(text) if cluster.default_cluster() == "slurm" else ""
+        print(f"\n# Slurm says: {said or 'nothing here (sbatch --test-only got no answer)'}")
         return EXIT_DONE
-    if run.is_locked():
-        print(f"{name} is running already. Next: python launch/status.py {name}")
-        return EXIT_DONE
+    if kind == "slurm" and not args.prepare and not cluster.ask_slurm(text):
+        raise UserError(
+            "Slurm does not answer here (sbatch --test-only). Next: a login node of the cluster, or --cluster local."
+        )
+    with contextlib.ExitStack() as stack:
+        for target in todo:  # two submissions of one run at once: the second waits here, then finds the first one's job
+            target.run.root.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(target.run.lock(".submit.lock", wait_s=60))
+        todo = [target for target in todo if not told_already(target.run, kind)]
+        if not todo:
+            return EXIT_DONE
+        command = ["python", "launch/submit.py", *map(shlex.quote, sys.argv[1:])]
+        for target in todo:
+            rundir.prepare(target.run.root, target.config, command)
+        print("\n".join(todo[0].plan()), flush=True)
+        if args.prepare:
+            for target in todo:
+                print(f"Next: sbatch {cluster.sbatch_options(target.config)} slurm/train.sbatch {target.run.root}")
+            return EXIT_DONE
+        for target in todo:
+            target.run.event("submitted", cluster=kind, command=" ".join(command))
+        if kind == "slurm":
+            return start_slurm([target.run for target in todo], todo[0].config, args.at_once)
+    return max(start_here(target.run, target.config, kind) for target in todo)
+
+
+def told_already(run: rundir.RunDir, kind: str) -> bool:
+    """Whether `run` is finished, running or queued, and so needs no submission; says which."""
+    status = f"Next: python launch/status.py {run.name}"
     if run.done.exists():
-        print(f"{name} is finished; its results: {run.results}")
-        return EXIT_DONE
+        print(f"{run.name} is finished; its results: {run.results}")
+        return True
+    if run.is_locked():
+        print(f"{run.name} is running already. {status}")
+        return True
+    job = str(run.state().get("job_id") or "")
+    queued = (slurm.queue([run.root.owner()]) or {}) if kind == "slurm" and job else {}
+    if job in queued:
+        print(f"{run.name} is in the queue already, as job {job} ({queued[job].state}). {status}")
+    return job in queued
+
+
+def check_weights(config: cfg.Config) -> None:
     if config.model.weights not in recipes.WEIGHTS:
         from fixres_dist import models  # a file is checked here rather than in the queue; this imports torch
 
-        models.check_weights(
-            config.model.timm_name, planning.count(config).classes, config.model.weights, config.pretrain is not None
-        )
-    command = ["python", "launch/submit.py", *map(shlex.quote, sys.argv[1:])]
-    run = rundir.prepare(run.root, config, command)
-    run.event("submitted", cluster=kind, command=" ".join(command))
-    print("\n".join(plan), flush=True)
-    return start(run, config, kind)
+        classes = planning.count(config).classes
+        models.check_weights(config.model.timm_name, classes, config.model.weights, config.pretrain is not None)
 
 
-def start(run: rundir.RunDir, config: cfg.Config, kind: str) -> int:
-    if kind == "slurm":
-        raise UserError(
-            "submission to Slurm is not part of this version yet. Next: --cluster local, or --dry-run for the sbatch text."
-        )
+def start_slurm(runs: list[rundir.RunDir], config: cfg.Config, at_once: int) -> int:
+    write_demo(config)
+    where = "" if str(runs[0].root.parent) == "runs" else f" --runs-dir {runs[0].root.parent}"
+    for run, job in zip(runs, cluster.submit_slurm(config, runs, at_once), strict=True):
+        print(f"submitted {run.name} as job {job}")
+    for command in ("status.py", "logs.py --follow", "cancel.py", "board.py"):
+        print(f"  python launch/{command} {runs[0].name}{where}")
+    return EXIT_DONE
+
+
+def write_demo(config: cfg.Config) -> None:
     if config.data.root == "demo":
         from fixres_dist.data import sources  # written here, where its progress bar can be seen
 
         sources.folder("demo", config.data.cache)
+
+
+def start_here(run: rundir.RunDir, config: cfg.Config, kind: str) -> int:
+    write_demo(config)
     rundir.write(run.root / "submission.sh", cluster.sbatch_text(config, run))
     if kind == "inline":
         from fixres_dist import train

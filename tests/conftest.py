@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from slurm_service import devcluster, undisturbed  # noqa: F401  (fixtures)
 
 ROOT = Path(__file__).parents[1]
 

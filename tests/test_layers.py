@@ -10,7 +10,8 @@ PACKAGE = Path(__file__).parents[1] / "fixres_dist"
 LAYERS = [
     "errors data.headers data.listing",
     "config",
-    "recipes rundir",
+    "recipes rundir slurm",
+    "lifecycle watch",
     "data.order data.index data.demo",
     "data.geometry",
     "data.plan data.shards schedule",

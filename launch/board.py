@@ -1,0 +1,45 @@
+"""TensorBoard on runs: `python launch/board.py [NAME...] [--port 6006]`."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from fixres_dist import watch
+from fixres_dist.errors import EXIT_DONE, EXIT_USER, UserError
+
+
+def main() -> int:
+    p = argparse.ArgumentParser(description=__doc__)
+    p.add_argument("names", nargs="*", metavar="NAME", help="runs; default: all of them")
+    p.add_argument("--runs-dir", type=Path, default=Path("runs"))
+    p.add_argument("--port", default="6006")
+    args = p.parse_args()
+    try:
+        if importlib.util.find_spec("tensorboard") is None:
+            raise UserError("tensorboard is not installed. Next: make setup")
+        runs = [watch.find(name, args.runs_dir) for name in args.names] or watch.every(args.runs_dir)
+        if not runs:
+            raise UserError(f"no runs in {args.runs_dir}. Next: --runs-dir DIR")
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_USER
+    # A folder of links: one log directory whose runs carry the run names, and not the other files beside tb/.
+    with tempfile.TemporaryDirectory(prefix="fixres-board-") as folder:
+        for run in runs:
+            (Path(folder) / run.name).symlink_to((run.root / "tb").resolve())
+        print(f"TensorBoard of {', '.join(run.name for run in runs)}; Ctrl-C ends it", flush=True)
+        try:
+            return subprocess.call([sys.executable, "-m", "tensorboard.main", "--logdir", folder, "--port", args.port])
+        except KeyboardInterrupt:
+            return EXIT_DONE
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,79 @@
+"""Stop a run for good: it saves, and the same submit command goes on from there. `python launch/cancel.py NAME...`"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from fixres_dist import slurm, watch
+from fixres_dist.errors import EXIT_DONE, EXIT_FAILED, EXIT_USER, UserError
+from fixres_dist.rundir import RunDir
+
+WAIT_S = 120.0  # Slurm kills what has not left after KillWait, 30 s by default
+
+
+def main() -> int:
+    p = argparse.ArgumentParser(description=__doc__)
+    p.add_argument("names", nargs="+", metavar="NAME")
+    p.add_argument("--runs-dir", type=Path, default=Path("runs"))
+    args = p.parse_args()
+    try:
+        return max([cancel(run) for run in [watch.find(name, args.runs_dir) for name in args.names]])
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_USER
+
+
+def cancel(run: RunDir) -> int:
+    job, owner = watch.slurm_job(run), run.root.owner()
+    queued = slurm.queue([owner]) if job else {}
+    if queued is None:
+        raise UserError(f"{run.name} is job {job}, but squeue does not answer. Next: a login node of the cluster.")
+    if job in queued:
+        answer = slurm.call("scancel", job)
+        if answer is None or answer.returncode:
+            raise UserError(f"scancel {job}: {answer.stderr.strip() if answer else 'no answer'}")
+        left = wait(lambda: (now := slurm.queue([owner])) is not None and job not in now)
+    elif run.is_locked():
+        host, _, pid = (run.root / ".lock").read_text().strip().partition(" ")
+        if host != socket.gethostname():
+            raise UserError(f"{run.name} runs on {host}, outside of Slurm. Next: the same command there.")
+        os.kill(int(pid), signal.SIGTERM)  # its ranks agree on the signal
+        left = wait(lambda: not run.is_locked())
+    else:
+        state = watch.rows([run])[0].state
+        print(f"{run.name} is {state}, so there is nothing to cancel")
+        return EXIT_DONE
+    if not left:
+        print(
+            f"{run.name} has not left after {WAIT_S:.0f} s. Next: python launch/status.py {run.name}", file=sys.stderr
+        )
+        return EXIT_FAILED
+    if run.state().get("state") in watch.UNFINISHED:  # it had not started, or was killed before it could write
+        run.update_state(state="cancelled", reason="cancelled; the same command goes on", eta_s=None)
+        run.event("cancelled")
+    print(
+        f"{run.name} is {run.state()['state']} at step {max(0, run.saved_step())}. Next: python launch/resume.py {run.name}"
+    )
+    return EXIT_DONE
+
+
+def wait(ended: Callable[[], bool]) -> bool:
+    deadline = time.monotonic() + WAIT_S
+    while not ended():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.5)
+    return True
+
+
+if __name__ == "__main__":
+    sys.exit(main())

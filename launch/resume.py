@@ -1,0 +1,56 @@
+"""A fresh job into an existing run directory: `python launch/resume.py NAME`. It goes on from the last checkpoint.
+
+For a run that failed, was cancelled, or whose job Slurm cannot requeue any more. The code snapshot stays; the submit
+command takes a new one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from fixres_dist import cluster, rundir, watch
+from fixres_dist import config as cfg
+from fixres_dist.errors import EXIT_DONE, EXIT_USER, UserError
+from launch import submit
+
+
+def main() -> int:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("name", metavar="NAME")
+    p.add_argument("--nodes", help="a number, or MIN-MAX; default: as before")
+    p.add_argument("--cluster", choices=("slurm", "local", "inline"), help="default: as before")
+    p.add_argument("--runs-dir", type=Path, default=Path("runs"))
+    p.add_argument("overrides", nargs="*", metavar="section.key=value", help="such as cluster.exclude=n7")
+    args = p.parse_intermixed_args()
+    try:
+        return resume(watch.find(args.name, args.runs_dir), args)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_USER
+
+
+def resume(run: rundir.RunDir, args: argparse.Namespace) -> int:
+    nodes = [f"cluster.nodes={args.nodes}"] if args.nodes else []
+    values = cfg.merge(cfg.plain(run.config()), cfg.overrides([*nodes, *args.overrides]))
+    config = cfg.parse(cfg.Config, values)
+    submitted = [e for e in rundir.read_lines(run.root / "events.jsonl") if e["event"] == "submitted"]
+    kind = args.cluster or (submitted[-1]["cluster"] if submitted else cluster.default_cluster())
+    if kind == "slurm" and not cluster.ask_slurm(cluster.sbatch_text(config, run)):
+        raise UserError("Slurm does not answer here. Next: a login node of the cluster, or --cluster local.")
+    with run.lock(".submit.lock", wait_s=60):
+        if submit.told_already(run, kind):
+            return EXIT_DONE
+        rundir.check(run.root, config)
+        rundir.write(run.root / "config.yaml", cfg.dump(config))
+        run.event("submitted", cluster=kind, command=f"python launch/resume.py {run.name}")
+        if kind == "slurm":
+            return submit.start_slurm([run], config, 0)
+    return submit.start_here(run, config, kind)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,45 @@
+"""How the runs are doing: `python launch/status.py [NAME...] [--watch]`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from fixres_dist import watch
+from fixres_dist.errors import EXIT_DONE, EXIT_USER, UserError
+
+
+def main() -> int:
+    p = argparse.ArgumentParser(description=__doc__)
+    p.add_argument("names", nargs="*", metavar="NAME", help="runs; default: all of them")
+    p.add_argument("--runs-dir", type=Path, default=Path("runs"))
+    p.add_argument("--json", action="store_true", help="one JSON list")
+    p.add_argument("--watch", action="store_true", help="again every --every seconds, until all have ended or Ctrl-C")
+    p.add_argument("--every", type=float, default=10.0, metavar="S", help="for --watch; default: 10")
+    args = p.parse_args()
+    try:
+        while True:
+            runs = [watch.find(name, args.runs_dir) for name in args.names] or watch.every(args.runs_dir)
+            rows = watch.rows(runs)
+            if args.json:
+                print(json.dumps([row.as_dict() for row in rows], indent=1), flush=True)
+            else:
+                clear = "\033[2J\033[H" if args.watch and sys.stdout.isatty() else ""
+                print(clear + watch.table(rows) if rows else f"no runs in {args.runs_dir}", flush=True)
+            if not args.watch or not any(row.state in watch.UNFINISHED for row in rows):
+                return EXIT_DONE
+            time.sleep(max(1.0, args.every))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_USER
+    except KeyboardInterrupt:
+        return EXIT_DONE
+
+
+if __name__ == "__main__":
+    sys.exit(main())
