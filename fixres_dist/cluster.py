@@ -254,6 +254,8 @@ def run_local(run: RunDir, processes: int) -> int:
         job = executor.submit(task)
     run.update_state(job_id=f"local-{job.job_id}")
     follow(run, job)
+    with contextlib.suppress(OSError):
+        executor.folder.rmdir()  # submitit leaves an empty folder named %j beside the job's
     codes = []
     for rank in range(processes):
         try:

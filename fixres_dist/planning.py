@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from fixres_dist.data import demo, index, shards
 from fixres_dist.errors import UserError
 from fixres_dist.recipes import Facts
 from fixres_dist.schedule import batch_per_device, stages
+from fixres_dist.watch import duration
 
 IMAGENET = (1_281_167, 50_000, 1000)
 # An eager EfficientNet is bound by memory traffic; 55 % of the nominal bandwidth is what published A100 timings reach.
@@ -124,11 +124,7 @@ def time_text(config: cfg.Config, facts: Facts, counts: Counts, world_size: int)
         return "not estimated for policies that train the trunk"
     passes = config.tune.epochs * counts.train + min(config.tune.bn_stats_images, counts.train) + 2 * counts.val
     per_second = H200_MIB_PER_S / (facts.traffic_mib * (config.data.res / facts.res) ** 2)
-    hours = passes / per_second / world_size / 3600
-    return f"about {hours:.2g} h on {world_size} H200 ({per_second:,.0f} images/s each; an estimate from memory traffic, +-40 %)"
-
-
-def shown_path(path: Path) -> str:
-    """Relative where that is shorter."""
-    relative = os.path.relpath(path)
-    return relative if len(relative) < len(str(path)) else str(path)
+    took = duration(passes / per_second / world_size)
+    return (
+        f"about {took} on {world_size} H200 ({per_second:,.0f} images/s each; an estimate from memory traffic, +-40 %)"
+    )

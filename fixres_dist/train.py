@@ -299,7 +299,9 @@ def distribute(session: Session, stage: Stage, parts: tuning.Split) -> nn.Module
     device = session.ranks.device
     options = inspect.signature(DistributedDataParallel).parameters
     # Buffers are the same on every rank by construction. The option's name is another one from torch 2.15 on.
-    buffers: dict[str, Any] = {"forward_sync_buffers" if "forward_sync_buffers" in options else "broadcast_buffers": False}
+    buffers: dict[str, Any] = {
+        "forward_sync_buffers" if "forward_sync_buffers" in options else "broadcast_buffers": False
+    }
     head = DistributedDataParallel(parts.head, [device.index] if device.type == "cuda" else None, **buffers)
     # DDP lays its buckets out anew after the first backward; sums over three or more ranks depend on the layout, so a
     # resumed run is bit-identical only if that has happened before its first real step. No image, no gradient, no statistics.
