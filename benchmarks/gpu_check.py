@@ -1,6 +1,6 @@
 """What only a GPU can tell about the data plane; run once on new hardware or a new DALI release, and commit the result.
 
-    python benchmarks/gpu_check.py --json benchmarks/gpu_check_<device>.json
+    python benchmarks/gpu_check.py --json benchmarks/results/gpu_check_<device>.json
 
 Decodes 1,000 JPEGs (a crash here is what data/dali.py avoids by not decoding regions), compares the pictures with the
 CPU's at several shares of the hardware decoder, and measures images/s and memory.
