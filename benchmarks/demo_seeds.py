@@ -66,6 +66,7 @@ def main() -> None:
     rows = [one(int(seed), args.runs_dir.absolute()) for seed in args.seeds.split(",")]
     result = {
         "command": "python benchmarks/demo_seeds.py --seeds " + args.seeds,
+        "commit": environment()["git"]["commit"],
         "hardware": processor(),
         "versions": environment()["versions"],
         "rows": rows,
