@@ -29,6 +29,7 @@ from fixres_dist.data import loading, order, plan
 from fixres_dist.data.torch_cpu import Batch
 from fixres_dist.errors import EXIT_DONE, EXIT_FAILED, EXIT_USER, UserError
 from fixres_dist.evaluate import Predictions
+from fixres_dist.meter import Meter
 from fixres_dist.preempt import StopFlag
 from fixres_dist.rundir import Locked, RunDir, append, keep_lines, write
 from fixres_dist.schedule import Stage, batch_per_device, stages
@@ -182,7 +183,7 @@ def train_stage(here: RunDir, session: Session, stage: Stage, total_steps: int, 
         if settings.record_samples:
             record(here, session, stage, step, samples)
         if logging:
-            values = meter.read(session, learning_rate=rate, grad_norm=norm)
+            values = meter.read(ranks, learning_rate=rate, grad_norm=norm)
             if tracker:
                 tracker.step(done, stage.name, (done - stage.first) / stage.per_epoch, values)
         epoch = (done - stage.first) // stage.per_epoch
@@ -336,50 +337,6 @@ def measure_statistics(session: Session, stage: Stage, parts: tuning.Split) -> i
     distributed.total(ranks, moments.sums)
     moments.set(bn)
     return min(stage.tune.bn_stats_images, stage.n)
-
-
-class Meter:
-    """Loss, speed and time spent waiting for data since the last reading."""
-
-    def __init__(self) -> None:
-        self.restart()
-
-    def restart(self) -> None:
-        self.loss, self.images, self.wait_s, self.since = torch.zeros(()), 0, 0.0, time.monotonic()
-        self.skipped = 0
-
-    def add(self, loss: torch.Tensor, images: int) -> None:
-        self.loss, self.images = self.loss.to(loss.device) + loss, self.images + images
-
-    def waiting(self, batches: Iterator[Batch]) -> Iterator[Batch]:
-        """`batches`, with the time the caller waits for each one counted."""
-        while True:
-            asked = time.monotonic()
-            batch = next(batches, None)
-            self.wait_s += time.monotonic() - asked
-            if batch is None:
-                return
-            self.skipped += len(batch.skipped)
-            yield batch
-
-    def read(self, session: Session, **values: float) -> dict[str, float]:
-        """Scalars over all ranks since the last reading."""
-        elapsed, ranks = time.monotonic() - self.since, session.ranks
-        sums = distributed.total(
-            ranks,
-            torch.tensor([float(self.loss), self.images, self.wait_s / elapsed, self.skipped], dtype=torch.float64),
-        )
-        memory = torch.cuda.max_memory_allocated() / 2**30 if ranks.device.type == "cuda" else 0.0
-        loss, images, wait, skipped = sums.tolist()
-        self.restart()
-        return {
-            "loss": loss / max(1.0, images),
-            **values,
-            "images_per_second": images / elapsed,
-            "data_wait_percent": 100 * wait / ranks.world_size,
-            "memory_gib": memory,
-            "skipped": skipped,
-        }
 
 
 def record(here: RunDir, session: Session, stage: Stage, step: int, samples: list[int]) -> None:

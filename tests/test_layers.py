@@ -23,7 +23,7 @@ LAYERS = [
     "data.torch_cpu",
     "data.dali",
     "data.loading",
-    "evaluate checkpoint tracking export",
+    "evaluate checkpoint tracking export meter",
     "session",
     "results",
     "report",

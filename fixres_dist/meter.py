@@ -1,0 +1,56 @@
+"""What a stretch of training did: loss, speed, and time spent waiting for data."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+
+import torch
+
+from fixres_dist import distributed
+from fixres_dist.data.torch_cpu import Batch
+from fixres_dist.distributed import Ranks
+
+
+class Meter:
+    """Loss, speed and time spent waiting for data since the last reading."""
+
+    def __init__(self) -> None:
+        self.restart()
+
+    def restart(self) -> None:
+        self.loss, self.images, self.wait_s, self.since = torch.zeros(()), 0, 0.0, time.monotonic()
+        self.skipped = 0
+
+    def add(self, loss: torch.Tensor, images: int) -> None:
+        self.loss, self.images = self.loss.to(loss.device) + loss, self.images + images
+
+    def waiting(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """`batches`, with the time the caller waits for each one counted."""
+        while True:
+            asked = time.monotonic()
+            batch = next(batches, None)
+            self.wait_s += time.monotonic() - asked
+            if batch is None:
+                return
+            self.skipped += len(batch.skipped)
+            yield batch
+
+    def read(self, ranks: Ranks, **values: float) -> dict[str, float]:
+        """Scalars over all ranks since the last reading."""
+        elapsed = time.monotonic() - self.since
+        sums = distributed.total(
+            ranks,
+            torch.tensor([float(self.loss), self.images, self.wait_s / elapsed, self.skipped], dtype=torch.float64),
+        )
+        memory = torch.cuda.max_memory_allocated() / 2**30 if ranks.device.type == "cuda" else 0.0
+        loss, images, wait, skipped = sums.tolist()
+        self.restart()
+        return {
+            "loss": loss / max(1.0, images),
+            **values,
+            "images_per_second": images / elapsed,
+            "data_wait_percent": 100 * wait / ranks.world_size,
+            "memory_gib": memory,
+            "skipped": skipped,
+        }
