@@ -28,7 +28,8 @@ class Tracker:
             self.board.add_scalar("events/restart", 1.0, first_step + 1)
         elif not first_step:
             self.board.add_text("config", "```yaml\n" + cfg.dump(config) + "```", 0)
-        self.bar = tqdm(total=total_steps, initial=first_step, unit="step", disable=None)  # only on a terminal
+        layout = "{percentage:3.0f}%|{bar:12}| {n_fmt}/{total_fmt} {elapsed}<{remaining}{postfix}"
+        self.bar = tqdm(total=total_steps, initial=first_step, bar_format=layout, disable=None)  # only on a terminal
 
     def say(self, text: str) -> None:
         if self.bar.disable:
