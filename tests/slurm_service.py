@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -117,6 +118,22 @@ class Service:
             return len(begun) >= starts and bool(saved) and saved[-1] > max(0, begun[-1]["step"])
 
         self.until(name, working)
+
+    def rank_process(self, job: str, rank: int) -> int:
+        """The process of a rank: by the marks that Slurm leaves in its environment."""
+        marks = {f"SLURM_CLUSTER_NAME={self.cluster.name}", f"SLURM_JOB_ID={job}", f"SLURM_PROCID={rank}"}
+        for entry in Path("/proc").glob("[0-9]*"):
+            try:
+                found = marks <= set((entry / "environ").read_text(errors="replace").split("\0"))
+                if found and "submitit.core._submit" in (entry / "cmdline").read_text():
+                    return int(entry.name)
+            except OSError:
+                continue
+        raise AssertionError(f"no process of rank {rank} of job {job}")
+
+    def hold(self, job: str) -> None:
+        """Stop rank 1, so that the run waits at a step however fast the machine is; Slurm's warnings bring SIGCONT."""
+        os.kill(self.rank_process(job, 1), signal.SIGSTOP)
 
     def log(self, name: str, rank: int = 0) -> str:
         files = sorted((self.runs / name / "submitit").glob(f"*/*_{rank}_log.*"))

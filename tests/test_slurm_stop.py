@@ -24,6 +24,7 @@ def test_three_preemptions_with_the_user_signal(undisturbed: Service) -> None:
     job = undisturbed.submit("preempted", "--nodes", 2, *LONG)
     for start in (1, 2, 3):
         undisturbed.until_working("preempted", start)
+        undisturbed.hold(job)
         undisturbed.preempt()
         undisturbed.until("preempted", lambda n=start: len(undisturbed.events("preempted", "requeued")) == n)
         if start == 1:
@@ -45,6 +46,7 @@ def test_preempted_without_the_user_signal(undisturbed: Service, tmp_path: Path)
         # The same data set at another place: the sample list, and so the run, is the same.
         job = other.submit("reference", "--nodes", 2, *LONG)
         other.until_working("reference")
+        other.hold(job)
         other.preempt()
         other.until_state("reference", "done")
         assert_exact(other, "reference", job, "preempted", 1)
@@ -55,6 +57,7 @@ def test_preempted_without_the_user_signal(undisturbed: Service, tmp_path: Path)
 def test_the_time_limit(undisturbed: Service) -> None:
     job = undisturbed.submit("timeout", "--nodes", 2, *LONG)
     undisturbed.until_working("timeout")
+    undisturbed.hold(job)
     undisturbed.slurm("scontrol", "update", f"jobid={job}", "timelimit=1")  # the warning is due 30 s before the minute
     undisturbed.until("timeout", lambda: len(undisturbed.events("timeout", "requeued")) == 1)
     undisturbed.slurm("scontrol", "update", f"jobid={job}", "timelimit=60")
@@ -66,6 +69,7 @@ def test_the_time_limit(undisturbed: Service) -> None:
 def test_cancelled_is_saved_and_stays_cancelled(undisturbed: Service, how: str) -> None:
     job = undisturbed.submit(how, "--nodes", 2, *LONG)
     undisturbed.until_working(how)
+    undisturbed.hold(job)
     if how == "scancel":
         undisturbed.slurm("scancel", job)
     else:
