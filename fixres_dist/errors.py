@@ -26,5 +26,5 @@ def unknown(kind: str, value: object, accepted: Iterable[str], hint: str = "") -
     text = f"unknown {kind} {str(value)!r}."
     if near:
         text += f" Did you mean {near[0]!r}?"
-    text += f" Accepted: {', '.join(names)}." if len(names) <= 24 else ""
+    text += f" Accepted: {', '.join(names)}." if 0 < len(names) <= 24 else ""
     return UserError(f"{text} {hint}".rstrip())

@@ -90,8 +90,8 @@ def list_recipes() -> int:
 
 def configure(args: argparse.Namespace, kind: str) -> tuple[cfg.Config, recipes.Recipe]:
     """Defaults < recipe < profile < flags < section.key=value."""
-    name = args.model or ("demo" if args.data in (None, "demo") and not args.profile else None)
-    if name is None or (name == "demo" and args.data is None and args.model is None):
+    name = args.model or ("demo" if args.data == "demo" else None)
+    if name is None:
         raise UserError("no --model given. Next: --model b0 --res 320, or --list for the recipes, or --data demo.")
     recipe = recipes.find(name, args.weights)
     values = recipe.values

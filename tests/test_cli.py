@@ -67,6 +67,26 @@ def test_the_cards_command_prints_plan_and_sbatch_text(tmp_path: Path) -> None:
     assert not (tmp_path / "runs").exists(), "a dry run writes nothing"
 
 
+def test_the_example_needs_no_model_whatever_the_profile(tmp_path: Path) -> None:
+    profile = ROOT / "slurm" / "profiles" / "devcluster.yaml"
+    done = run(
+        "submit",
+        "--data",
+        "demo",
+        "--nodes",
+        "2",
+        "--profile",
+        profile,
+        "--cluster",
+        "slurm",
+        "--dry-run",
+        "--runs-dir",
+        tmp_path,
+    )
+    assert "demo = test_efficientnet" in done.stdout, done.stderr
+    assert "#SBATCH --partition=low" in done.stdout
+
+
 def test_sbatch_text_is_the_recorded_one() -> None:
     """Every option of a submission, in one place to read; a change of it is made on purpose."""
     config = cfg.parse(
