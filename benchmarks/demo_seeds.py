@@ -16,8 +16,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from fixres_dist.results import processor  # noqa: E402
-from fixres_dist.rundir import environment  # noqa: E402
+from fixres_dist.rundir import git, processor, versions  # noqa: E402
 
 SIZES = "96,128,160,192,224,256"
 
@@ -66,9 +65,9 @@ def main() -> None:
     rows = [one(int(seed), args.runs_dir.absolute()) for seed in args.seeds.split(",")]
     result = {
         "command": "python benchmarks/demo_seeds.py --seeds " + args.seeds,
-        "commit": environment()["git"]["commit"],
+        "commit": git(ROOT, "rev-parse", "HEAD"),
         "hardware": processor(),
-        "versions": environment()["versions"],
+        "versions": versions(),
         "rows": rows,
     }
     args.json.parent.mkdir(parents=True, exist_ok=True)

@@ -21,7 +21,7 @@ import torch
 
 from fixres_dist.bench import write_photographs
 from fixres_dist.data import dali, geometry, index, plan
-from fixres_dist.rundir import environment, write
+from fixres_dist.rundir import versions, write
 
 BATCH = 64
 
@@ -89,7 +89,7 @@ def main() -> None:
         result = {
             "stage": "gpu data",
             "hardware": {"device": torch.cuda.get_device_name()},
-            "versions": environment()["versions"],
+            "versions": versions(),
             "difference_from_cpu": [pixel_difference(samples, load, 1000) for load in (0.0, 0.65, 1.0)],
             "speed": [speed(samples, r, t, 0.65, args.images) for r in (224, 320, 600, 800) for t in (4, 8, 16)]
             + [speed(samples, 320, 8, load, args.images) for load in (0.0, 0.9, 1.0)],

@@ -27,7 +27,7 @@ import numpy as np
 
 from fixres_dist.data import geometry, index, order, plan, shards
 from fixres_dist.errors import EXIT_DONE, UserError, unknown
-from fixres_dist.rundir import environment, write
+from fixres_dist.rundir import processor, versions, write
 
 # Ours hand over uint8, since a GPU normalises for nothing; `torch normalised` does it on the CPU, as `pil` has to.
 # `torch alone` decodes and scales, and drops the pictures in the worker: what handing over costs is the difference.
@@ -86,10 +86,10 @@ def bench_data(args: argparse.Namespace) -> int:
         roots = {"folder": folder, "shards": Path(scratch) / "shards"}
         rows = list(compare(loaders, cases, roots, args))
         scale = {} if args.no_scale else at_scale(Path(scratch))
-    result = {
+    result: dict[str, Any] = {
         "stage": "data",
         "hardware": {"processor": processor(), "cpus": len(os.sched_getaffinity(0))},
-        "versions": environment()["versions"],
+        "versions": versions(),
         "command": " ".join(["python -m fixres_dist", *sys.argv[1:]]),
         "rows": rows,
         "ratios": {"vs_pil_loader": ratios(rows)},
@@ -294,11 +294,3 @@ def peak_mib() -> float:
     """Of this program; getrusage's figure would include the process that started it."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1024
-
-
-def processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return "unknown"

@@ -228,9 +228,9 @@ def default_cluster() -> str:
     return "slurm" if shutil.which("sbatch") else "local"
 
 
-def local_devices() -> int:
-    """GPUs of this machine, counted without a driver library; 1 without any."""
-    return max(1, len(list(Path("/dev").glob("nvidia[0-9]*"))))
+def local_gpus() -> int:
+    """GPUs of this machine, counted without a driver library."""
+    return len(list(Path("/dev").glob("nvidia[0-9]*")))
 
 
 def run_local(run: RunDir, processes: int) -> int:
@@ -243,7 +243,7 @@ def run_local(run: RunDir, processes: int) -> int:
     executor = submitit.LocalExecutor(run.root.resolve() / "submitit" / "%j")
     executor.update_parameters(
         tasks_per_node=processes,
-        gpus_per_node=processes if list(Path("/dev").glob("nvidia[0-9]*")) else 0,
+        gpus_per_node=processes if local_gpus() else 0,
         timeout_min=NO_TIMEOUT_MIN,
         stderr_to_stdout=True,
     )

@@ -34,7 +34,6 @@ class Ranks:
 
     rank: int
     world_size: int
-    local_rank: int
     local_size: int
     nodes: tuple[str, ...]
     device: torch.device
@@ -73,7 +72,7 @@ def start(run_folder: Path) -> Ranks:
         torch.cuda.set_device(device)
     node = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
     if world == 1:
-        return Ranks(0, 1, 0, 1, (node,), device)
+        return Ranks(0, 1, 1, (node,), device)
     store = meet(run_folder / "rendezvous" / f"{key}.json", rank, world, many_nodes=world > local_size)
     timeout = datetime.timedelta(seconds=COLLECTIVE_TIMEOUT_S)
     backend = "nccl" if device.type == "cuda" else "gloo"
@@ -81,7 +80,7 @@ def start(run_folder: Path) -> Ranks:
     control: Any = dist.new_group(backend="gloo", timeout=timeout) if backend == "nccl" else None
     found: list[Any] = [None] * world
     dist.all_gather_object(found, node, group=control)
-    return Ranks(rank, world, local, local_size, tuple(dict.fromkeys(found)), device, control)
+    return Ranks(rank, world, local_size, tuple(dict.fromkeys(found)), device, control)
 
 
 def meet(file: Path, rank: int, world: int, many_nodes: bool) -> dist.TCPStore:

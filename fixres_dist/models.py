@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -150,10 +149,3 @@ def check_weights(timm_name: str, num_classes: int, weights: str, new_classifier
         with torch.device("meta"):
             model = timm.create_model(timm_name, pretrained=False, num_classes=num_classes)
         fill(model, {name: value.to("meta") for name, value in state.items()}, weights, new_classifier)
-
-
-def describe(state_file: Path) -> dict[str, str]:
-    """The metadata in a safetensors header that this project wrote: model, resolution, preprocessing."""
-    with safetensors.safe_open(state_file, framework="pt") as file:
-        meta = file.metadata() or {}
-    return {key: json.loads(value) if value.startswith(("{", "[")) else value for key, value in meta.items()}

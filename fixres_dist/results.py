@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import platform
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from fixres_dist.data.index import Index
 from fixres_dist.data.torch_cpu import Bad
 from fixres_dist.distributed import Ranks
 from fixres_dist.evaluate import Predictions, paired_gain
-from fixres_dist.rundir import RunDir, append, environment, write
+from fixres_dist.rundir import RunDir, append, processor, versions, write
 from fixres_dist.session import Session
 
 
@@ -48,7 +47,7 @@ def write_results(run: RunDir, session: Session, seconds: float, images_seen: in
         "world_size": ranks.world_size,
         "precision": session.precision,
         "hardware": hardware(session),
-        "versions": environment()["versions"],
+        "versions": versions(),
     }
     write(run.results, json.dumps(summary, indent=1) + "\n")
     return summary
@@ -79,14 +78,6 @@ def hardware(session: Session) -> dict[str, Any]:
     device = session.ranks.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
     return {"device": name, "devices": session.ranks.world_size, "nodes": list(session.ranks.nodes)}
-
-
-def processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
 
 
 def sentence(summary: dict[str, Any]) -> str:

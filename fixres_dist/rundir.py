@@ -257,17 +257,31 @@ def snapshot_code(run: RunDir) -> None:
         part.rename(run.code)
 
 
-def environment() -> dict[str, Any]:
-    """Versions, host and the checkout's commit and diff, so that a result can be traced to its code."""
-    versions: dict[str, str | None] = {}
+def versions() -> dict[str, str | None]:
+    """Of Python and the packages that a result depends on; None for one that is not installed."""
+    found: dict[str, str | None] = {"python": platform.python_version()}
     for name in RECORDED:
         try:
-            versions[name] = importlib.metadata.version(name)
+            found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
-            versions[name] = None
+            found[name] = None
+    return found
+
+
+def processor() -> str:
+    """The CPU's name, for results that depend on it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def environment() -> dict[str, Any]:
+    """Versions, host and the checkout's commit and diff, so that a result can be traced to its code."""
     checkout = Path(__file__).parents[1]
     return {
-        "versions": {"python": platform.python_version(), **versions},
+        "versions": versions(),
         "host": socket.gethostname(),
         "platform": platform.platform(),
         "executable": sys.executable,

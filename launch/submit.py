@@ -109,7 +109,7 @@ def configure(args: argparse.Namespace, kind: str) -> tuple[cfg.Config, recipes.
     if args.gpus_per_node is not None:
         flags["cluster"]["gpus_per_node"] = args.gpus_per_node
     elif kind != "slurm":
-        flags["cluster"]["gpus_per_node"] = str(cluster.local_devices() if kind == "local" else 1)
+        flags["cluster"]["gpus_per_node"] = str(max(1, cluster.local_gpus()) if kind == "local" else 1)
     values = cfg.merge(cfg.merge(values, flags), cfg.overrides(args.overrides))
     if "res" not in values["data"]:
         raise UserError(

@@ -14,7 +14,7 @@ from fixres_dist.data.geometry import resize_of
 from fixres_dist.data.torch_cpu import Batch
 from fixres_dist.distributed import Ranks
 
-ALONE = Ranks(0, 1, 0, 1, ("here",), torch.device("cpu"))
+ALONE = Ranks(0, 1, 1, ("here",), torch.device("cpu"))
 PICTURES = plan.Pictures("test", 64, resize_of("fixefficientnet", 64, 0.875, "bicubic"), 0)
 
 

@@ -47,8 +47,11 @@ def test_the_run_directory_is_complete(finished: Path) -> None:
         "job_id",
         "reason",
         "updated",
+        "final",
+        "nodes",
+        "world_size",
     }
-    assert keys <= set(state)
+    assert set(state) == keys
     assert (state["state"], state["step"], state["total_steps"]) == ("done", 21, 21)
     assert [line["event"] for line in rundir.read_lines(finished / "events.jsonl")][:2] == ["submitted", "started"]
     results = json.loads((finished / "results.json").read_text())
