@@ -28,7 +28,7 @@ LAYERS = [
     "results",
     "report",
     "data.verify data.show bench",
-    "data.commands",
+    "data.commands subjects",
     "train commands",
     "cluster",
     "__main__",
