@@ -63,7 +63,7 @@ def parse_sizes(text: str) -> list[int]:
 def sweep(args: argparse.Namespace) -> int:
     """Evaluate every subject at every resolution: one pass over the images per resolution, one trunk where it is shared."""
     from fixres_dist import evaluate as ev
-    from fixres_dist import report
+    from fixres_dist import figures, report
 
     sizes = parse_sizes(args.res)
     config = source(args, None)
@@ -99,7 +99,7 @@ def sweep(args: argparse.Namespace) -> int:
             )
         summary["best_res"] = best
     write(out / "sweep.json", json.dumps(summary, indent=1) + "\n")
-    report.sweep_plot(table, config, out / "sweep.png")
+    figures.sweep_plot(table, config, out / "sweep.png")
     if args.run:
         report.sweep_board(table, RunDir(args.run))
     print(f"curve: {out / 'sweep.png'}")

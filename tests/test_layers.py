@@ -26,6 +26,7 @@ LAYERS = [
     "evaluate checkpoint tracking export meter",
     "session",
     "results",
+    "figures",
     "report",
     "data.verify data.show bench",
     "data.commands subjects",
@@ -37,7 +38,7 @@ NO_TORCH = LAYERS[: LAYERS.index("planning preempt") + 1]
 ONE_HOME = {
     "submitit": "cluster",
     "tensorboard": "tracking",
-    "matplotlib": "report",
+    "matplotlib": "figures",
     "nvidia": "data.dali",
     "apex": "precision",
     "onnx": "export",
