@@ -46,3 +46,47 @@ def sweep_plot(table: Table, config: cfg.Config, file: Path) -> None:
     figure.tight_layout()
     figure.savefig(file)
     plt.close(figure)
+
+
+def alpha_plot(curves: dict[str, list[dict[str, Any]]], config: cfg.Config, file: Path) -> None:
+    """Top-1 against alpha, a curve for each set: 0 is the starting head, 1 the fixed one."""
+    plt = pyplot()
+    figure, axes = plt.subplots(figsize=(7, 4.5), dpi=120)
+    for name, rows in curves.items():
+        axes.plot([r["alpha"] for r in rows], [r["top1"] for r in rows], "o-", label=name)
+    axes.set_xlabel("alpha: 0 the starting head, 1 the fixed one")
+    axes.set_ylabel("top-1 (%)")
+    axes.set_title(f"{config.model.name} at {config.data.res} px between the two heads")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(file)
+    plt.close(figure)
+
+
+def published_plot(curves: dict[str, list[tuple[float, float, float]]], rows: list[dict[str, Any]], file: Path) -> None:
+    """Top-1 against parameters (the paper's Figure 1) and against multiply-adds: the published curves, and an arrow from
+    before to after for each run (`comparison.row`)."""
+    plt = pyplot()
+    figure, axes = plt.subplots(1, 2, figsize=(13, 5), dpi=120, sharey=True)
+    colours = {"Noisy Student": "tab:blue", "AdvProp": "tab:orange"}
+    columns = {"parameters_m": "parameters (millions)", "multiply_adds_g": "multiply-adds (billions)"}
+    for k, (key, label) in enumerate(columns.items()):
+        for name, points in curves.items():
+            style = {"color": colours[name.partition(",")[0]], "ls": "-" if name.endswith("fixed") else "--"}
+            x, top1 = [point[k] for point in points], [point[2] for point in points]
+            axes[k].plot(x, top1, "o", ms=4, lw=1, label=f"{name} (published, ImageNet)", **style)
+        for i, row in enumerate(rows):
+            colour, cost = f"C{2 + i % 8}", row[key]
+            before, after = ((cost, row[when]["top1"]) for when in ("before", "after"))
+            axes[k].annotate("", after, before, arrowprops={"arrowstyle": "->", "color": colour})
+            axes[k].plot(*before, "s", mfc="white", color=colour, ms=5)
+            axes[k].plot(*after, "s", color=colour, ms=6, label=f"{row['run']} ({row['data']})")
+        axes[k].set_xscale("log")
+        axes[k].set_xlabel(label)
+        axes[k].grid(alpha=0.3)
+    axes[0].set_ylabel("top-1 (%)")
+    axes[0].legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(file)
+    plt.close(figure)

@@ -149,3 +149,15 @@ def check_weights(timm_name: str, num_classes: int, weights: str, new_classifier
         with torch.device("meta"):
             model = timm.create_model(timm_name, pretrained=False, num_classes=num_classes)
         fill(model, {name: value.to("meta") for name, value in state.items()}, weights, new_classifier)
+
+
+def measure(timm_name: str, num_classes: int, res: int) -> tuple[int, int, int]:
+    """(parameters, multiply-adds of one picture at `res`, the weights' own resolution), counted without allocating it."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with torch.device("meta"):
+        model = build(timm_name, num_classes)
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            model(torch.zeros(1, 3, res, res))
+    own = (getattr(model, "pretrained_cfg", None) or {}).get("input_size", (3, 224, 224))[-1]
+    return sum(p.numel() for p in model.parameters()), counter.get_total_flops() // 2, own

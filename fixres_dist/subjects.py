@@ -87,13 +87,15 @@ def opened(config: cfg.Config, found: list[Subject], run: Path | None, split: st
         distributed.stop(ranks)
 
 
-def split_with(live: Any, weights: Path | None) -> Any:
-    """A copy of the session's model with `weights` (or as opened), cut for evaluation in the run's own arithmetic."""
+def split_with(live: Any, weights: Path | dict[str, Any] | None) -> Any:
+    """A copy of the session's model with `weights` (a file, a state dict, or as opened), cut for evaluation in the run's
+    own arithmetic."""
     from fixres_dist import models, tuning
 
     model = copy.deepcopy(live.model)
     if weights is not None:
-        models.fill(model, models.read_state(weights), str(weights))
+        state = weights if isinstance(weights, dict) else models.read_state(weights)
+        models.fill(model, state, "the interpolation" if state is weights else str(weights))
     return live.with_fast_trunk(tuning.split(model, live.config.tune.policy))
 
 

@@ -11,7 +11,7 @@ LAYERS = [
     "errors data.headers data.listing",
     "config",
     "recipes rundir slurm",
-    "lifecycle watch",
+    "lifecycle watch card",
     "data.order data.index data.demo",
     "data.geometry",
     "data.plan data.shards schedule",
@@ -27,11 +27,11 @@ LAYERS = [
     "session",
     "results",
     "figures",
-    "report",
+    "report comparison",
     "data.verify data.show bench",
     "data.commands subjects",
     "train commands",
-    "cluster",
+    "cluster publish",
     "__main__",
 ]
 NO_TORCH = LAYERS[: LAYERS.index("planning preempt") + 1]
@@ -42,6 +42,9 @@ ONE_HOME = {
     "nvidia": "data.dali",
     "apex": "precision",
     "onnx": "export",
+    "onnxruntime": "export",
+    "onnxscript": "export",
+    "huggingface_hub": "export",
 }
 
 
