@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -75,14 +75,21 @@ def weights_after(run: RunDir) -> Path:
 
 
 @contextlib.contextmanager
-def opened(config: cfg.Config, found: list[Subject], run: Path | None, split: str = "val") -> Iterator[Any]:
-    """A session with `split` alone; its own weights are loaded only if a subject has none of its own."""
-    from fixres_dist import distributed, session
+def opened(
+    config: cfg.Config,
+    found: list[Subject],
+    run: Path | None,
+    split: str = "val",
+    sets: Mapping[str, Path] | None = None,
+) -> Iterator[Any]:
+    """A session with `split` and `sets`; its own weights are loaded only if a subject has none of its own."""
+    from fixres_dist import distributed, evalsets, session
 
     ranks = distributed.start(run or meeting_place())
     try:
         needed = any(subject.weights is None for subject in found)
-        yield session.open_session(config, ranks, load_weights=needed, splits=(split,))
+        trained = evalsets.trained_classes(config, run, split)
+        yield session.open_session(config, ranks, load_weights=needed, splits=(split,), sets=sets, trained=trained)
     finally:
         distributed.stop(ranks)
 

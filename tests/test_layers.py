@@ -16,7 +16,7 @@ LAYERS = [
     "data.geometry",
     "data.plan data.shards schedule",
     "data.sources",
-    "planning preempt",
+    "planning preempt evalsets",
     "distributed precision",
     "models",
     "tuning folding",
@@ -34,7 +34,7 @@ LAYERS = [
     "cluster",
     "__main__",
 ]
-NO_TORCH = LAYERS[: LAYERS.index("planning preempt") + 1]
+NO_TORCH = LAYERS[: LAYERS.index("planning preempt evalsets") + 1]
 ONE_HOME = {
     "submitit": "cluster",
     "tensorboard": "tracking",
