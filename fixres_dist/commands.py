@@ -10,7 +10,17 @@ from typing import Any
 from fixres_dist import evalsets, recipes
 from fixres_dist.errors import EXIT_DONE, UserError
 from fixres_dist.rundir import RunDir, write
-from fixres_dist.subjects import Subject, add_source, opened, source, split_with, subjects, weights_after
+from fixres_dist.subjects import (
+    Subject,
+    add_source,
+    data_source,
+    opened,
+    parse_sizes,
+    source,
+    split_with,
+    subjects,
+    weights_after,
+)
 
 
 def add_parsers(commands: Any) -> None:
@@ -28,6 +38,18 @@ def add_parsers(commands: Any) -> None:
     p.add_argument("--predictions", type=Path, metavar="FILE.npz", help="keep the predictions per image, for `compare`")
     p.add_argument("--json", type=Path, help="also write the result here")
     p.set_defaults(func=evaluate)
+    p.add_argument(
+        "--softmax", type=Path, action="append", metavar="FILE.npy", help="what `extract` wrote; several: their mean"
+    )
+    p = commands.add_parser("extract", help="softmax and embeddings of every image, in the data set's order, to .npy")
+    add_source(p)
+    p.add_argument("--res", help="test resolution in pixels; default: the run's")
+    p.add_argument("--split", default="val", help="folder of the data set; default: val")
+    p.add_argument(
+        "--out", type=Path, required=True, metavar="DIR", help="softmax.npy, embeddings.npy, labels.npy, names.txt"
+    )
+    p.add_argument("--dtype", choices=("float32", "float16"), default="float32", help="default: float32")
+    p.set_defaults(func=extract)
     p = commands.add_parser("compare", help="the gain between two files of predictions, paired image by image")
     p.add_argument("before", type=Path, help="FILE.npz, or a run: what it predicts after fixing")
     p.add_argument("after", type=Path, help="the same")
@@ -49,6 +71,8 @@ def add_parsers(commands: Any) -> None:
 
 def evaluate(args: argparse.Namespace) -> int:
     """A run before and after, or a checkpoint, on the split and every named set; a run keeps the results."""
+    if args.softmax:
+        return evaluate_softmax(args)
     config = source(args, None if args.res is None else parse_sizes(args.res)[0])
     sets = evalsets.named(args.eval_set, args.split)
     found = [s for s in subjects(args, config) if args.only in (None, s.label)]
@@ -103,6 +127,41 @@ def show(model: str, results: dict[str, dict[str, Any]], file: Path | None, told
         write(file, json.dumps(told, indent=1) + "\n")
 
 
+def evaluate_softmax(args: argparse.Namespace) -> int:
+    config = data_source(args)
+    from fixres_dist import evaluate as ev
+    from fixres_dist import extract
+    from fixres_dist.data import sources
+
+    data = config.data
+    classes = evalsets.trained_classes(config, args.run, args.split)
+    index = sources.load(sources.folder(data.root, data.cache), args.split, data.cache, True, data.deny_list, "skip")
+    columns = evalsets.class_map(index.classes, classes, index.folder)
+    predictions = {"softmax": extract.from_softmax(args.softmax, index, columns, len(classes))}
+    real = evalsets.real_labels(args.labels, index, len(classes)) if args.labels else None
+    result = ev.describe(args.split, None, index, columns, classes, predictions, None, real)
+    keep(args, index.fingerprint, result, predictions)
+    show(str(args.softmax[0]), {args.split: result}, args.json, {**result["softmax"], **result})
+    return EXIT_DONE
+
+
+def extract(args: argparse.Namespace) -> int:
+    """Of a run after fixing, or of a checkpoint."""
+    config = source(args, None if args.res is None else parse_sizes(args.res)[0])
+    if args.out.exists():
+        raise UserError(f"--out {args.out} exists. Next: give another --out, or remove it.")
+    subject = subjects(args, config)[-1]
+    from fixres_dist import extract as extraction
+
+    with opened(config, [subject], args.run, args.split) as live:
+        n = extraction.extract(live, split_with(live, subject.weights), args.split, args.out.resolve(), args.dtype)
+        if live.ranks.is_main:
+            print(
+                f"{n} rows in {args.out}. Next: python -m fixres_dist evaluate --softmax {args.out}/softmax.npy --data .."
+            )
+    return EXIT_DONE
+
+
 def compare(args: argparse.Namespace) -> int:
     from fixres_dist import report
     from fixres_dist.evaluate import Predictions
@@ -119,16 +178,6 @@ def compare(args: argparse.Namespace) -> int:
     if args.json:
         write(args.json, json.dumps(result, indent=1) + "\n")
     return EXIT_DONE
-
-
-def parse_sizes(text: str) -> list[int]:
-    try:
-        sizes = [int(part) for part in text.split(",")]
-    except ValueError:
-        raise UserError(f"--res is {text!r}; accepted: whole numbers of pixels, such as 224 or 224,256,288.") from None
-    if min(sizes) < 32:
-        raise UserError(f"--res {min(sizes)} is below 32 px; accepted: 32 or more.")
-    return sizes
 
 
 def sweep(args: argparse.Namespace) -> int:

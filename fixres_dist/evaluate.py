@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile
@@ -73,6 +73,10 @@ class Predictions:
             raise UserError(
                 f"{path} holds no predictions ({error}). Accepted: what `evaluate --predictions FILE` writes."
             ) from None
+
+    def of_classes(self, columns: Sequence[int]) -> Predictions:
+        """With `predicted` as the model's classes, where it was one of those restricted to `columns`."""
+        return replace(self, predicted=np.array([*columns, -1], np.int32)[self.predicted])
 
     def gain_over(self, before: Predictions) -> dict[str, Any]:
         """{delta_top1, delta_ci95} over `before` on the same images, in points; images that one could not decode are out."""
@@ -189,7 +193,7 @@ def real_accuracy(lists: list[list[int]], predictions: dict[str, Predictions]) -
 
 def describe(
     name: str,
-    res: int,
+    res: int | None,
     index: Index,
     columns: Sequence[int],
     classes: Sequence[str],

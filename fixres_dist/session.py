@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -110,8 +109,7 @@ class Session:
 
         batches = self.batches(index, self.requests(plan.every_sample, index, res), res)
         found = predict(logits, index, batches, self.ranks, len(models), note)
-        classes = np.array([*self.columns[split], -1], np.int32)  # -1 stays -1
-        return [replace(p, predicted=classes[p.predicted]) for p in found]
+        return [p.of_classes(self.columns[split]) for p in found]
 
     def requests(self, which: Callable[..., Iterator[plan.Request]], index: Index, res: int) -> Iterator[plan.Request]:
         """This rank's requests for the split as it is tested."""

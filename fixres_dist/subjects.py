@@ -45,6 +45,31 @@ def source(args: argparse.Namespace, res: int | None) -> cfg.Config:
     return config
 
 
+def data_source(args: argparse.Namespace) -> cfg.Config:
+    """The configuration of a data set alone, for what needs no model: a run's, or --data."""
+    if args.model or args.checkpoint:
+        raise UserError("--softmax needs no model. Next: leave out --model and --checkpoint.")
+    values = cfg.plain(RunDir(args.run).config()) if args.run else {}
+    flags = {"data": {"root": args.data}} if args.data else {}
+    config = cfg.parse(cfg.Config, cfg.merge(cfg.merge(values, flags), cfg.overrides(args.overrides)))
+    if not config.data.root:
+        raise UserError(
+            "no data set given, whose labels a softmax could be compared with. Next: --data DIR, or --run DIR."
+        )
+    return config
+
+
+def parse_sizes(text: str) -> list[int]:
+    """Test resolutions as given to --res."""
+    try:
+        sizes = [int(part) for part in text.split(",")]
+    except ValueError:
+        raise UserError(f"--res is {text!r}; accepted: whole numbers of pixels, such as 224 or 224,256,288.") from None
+    if min(sizes) < 32:
+        raise UserError(f"--res {min(sizes)} is below 32 px, the models' stride; accepted: 32 or more.")
+    return sizes
+
+
 @dataclass(frozen=True)
 class Subject:
     """One set of weights to evaluate."""

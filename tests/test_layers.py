@@ -26,6 +26,7 @@ LAYERS = [
     "evaluate checkpoint tracking export meter",
     "session",
     "results",
+    "extract",
     "figures",
     "report",
     "data.verify data.show bench",
