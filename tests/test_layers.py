@@ -16,7 +16,7 @@ LAYERS = [
     "data.geometry",
     "data.plan data.shards schedule",
     "data.sources",
-    "planning preempt",
+    "planning preempt evalsets",
     "distributed precision",
     "models",
     "tuning folding",
@@ -26,6 +26,7 @@ LAYERS = [
     "evaluate checkpoint tracking export meter",
     "session",
     "results",
+    "extract",
     "figures",
     "report comparison",
     "data.verify data.show bench",
@@ -34,7 +35,7 @@ LAYERS = [
     "cluster publish",
     "__main__",
 ]
-NO_TORCH = LAYERS[: LAYERS.index("planning preempt") + 1]
+NO_TORCH = LAYERS[: LAYERS.index("planning preempt evalsets") + 1]
 ONE_HOME = {
     "submitit": "cluster",
     "tensorboard": "tracking",
