@@ -8,10 +8,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from fixres_dist import card, subjects
-from fixres_dist.commands import parse_sizes
+from fixres_dist import card, evalsets, subjects
 from fixres_dist.errors import EXIT_DONE, UserError
-from fixres_dist.rundir import RunDir, processor, versions, write
+from fixres_dist.rundir import RunDir, versions, write
 
 FORMATS = {
     "safetensors": "model.safetensors",
@@ -27,31 +26,20 @@ def add_parsers(commands: Any) -> None:
     p.add_argument("--format", choices=FORMATS, default="safetensors", help="default: safetensors")
     p.add_argument("--out", type=Path, help="folder to write to; default: export/ in the run directory")
     p.add_argument("--res", help="onnx: comma-separated resolutions, a file for each; default: the run's")
-    p.add_argument(
-        "--alpha", type=float, default=1.0, help="0: the starting head, 1: the fixed one (default), or between"
-    )
-    p.add_argument(
-        "--push", metavar="OWNER/NAME", help="hub: upload the folder; without it nothing leaves this machine"
-    )
+    p.add_argument("--alpha", type=float, default=1.0, help="0: the starting head, 1: the fixed one (default)")
+    p.add_argument("--push", metavar="OWNER/NAME", help="hub: upload the folder; nothing is uploaded without it")
     p.set_defaults(func=export)
-    p = commands.add_parser(
-        "interpolate", help="top-1 between a run's starting head and its fixed one: table, JSON, PNG"
-    )
+    p = commands.add_parser("interpolate", help="top-1 between a run's starting head and its fixed one: table, PNG")
     subjects.add_source(p)
     p.add_argument(
-        "--alpha", default="0,0.25,0.5,0.75,1", help="0: the starting head, 1: the fixed one; default: %(default)s"
+        "--alpha", default="0,0.25,0.5,0.75,1", help="0: the starting head, 1: the fixed; default: %(default)s"
     )
+    p.add_argument("--eval-set", action="append", default=[], metavar="NAME=DIR", help="also on these class folders")
     p.add_argument("--out", type=Path, help="where alpha.json and alpha.png go; default: the run directory")
     p.set_defaults(func=interpolate)
-    p = commands.add_parser(
-        "report", help="runs beside the published numbers: markdown table, plots, figures of each run"
-    )
-    p.add_argument(
-        "runs", nargs="+", type=Path, metavar="RUN", help="run directories; unfinished ones show their state"
-    )
-    p.add_argument(
-        "--out", type=Path, default=Path("report"), help="folder for report.md and report.png; default: report"
-    )
+    p = commands.add_parser("report", help="runs beside the published numbers: table, plots, the figures of each run")
+    p.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run directories, finished or not")
+    p.add_argument("--out", type=Path, help="folder of report.md and report.png; default: report/ beside the first run")
     p.add_argument("--json", action="store_true", help="print the rows as JSON; write nothing")
     p.set_defaults(func=report)
 
@@ -68,7 +56,7 @@ def export(args: argparse.Namespace) -> int:
     out = args.out or (own if args.alpha == 1 else run.root / f"export_alpha_{args.alpha:g}")
     if args.alpha != 1 and out.resolve() == own.resolve():
         raise UserError(f"{own} holds the fixed weights themselves. Next: another --out, or leave it out.")
-    sizes = parse_sizes(args.res) if args.res else [res]
+    sizes = subjects.parse_sizes(args.res) if args.res else [res]
     files = [FORMATS[args.format].format(size) for size in (sizes if args.format == "onnx" else [res])]
     from fixres_dist import export as exporting
     from fixres_dist import models
@@ -121,45 +109,36 @@ def starting_state(run: RunDir, model: Any) -> dict[str, Any]:
 def interpolate(args: argparse.Namespace) -> int:
     """Top-1 of several mixtures of the starting and the fixed weights: one pass over the images, one trunk if it was frozen."""
     from fixres_dist import export as exporting
-    from fixres_dist import figures, models
+    from fixres_dist import figures, models, results
 
     alphas, config = parse_alphas(args.alpha), subjects.source(args, None)
     if not args.run:
         raise UserError("interpolate works on a run, which has weights before and after. Next: --run DIR")
     run, before = RunDir(args.run), subjects.subjects(args, config)[0]
-    with subjects.opened(config, [before], args.run) as live:
+    sets = evalsets.named(args.eval_set, "val")
+    with subjects.opened(config, [before], args.run, sets=sets) as live:
         start, end = starting_state(run, live.model), models.read_state(subjects.weights_after(run))
         every = [subjects.split_with(live, exporting.interpolated(start, end, alpha)) for alpha in [0.0, *alphas]]
         found = {split: live.evaluate_all(every, config.data.res, f"alpha on {split}", split) for split in live.splits}
         if not live.ranks.is_main:
             return EXIT_DONE
-    curves = {split: against_first(alphas, predictions) for split, predictions in found.items()}
+        hardware = results.hardware(live)
+    curves = {
+        split: [{"alpha": a, **p.summary(), **p.gain_over(first)} for a, p in zip(alphas, predictions, strict=True)]
+        for split, (first, *predictions) in found.items()
+    }
     for split, rows in curves.items():
-        print(
-            f"{split}\n{'alpha':>6}{'top-1':>8}{'top-5':>8}   gain over alpha 0 (paired 95 % interval, n {rows[0]['n']})"
-        )
+        print(f"{split}, n {rows[0]['n']}\n{'alpha':>6}{'top-1':>8}{'top-5':>8}   gain over alpha 0 (paired 95 %)")
         for row in rows:
-            _, top1, gain = card.accuracy({**row, "before": row, "after": row})
-            print(f"{row['alpha']:>6g}{top1:>8}{row['top5']:>8.2f}   {gain}")
+            gain = card.accuracy({**row, "before": row, "after": row})[-1]
+            print(f"{row['alpha']:>6g}{row['top1']:>8.2f}{row['top5']:>8.2f}   {gain}")
     out = args.out or args.run
     out.mkdir(parents=True, exist_ok=True)
     made = {"model": config.model.name, "res": config.data.res, "data": config.data.root, "curves": curves}
-    write(out / "alpha.json", json.dumps({**made, "hardware": processor(), "versions": versions()}, indent=1) + "\n")
+    write(out / "alpha.json", json.dumps({**made, "hardware": hardware, "versions": versions()}, indent=1) + "\n")
     figures.alpha_plot(curves, config, out / "alpha.png")
     print(f"curve: {out / 'alpha.png'}")
     return EXIT_DONE
-
-
-def against_first(alphas: list[float], predictions: list[Any]) -> list[dict[str, Any]]:
-    """A row for each alpha; `predictions` holds those of alpha 0 before theirs."""
-    from fixres_dist.evaluate import paired_gain
-
-    first, rows = predictions[0], []
-    for alpha, found in zip(alphas, predictions[1:], strict=True):
-        both = first.counted & found.counted
-        gain, interval = paired_gain(first.correct1[both], found.correct1[both])
-        rows.append({"alpha": alpha, **found.summary(), "delta_top1": gain, "delta_ci95": list(interval)})
-    return rows
 
 
 def report(args: argparse.Namespace) -> int:
@@ -173,9 +152,10 @@ def report(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps({"runs": rows, "unfinished": comparison.unfinished(runs)}, indent=1))
         return EXIT_DONE
-    text = comparison.markdown(runs, rows, args.out)
-    args.out.mkdir(parents=True, exist_ok=True)
-    write(args.out / "report.md", text)
-    figures.published_plot(comparison.published_curves(), rows, args.out / "report.png")
-    print(f"{text}\n{args.out / 'report.md'}")
+    out = args.out or args.runs[0].parent / "report"
+    text = comparison.markdown(runs, rows, out)
+    out.mkdir(parents=True, exist_ok=True)
+    write(out / "report.md", text)
+    figures.published_plot(comparison.published_curves(), rows, out / "report.png")
+    print(f"{text}\n{out / 'report.md'}")
     return EXIT_DONE

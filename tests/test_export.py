@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 import socket
@@ -153,8 +154,12 @@ def test_the_curve_between_the_heads_ends_in_before_and_after(run: RunDir, tmp_p
     out = exported(run, tmp_path / "half", "--alpha", "0.5")
     assert "Not measured: `python -m fixres_dist interpolate" in (out / "README.md").read_text()
     assert "model-index" not in (out / "README.md").read_text()
-    assert cli.main(["interpolate", "--run", str(run.root), "--alpha", "0,0.5,1"]) == 0
-    rows = json.loads((run.root / "alpha.json").read_text())["curves"]["val"]
+    part = write_photos(tmp_path / "part", 1, 4, ("birch", "cedar")) / "val"
+    command = ["interpolate", "--run", str(run.root), "--alpha", "0,0.5,1", "--eval-set", f"part={part}"]
+    assert cli.main(command) == 0
+    curves = json.loads((run.root / "alpha.json").read_text())["curves"]
+    assert [(row["alpha"], row["n"]) for row in curves["part"]] == [(0.0, 8), (0.5, 8), (1.0, 8)]
+    rows = curves["val"]
     found = json.loads(run.results.read_text())
     saved = {when: Predictions.read(run.root / "predictions" / f"{when}.npz") for when in ("before", "after")}
     for row, when in ((rows[0], "before"), (rows[2], "after")):
@@ -165,6 +170,12 @@ def test_the_curve_between_the_heads_ends_in_before_and_after(run: RunDir, tmp_p
     text = (exported(run, tmp_path / "half", "--alpha", "0.5") / "README.md").read_text()
     assert f"{rows[1]['top1']:.2f} / {rows[1]['top5']:.2f}" in text
     assert "0.5 of the way" in text
+
+
+def test_a_curve_needs_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["interpolate", "--model", "b0", "--checkpoint", "ns", "--data", str(tmp_path)]
+    assert cli.main(command) == 2
+    assert "Next: --run DIR" in capsys.readouterr().err
 
 
 def test_onnx_logits_at_any_batch_size(run: RunDir, tmp_path: Path) -> None:
@@ -193,8 +204,11 @@ def test_onnx_that_is_off_leaves_no_file(tmp_path: Path, monkeypatch: pytest.Mon
     assert not list(tmp_path.iterdir())
 
 
+API = huggingface_hub.HfApi
+
+
 class Hub:
-    """Stands in for huggingface_hub.HfApi and writes down what it is asked."""
+    """Stands in for huggingface_hub.HfApi: takes what that takes, and writes down what it is asked."""
 
     calls: list[tuple[str, Any]] = []  # noqa: RUF012
 
@@ -202,10 +216,12 @@ class Hub:
         pass
 
     def create_repo(self, repo: str, **options: object) -> Any:
+        inspect.signature(API.create_repo).bind(self, repo, **options)
         self.calls.append(("create_repo", (repo, options)))
         return type("Url", (), {"repo_id": f"me/{repo}"})()
 
     def upload_folder(self, **options: object) -> str:
+        inspect.signature(API.upload_folder).bind(self, **options)
         self.calls.append(("upload_folder", options))
         return "https://hub/commit"
 
