@@ -27,11 +27,12 @@ LAYERS = [
     "session",
     "results",
     "extract",
+    "activations",
     "figures",
     "report",
     "data.verify data.show bench",
     "data.commands subjects",
-    "train commands",
+    "train commands sweep",
     "cluster",
     "__main__",
 ]
