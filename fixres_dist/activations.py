@@ -1,7 +1,7 @@
-"""Why fixing works, in numbers: the pooled features that enter the classifier, at training and test resolution.
+"""Why fixing works, in numbers: the pooled features that enter the classifier, against those it was trained on.
 
-The last map has more cells at a higher resolution, so its mean over them is distributed otherwise than in training: less
-spread, and rarely near zero (arXiv 1906.06423). The classifier knows the one distribution; fixing tunes it to the other.
+Training sees crops that enlarge objects, at the training resolution. Other apparent sizes, and another number of cells that
+the pooling averages over, shift the features (arXiv 1906.06423); tuning the last BatchNorm and the classifier repairs that.
 """
 
 from __future__ import annotations
@@ -21,16 +21,18 @@ from fixres_dist.session import Session
 IMAGES = 2000  # spread evenly over the split; a sample is enough for distributions
 NEAR_ZERO = 0.05  # of the reference's standard deviation
 
-Features = dict[tuple[str, int], NDArray[np.float32]]  # (weights, resolution) -> [n, channels]
+REFERENCE = "training"  # the label of what training showed: the weights before fixing, in the training transform
+
+Features = dict[tuple[str, int], NDArray[np.float32]]  # (label, resolution) -> [n, channels]
 
 
 @torch.no_grad()
-def collect(live: Session, parts: tuning.Split, split: str, res: int) -> NDArray[np.float32]:
-    """Pooled features [n, channels] of up to 2,000 images of the split, the same ones for every call, on every rank."""
-    index, ranks = live.splits[split], live.ranks
+def collect(live: Session, parts: tuning.Split, res: int, transform: str) -> NDArray[np.float32]:
+    """Pooled features [n, channels] of up to 2,000 validation images, the same ones for every call, on every rank."""
+    index, ranks = live.val, live.ranks
     chosen = np.unique(np.linspace(0, len(index) - 1, min(IMAGES, len(index))).round().astype(np.int64))
     low, high = order.rank_part(0, len(chosen), ranks.rank, ranks.world_size)
-    pictures = plan.Pictures("test", res, live.resize(res), 0)
+    pictures = plan.Pictures(transform, res, live.resize(res), 0)
     requests = (
         plan.request(index, pictures, p, 0) for p in plan.chunks(chosen[low:high], batch_per_device(live.config, res))
     )
@@ -49,25 +51,23 @@ def collect(live: Session, parts: tuning.Split, split: str, res: int) -> NDArray
     return table[table[:, -1] == 1, :-1].numpy()
 
 
-def statistics(features: Features, reference: tuple[str, int]) -> list[dict[str, Any]]:
-    """Per (weights, resolution): mean, std, share near zero, and the distance to the `reference`'s distribution.
+def statistics(features: Features) -> list[dict[str, Any]]:
+    """Per (label, resolution): mean, std, share near zero, and what separates it from the first entry, the reference.
 
-    The distance is the first Wasserstein distance of each channel's activations, averaged over the channels, in units of the
-    reference's standard deviation: how far an activation has to move, on average.
+    `channel_shift`: how far a channel's mean is from its mean there, in units of the channel's standard deviation there;
+    `distance`: first Wasserstein distance of a channel's distribution, in units of the overall one. Averages over channels.
     """
-    base = np.sort(features[reference], axis=0)
-    scale = float(base.std())
+    base = next(iter(features.values()))
+    ordered, scale, spread = np.sort(base, axis=0), float(base.std()), base.std(0)
     rows = []
     for (label, res), values in features.items():
-        moved = np.abs(np.sort(values, axis=0) - base).mean(dtype=np.float64)
-        rows.append(
-            {
-                "weights": label,
-                "res": res,
-                "mean": round(float(values.mean(dtype=np.float64)), 6),
-                "std": round(float(values.std(dtype=np.float64)), 6),
-                "near_zero_percent": round(100 * float((np.abs(values) < NEAR_ZERO * scale).mean()), 4),
-                "distance": round(float(moved) / scale, 6),
-            }
-        )
+        shift = np.abs(values.mean(0) - base.mean(0))[spread > 0] / spread[spread > 0]
+        found = {
+            "mean": values.mean(dtype=np.float64),
+            "std": values.std(dtype=np.float64),
+            "near_zero_percent": 100 * (np.abs(values) < NEAR_ZERO * scale).mean(),
+            "channel_shift": shift.mean(),
+            "distance": np.abs(np.sort(values, axis=0) - ordered).mean(dtype=np.float64) / scale,
+        }
+        rows.append({"weights": label, "res": res} | {key: round(float(value), 6) for key, value in found.items()})
     return rows

@@ -52,24 +52,27 @@ def sweep_plot(table: Table, config: cfg.Config, file: Path) -> None:
 
 
 def activation_plot(features: dict[tuple[str, int], NDArray[np.float32]], title: str, file: Path) -> None:
-    """Distribution of all activations, and each channel's mean, per (weights, resolution) -> [n, channels].
-
-    Channels stand in the order of their mean in the first entry, which the classifier was trained on.
+    """Pooled features [n, channels] per (label, resolution), the first being what training showed: the distribution of all
+    of them, and of how far each channel's mean is from its mean in training, in its standard deviations there.
     """
     plt = pyplot()
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.5), dpi=120)
-    rank, shares = np.argsort(next(iter(features.values())).mean(0)), np.linspace(0, 1, 501)
-    sizes = list(dict.fromkeys(res for _, res in features))
+    base, shares = next(iter(features.values())), np.linspace(0, 1, 501)
+    spread = np.where(base.std(0) > 0, base.std(0), np.inf)
+    low = next(iter(features))[1]
     for (label, res), values in features.items():
-        colour = {"before": "tab:gray", "after": "tab:blue"}.get(label, "tab:green")
-        style = {"color": colour, "ls": ("--", "-")[sizes.index(res)], "lw": 1.2, "label": f"{label}, {res} px"}
+        colour = {"training": "black", "before": "tab:gray", "after": "tab:blue"}.get(label, "tab:green")
+        style = {"color": colour, "ls": "--" if res == low else "-", "lw": 1.3, "label": f"{label}, {res} px"}
         left.plot(np.quantile(values, shares), 100 * shares, **style)
-        right.plot(values.mean(0)[rank], **style)
-    left.set_xlim(*np.quantile(np.concatenate([v.ravel() for v in features.values()]), [0, 0.995]))
+        if values is not base:
+            shift = np.abs(values.mean(0) - base.mean(0)) / spread
+            right.plot(np.sort(shift), 100 * np.arange(1, len(shift) + 1) / len(shift), **style)
+    left.set_xlim(*np.quantile(np.concatenate([v.ravel() for v in features.values()]), [0.001, 0.995]))
     left.set_xlabel("activation after pooling")
     left.set_ylabel("activations at or below (%)")
-    right.set_xlabel("channel, by its mean in the dashed grey curve" if len(sizes) > 1 else "channel, by its mean")
-    right.set_ylabel("mean activation")
+    right.set_xlabel("shift of a channel's mean from training (standard deviations)")
+    right.set_ylabel("channels at or below (%)")
+    right.set_xlim(left=0)
     for axes in (left, right):
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)

@@ -39,16 +39,20 @@ def best_lines(summary: dict[str, Any], gains: dict[str, dict[str, Any]]) -> lis
     return lines
 
 
-def activation_lines(rows: list[dict[str, Any]], label: str, res: int) -> list[str]:
-    """Statistics of the pooled features; distances from those of `label` at `res`."""
-    head = f"{'pooled features':<22}{'mean':>10}{'std':>10}{'near zero':>12}   distance from {label} at {res} px"
+def activation_lines(rows: list[dict[str, Any]]) -> list[str]:
+    """Statistics of the pooled features; shift and distance from the first row, which is what training showed."""
+    lines = [
+        f"{'pooled features':<20}" + "".join(f"{x:>11}" for x in ("mean", "std", "near zero", "shift", "distance"))
+    ]
+    for r in rows:
+        name = f"{r['weights']}, {r['res']} px"
+        lines.append(
+            f"{name:<20}{r['mean']:>11.4f}{r['std']:>11.4f}{r['near_zero_percent']:>9.1f} %"
+            f"{r['channel_shift']:>11.3f}{r['distance']:>11.3f}"
+        )
     return [
-        head,
-        *(
-            f"{r['weights'] + ' at ' + str(r['res']) + ' px':<22}{r['mean']:>10.4f}{r['std']:>10.4f}"
-            f"{r['near_zero_percent']:>10.1f} %   {r['distance']:.3f} standard deviations"
-            for r in rows
-        ),
+        *lines,
+        "(shift of a channel's mean and distance of its distribution from training's, in standard deviations)",
     ]
 
 

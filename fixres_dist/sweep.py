@@ -28,7 +28,9 @@ def add_parsers(commands: Any) -> None:
         "--min-images-per-second", type=float, metavar="N", help="also the best at N images/s or more, as measured here"
     )
     p.add_argument(
-        "--activations", action="store_true", help="also what enters the classifier, at training and test resolution"
+        "--activations",
+        action="store_true",
+        help="also what enters the classifier, against what did in training",
     )
     p.add_argument("--out", type=Path, help="where sweep.json and the PNGs go; default: the run directory")
     p.set_defaults(func=sweep)
@@ -143,14 +145,16 @@ def training_resolution(config: cfg.Config) -> int:
 
 
 def features(live: Any, every: dict[str, Any]) -> dict[str, Any]:
-    """Pooled features of each model at training and test resolution, and their statistics; on every rank."""
+    """Pooled features as in training, and of each model at training and test resolution; on every rank."""
     from fixres_dist import activations
 
-    sizes = dict.fromkeys((training_resolution(live.config), live.config.data.res))
-    found = {
-        (label, res): activations.collect(live, parts, "val", res) for label, parts in every.items() for res in sizes
-    }
-    return {"features": found, "statistics": activations.statistics(found, next(iter(found)))}
+    stage, low = live.config.pretrain, training_resolution(live.config)
+    transform = stage.train_transform if stage else "random_resized_crop"
+    found = {(activations.REFERENCE, low): activations.collect(live, next(iter(every.values())), low, transform)}
+    for label, parts in every.items():
+        for res in dict.fromkeys((low, live.config.data.res)):
+            found[label, res] = activations.collect(live, parts, res, "test")
+    return {"features": found, "statistics": activations.statistics(found)}
 
 
 def draw_activations(explained: dict[str, Any], config: cfg.Config, out: Path, run: Path | None) -> dict[str, Any]:
@@ -158,14 +162,12 @@ def draw_activations(explained: dict[str, Any], config: cfg.Config, out: Path, r
     from fixres_dist import figures, report, tracking
 
     found = explained["features"]
-    label, res = next(iter(found))
     figures.activation_plot(found, f"{config.model.name}: what enters the classifier", out / "activations.png")
     if run:
         for name in dict.fromkeys(label for label, _ in found):
             values = {size: rows for (label, size), rows in found.items() if label == name}
             tracking.write_histograms(RunDir(run), name, "pooled_features", values)
-    n, channels = found[label, res].shape
-    print("\n".join(report.activation_lines(explained["statistics"], label, res)))
+    n, channels = next(iter(found.values())).shape
+    print("\n".join(report.activation_lines(explained["statistics"])))
     print(f"activations: {out / 'activations.png'}")
-    reference = {"weights": label, "res": res}
-    return {"n": n, "channels": channels, "reference": reference, "statistics": explained["statistics"]}
+    return {"n": n, "channels": channels, "statistics": explained["statistics"]}
