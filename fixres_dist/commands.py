@@ -1,4 +1,4 @@
-"""`python -m fixres_dist evaluate | sweep | fetch`: a model from a run or a file, on a data set."""
+"""`python -m fixres_dist evaluate | extract | compare | fetch`: a model from a run or a file, on a data set."""
 
 from __future__ import annotations
 
@@ -9,9 +9,8 @@ from typing import Any
 
 from fixres_dist import evalsets, recipes
 from fixres_dist.errors import EXIT_DONE, UserError
-from fixres_dist.rundir import RunDir, write
+from fixres_dist.rundir import write
 from fixres_dist.subjects import (
-    Subject,
     add_source,
     data_source,
     opened,
@@ -19,7 +18,6 @@ from fixres_dist.subjects import (
     source,
     split_with,
     subjects,
-    weights_after,
 )
 
 
@@ -55,14 +53,6 @@ def add_parsers(commands: Any) -> None:
     p.add_argument("after", type=Path, help="the same")
     p.add_argument("--json", type=Path, help="also write the result here")
     p.set_defaults(func=compare)
-    p = commands.add_parser("sweep", help="accuracy against test resolution, before and after: table, JSON and PNG")
-    add_source(p)
-    p.add_argument("--res", required=True, help="comma-separated resolutions, such as 224,256,288")
-    p.add_argument(
-        "--also", action="append", default=[], metavar="LABEL=RUN", help="another run's curve, such as a control"
-    )
-    p.add_argument("--out", type=Path, help="where sweep.json and sweep.png go; default: the run directory")
-    p.set_defaults(func=sweep)
     p = commands.add_parser("fetch", help="put pretrained weights where offline nodes find them")
     p.add_argument("--model", required=True, help="a recipe or a timm model name")
     p.add_argument("--weights", default="", help="ns or ap for the recipes")
@@ -177,52 +167,6 @@ def compare(args: argparse.Namespace) -> int:
     print(f"top-1 {before.summary()['top1']:.2f} and {after.summary()['top1']:.2f}: {report.gain(result)}")
     if args.json:
         write(args.json, json.dumps(result, indent=1) + "\n")
-    return EXIT_DONE
-
-
-def sweep(args: argparse.Namespace) -> int:
-    """Evaluate every subject at every resolution: one pass over the images per resolution, one trunk where it is shared."""
-    from fixres_dist import evaluate as ev
-    from fixres_dist import figures, report
-
-    sizes = parse_sizes(args.res)
-    config = source(args, None)
-    found = subjects(args, config)
-    for item in args.also:
-        label, equals, folder = item.partition("=")
-        if not equals:
-            raise UserError(f"--also is {item!r}; accepted: LABEL=RUN, such as control=runs/demo-control.")
-        found.append(Subject(label, weights_after(RunDir(Path(folder)))))
-    curves: dict[str, dict[int, ev.Predictions]] = {}
-    with opened(config, found, args.run) as live:
-        every = [split_with(live, subject.weights) for subject in found]
-        for res in sizes:
-            for subject, predictions in zip(found, live.evaluate_all(every, res, f"{res} px"), strict=True):
-                curves.setdefault(subject.label, {})[res] = predictions
-        if not live.ranks.is_main:
-            return EXIT_DONE
-    out = args.out or args.run or Path(".")
-    out.mkdir(parents=True, exist_ok=True)
-    table = {label: {res: p.summary() for res, p in curve.items()} for label, curve in curves.items()}
-    summary: dict[str, Any] = {"model": config.model.name, "fixed_at": config.data.res, "curves": table}
-    print(report.sweep_table(table))
-    if "before" in curves and "after" in curves:
-        best = {label: max(curve, key=lambda r: curve[r].correct1.mean()) for label, curve in curves.items()}
-        for label in (name for name in curves if name != "after"):
-            gain, interval = ev.paired_gain(
-                curves[label][best[label]].correct1, curves["after"][best["after"]].correct1
-            )
-            summary[f"best_after_minus_best_{label}"] = {"points": gain, "ci95": list(interval)}
-            print(
-                f"best after fixing ({best['after']} px) minus best {label} ({best[label]} px): {gain:+.2f} points "
-                f"(95 % interval {interval[0]:+.2f} to {interval[1]:+.2f}, paired, n {len(curves[label][best[label]].loss)})"
-            )
-        summary["best_res"] = best
-    write(out / "sweep.json", json.dumps(summary, indent=1) + "\n")
-    figures.sweep_plot(table, config, out / "sweep.png")
-    if args.run:
-        report.sweep_board(table, RunDir(args.run))
-    print(f"curve: {out / 'sweep.png'}")
     return EXIT_DONE
 
 

@@ -29,10 +29,14 @@ def costs(config: cfg.Config, classes: int) -> tuple[int, float, int]:
         if recipe.facts and recipe.values["model"]["timm_name"] == model.timm_name:
             cost = recipe.facts.multiply_adds_g * (res / recipe.facts.res) ** 2
             return recipe.facts.total(classes), cost, recipe.facts.train_res
+    import torch
+
     from fixres_dist import models
 
-    parameters, multiply_adds, own = models.measure(model.timm_name, classes, res)
-    return parameters, multiply_adds / 1e9, own
+    with torch.device("meta"):
+        built: Any = models.build(model.timm_name, classes)
+    own = built.pretrained_cfg.get("input_size", (3, 224, 224))[-1]
+    return sum(p.numel() for p in built.parameters()), models.gmacs(built, res), own
 
 
 def row(run: RunDir) -> dict[str, Any]:

@@ -5,6 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from fixres_dist import config as cfg
 
 Table = dict[str, dict[int, dict[str, float]]]  # label -> resolution -> summary
@@ -43,6 +46,37 @@ def sweep_plot(table: Table, config: cfg.Config, file: Path) -> None:
     axes.set_title(f"{config.model.name}: top-1 against test resolution")
     axes.grid(alpha=0.3)
     axes.legend()
+    figure.tight_layout()
+    figure.savefig(file)
+    plt.close(figure)
+
+
+def activation_plot(features: dict[tuple[str, int], NDArray[np.float32]], title: str, file: Path) -> None:
+    """Pooled features [n, channels] per (label, resolution), the first being what training showed: the distribution of all
+    of them, and of how far each channel's mean is from its mean in training, in its standard deviations there.
+    """
+    plt = pyplot()
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.5), dpi=120)
+    base, shares = next(iter(features.values())), np.linspace(0, 1, 501)
+    spread = np.where(base.std(0) > 0, base.std(0), np.inf)
+    low = next(iter(features))[1]
+    for (label, res), values in features.items():
+        colour = {"training": "black", "before": "tab:gray", "after": "tab:blue"}.get(label, "tab:green")
+        style = {"color": colour, "ls": "--" if res == low else "-", "lw": 1.3, "label": f"{label}, {res} px"}
+        left.plot(np.quantile(values, shares), 100 * shares, **style)
+        if values is not base:
+            shift = np.abs(values.mean(0) - base.mean(0)) / spread
+            right.plot(np.sort(shift), 100 * np.arange(1, len(shift) + 1) / len(shift), **style)
+    left.set_xlim(*np.quantile(np.concatenate([v.ravel() for v in features.values()]), [0.001, 0.995]))
+    left.set_xlabel("activation after pooling")
+    left.set_ylabel("activations at or below (%)")
+    right.set_xlabel("shift of a channel's mean from training (standard deviations)")
+    right.set_ylabel("channels at or below (%)")
+    right.set_xlim(left=0)
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8)
+    figure.suptitle(title)
     figure.tight_layout()
     figure.savefig(file)
     plt.close(figure)

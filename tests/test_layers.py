@@ -27,11 +27,12 @@ LAYERS = [
     "session",
     "results",
     "extract",
+    "activations",
     "figures",
     "report comparison",
     "data.verify data.show bench",
     "data.commands subjects",
-    "train commands",
+    "train commands sweep",
     "cluster publish",
     "__main__",
 ]
