@@ -38,9 +38,9 @@ def class_names(run: RunDir) -> list[str]:
 
 
 def evaluations(run: RunDir) -> list[dict[str, Any]]:
-    """What `evaluate --eval-set` left in the run directory: before, after and the paired gain on each set but its own."""
+    """What `evaluate --eval-set` left in the run directory: before, after and the paired gain, beyond results.json's."""
     found = [json.loads(file.read_text()) for file in sorted((run.root / "evaluations").glob("*.json"))]
-    return [one for one in found if one["set"] != "val"]
+    return [one for one in found if (one["set"], one["res"]) != ("val", results(run)["res"])]
 
 
 def measured(run: RunDir, alpha: float) -> dict[str, Any] | None:
@@ -51,7 +51,11 @@ def measured(run: RunDir, alpha: float) -> dict[str, Any] | None:
         return found
     file = run.root / "alpha.json"
     curve = json.loads(file.read_text()) if file.exists() else {}
-    if (curve.get("res"), curve.get("data")) != (found["res"], run.config().data.root):
+    data = run.config().data
+    if any(
+        curve.get(key) != value
+        for key, value in (("data", data.root), ("res", data.res), ("resize_rule", data.resize_rule))
+    ):
         return None
     return next(({**found, **row, "after": row} for row in curve["curves"]["val"] if row["alpha"] == alpha), None)
 

@@ -28,13 +28,15 @@ def write_weights(model: nn.Module, file: Path, config: cfg.Config, res: int) ->
     """
     file.parent.mkdir(parents=True, exist_ok=True)
     part = file.with_name(f".{file.name}.{os.getpid()}")
+    part.touch()
+    mode = part.stat().st_mode  # as the umask has it; safetensors makes its files private
     state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
     if file.suffix == ".pth":
         torch.save(state, part)
     else:
         meta = {"timm_name": config.model.timm_name, "res": str(res), "model": json.dumps(cfg.plain(config)["model"])}
         save_file(state, part, {**meta, "format": "pt"})
-    part.chmod(0o644)  # safetensors makes it private, and a model is exported for others
+    part.chmod(mode)
     os.replace(part, file)
 
 

@@ -134,7 +134,8 @@ def interpolate(args: argparse.Namespace) -> int:
             print(f"{row['alpha']:>6g}{row['top1']:>8.2f}{row['top5']:>8.2f}   {gain}")
     out = args.out or args.run
     out.mkdir(parents=True, exist_ok=True)
-    made = {"model": config.model.name, "res": config.data.res, "data": config.data.root, "curves": curves}
+    data = {"data": config.data.root, "res": config.data.res, "resize_rule": config.data.resize_rule}
+    made = {"model": config.model.name, **data, "curves": curves}
     write(out / "alpha.json", json.dumps({**made, "hardware": hardware, "versions": versions()}, indent=1) + "\n")
     figures.alpha_plot(curves, config, out / "alpha.png")
     print(f"curve: {out / 'alpha.png'}")

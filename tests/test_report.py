@@ -56,6 +56,7 @@ def test_a_run_stands_beside_its_published_numbers(tmp_path: Path, capsys: pytes
     (run.root / "evaluations" / "imagenet-a-320.json").write_text(
         json.dumps({**shifted, "delta_top1": -1.0, "delta_ci95": [-1.4, -0.6], "classes": {}})
     )
+    (run.root / "evaluations" / "val-320.json").write_text(json.dumps({**RESULTS, "set": "val", "res": 320}))
     out = tmp_path / "report"
     assert cli.main(["report", str(run.root), "--out", str(out)]) == 0
     text = (out / "report.md").read_text()
@@ -67,6 +68,7 @@ def test_a_run_stands_beside_its_published_numbers(tmp_path: Path, capsys: pytes
     ]
     assert "| b0-320 | validation | 320 | 78.70 | 80.10 | +1.40 (+1.10 to +1.70) |" in text
     assert "| b0-320 | imagenet-a | 320 | 10.00 | 9.00 | -1.00 (-1.40 to -0.60) |" in text
+    assert text.count("| b0-320 | val") == 1, "results.json says it already"
     assert "](../runs/b0-320/sweep.png)" in text
     assert "alpha.png" not in text
     assert Image.open(out / "report.png").size == (1560, 600)
