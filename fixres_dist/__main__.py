@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from fixres_dist import bench, commands, lifecycle
+from fixres_dist import bench, commands, lifecycle, publish, sweep
 from fixres_dist.data import commands as data_commands
 from fixres_dist.errors import EXIT_DONE, EXIT_FAILED, EXIT_USER, UserError
 from fixres_dist.rundir import RunDir
@@ -29,7 +29,9 @@ def parser() -> argparse.ArgumentParser:
     t.add_argument("--run", type=Path, required=True, help="the run directory")
     t.set_defaults(func=train)
     commands.add_parsers(sub)
+    sweep.add_parsers(sub)
     data_commands.add_parsers(sub)
+    publish.add_parsers(sub)
     bench.add_parsers(sub)
     return p
 

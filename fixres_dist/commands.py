@@ -1,4 +1,4 @@
-"""`python -m fixres_dist evaluate | sweep | fetch`: a model from a run or a file, on a data set."""
+"""`python -m fixres_dist evaluate | extract | compare | fetch`: a model from a run or a file, on a data set."""
 
 from __future__ import annotations
 
@@ -7,27 +7,52 @@ import json
 from pathlib import Path
 from typing import Any
 
-from fixres_dist import recipes
+from fixres_dist import evalsets, recipes
 from fixres_dist.errors import EXIT_DONE, UserError
-from fixres_dist.rundir import RunDir, write
-from fixres_dist.subjects import Subject, add_source, opened, source, split_with, subjects, weights_after
+from fixres_dist.rundir import write
+from fixres_dist.subjects import (
+    add_source,
+    data_source,
+    opened,
+    parse_sizes,
+    source,
+    split_with,
+    subjects,
+)
 
 
 def add_parsers(commands: Any) -> None:
-    p = commands.add_parser("evaluate", help="top-1, top-5 and loss of a run or a weights file, every image once")
+    p = commands.add_parser(
+        "evaluate", help="a run before and after, or a weights file, on one or several sets: every image once"
+    )
     add_source(p)
     p.add_argument("--res", help="test resolution in pixels; default: the run's")
     p.add_argument("--split", default="val", help="folder of the data set to evaluate on; default: val")
+    p.add_argument(
+        "--eval-set", action="append", default=[], metavar="NAME=DIR", help="also on this folder of class folders"
+    )
+    p.add_argument("--labels", type=Path, metavar="real.json", help="also top-1 by these ReaL labels of the split")
+    p.add_argument("--only", choices=("before", "after"), help="of a run; default: both, and the gain")
+    p.add_argument("--predictions", type=Path, metavar="FILE.npz", help="keep the predictions per image, for `compare`")
     p.add_argument("--json", type=Path, help="also write the result here")
     p.set_defaults(func=evaluate)
-    p = commands.add_parser("sweep", help="accuracy against test resolution, before and after: table, JSON and PNG")
-    add_source(p)
-    p.add_argument("--res", required=True, help="comma-separated resolutions, such as 224,256,288")
     p.add_argument(
-        "--also", action="append", default=[], metavar="LABEL=RUN", help="another run's curve, such as a control"
+        "--softmax", type=Path, action="append", metavar="FILE.npy", help="what `extract` wrote; several: their mean"
     )
-    p.add_argument("--out", type=Path, help="where sweep.json and sweep.png go; default: the run directory")
-    p.set_defaults(func=sweep)
+    p = commands.add_parser("extract", help="softmax and embeddings of every image, in the data set's order, to .npy")
+    add_source(p)
+    p.add_argument("--res", help="test resolution in pixels; default: the run's")
+    p.add_argument("--split", default="val", help="folder of the data set; default: val")
+    p.add_argument(
+        "--out", type=Path, required=True, metavar="DIR", help="softmax.npy, embeddings.npy, labels.npy, names.txt"
+    )
+    p.add_argument("--dtype", choices=("float32", "float16"), default="float32", help="default: float32")
+    p.set_defaults(func=extract)
+    p = commands.add_parser("compare", help="the gain between two files of predictions, paired image by image")
+    p.add_argument("before", type=Path, help="FILE.npz, or a run: what it predicts after fixing")
+    p.add_argument("after", type=Path, help="the same")
+    p.add_argument("--json", type=Path, help="also write the result here")
+    p.set_defaults(func=compare)
     p = commands.add_parser("fetch", help="put pretrained weights where offline nodes find them")
     p.add_argument("--model", required=True, help="a recipe or a timm model name")
     p.add_argument("--weights", default="", help="ns or ap for the recipes")
@@ -35,74 +60,113 @@ def add_parsers(commands: Any) -> None:
 
 
 def evaluate(args: argparse.Namespace) -> int:
+    """A run before and after, or a checkpoint, on the split and every named set; a run keeps the results."""
+    if args.softmax:
+        return evaluate_softmax(args)
     config = source(args, None if args.res is None else parse_sizes(args.res)[0])
-    subject = subjects(args, config)[-1]
-    with opened(config, [subject], args.run, args.split) as live:
-        predictions = live.evaluate(split_with(live, subject.weights), config.data.res, "evaluating", args.split)
-        if live.ranks.is_main:
-            result = {"model": config.model.name, "res": config.data.res, "split": args.split, **predictions.summary()}
-            print(
-                f"{result['model']} at {result['res']} px on {args.split}: top-1 {result['top1']:.2f} | "
-                f"top-5 {result['top5']:.2f} | loss {result['loss']:.4f} | n {result['n']}"
-            )
-            if args.json:
-                write(args.json, json.dumps(result, indent=1) + "\n")
+    sets = evalsets.named(args.eval_set, args.split)
+    found = [s for s in subjects(args, config) if args.only in (None, s.label)]
+    if not found:
+        raise UserError(f"--only {args.only} is about a run. Next: --run DIR, or leave it out.")
+    results = {}
+    with opened(config, found, args.run, args.split, sets) as live:
+        real = evalsets.real_labels(args.labels, live.splits[args.split], len(live.classes)) if args.labels else None
+        every = [split_with(live, subject.weights) for subject in found]
+        for name in live.splits:
+            made = live.evaluate_all(every, config.data.res, name, name)
+            predictions = {subject.label: p for subject, p in zip(found, made, strict=True)}
+            if live.ranks.is_main:
+                results[name] = describe(live, name, predictions, real if name == args.split else None)
+                keep(args, live.splits[name].fingerprint, results[name], predictions)
+        if results:
+            main = results[args.split]
+            told = {"model": config.model.name, "split": args.split, **main[found[-1].label], **main, "sets": results}
+            show(config.model.name, results, args.json, told)
     return EXIT_DONE
 
 
-def parse_sizes(text: str) -> list[int]:
-    try:
-        sizes = [int(part) for part in text.split(",")]
-    except ValueError:
-        raise UserError(f"--res is {text!r}; accepted: whole numbers of pixels, such as 224 or 224,256,288.") from None
-    if min(sizes) < 32:
-        raise UserError(f"--res {min(sizes)} is below 32 px; accepted: 32 or more.")
-    return sizes
-
-
-def sweep(args: argparse.Namespace) -> int:
-    """Evaluate every subject at every resolution: one pass over the images per resolution, one trunk where it is shared."""
+def describe(live: Any, name: str, predictions: dict[str, Any], real: list[list[int]] | None) -> dict[str, Any]:
     from fixres_dist import evaluate as ev
+
+    index, res = live.splits[name], live.config.data.res
+    sizes = evalsets.apparent_sizes(index, live.resize(res))
+    return ev.describe(name, res, index, live.columns[name], live.classes, predictions, sizes, real)
+
+
+def keep(args: argparse.Namespace, sample_list: str, result: dict[str, Any], predictions: dict[str, Any]) -> None:
+    """evaluations/SET-RES.json in the run, with the predictions beside it; --predictions FILE.npz and FILE-SET.npz."""
+    if args.run and len(predictions) == 2:
+        folder = args.run / "evaluations"
+        folder.mkdir(exist_ok=True)
+        stem = f"{result['set']}-{result['res']}"
+        for label, made in predictions.items():
+            made.save(folder / f"{stem}-{label}.npz", sample_list)
+        write(folder / f"{stem}.json", json.dumps(result, indent=1) + "\n")
+    if args.predictions:
+        main = result["set"] == args.split
+        file = args.predictions if main else args.predictions.with_stem(f"{args.predictions.stem}-{result['set']}")
+        list(predictions.values())[-1].save(file, sample_list)
+
+
+def show(model: str, results: dict[str, dict[str, Any]], file: Path | None, told: dict[str, Any]) -> None:
     from fixres_dist import report
 
-    sizes = parse_sizes(args.res)
-    config = source(args, None)
-    found = subjects(args, config)
-    for item in args.also:
-        label, equals, folder = item.partition("=")
-        if not equals:
-            raise UserError(f"--also is {item!r}; accepted: LABEL=RUN, such as control=runs/demo-control.")
-        found.append(Subject(label, weights_after(RunDir(Path(folder)))))
-    curves: dict[str, dict[int, ev.Predictions]] = {}
-    with opened(config, found, args.run) as live:
-        every = [split_with(live, subject.weights) for subject in found]
-        for res in sizes:
-            for subject, predictions in zip(found, live.evaluate_all(every, res, f"{res} px"), strict=True):
-                curves.setdefault(subject.label, {})[res] = predictions
-        if not live.ranks.is_main:
-            return EXIT_DONE
-    out = args.out or args.run or Path(".")
-    out.mkdir(parents=True, exist_ok=True)
-    table = {label: {res: p.summary() for res, p in curve.items()} for label, curve in curves.items()}
-    summary: dict[str, Any] = {"model": config.model.name, "fixed_at": config.data.res, "curves": table}
-    print(report.sweep_table(table))
-    if "before" in curves and "after" in curves:
-        best = {label: max(curve, key=lambda r: curve[r].correct1.mean()) for label, curve in curves.items()}
-        for label in (name for name in curves if name != "after"):
-            gain, interval = ev.paired_gain(
-                curves[label][best[label]].correct1, curves["after"][best["after"]].correct1
-            )
-            summary[f"best_after_minus_best_{label}"] = {"points": gain, "ci95": list(interval)}
+    for result in results.values():
+        print("\n".join(report.evaluation_lines(model, result)))
+    if file:
+        write(file, json.dumps(told, indent=1) + "\n")
+
+
+def evaluate_softmax(args: argparse.Namespace) -> int:
+    config = data_source(args)
+    from fixres_dist import evaluate as ev
+    from fixres_dist import extract
+    from fixres_dist.data import sources
+
+    data = config.data
+    classes = evalsets.trained_classes(config, args.run, args.split)
+    index = sources.load(sources.folder(data.root, data.cache), args.split, data.cache, True, data.deny_list, "skip")
+    columns = evalsets.class_map(index.classes, classes, index.folder)
+    predictions = {"softmax": extract.from_softmax(args.softmax, index, columns, len(classes))}
+    real = evalsets.real_labels(args.labels, index, len(classes)) if args.labels else None
+    result = ev.describe(args.split, None, index, columns, classes, predictions, None, real)
+    keep(args, index.fingerprint, result, predictions)
+    show(str(args.softmax[0]), {args.split: result}, args.json, {**result["softmax"], **result})
+    return EXIT_DONE
+
+
+def extract(args: argparse.Namespace) -> int:
+    """Of a run after fixing, or of a checkpoint."""
+    config = source(args, None if args.res is None else parse_sizes(args.res)[0])
+    if args.out.exists():
+        raise UserError(f"--out {args.out} exists. Next: give another --out, or remove it.")
+    subject = subjects(args, config)[-1]
+    from fixres_dist import extract as extraction
+
+    with opened(config, [subject], args.run, args.split) as live:
+        n = extraction.extract(live, split_with(live, subject.weights), args.split, args.out.resolve(), args.dtype)
+        if live.ranks.is_main:
             print(
-                f"best after fixing ({best['after']} px) minus best {label} ({best[label]} px): {gain:+.2f} points "
-                f"(95 % interval {interval[0]:+.2f} to {interval[1]:+.2f}, paired, n {len(curves[label][best[label]].loss)})"
+                f"{n} rows in {args.out}. Next: python -m fixres_dist evaluate --softmax {args.out}/softmax.npy --data .."
             )
-        summary["best_res"] = best
-    write(out / "sweep.json", json.dumps(summary, indent=1) + "\n")
-    report.sweep_plot(table, config, out / "sweep.png")
-    if args.run:
-        report.sweep_board(table, RunDir(args.run))
-    print(f"curve: {out / 'sweep.png'}")
+    return EXIT_DONE
+
+
+def compare(args: argparse.Namespace) -> int:
+    from fixres_dist import report
+    from fixres_dist.evaluate import Predictions
+
+    files = [path / "predictions" / "after.npz" if path.is_dir() else path for path in (args.before, args.after)]
+    (before, old), (after, new) = (Predictions.read_with_list(file) for file in files)
+    if old != new:
+        raise UserError(
+            f"{files[0]} and {files[1]} are of different images (sample lists {old} and {new}). "
+            "Accepted: predictions on the same files of one data set."
+        )
+    result = {"before": before.summary(), "after": after.summary(), **after.gain_over(before)}
+    print(f"top-1 {before.summary()['top1']:.2f} and {after.summary()['top1']:.2f}: {report.gain(result)}")
+    if args.json:
+        write(args.json, json.dumps(result, indent=1) + "\n")
     return EXIT_DONE
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ import timm
 import torch
 from safetensors.torch import load_file
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from fixres_dist.errors import UserError
 
@@ -31,6 +33,20 @@ def preprocessing(timm_name: str) -> Preprocessing:
         return Preprocessing((0.485, 0.456, 0.406), (0.229, 0.224, 0.225), 0.875, "bicubic")
     mode = cfg.interpolation if cfg.interpolation in ("bilinear", "bicubic") else "bicubic"
     return Preprocessing(tuple(cfg.mean), tuple(cfg.std), cfg.crop_pct, mode)
+
+
+def native_size(timm_name: str) -> int:
+    """The resolution that timm's weights were trained at, in pixels."""
+    cfg = timm.get_pretrained_cfg(timm_name)
+    return int(cfg.input_size[-1]) if cfg else 224
+
+
+def gmacs(model: nn.Module, res: int) -> float:
+    """Multiply-adds in 1e9 of one picture's forward pass: convolutions and matrix products, counted on the meta device."""
+    probe = copy.deepcopy(model).to("meta").eval()
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        probe(torch.zeros(1, 3, res, res, device="meta"))
+    return counter.get_total_flops() / 2e9
 
 
 def build(timm_name: str, num_classes: int, seed: int = 0) -> nn.Module:

@@ -22,9 +22,8 @@ def resolve(setting: str, device: torch.device) -> str:
 
 def apply(precision: str, device: torch.device) -> Callable[[], contextlib.AbstractContextManager[Any]]:
     """Set the matmul and convolution modes, and return the context in which low-precision work runs."""
-    mode = "tf32" if precision == "tf32" else "ieee"
-    torch.backends.cuda.matmul.fp32_precision = mode
-    torch.backends.cudnn.conv.fp32_precision = mode  # type: ignore[attr-defined]
+    # By the older names: torch.export reads them, and torch 2.15 refuses that once `fp32_precision` is set for convolutions.
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == "tf32"
     if precision in DTYPES:
         return lambda: torch.autocast(device.type, DTYPES[precision])
     return contextlib.nullcontext

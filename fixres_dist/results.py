@@ -12,7 +12,7 @@ import torch
 from fixres_dist.data.index import Index
 from fixres_dist.data.torch_cpu import Bad
 from fixres_dist.distributed import Ranks
-from fixres_dist.evaluate import Predictions, paired_gain
+from fixres_dist.evaluate import Predictions
 from fixres_dist.rundir import RunDir, append, processor, versions, write
 from fixres_dist.session import Session
 
@@ -25,8 +25,6 @@ def predictions_file(run: RunDir, when: str) -> Path:
 def write_results(run: RunDir, session: Session, seconds: float, images_seen: int) -> dict[str, Any]:
     config, ranks = session.config, session.ranks
     before, after = (Predictions.read(predictions_file(run, when)) for when in ("before", "after"))
-    both = before.counted & after.counted
-    gain, interval = paired_gain(before.correct1[both], after.correct1[both])
     kept = ("top1", "top5", "loss")
     summary = {
         "model": config.model.name,
@@ -40,8 +38,7 @@ def write_results(run: RunDir, session: Session, seconds: float, images_seen: in
         "skipped": count_skipped(run),
         "before": {key: before.summary()[key] for key in kept},
         "after": {key: after.summary()[key] for key in kept},
-        "delta_top1": gain,
-        "delta_ci95": list(interval),
+        **after.gain_over(before),
         "images_seen": images_seen,
         "seconds": round(seconds, 2),
         "world_size": ranks.world_size,

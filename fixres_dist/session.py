@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import nn
 
 from fixres_dist import config as cfg
-from fixres_dist import distributed, folding, models, precision, tuning
+from fixres_dist import distributed, evalsets, folding, models, precision, tuning
 from fixres_dist.data import geometry, loading, plan, sources, torch_cpu
 from fixres_dist.data.index import Index
 from fixres_dist.distributed import Ranks
@@ -26,7 +27,9 @@ class Session:
     ranks: Ranks
     model: nn.Module
     spec: models.Preprocessing
-    splits: dict[str, Index]  # train and val; only the one that is asked for where a model is just evaluated
+    splits: dict[str, Index]  # train and val; where a model is just evaluated, the split and the sets asked for
+    classes: tuple[str, ...]  # of the model, in the order of its logits
+    columns: dict[str, tuple[int, ...]]  # of each split: the model's class of each of its folders
     precision: str  # what really runs
     autocast: Callable[[], contextlib.AbstractContextManager[Any]]
     memory_format: torch.memory_format
@@ -84,8 +87,11 @@ class Session:
         return self.evaluate_all([parts], res, note, split)[0]
 
     def evaluate_all(self, models: list[tuning.Split], res: int, note: str, split: str = "val") -> list[Predictions]:
-        """Several models in one pass over the images, in the arithmetic of training; a trunk they share runs once."""
-        index = self.splits[split]
+        """Several models in one pass over the images, in the arithmetic of training; a trunk they share runs once.
+
+        Logits are restricted to the split's classes (the protocol of ImageNet-A and -R); predictions are the model's.
+        """
+        index, columns = self.splits[split], torch.tensor(self.columns[split], device=self.ranks.device)
         for parts in models:
             parts.model.eval()
             parts.head.eval()
@@ -97,21 +103,18 @@ class Session:
             }
             # Cloned: a head may work in place, and another one may take the same features.
             return [
-                self.logits(parts, parts.head, tuple(f.clone() for f in features[name]))
+                self.logits(parts, parts.head, tuple(f.clone() for f in features[name]))[:, columns]
                 for name, parts in zip(trunks, models, strict=True)
             ]
 
-        pictures = plan.Pictures("test", res, self.resize(res), 0)
-        size = batch_per_device(self.config, res)
-        requests = plan.every_sample(index, pictures, size, self.ranks.rank, self.ranks.world_size)
-        return predict(
-            logits,
-            index,
-            self.batches(index, requests, res),
-            self.ranks,
-            len(models),
-            note,
-        )
+        batches = self.batches(index, self.requests(plan.every_sample, index, res), res)
+        found = predict(logits, index, batches, self.ranks, len(models), note)
+        return [p.of_classes(self.columns[split]) for p in found]
+
+    def requests(self, which: Callable[..., Iterator[plan.Request]], index: Index, res: int) -> Iterator[plan.Request]:
+        """This rank's requests for the split as it is tested."""
+        pictures, size = plan.Pictures("test", res, self.resize(res), 0), batch_per_device(self.config, res)
+        return which(index, pictures, size, self.ranks.rank, self.ranks.world_size)
 
 
 def tell(index: Index, bad: loading.Bad) -> None:
@@ -124,31 +127,38 @@ def open_session(
     load_weights: bool = True,
     on_skip: loading.OnSkip = tell,
     splits: tuple[str, ...] = ("train", "val"),
+    sets: Mapping[str, Path] | None = None,
+    trained: tuple[str, ...] = (),
 ) -> Session:
     """Index the data and build the model; rank 0 goes first where something is written.
 
+    `sets`: more folders of class folders, by name. `trained`: the model's classes where they are not the first split's.
     `load_weights=False` leaves the model as drawn from the seed, for one whose whole model stands in a file of its own.
     """
     data, indexes = config.data, {}
     for turn in (True, False):
         if ranks.is_main is turn:
             root = sources.folder(data.root, data.cache)
-            for split in splits:
-                indexes[split] = sources.load(root, split, data.cache, ranks.is_main, data.deny_list, data.on_bad)
+            for split, folder in ({split: root / split for split in splits} | dict(sets or {})).items():
+                indexes[split] = sources.load(
+                    folder.parent, folder.name, data.cache, ranks.is_main, data.deny_list, data.on_bad
+                )
         distributed.barrier(ranks)
-    name, classes = config.model.timm_name, len(indexes[splits[0]].classes)
-    if config.model.num_classes not in (0, classes):
+    name, classes = config.model.timm_name, trained or indexes[splits[0]].classes
+    if config.model.num_classes not in (0, len(classes)):
         raise UserError(
-            f"model.num_classes is {config.model.num_classes}; the data set has {classes} classes. Accepted: 0, or that number."
+            f"model.num_classes is {config.model.num_classes}; the data set has {len(classes)} classes. Accepted: 0, or that number."
         )
-    model = models.build(name, classes, config.run.seed)
+    columns = {split: evalsets.class_map(index.classes, classes, index.folder) for split, index in indexes.items()}
+    model = models.build(name, len(classes), config.run.seed)
     if load_weights:
         models.load_weights(model, name, config.model.weights, new_classifier=config.pretrain is not None)
     chosen = precision.resolve(config.run.precision, ranks.device)
     layout = memory_format(config, ranks.device)
     model = model.to(device=ranks.device).to(memory_format=layout)
     autocast = precision.apply(chosen, ranks.device)
-    return Session(config, ranks, model, models.preprocessing(name), indexes, chosen, autocast, layout, on_skip)
+    spec = models.preprocessing(name)
+    return Session(config, ranks, model, spec, indexes, classes, columns, chosen, autocast, layout, on_skip)
 
 
 def memory_format(config: cfg.Config, device: torch.device) -> torch.memory_format:

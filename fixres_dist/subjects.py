@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,6 +45,31 @@ def source(args: argparse.Namespace, res: int | None) -> cfg.Config:
     return config
 
 
+def data_source(args: argparse.Namespace) -> cfg.Config:
+    """The configuration of a data set alone, for what needs no model: a run's, or --data."""
+    if args.model or args.checkpoint:
+        raise UserError("--softmax needs no model. Next: leave out --model and --checkpoint.")
+    values = cfg.plain(RunDir(args.run).config()) if args.run else {}
+    flags = {"data": {"root": args.data}} if args.data else {}
+    config = cfg.parse(cfg.Config, cfg.merge(cfg.merge(values, flags), cfg.overrides(args.overrides)))
+    if not config.data.root:
+        raise UserError(
+            "no data set given, whose labels a softmax could be compared with. Next: --data DIR, or --run DIR."
+        )
+    return config
+
+
+def parse_sizes(text: str) -> list[int]:
+    """Test resolutions as given to --res."""
+    try:
+        sizes = [int(part) for part in text.split(",")]
+    except ValueError:
+        raise UserError(f"--res is {text!r}; accepted: whole numbers of pixels, such as 224 or 224,256,288.") from None
+    if min(sizes) < 32:
+        raise UserError(f"--res {min(sizes)} is below 32 px, the models' stride; accepted: 32 or more.")
+    return sizes
+
+
 @dataclass(frozen=True)
 class Subject:
     """One set of weights to evaluate."""
@@ -75,25 +100,34 @@ def weights_after(run: RunDir) -> Path:
 
 
 @contextlib.contextmanager
-def opened(config: cfg.Config, found: list[Subject], run: Path | None, split: str = "val") -> Iterator[Any]:
-    """A session with `split` alone; its own weights are loaded only if a subject has none of its own."""
-    from fixres_dist import distributed, session
+def opened(
+    config: cfg.Config,
+    found: list[Subject],
+    run: Path | None,
+    split: str = "val",
+    sets: Mapping[str, Path] | None = None,
+) -> Iterator[Any]:
+    """A session with `split` and `sets`; its own weights are loaded only if a subject has none of its own."""
+    from fixres_dist import distributed, evalsets, session
 
     ranks = distributed.start(run or meeting_place())
     try:
         needed = any(subject.weights is None for subject in found)
-        yield session.open_session(config, ranks, load_weights=needed, splits=(split,))
+        trained = evalsets.trained_classes(config, run, split)
+        yield session.open_session(config, ranks, load_weights=needed, splits=(split,), sets=sets, trained=trained)
     finally:
         distributed.stop(ranks)
 
 
-def split_with(live: Any, weights: Path | None) -> Any:
-    """A copy of the session's model with `weights` (or as opened), cut for evaluation in the run's own arithmetic."""
+def split_with(live: Any, weights: Path | dict[str, Any] | None) -> Any:
+    """A copy of the session's model with `weights` (a file, a state dict, or as opened), cut for evaluation in the run's
+    own arithmetic."""
     from fixres_dist import models, tuning
 
     model = copy.deepcopy(live.model)
     if weights is not None:
-        models.fill(model, models.read_state(weights), str(weights))
+        state = weights if isinstance(weights, dict) else models.read_state(weights)
+        models.fill(model, state, "the interpolation" if state is weights else str(weights))
     return live.with_fast_trunk(tuning.split(model, live.config.tune.policy))
 
 

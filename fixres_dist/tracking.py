@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import time
 
+import numpy as np
+from numpy.typing import NDArray
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
@@ -81,3 +83,10 @@ def write_curve(run: RunDir, label: str, tag: str, points: dict[int, float]) -> 
     with SummaryWriter(str(run.root / "tb" / label)) as board:
         for x, value in points.items():
             board.add_scalar(tag, value, x)
+
+
+def write_histograms(run: RunDir, label: str, tag: str, values: dict[int, NDArray[np.float32]]) -> None:
+    """The distribution of all `values` of each x, in the sub-run of that curve."""
+    with SummaryWriter(str(run.root / "tb" / label)) as board:
+        for x, found in values.items():
+            board.add_histogram(tag, found.ravel(), x)

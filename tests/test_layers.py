@@ -11,12 +11,12 @@ LAYERS = [
     "errors data.headers data.listing",
     "config",
     "recipes rundir slurm",
-    "lifecycle watch",
+    "lifecycle watch card",
     "data.order data.index data.demo",
     "data.geometry",
     "data.plan data.shards schedule",
     "data.sources",
-    "planning preempt",
+    "planning preempt evalsets",
     "distributed precision",
     "models",
     "tuning folding",
@@ -26,21 +26,27 @@ LAYERS = [
     "evaluate checkpoint tracking export meter",
     "session",
     "results",
-    "report",
+    "extract",
+    "activations",
+    "figures",
+    "report comparison",
     "data.verify data.show bench",
     "data.commands subjects",
-    "train commands",
-    "cluster",
+    "train commands sweep",
+    "cluster publish",
     "__main__",
 ]
-NO_TORCH = LAYERS[: LAYERS.index("planning preempt") + 1]
+NO_TORCH = LAYERS[: LAYERS.index("planning preempt evalsets") + 1]
 ONE_HOME = {
     "submitit": "cluster",
     "tensorboard": "tracking",
-    "matplotlib": "report",
+    "matplotlib": "figures",
     "nvidia": "data.dali",
     "apex": "precision",
     "onnx": "export",
+    "onnxruntime": "export",
+    "onnxscript": "export",
+    "huggingface_hub": "export",
 }
 
 

@@ -30,6 +30,7 @@ Job = tuple[str, int]  # split and index
 
 VERSION = 1  # of the pictures: raise it when a change of the drawing changes a pixel
 MARKER = "demo.json"
+SIZES = "sizes.csv"
 SPLITS = ("train", "val")
 N_TRAIN, N_VAL = 4096, 1920
 OBJECT_RADIUS = (0.27, 0.33)  # of the short side: nearly constant, see above
@@ -69,6 +70,8 @@ def write_demo(
     root = root.resolve()
     spec = {"version": VERSION, "seed": seed, "train": n_train, "val": n_val}
     if _is_written(root, spec):
+        if not (root / SIZES).exists():  # written before there were sizes
+            _write_sizes(root, spec)
         return root
     partial_root = root.with_name(f".{root.name}-" + "-".join(str(value) for value in spec.values()))
     jobs = [(split, index) for split in SPLITS for index in range(spec[split])]
@@ -80,6 +83,7 @@ def write_demo(
                 progress(done, len(jobs))
         for leftover in partial_root.glob("*.part"):  # of an interrupted call
             leftover.unlink(missing_ok=True)
+        _write_sizes(partial_root, spec)
         (partial_root / MARKER).write_text(json.dumps(spec | {"classes": CLASSES}, indent=1) + "\n")
         partial_root.replace(root)
     except OSError:
@@ -117,24 +121,47 @@ def _run(work: Callable[[Job], None], jobs: list[Job], workers: int | None) -> I
 
 def _write_picture(root: Path, seed: int, job: Job) -> None:
     split, index = job
-    label = index % len(CLASSES)
-    path = root / split / CLASSES[label] / f"{index:05d}.jpg"
+    path = root / _name(job)
     if path.exists():
         return
-    rng = np.random.default_rng([seed, SPLITS.index(split), index])
     unfinished = root / f"{split}-{index}-{os.getpid()}.part"
-    draw(label, rng).save(unfinished, format="JPEG", quality=90)
+    draw(index % len(CLASSES), _generator(seed, job)).save(unfinished, format="JPEG", quality=90)
     unfinished.replace(path)
+
+
+def _name(job: Job) -> str:
+    split, index = job
+    return f"{split}/{CLASSES[index % len(CLASSES)]}/{index:05d}.jpg"
+
+
+def _generator(seed: int, job: Job) -> np.random.Generator:
+    return np.random.default_rng([seed, SPLITS.index(job[0]), job[1]])
+
+
+def _write_sizes(root: Path, spec: dict[str, int]) -> None:
+    """sizes.csv: every object's diameter over its picture's short side, for accuracy by apparent size."""
+    lines = ["name,short_side_fraction"]
+    for job in ((split, index) for split in SPLITS for index in range(spec[split])):
+        width, height, radius = _layout(_generator(spec["seed"], job))
+        lines.append(f"{_name(job)},{2 * radius / min(width, height):.4f}")
+    unfinished = root / f"{SIZES}-{os.getpid()}.part"
+    unfinished.write_text("\n".join(lines) + "\n")
+    unfinished.replace(root / SIZES)
+
+
+def _layout(rng: np.random.Generator) -> tuple[int, int, float]:
+    """(width, height, radius of the object) of a picture: the first that is drawn of its random numbers."""
+    short = int(rng.integers(200, 281))
+    size = (short, int(short * rng.uniform(1, 1.45)))
+    width, height = size if rng.random() < 0.35 else size[::-1]
+    return width, height, short * rng.uniform(*OBJECT_RADIUS)
 
 
 def draw(label: int, rng: np.random.Generator) -> Image.Image:
     """One picture of a class: everything but shape and texture is random."""
     shape, texture = CLASSES[label].split("_")
-    short = int(rng.integers(200, 281))
-    size = (short, int(short * rng.uniform(1, 1.45)))
-    width, height = size if rng.random() < 0.35 else size[::-1]
-    radius = short * rng.uniform(*OBJECT_RADIUS)
-    centre = np.array([width, height]) / 2 + rng.uniform(-0.12, 0.12, 2) * short
+    width, height, radius = _layout(rng)
+    centre = np.array([width, height]) / 2 + rng.uniform(-0.12, 0.12, 2) * min(width, height)
 
     picture = _background(width, height, rng)
     mask = _outline(shape, radius, rng.uniform(0, 2 * math.pi), centre % 1)

@@ -68,6 +68,12 @@ def first_samples(
         yield request(index, pictures, order.positions_to_samples(len(index), pictures.seed, 0, positions), 0)
 
 
+def whole_batches(index: Index, pictures: Pictures, batch: int, rank: int, world_size: int) -> Iterator[Request]:
+    """This rank's part of the split's batches: which samples share one does not depend on the world size."""
+    for k in range(*order.rank_part(0, -(-len(index) // batch), rank, world_size)):
+        yield request(index, pictures, np.arange(k * batch, min(len(index), (k + 1) * batch)), 0)
+
+
 def every_sample(index: Index, pictures: Pictures, batch: int, rank: int, world_size: int) -> Iterator[Request]:
     """This rank's part of the split in file order: over all ranks every sample exactly once, none padded."""
     start, stop = order.rank_part(0, len(index), rank, world_size)

@@ -1,0 +1,121 @@
+"""`report`: a row for each run in plain numbers, beside what was published."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from fixres_dist import __main__ as cli
+from fixres_dist import comparison, recipes
+from fixres_dist import config as cfg
+from fixres_dist.rundir import RunDir
+
+RESULTS: dict[str, Any] = {
+    "n": 50000,
+    "before": {"top1": 78.7, "top5": 94.4, "loss": 0.9},
+    "after": {"top1": 80.1, "top5": 95.3, "loss": 0.8},
+    "delta_top1": 1.4,
+    "delta_ci95": [1.1, 1.7],
+    "seconds": 754.0,
+    "world_size": 8,
+    "hardware": {"device": "H200", "devices": 8, "nodes": ["a"]},
+}
+
+
+def made(root: Path, model: str, res: int, weights: str = "", finished: bool = True, **values: Any) -> RunDir:
+    """A run directory as a run of `model` leaves it, with RESULTS' numbers."""
+    recipe = recipes.find(model, weights)
+    config = cfg.parse(cfg.Config, cfg.merge(recipe.values, {"data": {"root": "/data/imagenet", "res": res}}))
+    root.mkdir(parents=True)
+    run = RunDir(root)
+    (root / "config.yaml").write_text(cfg.dump(config))
+    run.update_state(
+        state="done" if finished else "failed", step=7, total_steps=20, reason=None if finished else "disk full"
+    )
+    (root / "class_index.json").write_text(json.dumps({k: str(k) for k in range(1000)}))
+    if finished:
+        named = {"model": config.model.name, "timm_name": config.model.timm_name, "weights": config.model.weights}
+        run.results.write_text(json.dumps({**RESULTS, **named, "res": res, **values}))
+    return run
+
+
+def test_a_run_stands_beside_its_published_numbers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = made(tmp_path / "runs" / "b0-320", "b0", 320)
+    (run.root / "sweep.png").touch()
+    (run.root / "evaluations").mkdir()
+    shifted = {
+        "set": "imagenet-a",
+        "res": 320,
+        "before": {"top1": 10.0, "top5": 20.0},
+        "after": {"top1": 9.0, "top5": 19.0},
+    }
+    (run.root / "evaluations" / "imagenet-a-320.json").write_text(
+        json.dumps({**shifted, "delta_top1": -1.0, "delta_ci95": [-1.4, -0.6], "classes": {}})
+    )
+    (run.root / "evaluations" / "val-320.json").write_text(json.dumps({**RESULTS, "set": "val", "res": 320}))
+    out = tmp_path / "report"
+    assert cli.main(["report", str(run.root), "--out", str(out)]) == 0
+    text = (out / "report.md").read_text()
+    row = next(line for line in text.splitlines() if line.startswith("| b0-320"))
+    assert [cell.strip() for cell in row.split("|")[1:-1]] == [
+        *("b0-320", "tf_efficientnet_b0.ns_jft_in1k", "imagenet, 1000 classes", "5.29", "0.785", "224", "320", "78.70"),
+        *("80.10", "+1.40 (+1.10 to +1.70)", "50000"),
+        *("78.8 at 224 -> 80.2 at 320; timm's start: 78.68", "12m34s", "8 x H200"),
+    ]
+    assert "| b0-320 | validation | 320 | 78.70 | 80.10 | +1.40 (+1.10 to +1.70) |" in text
+    assert "| b0-320 | imagenet-a | 320 | 10.00 | 9.00 | -1.00 (-1.40 to -0.60) |" in text
+    assert text.count("| b0-320 | val") == 1, "results.json says it already"
+    assert "](../runs/b0-320/sweep.png)" in text
+    assert "alpha.png" not in text
+    assert Image.open(out / "report.png").size == (1560, 600)
+    capsys.readouterr()
+    assert cli.main(["report", str(run.root), "--json"]) == 0
+    (found,) = json.loads(capsys.readouterr().out)["runs"]
+    assert (found["parameters_m"], found["delta_ci95"], found["evaluations"][0]["delta_top1"]) == (
+        5.289,
+        [1.1, 1.7],
+        -1.0,
+    )
+
+
+def test_a_run_that_has_not_finished_is_listed_with_its_state(tmp_path: Path) -> None:
+    runs = [made(tmp_path / "a", "b0", 320), made(tmp_path / "b", "b4", 512, "ap", finished=False)]
+    assert cli.main(["report", *(str(run.root) for run in runs), "--out", str(tmp_path)]) == 0
+    assert "| b | failed | 7 of 20 | disk full |" in (tmp_path / "report.md").read_text()
+
+
+def test_other_models_and_other_weights_are_counted(tmp_path: Path) -> None:
+    """resnet50 as everybody counts it: 25.6 M parameters; 4.1 G multiply-adds at 224."""
+    row = comparison.row(made(tmp_path / "r", "resnet50", 224))
+    assert (row["parameters_m"], row["multiply_adds_g"], row["published"]) == (25.557, 4.089, None)
+    scaled = comparison.row(made(tmp_path / "b4", "b4", 256, "ap"))
+    assert scaled["multiply_adds_g"] == pytest.approx(recipes.find("b4", "ap").facts.multiply_adds_g / 4, abs=1e-3)  # type: ignore[union-attr]
+
+
+def test_counting_agrees_with_the_recipes_facts(tmp_path: Path) -> None:
+    """The same model by its timm name has no recipe's facts and is counted."""
+    name = "tf_efficientnet_b0.ns_jft_in1k"
+    rows = [comparison.row(made(tmp_path / model, model, 320)) for model in ("b0", name)]
+    keys = ("parameters_m", "multiply_adds_g", "train_res")
+    assert [rows[0][key] for key in keys] == [rows[1][key] for key in keys] == [5.289, 0.785, 224]
+
+
+def test_the_published_curves_are_the_tables() -> None:
+    curves = comparison.published_curves()
+    assert {name: len(points) for name, points in curves.items()} == {
+        "Noisy Student": 9,
+        "Noisy Student, fixed": 9,
+        "AdvProp": 9,
+        "AdvProp, fixed": 9,
+    }
+    assert (curves["Noisy Student, fixed"][0][0], curves["Noisy Student, fixed"][0][2]) == (5.3, 80.2)
+    assert (curves["Noisy Student"][-1][0], curves["Noisy Student"][-1][2]) == (480, 88.4)
+
+
+def test_what_is_no_run_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["report", str(tmp_path)]) == 2
+    assert "is no run directory" in capsys.readouterr().err
