@@ -70,7 +70,7 @@ def named(items: Sequence[str], split: str) -> dict[str, Path]:
             raise UserError(f"--eval-set {name!r} stands for two sets. Next: give each a name of its own.")
         if not Path(folder).is_dir():
             raise UserError(f"--eval-set {name} is at {folder}, which is no directory. Accepted: a folder per class.")
-        found[name] = Path(folder).resolve()
+        found[name] = Path(folder).absolute()
     return found
 
 

@@ -69,7 +69,7 @@ def call(*arguments: object) -> int:
 
 
 def result(tmp_path: Path, *arguments: object) -> dict[str, Any]:
-    assert call("evaluate", *arguments, "--json", tmp_path / "result.json", "data.workers=0") == 0
+    assert call("evaluate", "--json", tmp_path / "result.json", *arguments, "data.workers=0") == 0
     return json.loads((tmp_path / "result.json").read_text())
 
 
@@ -90,7 +90,7 @@ def links(root: Path, **folders: Path) -> Path:
     return root
 
 
-def test_a_run_is_evaluated_before_and_after_with_the_paired_gain(finished: Path, tmp_path: Path) -> None:
+def test_a_run_is_evaluated_before_and_after_with_the_paired_gain(finished: Path, photos: Path, tmp_path: Path) -> None:
     found = result(tmp_path, "--run", finished, "--predictions", tmp_path / "p.npz")
     before, after = (Predictions.read(finished / "evaluations" / f"val-64-{k}.npz") for k in ("before", "after"))
     assert 0 < before.correct1.sum() < 33
@@ -109,6 +109,11 @@ def test_a_run_is_evaluated_before_and_after_with_the_paired_gain(finished: Path
             "before": pytest.approx(100 * before.correct1[rows].mean(), abs=1e-3),
             "after": pytest.approx(100 * after.correct1[rows].mean(), abs=1e-3),
         }
+    (finished / "evaluations" / "val-64.json").unlink()
+    result(tmp_path, "--run", finished, "data.resize_rule=fixres")
+    result(tmp_path, "--run", finished, "--data", photos)
+    result(tmp_path, "--run", finished, "--res", "96")
+    assert [p.name for p in (finished / "evaluations").glob("*.json")] == ["val-96.json"], "only as the run says itself"
     only = result(tmp_path, "--run", finished, "--only", "after")
     assert "before" not in only
     assert only["top1"] == found["top1"]
@@ -145,8 +150,9 @@ def test_real_labels_follow_imagenets_numbers(finished: Path, photos: Path, tmp_
     lists = [[2 - (number - 1) // 11] for number in range(1, 34)]
     lists[0], lists[1] = [], [0, 1, 2]
     (tmp_path / "real.json").write_text(json.dumps(lists))
-    found = result(tmp_path, "--run", finished, "--data", tmp_path / "data", "--labels", tmp_path / "real.json")
-    after = Predictions.read(finished / "evaluations" / "val-64-after.npz")
+    given = ["--data", tmp_path / "data", "--labels", tmp_path / "real.json", "--predictions", tmp_path / "p.npz"]
+    found = result(tmp_path, "--run", finished, *given)
+    after = Predictions.read(tmp_path / "p.npz")
     in_order = indexes.load(tmp_path / "data", "val", tmp_path / "cache")
     numbers = [int(in_order.name(k)[-13:-5]) for k in range(33)]
     hits = [p in lists[n - 1] for p, n in zip(after.predicted, numbers, strict=True) if lists[n - 1]]
@@ -162,8 +168,8 @@ def test_apparent_sizes_come_from_the_file_beside_the_split(finished: Path, phot
     lines = [f"{name},{0.1 + 0.01 * k}" for k, name in enumerate(names)][:-3]
     (data / "sizes.csv").write_text("name,short_side_fraction\n" + "\n".join(lines))
     crop = models.preprocessing("test_efficientnet").crop_pct
-    found = result(tmp_path, "--run", finished, "--data", data)
-    after = Predictions.read(finished / "evaluations" / "val-64-after.npz").correct1
+    found = result(tmp_path, "--run", finished, "--data", data, "--predictions", tmp_path / "p.npz")
+    after = Predictions.read(tmp_path / "p.npz").correct1
     rows = found["by_size"]
     assert [row["n"] for row in rows] == [6] * 5
     assert rows[0]["from_px"] == pytest.approx(0.1 * int(64 / crop), abs=0.1)
@@ -324,6 +330,7 @@ def test_mistakes_get_one_helpful_message(
     for name, more in (("evaluate", ()), ("sweep", ()), ("extract", ("--out", tmp_path / "o"))):
         assert "below 32 px, the models' stride" in refused(capsys, name, "--run", finished, "--res", "16", *more)
     assert not (tmp_path / "o").exists()
+    assert "sweep for several" in refused(capsys, *evaluate, "--res", "64,96")
 
 
 def test_softmax_files_that_do_not_fit_are_refused(
