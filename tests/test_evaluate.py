@@ -127,6 +127,14 @@ def test_ranks_share_101_files_without_padding(world_size: int) -> None:
     assert sorted(found) == list(range(101))
 
 
+@pytest.mark.parametrize("world_size", [1, 2, 3, 17])
+def test_batches_cut_from_the_split_are_the_same_at_any_world_size(world_size: int) -> None:
+    parts = [list(plan.whole_batches(made(101), PICTURES, 8, rank, world_size)) for rank in range(world_size)]
+    found = [request.samples.tolist() for part in parts for request in part]
+    assert found == [list(range(k, min(101, k + 8))) for k in range(0, 101, 8)]
+    assert max(map(len, parts)) - min(map(len, parts)) <= 1
+
+
 def test_a_missed_or_repeated_image_is_an_error() -> None:
     def twice() -> Iterator[plan.Request]:
         yield from plan.every_sample(made(4), PICTURES, 4, 0, 1)

@@ -220,15 +220,23 @@ def test_a_softmax_file_scores_as_the_model_does(
 
 
 def test_files_that_cannot_be_decoded_are_rows_of_nan_and_count_nowhere(
-    finished: Path, extracted: Path, photos: Path, tmp_path: Path
+    finished: Path, extracted: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for name in CLASSES:
         links(tmp_path / "data" / "val" / name, **{p.name: p for p in (photos / "val" / name).iterdir()})
-    (tmp_path / "data" / "val" / "birch" / "004.jpg").unlink()
-    (tmp_path / "data" / "val" / "birch" / "004.jpg").write_text("gone")
+    torn = tmp_path / "data" / "val" / "birch" / "004.jpg"
+    whole_file = torn.read_bytes()
+    torn.unlink()
+    torn.write_bytes(whole_file[:-400])
+    stopped = refused(
+        capsys, "extract", "--run", finished, "--out", tmp_path / "out", "--data", tmp_path / "data", *SMALL
+    )
+    assert "cannot decode" in stopped
+    assert not (tmp_path / "out").exists(), "complete or invisible"
     skip = ["--data", tmp_path / "data", "data.on_bad=skip"]
     assert call("extract", "--run", finished, "--out", tmp_path / "out", *skip, *SMALL) == 0
     softmax, whole = np.load(tmp_path / "out" / "softmax.npy"), np.load(extracted / "softmax.npy")
+    assert not list(tmp_path.glob(".out*")), "what the first one left is gone"
     assert np.flatnonzero(np.isnan(softmax).all(1)).tolist() == [15]
     assert np.allclose(np.delete(softmax, 15, 0), np.delete(whole, 15, 0), atol=1e-5)
     found = result(tmp_path, "--softmax", tmp_path / "out" / "softmax.npy", "--data", tmp_path / "data")
