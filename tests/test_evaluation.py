@@ -384,5 +384,6 @@ def test_real_labels_that_do_not_fit_are_refused(
     data = tmp_path / "data"
     assert "has 8 entries" in score([[0]] * 8, data)
     assert "9 images" in score([[0]] * 8, data)
+    assert "no label for any image" in score([[]] * 9, data)
     assert "names class 3, the model has 3" in score([[3]] * 9, data)
     assert "a list of lists" in score({"labels": "no"}, data)
