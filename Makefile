@@ -16,7 +16,7 @@ demo: setup
 	$(PY) launch/submit.py --data demo --name demo --cluster local --gpus-per-node 1
 	$(PY) launch/submit.py --data demo --name demo-control --cluster local --gpus-per-node 1 \
 		--weights runs/demo/pretrained.safetensors --res 128 pretrain=none
-	$(PY) -m fixres_dist sweep --run runs/demo --also control=runs/demo-control --res $(SIZES)
+	$(PY) -m fixres_dist sweep --run runs/demo --also control=runs/demo-control --res $(SIZES) --activations
 	$(PY) -m fixres_dist report runs/demo runs/demo-control
 
 check: setup

@@ -7,14 +7,15 @@ import json
 from pathlib import Path
 from typing import Any
 
+from fixres_dist import config as cfg
 from fixres_dist import evalsets, recipes
 from fixres_dist.errors import EXIT_DONE, UserError
-from fixres_dist.rundir import write
+from fixres_dist.rundir import RunDir, write
 from fixres_dist.subjects import (
     add_source,
     data_source,
     opened,
-    parse_sizes,
+    parse_size,
     source,
     split_with,
     subjects,
@@ -35,10 +36,10 @@ def add_parsers(commands: Any) -> None:
     p.add_argument("--only", choices=("before", "after"), help="of a run; default: both, and the gain")
     p.add_argument("--predictions", type=Path, metavar="FILE.npz", help="keep the predictions per image, for `compare`")
     p.add_argument("--json", type=Path, help="also write the result here")
-    p.set_defaults(func=evaluate)
     p.add_argument(
         "--softmax", type=Path, action="append", metavar="FILE.npy", help="what `extract` wrote; several: their mean"
     )
+    p.set_defaults(func=evaluate)
     p = commands.add_parser("extract", help="softmax and embeddings of every image, in the data set's order, to .npy")
     add_source(p)
     p.add_argument("--res", help="test resolution in pixels; default: the run's")
@@ -63,7 +64,7 @@ def evaluate(args: argparse.Namespace) -> int:
     """A run before and after, or a checkpoint, on the split and every named set; a run keeps the results."""
     if args.softmax:
         return evaluate_softmax(args)
-    config = source(args, None if args.res is None else parse_sizes(args.res)[0])
+    config = source(args, parse_size(args.res))
     sets = evalsets.named(args.eval_set, args.split)
     found = [s for s in subjects(args, config) if args.only in (None, s.label)]
     if not found:
@@ -77,7 +78,7 @@ def evaluate(args: argparse.Namespace) -> int:
             predictions = {subject.label: p for subject, p in zip(found, made, strict=True)}
             if live.ranks.is_main:
                 results[name] = describe(live, name, predictions, real if name == args.split else None)
-                keep(args, live.splits[name].fingerprint, results[name], predictions)
+                keep(args, config, live.splits[name].fingerprint, results[name], predictions)
         if results:
             main = results[args.split]
             told = {"model": config.model.name, "split": args.split, **main[found[-1].label], **main, "sets": results}
@@ -93,9 +94,18 @@ def describe(live: Any, name: str, predictions: dict[str, Any], real: list[list[
     return ev.describe(name, res, index, live.columns[name], live.classes, predictions, sizes, real)
 
 
-def keep(args: argparse.Namespace, sample_list: str, result: dict[str, Any], predictions: dict[str, Any]) -> None:
-    """evaluations/SET-RES.json in the run, with the predictions beside it; --predictions FILE.npz and FILE-SET.npz."""
-    if args.run and len(predictions) == 2:
+def keep(
+    args: argparse.Namespace,
+    config: cfg.Config,
+    sample_list: str,
+    result: dict[str, Any],
+    predictions: dict[str, Any],
+) -> None:
+    """evaluations/SET-RES.json in the run, with the predictions beside it; --predictions FILE.npz and FILE-SET.npz.
+
+    A run keeps only what was evaluated as it says itself, at any resolution: its own split, its own settings.
+    """
+    if len(predictions) == 2 and not (args.data and result["set"] == args.split) and same_settings(args.run, config):
         folder = args.run / "evaluations"
         folder.mkdir(exist_ok=True)
         stem = f"{result['set']}-{result['res']}"
@@ -106,6 +116,11 @@ def keep(args: argparse.Namespace, sample_list: str, result: dict[str, Any], pre
         main = result["set"] == args.split
         file = args.predictions if main else args.predictions.with_stem(f"{args.predictions.stem}-{result['set']}")
         list(predictions.values())[-1].save(file, sample_list)
+
+
+def same_settings(run: Path, config: cfg.Config) -> bool:
+    differ = cfg.differences(cfg.identity(RunDir(run).config()), cfg.identity(config))
+    return all(text.startswith("data.res ") for text in differ)
 
 
 def show(model: str, results: dict[str, dict[str, Any]], file: Path | None, told: dict[str, Any]) -> None:
@@ -130,14 +145,14 @@ def evaluate_softmax(args: argparse.Namespace) -> int:
     predictions = {"softmax": extract.from_softmax(args.softmax, index, columns, len(classes))}
     real = evalsets.real_labels(args.labels, index, len(classes)) if args.labels else None
     result = ev.describe(args.split, None, index, columns, classes, predictions, None, real)
-    keep(args, index.fingerprint, result, predictions)
+    keep(args, config, index.fingerprint, result, predictions)
     show(str(args.softmax[0]), {args.split: result}, args.json, {**result["softmax"], **result})
     return EXIT_DONE
 
 
 def extract(args: argparse.Namespace) -> int:
     """Of a run after fixing, or of a checkpoint."""
-    config = source(args, None if args.res is None else parse_sizes(args.res)[0])
+    config = source(args, parse_size(args.res))
     if args.out.exists():
         raise UserError(f"--out {args.out} exists. Next: give another --out, or remove it.")
     subject = subjects(args, config)[-1]

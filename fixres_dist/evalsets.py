@@ -70,7 +70,7 @@ def named(items: Sequence[str], split: str) -> dict[str, Path]:
             raise UserError(f"--eval-set {name!r} stands for two sets. Next: give each a name of its own.")
         if not Path(folder).is_dir():
             raise UserError(f"--eval-set {name} is at {folder}, which is no directory. Accepted: a folder per class.")
-        found[name] = Path(folder).resolve()
+        found[name] = Path(folder).absolute()
     return found
 
 
@@ -103,6 +103,10 @@ def real_labels(path: Path, index: Index, classes: int) -> list[list[int]]:
             places[sample] = place
     if (len(given) != len(names) and not all(numbers)) or max(places) >= len(given):
         raise UserError(f"--labels {path} has {len(given)} entries, {index.folder} has {len(names)} images.")
+    if not any(given[place] for place in places):
+        raise UserError(
+            f"--labels {path} has no label for any image of {index.folder}. Accepted: the file of this split."
+        )
     return [given[place] for place in places]
 
 

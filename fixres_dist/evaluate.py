@@ -180,15 +180,21 @@ def by_size(sizes: NDArray[np.float64], predictions: dict[str, Predictions]) -> 
 
 def real_accuracy(lists: list[list[int]], predictions: dict[str, Predictions]) -> dict[str, Any]:
     """Top-1 by ReaL labels (right if in the list; empty lists out): {n, LABEL: top-1, delta_top1, delta_ci95}."""
-    listed = np.array([bool(labels) for labels in lists])
-    hits = {k: np.array([int(c) in v for c, v in zip(p.predicted, lists, strict=True)]) for k, p in predictions.items()}
-    kept = np.logical_and.reduce([listed, *(p.counted for p in predictions.values())])
-    found: dict[str, Any] = {"n": int(kept.sum())}
-    found |= {label: round(100 * float(hit[kept].mean()), 4) for label, hit in hits.items()}
-    if "before" in hits and "after" in hits:
-        gain, interval = paired_gain(hits["before"][kept], hits["after"][kept])
-        found |= {"delta_top1": gain, "delta_ci95": list(interval)}
-    return found
+    listed, judged = np.array([bool(labels) for labels in lists]), {}
+    found: dict[str, Any] = {}
+    for label, p in predictions.items():
+        hits = np.array([int(c) in labels for c, labels in zip(p.predicted, lists, strict=True)])
+        judged[label] = replace(p, correct1=hits, predicted=np.where(listed, p.predicted, -1))
+        summary = judged[label].summary()
+        found |= {"n": summary["n"], label: summary["top1"]}
+    return found | before_after(judged)
+
+
+def before_after(predictions: dict[str, Predictions]) -> dict[str, Any]:
+    """The gain where there are both; otherwise nothing."""
+    if not {"before", "after"} <= set(predictions):
+        return {}
+    return predictions["after"].gain_over(predictions["before"])
 
 
 def describe(
@@ -205,11 +211,9 @@ def describe(
 
     `columns`: the model's class of each folder of `index`; `predictions`: by label, such as before and after.
     """
-    found: dict[str, Any] = {"set": name, "res": res}
-    found["classes"] = {"of_set": len(columns), "of_model": len(classes)}
+    found: dict[str, Any] = {"set": name, "res": res, "classes": {"of_set": len(columns), "of_model": len(classes)}}
     found |= {label: {**p.summary(), **calibration(p)} for label, p in predictions.items()}
-    if "before" in predictions and "after" in predictions:
-        found |= predictions["after"].gain_over(predictions["before"])
+    found |= before_after(predictions)
     if real is not None:
         found["real"] = real_accuracy(real, predictions)
     if sizes is not None:

@@ -63,7 +63,8 @@ def extract(live: Session, parts: tuning.Split, split: str, out: Path, dtype: st
         starts = {name: np.lib.format.open_memmap(part / f"{name}.npy", "r").offset for name in widths}
         wrote = torch.zeros(1)
         requests = live.requests(plan.whole_batches, index, res)
-        bar = stack.enter_context(tqdm(total=len(index) // ranks.world_size, unit="img", leave=False, disable=None))
+        mine, hidden = len(index) // ranks.world_size, None if ranks.is_main else True
+        bar = stack.enter_context(tqdm(total=mine, desc="extracting", unit="img", leave=False, disable=hidden))
         for batch in live.batches(index, requests, res):
             logits = live.logits(parts, parts.head, live.inputs(parts, batch.images))
             for name, values in (("softmax", logits.softmax(1)), ("embeddings", features.pop())):
@@ -122,9 +123,10 @@ def open_softmax(file: Path, index: Index, classes: int) -> NDArray[Any]:
         raise UserError(
             f"--softmax {file} cannot be read: {error}. Accepted: softmax.npy as `extract` writes it."
         ) from None
-    if getattr(values, "ndim", 0) != 2 or values.dtype.kind != "f" or values.shape != (len(index), classes):
+    shape = list(getattr(values, "shape", ()))  # an .npz has none
+    if shape != [len(index), classes] or values.dtype.kind != "f":
         raise UserError(
-            f"--softmax {file} is {values.dtype} {list(values.shape)}; {index.folder} has {len(index)} images and the model "
+            f"--softmax {file} is {getattr(values, 'dtype', 'no array')} {shape}; {index.folder} has {len(index)} images and the model "
             f"{classes} classes. Accepted: float [{len(index)}, {classes}]. Next: python -m fixres_dist extract on this data set."
         )
     beside = file.with_name(META)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from fixres_dist.figures import Table
-from fixres_dist.rundir import RunDir
 
 
 def sweep_table(table: Table, costs: dict[int, dict[str, float]]) -> str:
@@ -54,14 +53,6 @@ def activation_lines(rows: list[dict[str, Any]]) -> list[str]:
         *lines,
         "(shift of a channel's mean and distance of its distribution from training's, in standard deviations)",
     ]
-
-
-def sweep_board(table: Table, run: RunDir) -> None:
-    """eval_by_res/top1 in the run's TensorBoard: one sub-run per curve, the resolution as the step."""
-    from fixres_dist.tracking import write_curve
-
-    for label, curve in table.items():
-        write_curve(run, label, "eval_by_res/top1", {res: s["top1"] for res, s in curve.items()})
 
 
 def evaluation_lines(model: str, result: dict[str, Any]) -> list[str]:

@@ -47,8 +47,10 @@ def source(args: argparse.Namespace, res: int | None) -> cfg.Config:
 
 def data_source(args: argparse.Namespace) -> cfg.Config:
     """The configuration of a data set alone, for what needs no model: a run's, or --data."""
-    if args.model or args.checkpoint:
-        raise UserError("--softmax needs no model. Next: leave out --model and --checkpoint.")
+    if args.model or args.checkpoint or args.res or args.eval_set or args.only:
+        raise UserError(
+            "--softmax is scored on one split. Next: leave out --model, --checkpoint, --res, --eval-set, --only."
+        )
     values = cfg.plain(RunDir(args.run).config()) if args.run else {}
     flags = {"data": {"root": args.data}} if args.data else {}
     config = cfg.parse(cfg.Config, cfg.merge(cfg.merge(values, flags), cfg.overrides(args.overrides)))
@@ -68,6 +70,16 @@ def parse_sizes(text: str) -> list[int]:
     if min(sizes) < 32:
         raise UserError(f"--res {min(sizes)} is below 32 px, the models' stride; accepted: 32 or more.")
     return sizes
+
+
+def parse_size(text: str | None) -> int | None:
+    """The one test resolution of a command that takes one; None: the run's."""
+    sizes = parse_sizes(text) if text else [None]
+    if len(sizes) > 1:
+        raise UserError(
+            f"--res is {text!r}; accepted: one resolution here. Next: python -m fixres_dist sweep for several."
+        )
+    return sizes[0]
 
 
 @dataclass(frozen=True)

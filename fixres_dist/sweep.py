@@ -38,7 +38,7 @@ def add_parsers(commands: Any) -> None:
 
 def sweep(args: argparse.Namespace) -> int:
     """Evaluate every subject at every resolution: one pass over the images per resolution, one trunk where it is shared."""
-    from fixres_dist import figures, models, report
+    from fixres_dist import figures, models, report, tracking
 
     sizes = parse_sizes(args.res)
     config = source(args, None)
@@ -52,10 +52,8 @@ def sweep(args: argparse.Namespace) -> int:
             explained = features(live, {subject.label: every[subject.label] for subject in own})
         if not live.ranks.is_main:
             return EXIT_DONE
-        costs = {
-            res: {"gmacs": round(models.gmacs(live.model, res), 4), "images_per_second": round(speeds[res], 1)}
-            for res in sizes
-        }
+        gmacs = {res: round(models.gmacs(live.model, res), 4) for res in sizes}
+    costs = {res: {"gmacs": gmacs[res], "images_per_second": round(speeds[res], 1)} for res in sizes}
     out = args.out or args.run or Path(".")
     out.mkdir(parents=True, exist_ok=True)
     table = {label: {res: p.summary() for res, p in curve.items()} for label, curve in curves.items()}
@@ -68,8 +66,8 @@ def sweep(args: argparse.Namespace) -> int:
         summary["activations"] = draw_activations(explained, config, out, args.run)
     write(out / "sweep.json", json.dumps(summary, indent=1) + "\n")
     figures.sweep_plot(table, config, out / "sweep.png")
-    if args.run:
-        report.sweep_board(table, RunDir(args.run))
+    for label, curve in table.items() if args.run else ():
+        tracking.write_curve(RunDir(args.run), label, "eval_by_res/top1", {res: s["top1"] for res, s in curve.items()})
     print(f"curve: {out / 'sweep.png'}")
     return EXIT_DONE
 

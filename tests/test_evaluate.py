@@ -54,6 +54,68 @@ def test_counts_against_a_table() -> None:
     }
 
 
+def some(n: int, classes: int = 4, seed: int = 0) -> evaluate.Predictions:
+    """Predictions as a model might make them; every tenth image could not be decoded."""
+    rng = np.random.default_rng(seed)
+    predicted = rng.integers(0, classes, n).astype(np.int32)
+    predicted[::10] = -1
+    hits = (rng.random(n) < 0.6) & (predicted >= 0)
+    return evaluate.Predictions(predicted, hits, hits, rng.random(n, np.float32), rng.random(n, np.float32))
+
+
+def test_calibration_error_against_a_loop_over_bins() -> None:
+    found = some(500)
+    found.confidence[:3] = (1.0, 3 / 15, 0.0)  # on the edges: a bin holds its upper one
+    kept = found.counted
+    confidence, hits, expected = found.confidence[kept].astype(float), found.correct1[kept], 0.0
+    for k in range(15):
+        inside = (confidence > k / 15) & (confidence <= (k + 1) / 15)
+        if inside.any():
+            expected += inside.mean() * abs(hits[inside].mean() - confidence[inside].mean())
+    measured = evaluate.calibration(found)
+    assert measured["ece"] == pytest.approx(100 * expected, abs=1e-3)
+    assert measured["mean_confidence"] == pytest.approx(100 * confidence.mean(), abs=1e-3)
+    sure = evaluate.Predictions(*(a[1:10] for a in vars(found).values()))
+    assert evaluate.calibration(sure)["ece"] >= 0
+    right = np.ones(9, bool)
+    perfect = evaluate.Predictions(sure.predicted, right, right, sure.loss, right.astype(np.float32))
+    assert evaluate.calibration(perfect) == {"ece": 0.0, "mean_confidence": 100.0}
+
+
+def test_parts_of_a_split_against_masks() -> None:
+    before, after = some(200, seed=1), some(200, seed=2)
+    labels = np.arange(200) % 3
+    rows = evaluate.top1_of_parts(labels, {"before": before, "after": after}, 4)
+    for k in range(3):
+        for label, p in (("before", before), ("after", after)):
+            kept = (labels == k) & p.counted
+            assert rows[k][label] == pytest.approx(100 * p.correct1[kept].mean(), abs=1e-3)
+        assert rows[k]["n"] == kept.sum()
+    assert rows[3] == {"n": 0, "before": None, "after": None}
+    sizes = np.where(np.arange(200) < 150, np.arange(200.0), np.nan)
+    fifths = evaluate.by_size(sizes, {"after": after})
+    assert (fifths[0]["from_px"], fifths[0]["to_px"]) == (0.0, 29.8)
+    assert sum(row["n"] for row in fifths) == after.counted[:150].sum()
+    kept = after.counted & (sizes >= fifths[3]["from_px"]) & (sizes < fifths[3]["to_px"])
+    assert fifths[3]["after"] == pytest.approx(100 * after.correct1[kept].mean(), abs=1e-3)
+    assert [row["n"] for row in evaluate.by_size(np.full(200, 7.0), {"after": after})] == [after.counted.sum()]
+
+
+def test_predictions_of_older_runs_are_read_and_gains_count_what_both_decoded(tmp_path: Path) -> None:
+    found = some(40)
+    kept = {key: value for key, value in vars(found).items() if key != "confidence"}
+    np.savez_compressed(tmp_path / "old.npz", sample_list=np.frombuffer(b"abc", np.uint8), **kept)
+    old, sample_list = evaluate.Predictions.read_with_list(tmp_path / "old.npz")
+    assert sample_list == "abc"
+    assert evaluate.calibration(old) == {}
+    assert old.summary() == found.summary()
+    other = some(40, seed=3)
+    other.predicted[5] = -1
+    both = found.counted & other.counted
+    gain, interval = evaluate.paired_gain(found.correct1[both], other.correct1[both])
+    assert other.gain_over(old) == {"delta_top1": gain, "delta_ci95": list(interval)}
+
+
 @pytest.mark.parametrize("world_size", [1, 2, 3, 7])
 def test_ranks_share_101_files_without_padding(world_size: int) -> None:
     found = [
@@ -63,6 +125,14 @@ def test_ranks_share_101_files_without_padding(world_size: int) -> None:
         for s in r.samples
     ]
     assert sorted(found) == list(range(101))
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 17])
+def test_batches_cut_from_the_split_are_the_same_at_any_world_size(world_size: int) -> None:
+    parts = [list(plan.whole_batches(made(101), PICTURES, 8, rank, world_size)) for rank in range(world_size)]
+    found = [request.samples.tolist() for part in parts for request in part]
+    assert found == [list(range(k, min(101, k + 8))) for k in range(0, 101, 8)]
+    assert max(map(len, parts)) - min(map(len, parts)) <= 1
 
 
 def test_a_missed_or_repeated_image_is_an_error() -> None:
