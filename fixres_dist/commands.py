@@ -63,7 +63,7 @@ def parse_sizes(text: str) -> list[int]:
 def sweep(args: argparse.Namespace) -> int:
     """Evaluate every subject at every resolution: one pass over the images per resolution, one trunk where it is shared."""
     from fixres_dist import evaluate as ev
-    from fixres_dist import report
+    from fixres_dist import models, report
 
     sizes = parse_sizes(args.res)
     config = source(args, None)
@@ -75,6 +75,7 @@ def sweep(args: argparse.Namespace) -> int:
         found.append(Subject(label, weights_after(RunDir(Path(folder)))))
     curves: dict[str, dict[int, ev.Predictions]] = {}
     with opened(config, found, args.run) as live:
+        models.check_resolutions(live.model, sizes)
         every = [split_with(live, subject.weights) for subject in found]
         for res in sizes:
             for subject, predictions in zip(found, live.evaluate_all(every, res, f"{res} px"), strict=True):

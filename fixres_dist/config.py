@@ -178,6 +178,14 @@ class Config:
     run: Run = Run()
     cluster: Cluster = Cluster()
 
+    def stage_settings(self) -> tuple[Tune, ...]:
+        """Of the stages, in order."""
+        return (self.pretrain, self.tune) if self.pretrain else (self.tune,)
+
+    def resolutions(self) -> tuple[int, ...]:
+        """Of the stages, in order, in pixels."""
+        return (self.pretrain.res, self.data.res) if self.pretrain else (self.data.res,)
+
 
 # What may differ between two starts of one run: it changes speed, place or reporting, never the result's meaning.
 OPERATIONAL = {

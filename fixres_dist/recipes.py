@@ -31,9 +31,15 @@ class Facts:
     bn_parameters: int  # affine of the last BN
     conv_head_parameters: int
     last_block_parameters: int  # of the last block alone
+    modules: tuple[str, ...]  # last block, conv_head, last BN, classifier
     multiply_adds_g: float  # 1e9, forward
     traffic_mib: float  # activations read and written by an eager bf16 forward
     peak_mib: float  # largest input + output of one layer, bf16
+
+    def tuned(self, policy: str) -> str:
+        """The modules that train under `policy`, as tuning.select finds them."""
+        count = {"classifier": 1, "classifier+bn_stats": 1, "classifier+bn": 2, "classifier+bn+conv_head": 3}
+        return "everything" if policy == "all" else ", ".join(self.modules[-count.get(policy, 4) :])
 
     def trainable(self, policy: str, num_classes: int) -> int:
         """Parameters that train under `policy`."""
@@ -122,12 +128,12 @@ def with_weights(recipe: Recipe, weights: str) -> Recipe:
 
 @cache
 def timm_names() -> frozenset[str]:
-    """timm's model entry points, read from its sources: importing timm would import torch."""
+    """timm's model entry points and our own, read from the sources: importing timm would import torch."""
     spec = importlib.util.find_spec("timm")
     if spec is None or spec.origin is None:
         raise UserError("timm is not installed. Next: make setup")
     pattern = re.compile(r"^@register_model\s+def (\w+)\(", re.MULTILINE)
-    sources = (Path(spec.origin).parent / "models").glob("*.py")
+    sources = [*(Path(spec.origin).parent / "models").glob("*.py"), Path(__file__).with_name("models.py")]
     return frozenset(name for path in sources for name in pattern.findall(path.read_text(encoding="utf-8")))
 
 

@@ -148,6 +148,8 @@ def train_stage(here: RunDir, session: Session, stage: Stage, total_steps: int, 
             here.event("saved", step=progress.step)
 
     tuning.set_modes(parts, tune.bn_stats)
+    if tracker:
+        tracker.say(tuning.described(parts))
     if tracker and resumed:
         tracker.say(
             f"resuming {here.name} at step {progress.step} of {total_steps} ({100 * progress.step / total_steps:.0f}%)"

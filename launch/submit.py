@@ -188,7 +188,7 @@ def submit(args: argparse.Namespace) -> int:
         planning.check(target.config, target.world_size if least == most else 1, dry=args.dry_run)
         rundir.check(target.run.root, target.config)
         if not (args.dry_run or target.run.done.exists() or target.run.is_locked()):
-            check_weights(target.config)
+            check_model(target.config, target.recipe)
     text = cluster.sbatch_text(todo[0].config, *(t.run for t in todo), at_once=args.at_once) if not args.prepare else ""
     if args.dry_run:
         print("\n".join(todo[0].plan()))
@@ -239,12 +239,20 @@ def told_already(run: rundir.RunDir, kind: str) -> bool:
     return job in queued
 
 
-def check_weights(config: cfg.Config) -> None:
-    if config.model.weights not in recipes.WEIGHTS:
-        from fixres_dist import models  # a file is checked here rather than in the queue; this imports torch
+def check_model(config: cfg.Config, recipe: recipes.Recipe) -> None:
+    """What no recipe vouches for is tried on the meta device here rather than in the queue; this imports torch."""
+    if config.model.weights in recipes.WEIGHTS and recipe.facts:
+        return
+    import torch
 
-        classes = planning.count(config).classes
-        models.check_weights(config.model.timm_name, classes, config.model.weights, config.pretrain is not None)
+    from fixres_dist import models, tuning
+
+    with torch.device("meta"):
+        model = models.build(config.model.timm_name, planning.count(config).classes)
+    models.check_resolutions(model, config.resolutions())
+    for stage in config.stage_settings():
+        tuning.split(model, stage.policy)
+    models.check_weights(model, config.model.weights, config.pretrain is not None)
 
 
 def start_slurm(runs: list[rundir.RunDir], config: cfg.Config, at_once: int) -> int:
