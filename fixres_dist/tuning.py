@@ -221,10 +221,13 @@ def cut(model: nn.Module, modules: tuple[str, ...]) -> tuple[fx.GraphModule, fx.
     """(trunk, head): the trunk returns a tuple of the tensors that cross the cut, the head takes them in that order."""
     graph = OutlineTracer(modules).trace(model)
     after: set[fx.Node] = set()
+    constant: set[fx.Node] = set()  # made of parameters alone: both sides compute it, it does not cross
     for node in graph.nodes:
         if (node.op == "call_module" and node.target in modules) or any(a in after for a in node.all_input_nodes):
             after.add(node)
-    crossing = [n for n in graph.nodes if n not in after and any(user in after for user in n.users)]
+        elif node.op != "placeholder" and constant.issuperset(node.all_input_nodes):
+            constant.add(node)
+    crossing = [n for n in graph.nodes if n not in after | constant and any(user in after for user in n.users)]
     trunk, head = fx.Graph(), fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
     for node in graph.nodes:
@@ -233,12 +236,13 @@ def cut(model: nn.Module, modules: tuple[str, ...]) -> tuple[fx.GraphModule, fx.
     trunk.output(tuple(copies[node] for node in crossing))
     inner = {node: head.placeholder(f"feature_{i}") for i, node in enumerate(crossing)}
     for node in graph.nodes:
-        if node in after:
+        if node in after | constant:
             inner[node] = head.node_copy(node, inner.__getitem__)
-    module = fx.GraphModule(model, trunk)
-    module.graph.eliminate_dead_code()
-    module.recompile()
-    return module, fx.GraphModule(model, head)
+    sides = fx.GraphModule(model, trunk), fx.GraphModule(model, head)
+    for side in sides:
+        side.graph.eliminate_dead_code()
+        side.recompile()
+    return sides
 
 
 def set_modes(parts: Split, bn_stats: str) -> None:

@@ -22,10 +22,8 @@ POLICIES = ("classifier", "classifier+bn_stats", "classifier+bn", "classifier+bn
 SMALL = {
     "efficientnet_lite0": ("classifier", "bn2", "conv_head", "blocks.6 conv_head bn2 classifier"),
     "tf_efficientnetv2_b0": ("classifier", "bn2", "conv_head", "blocks.5.7 conv_head bn2 classifier"),
-    "efficientnet_b0_gn": ("classifier", "bn2*", "conv_head", "blocks.6 conv_head bn2 classifier"),
     "mobilenetv3_small_050": ("classifier", "blocks.5.0.bn1", "blocks.5.0.conv", "blocks.5 conv_head classifier"),
     "resnet10t": ("fc", "layer4.0.downsample.2", "layer4.0.downsample.1", "layer4 fc"),
-    "resnext26ts": ("head.fc", "stages.3.1.conv3_1x1.bn", "stages.3.1.conv3_1x1.conv", "stages.3.1 head"),
     "regnetx_002": ("head.fc", "s4.b7.conv3.bn", "s4.b7.conv3.conv", "s4.b7 head"),
     "densenet121": ("classifier", "features.norm5", "", "features.denseblock4.denselayer16 features.norm5 classifier"),
     "convnext_atto": ("head.fc", "head.norm*", "stages.3.blocks.1.mlp.fc2", "stages.3.blocks.1 head"),
@@ -33,6 +31,8 @@ SMALL = {
 }
 CELL = "cell_11.comb_iter_4_left"
 LARGE = {
+    "efficientnet_b0_gn": ("classifier", "bn2*", "conv_head", "blocks.6 conv_head bn2 classifier"),
+    "resnext26ts": ("head.fc", "stages.3.1.conv3_1x1.bn", "stages.3.1.conv3_1x1.conv", "stages.3.1 head"),
     "resnext101_32x8d": ("fc", "layer4.2.bn3", "layer4.2.conv3", "layer4.2 fc"),
     "resnext101_32x48d": ("fc", "layer4.2.bn3", "layer4.2.conv3", "layer4.2 fc"),
     "pnasnet5large": (
@@ -97,18 +97,18 @@ def test_exactly_those_change_in_a_step(name: str) -> None:
         model = copy.deepcopy(built)
         parts = tuning.split(model, policy)
         assert {n for n, p in model.named_parameters() if p.requires_grad} == set(parts.tuned.parameters)
-        one_step(parts, "ema")
+        one_step(parts, "exact")
         changed = {n for n, v in model.state_dict().items() if not torch.equal(v, built.state_dict()[n])}
-        assert changed == set(parts.tuned.tensors), policy
+        assert changed == {n for n in parts.tuned.tensors if not n.endswith("num_batches_tracked")}, policy
 
 
-@pytest.mark.parametrize("name", list(SMALL))
+@pytest.mark.parametrize("name", ["mobilenetv3_small_050", "densenet121", "convnext_atto", "test_vit"])
 def test_trunk_and_head_are_the_model_at_another_resolution(name: str) -> None:
     model = models.build(name, 5)
     images = torch.randn(2, 3, 96, 96)
     with torch.no_grad():
         logits = model(images)
-        for policy in ("classifier", "last_block"):
+        for policy in ("classifier+bn", "last_block"):
             parts = tuning.split(model, policy)
             assert parts.trunk is not None
             torch.testing.assert_close(parts.head(*parts.trunk(images)), logits)
