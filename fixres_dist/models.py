@@ -187,7 +187,7 @@ def fill(model: nn.Module, state: dict[str, torch.Tensor], origin: str, new_clas
         if not new_classifier:
             raise UserError(
                 f"{origin} classifies {classes_of(state, names)} classes, the data set has {classes_of(model.state_dict(), names)}: "
-                "a new classifier has to be trained first. Next: add stage one, for example pretrain.epochs=10 pretrain.base_lr=0.01"
+                "a new classifier has to be trained first. Next: add stage one, --preset own_classes (or pretrain.epochs=10 and the like)"
             )
         state = {name: value for name, value in state.items() if name not in names}
     elif differ := missing + wrong + extra:

@@ -17,6 +17,7 @@ from typing import Any
 from fixres_dist.config import merge, parse, read_yaml
 from fixres_dist.errors import UserError, unknown
 
+FROM_SCRATCH = ("demo", "r50")  # recipes with a first stage of their own and no weights
 WEIGHTS = ("ns", "ap", "pretrained", "none")
 
 
@@ -80,7 +81,7 @@ def published() -> dict[tuple[str, str], dict[str, str]]:
 
 def model_names() -> list[str]:
     """The names with a recipe, smallest first."""
-    return [*dict.fromkeys(model for model, _ in sorted(published())), "demo"]
+    return [*dict.fromkeys(model for model, _ in sorted(published())), *FROM_SCRATCH]
 
 
 def read(path: Path, name: str, weights: str) -> Recipe:
@@ -96,8 +97,8 @@ def every() -> list[Recipe]:
 
 def find(name: str, weights: str = "") -> Recipe:
     """The recipe for `--model name --weights weights`; raises UserError for an unknown model or weights it lacks."""
-    if name == "demo":
-        recipe = read(folder() / "demo.yaml", name, "none")
+    if name in FROM_SCRATCH:
+        recipe = read(folder() / f"{name}.yaml", name, "none")
         return with_weights(recipe, weights) if weights else recipe
     variants = [w for n, w in published() if n == name]
     if variants:
@@ -122,6 +123,17 @@ def find(name: str, weights: str = "") -> Recipe:
     return with_weights(recipe, weights) if weights else recipe
 
 
+def presets() -> list[str]:
+    return sorted(path.stem for path in (folder() / "presets").glob("*.yaml"))
+
+
+def preset(name: str) -> dict[str, Any]:
+    """Sections of the configuration that `--preset name` lays over a recipe; raises UserError for an unknown one."""
+    if name not in presets():
+        raise unknown("preset", name, presets())
+    return read_yaml((folder() / "presets" / f"{name}.yaml").read_text())
+
+
 def with_weights(recipe: Recipe, weights: str) -> Recipe:
     return Recipe(recipe.name, weights, merge(recipe.values, {"model": {"weights": weights}}), recipe.facts, None)
 
@@ -139,7 +151,7 @@ def timm_names() -> frozenset[str]:
 
 def run_name(name: str, res: int, weights: str) -> str:
     """The default name of a run: the same command again finds the same directory."""
-    default = next((w for n, w in published() if n == name), "none" if name == "demo" else "pretrained")
+    default = next((w for n, w in published() if n == name), "none" if name in FROM_SCRATCH else "pretrained")
     if name == "demo":
         return "demo" if weights == default else f"demo-{res}-{Path(weights).stem}"
     return f"{name.replace('/', '_')}-{res}" + ("" if weights in (default, "pretrained") else f"-{Path(weights).stem}")

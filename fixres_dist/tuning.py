@@ -257,6 +257,18 @@ def set_modes(parts: Split, bn_stats: str) -> None:
 
 
 @torch.no_grad()
+def average_weights(optimizer: torch.optim.Optimizer, count: int, use: bool) -> None:
+    """Take the weights into their running mean as the `count`-th (kept with the momenta, so a resume has it); `use`: take it.
+
+    Statistics stay as they are: those of a last BN before which nothing trains belong to any weights.
+    """
+    for parameter, state in ((p, optimizer.state[p]) for group in optimizer.param_groups for p in group["params"]):
+        state["average"] = parameter.clone() if count == 1 else state["average"].lerp_(parameter, 1 / count)
+        if use:
+            parameter.copy_(state["average"])
+
+
+@torch.no_grad()
 def frozen_digest(parts: Split) -> str:
     """Of every tensor the policy must not change; compared at resume and at the end of a run."""
     digest = hashlib.sha256()
