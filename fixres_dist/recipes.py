@@ -40,7 +40,8 @@ class Facts:
     def tuned(self, policy: str) -> str:
         """The modules that train under `policy`, as tuning.select finds them."""
         count = {"classifier": 1, "classifier+bn_stats": 1, "classifier+bn": 2, "classifier+bn+conv_head": 3}
-        return "everything" if policy == "all" else ", ".join(self.modules[-count.get(policy, 4) :])
+        names = "everything" if policy == "all" else ", ".join(self.modules[-count.get(policy, 4) :])
+        return names + (f" and statistics of {self.modules[-2]}" if policy == "classifier+bn_stats" else "")
 
     def trainable(self, policy: str, num_classes: int) -> int:
         """Parameters that train under `policy`."""

@@ -92,7 +92,8 @@ class Session:
         for parts in models:
             parts.model.eval()
             parts.head.eval()
-        trunks = [tuning.frozen_digest(parts) if parts.trunk else str(k) for k, parts in enumerate(models)]
+        several = len(models) > 1  # a digest reads every weight
+        trunks = [tuning.frozen_digest(m) if m.trunk and several else str(k) for k, m in enumerate(models)]
 
         def logits(batch: torch_cpu.Batch) -> list[torch.Tensor]:
             features = {
