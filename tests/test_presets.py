@@ -16,6 +16,7 @@ from fixres_dist import models, recipes, rundir, train
 from fixres_dist.data import geometry, index, order, plan, torch_cpu
 from fixres_dist.errors import UserError
 from fixres_dist.preempt import StopFlag
+from fixres_dist.schedule import stages
 
 NAME = "test_efficientnet"
 
@@ -167,3 +168,26 @@ def test_averaged_weights_are_the_mean_of_the_last_epochs_and_survive_a_stop(tmp
     torch.testing.assert_close(mean["classifier.weight"], expected, rtol=1e-6, atol=1e-7)
     assert not torch.equal(mean["classifier.weight"], kept[12])
     assert all(torch.equal(value, again[name]) for name, value in mean.items())
+
+
+def test_repeated_samples_are_recorded_in_views_of_their_own(tmp_path: Path, photos: Path) -> None:
+    items = ("pretrain.repeats=3", "pretrain.epochs=2", "pretrain.res=32", "pretrain.global_batch=42")
+    started(tmp_path / "run", photos, "own_classes", *items, "tune.epochs=0", "run.record_samples=true")
+    assert train.run(tmp_path / "run", StopFlag()) == 0
+    lines = rundir.read_lines(tmp_path / "run" / "samples" / "rank_0.jsonl")
+    assert [line["step"] for line in lines] == [0, 1, 2, 3]
+    for epoch in (lines[:2], lines[2:]):
+        samples = [s for line in epoch for s in line["samples"]]
+        views = [tuple(v) for line in epoch for v in line["views"]]
+        assert (len(samples), len(set(samples)), len(set(views))) == (84, 28, 84)
+        assert samples[::3] == samples[1::3] == samples[2::3]
+
+
+def test_resnet_50_from_scratch_has_the_originals_steps_and_rates() -> None:
+    config = cfg.parse(cfg.Config, recipes.find("r50").values)
+    first, second = stages(config, 1_281_167)
+    assert first.stop == pytest.approx(120 * 5005, rel=1e-3)
+    rates = [first.learning_rate(int(share * first.stop)) for share in (0.0, 0.24, 0.26, 0.49, 0.51, 0.76)]
+    assert rates == pytest.approx([0.16, 0.16, 0.016, 0.016, 0.0016, 0.00016])
+    assert (first.res, second.res, first.tune.repeats, first.transform) == (128, 224, 3, "random_resized_crop")
+    assert second.learning_rate(second.first) == pytest.approx(8e-3)
