@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -81,11 +80,16 @@ def small_size(model: nn.Module) -> int:
     return own_size(model) if fixed else 64
 
 
+def meta_forward(model: nn.Module, count: int, res: int) -> Any:
+    """What `model` returns for `count` pictures of `res` px, in shapes alone: on the meta device, nothing is computed."""
+    state = {name: value.to("meta") for name, value in [*model.named_parameters(), *model.named_buffers()]}
+    with torch.no_grad():
+        return torch.func.functional_call(model, state, (torch.zeros(count, 3, res, res, device="meta"),))
+
+
 def accepts(model: nn.Module, res: int) -> bool:
-    """Whether a forward pass of `res` x `res` pixels works; `model` is on the meta device."""
     try:
-        with torch.no_grad():
-            model(torch.zeros(1, 3, res, res, device="meta"))
+        meta_forward(model, 1, res)
     except (AssertionError, RuntimeError, ValueError):
         return False
     return True
@@ -93,12 +97,11 @@ def accepts(model: nn.Module, res: int) -> bool:
 
 def check_resolutions(model: nn.Module, resolutions: Iterable[int]) -> None:
     """Refuse a resolution that the model cannot take (no multiple of a patch, a fixed input size), and say what it can."""
-    probe = copy.deepcopy(model).to("meta").eval()
     for res in sorted(set(resolutions)):
-        if accepts(probe, res):
+        if accepts(model, res):
             continue
         near = sorted((r for r in range(max(32, res - 64), res + 65) if r != res), key=lambda r: (abs(r - res), -r))
-        found = next((r for r in near if accepts(probe, r)), None) or own_size(model)
+        found = next((r for r in near if accepts(model, r)), None) or own_size(model)
         patch = getattr(getattr(model, "patch_embed", None), "patch_size", None)
         why = f"its patches are {patch[0]} px" if patch and res % patch[0] else "its input size cannot change freely"
         raise UserError(

@@ -7,7 +7,6 @@ residual branch works as one before the pooling does.
 
 from __future__ import annotations
 
-import copy
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fixres_dist.errors import UserError
-from fixres_dist.models import classifier_name, own_size
+from fixres_dist.models import classifier_name, meta_forward, own_size
 
 NORMS = (
     *(_BatchNorm, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm),
@@ -56,18 +55,19 @@ class Split:
 
 def forward_order(model: nn.Module) -> list[str]:
     """Names of the layers (modules without children, and norms) in the order a forward pass calls them."""
-    probe = copy.deepcopy(model).to("meta").eval()
     called: list[str] = []
 
     def note(name: str) -> Callable[..., None]:
         return lambda *_: called.append(name)
 
-    for name, module in probe.named_modules():
-        if isinstance(module, NORMS) or not list(module.children()):
-            module.register_forward_hook(note(name))
-    size = own_size(model)
-    with torch.no_grad():
-        probe(torch.zeros(1, 3, size, size, device="meta"))
+    hooks = [
+        module.register_forward_hook(note(name))
+        for name, module in model.named_modules()
+        if isinstance(module, NORMS) or not list(module.children())
+    ]
+    meta_forward(model, 1, own_size(model))
+    for hook in hooks:
+        hook.remove()
     return called
 
 
@@ -190,10 +190,7 @@ def split(model: nn.Module, policy: str) -> Split:
 
 def check_crossing(model: nn.Module, policy: str, trunk: nn.Module) -> None:
     """Refuse a cut through which more than features passes: a head's input has to be a row per image."""
-    size = own_size(model)
-    with torch.no_grad():
-        crossing = copy.deepcopy(trunk).to("meta")(torch.zeros(2, 3, size, size, device="meta"))
-    if not all(isinstance(feature, torch.Tensor) and feature.shape[0] == 2 for feature in crossing):
+    if not all(isinstance(f, torch.Tensor) and f.shape[0] == 2 for f in meta_forward(trunk, 2, own_size(model))):
         raise UserError(
             f"policy {policy!r} cuts {type(model).__name__} where more than image features passes (a rotary embedding, "
             "say). Next: tune.policy=classifier+bn"

@@ -99,7 +99,7 @@ def test_the_same_command_names_the_same_run() -> None:
 
 
 def test_tuned_modules_in_a_plan_are_the_models() -> None:
-    for name in ("b0", "l2", "demo"):
+    for name in ("b0", "b7", "demo"):
         recipe = recipes.find(name)
         assert recipe.facts is not None
         for policy in ("classifier", "classifier+bn", "classifier+bn+conv_head", "last_block"):
