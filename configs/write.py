@@ -6,11 +6,16 @@ Facts about a model are measured here, on the meta device, so that plans need no
 from __future__ import annotations
 
 import csv
+import sys
 from pathlib import Path
 
 import timm
 import torch
 from torch import nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from fixres_dist import tuning
 
 TEMPLATE = """\
 # Fix{title}: python launch/submit.py --model {model} --res {fix_test_res} --weights {weights} --data DIR --nodes 4
@@ -31,10 +36,11 @@ def count(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters())
 
 
-def measure(timm_name: str, res: int, train_res: int) -> dict[str, float]:
+def measure(timm_name: str, res: int, train_res: int) -> dict[str, object]:
     """Parameters and per-image costs of one forward at `res`; memory in MiB of bf16 activations."""
     with torch.device("meta"):
         model = timm.create_model(timm_name, pretrained=False).eval()
+    tuned = tuning.select(model, "last_block").modules
     multiply_adds, traffic, peak = 0, 0, 0
 
     def add(module: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
@@ -60,6 +66,7 @@ def measure(timm_name: str, res: int, train_res: int) -> dict[str, float]:
         "bn_parameters": count(model.bn2),
         "conv_head_parameters": count(model.conv_head),
         "last_block_parameters": count(model.blocks[-1][-1]),
+        "modules": f"[{', '.join(tuned)}]",
         "multiply_adds_g": round(multiply_adds / 1e9, 3),
         "traffic_mib": round(traffic / 2**20, 1),
         "peak_mib": round(peak / 2**20, 1),

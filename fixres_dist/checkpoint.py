@@ -51,7 +51,7 @@ def save(
     part.mkdir(parents=True)
     state = model.state_dict()
     save_file({name: state[name].detach().cpu().contiguous() for name in names}, part / "head.safetensors")
-    save_file(momenta(model, optimizer), part / "optimizer.safetensors")
+    save_file(optimizer_tensors(model, optimizer), part / "optimizer.safetensors")
     (part / "meta.json").write_text(json.dumps({"progress": asdict(progress), "fingerprint": fingerprint}, indent=1))
     for file in part.iterdir():
         sync(file)
@@ -62,12 +62,14 @@ def save(
     return final
 
 
-def momenta(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    """`momentum_buffer:NAME` of every parameter, and `average:NAME` where weights are averaged."""
     names: dict[Any, str] = {parameter: name for name, parameter in model.named_parameters()}
     return {
-        names[p]: s["momentum_buffer"].detach().cpu().contiguous()
-        for p, s in optimizer.state.items()
-        if s.get("momentum_buffer") is not None
+        f"{key}:{names[p]}": value.detach().cpu().contiguous()
+        for p, state in optimizer.state.items()
+        for key, value in state.items()
+        if value is not None
     }
 
 
@@ -109,7 +111,8 @@ def restore(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, fing
     load_tensors(path, model)
     parameters = dict(model.named_parameters())
     for name, value in load_file(path / "optimizer.safetensors").items():
-        optimizer.state[parameters[name]]["momentum_buffer"] = value.to(parameters[name].device)
+        key, _, parameter = name.partition(":")
+        optimizer.state[parameters[parameter]][key] = value.to(parameters[parameter].device)
     return Progress(**meta["progress"])
 
 

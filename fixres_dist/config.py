@@ -1,6 +1,6 @@
 """The configuration: frozen dataclasses, two levels, one YAML file.
 
-Precedence: defaults < recipe < flags < `section.key=value`. A value is checked against its annotation, a key against
+Precedence: defaults < recipe < preset < flags < `section.key=value`. A value is checked against its annotation, a key against
 the fields, and both answer with the nearest accepted spelling. The field comments are the reference documentation.
 No torch: every login-node command imports this.
 """
@@ -75,15 +75,26 @@ class Tune:
     global_batch: int = 384  # images per optimizer step over all ranks; divides over 1-4, 6, 8, 12, 16, 24, 32 .. GPUs
     base_lr: float = 1e-3  # before lr_rule
     lr_rule: Literal["fixres", "none"] = "fixres"  # fixres: base_lr * 8 * global_batch / 512, as the original code does
-    schedule: Literal["step", "cosine"] = "step"  # step: / 10 every 30 epochs; cosine: to zero at the end of the stage
+    repeats: int = 1  # views of each drawn sample in an epoch (repeated augmentation); an epoch keeps n draws
+    schedule: Literal["step", "cosine"] = "step"  # step: / 10 every decay_epochs; cosine: to zero at the stage's end
+    decay_epochs: int = 30
     warmup_epochs: float = 0.0  # linear, from zero
     momentum: float = 0.9
     weight_decay: float = 1e-4
     label_smoothing: float = 0.1  # training loss only; the note gives no value, 0.1 is our choice
+    average_epochs: int = 0  # end with the mean of the tuned weights after each of the last N epochs; 0: the last ones
 
     def __post_init__(self) -> None:
-        for name, low in (("epochs", 0), ("global_batch", 1), ("bn_stats_images", 1), ("warmup_epochs", 0)):
-            at_least(self, name, low)
+        for name in ("global_batch", "bn_stats_images", "repeats", "decay_epochs"):
+            at_least(self, name, 1)
+        for name in ("epochs", "warmup_epochs", "average_epochs"):
+            at_least(self, name, 0)
+        if self.average_epochs > self.epochs:
+            raise UserError(f"average_epochs is {self.average_epochs} of {self.epochs} epochs; accepted: 0 .. epochs.")
+        if self.average_epochs and self.policy == "all":
+            raise UserError(
+                "average_epochs needs a frozen trunk: with policy all every BN's statistics would be wrong."
+            )
         for name in ("base_lr", "weight_decay"):
             at_least(self, name, 0)
         for name in ("momentum", "label_smoothing"):
@@ -177,6 +188,14 @@ class Config:
     pretrain: Pretrain | None = None
     run: Run = Run()
     cluster: Cluster = Cluster()
+
+    def stage_settings(self) -> tuple[Tune, ...]:
+        """Of the stages, in order."""
+        return (self.pretrain, self.tune) if self.pretrain else (self.tune,)
+
+    def resolutions(self) -> tuple[int, ...]:
+        """Of the stages, in order, in pixels."""
+        return (self.pretrain.res, self.data.res) if self.pretrain else (self.data.res,)
 
 
 # What may differ between two starts of one run: it changes speed, place or reporting, never the result's meaning.

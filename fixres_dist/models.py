@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-import copy
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import safetensors
 import timm
+import timm.layers
 import torch
 from safetensors.torch import load_file
+from timm.models import register_model, resnet
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -41,22 +44,83 @@ def native_size(timm_name: str) -> int:
     return int(cfg.input_size[-1]) if cfg else 224
 
 
-def gmacs(model: nn.Module, res: int) -> float:
-    """Multiply-adds in 1e9 of one picture's forward pass: convolutions and matrix products, counted on the meta device."""
-    probe = copy.deepcopy(model).to("meta").eval()
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        probe(torch.zeros(1, 3, res, res, device="meta"))
-    return counter.get_total_flops() / 2e9
+# timm has weights for the largest ResNeXt of the paper's Figure 1 and no builder; its old alias builds 32x8d instead.
+default_cfgs = {"resnext101_32x48d": resnet.default_cfgs["resnext101_32x48d"]}
+
+
+@register_model
+def resnext101_32x48d(pretrained: bool = False, **options: Any) -> nn.Module:
+    """ResNeXt-101 32x48d (WSL): 829 M parameters, 224 px; FixRes fixes it at 320."""
+    sizes = {"block": resnet.Bottleneck, "layers": (3, 4, 23, 3), "cardinality": 32, "base_width": 48}
+    return resnet._create_resnet("resnext101_32x48d", pretrained, **{**sizes, **options})
 
 
 def build(timm_name: str, num_classes: int, seed: int = 0) -> nn.Module:
-    """The model with new weights drawn from `seed`, in eval mode; raises UserError for a name timm does not know."""
+    """The model with new weights drawn from `seed`, in eval mode; raises UserError for a name timm does not know.
+
+    A model that timm marks as of fixed input size is built to take others where its class can: a ViT then keeps the
+    position embedding of its own grid and resamples it in each forward pass.
+    """
+    cfg = timm.get_pretrained_cfg(timm_name) if timm.is_model(timm_name) else None
+    dynamic = {"dynamic_img_size": True} if cfg is not None and cfg.fixed_input_size else {}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        for options in (dynamic, {}):
+            try:
+                return timm.create_model(timm_name, pretrained=False, num_classes=num_classes, **options).eval()
+            except TypeError:  # its class knows no other size than its own
+                if not options:
+                    raise
+            except RuntimeError as error:
+                raise UserError(f"timm cannot build {timm_name!r}: {error}") from None
+    raise AssertionError("unreachable")
+
+
+def own_size(model: nn.Module) -> int:
+    """Pixels that a forward pass is sure to take: the model's own resolution."""
+    return max(64, (getattr(model, "pretrained_cfg", None) or {}).get("input_size", (3, 224, 224))[-1])
+
+
+def small_size(model: nn.Module) -> int:
+    """Few pixels that a forward pass takes, where values are needed: 64, or the model's own where it has no choice."""
+    fixed = (getattr(model, "pretrained_cfg", None) or {}).get("fixed_input_size", False)
+    return own_size(model) if fixed else 64
+
+
+def meta_forward(model: nn.Module, count: int, res: int) -> Any:
+    """What `model` returns for `count` pictures of `res` px, in shapes alone: on the meta device, nothing is computed."""
+    state = {name: value.to("meta") for name, value in [*model.named_parameters(), *model.named_buffers()]}
+    with torch.no_grad():
+        return torch.func.functional_call(model, state, (torch.zeros(count, 3, res, res, device="meta"),))
+
+
+def gmacs(model: nn.Module, res: int) -> float:
+    """Multiply-adds in 1e9 of one picture's forward pass: convolutions and matrix products, counted on the meta device."""
+    with FlopCounterMode(display=False) as counter:
+        meta_forward(model, 1, res)
+    return counter.get_total_flops() / 2e9
+
+
+def accepts(model: nn.Module, res: int) -> bool:
     try:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            return timm.create_model(timm_name, pretrained=False, num_classes=num_classes).eval()
-    except RuntimeError as error:
-        raise UserError(f"timm cannot build {timm_name!r}: {error}") from None
+        meta_forward(model, 1, res)
+    except (AssertionError, RuntimeError, ValueError):
+        return False
+    return True
+
+
+def check_resolutions(model: nn.Module, resolutions: Iterable[int]) -> None:
+    """Refuse a resolution that the model cannot take (no multiple of a patch, a fixed input size), and say what it can."""
+    for res in sorted(set(resolutions)):
+        if accepts(model, res):
+            continue
+        near = sorted((r for r in range(max(32, res - 64), res + 65) if r != res), key=lambda r: (abs(r - res), -r))
+        found = next((r for r in near if accepts(model, r)), None) or own_size(model)
+        patch = getattr(getattr(model, "patch_embed", None), "patch_size", None)
+        why = f"its patches are {patch[0]} px" if patch and res % patch[0] else "its input size cannot change freely"
+        raise UserError(
+            f"{type(model).__name__} cannot take {res} px: {why}. Accepted near it: {found}. Next: --res {found}"
+        )
 
 
 def load_weights(model: nn.Module, timm_name: str, weights: str, new_classifier: bool) -> None:
@@ -71,7 +135,17 @@ def load_weights(model: nn.Module, timm_name: str, weights: str, new_classifier:
         state, origin = hub_state(timm_name), f"timm's weights for {timm_name}"
     else:
         state, origin = read_state(Path(weights)), weights
-    fill(model, state, origin, new_classifier)
+    fill(model, resampled(model, state), origin, new_classifier)
+
+
+def resampled(model: nn.Module, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """`state` with its position embedding [1, tokens, width] on the model's grid: weights of a ViT at another size."""
+    own, given = getattr(model, "pos_embed", None), state.get("pos_embed")
+    if own is None or given is None or own.shape == given.shape or own.shape[::2] != given.shape[::2]:
+        return state
+    grid, prefix = model.patch_embed.grid_size, getattr(model, "num_prefix_tokens", 0)  # type: ignore[union-attr]
+    embedded = timm.layers.resample_abs_pos_embed(given, grid, num_prefix_tokens=prefix)
+    return {**state, "pos_embed": embedded}
 
 
 def hub_state(timm_name: str) -> dict[str, torch.Tensor]:
@@ -130,7 +204,7 @@ def fill(model: nn.Module, state: dict[str, torch.Tensor], origin: str, new_clas
         if not new_classifier:
             raise UserError(
                 f"{origin} classifies {classes_of(state, names)} classes, the data set has {classes_of(model.state_dict(), names)}: "
-                "a new classifier has to be trained first. Next: add stage one, for example pretrain.epochs=10 pretrain.base_lr=0.01"
+                "a new classifier has to be trained first. Next: add stage one, --preset own_classes (or pretrain.epochs=10 and the like)"
             )
         state = {name: value for name, value in state.items() if name not in names}
     elif differ := missing + wrong + extra:
@@ -158,10 +232,8 @@ def classes_of(state: dict[str, torch.Tensor], names: set[str]) -> int:
     return next(int(state[name].shape[0]) for name in sorted(names) if name in state)
 
 
-def check_weights(timm_name: str, num_classes: int, weights: str, new_classifier: bool) -> None:
-    """Refuse a weights file of another model without allocating the model; nothing to check for the other kinds."""
+def check_weights(model: nn.Module, weights: str, new_classifier: bool) -> None:
+    """Refuse a weights file of another model; `model` is on the meta device. Nothing to check for the other kinds."""
     if weights not in ("ns", "ap", "pretrained", "none"):
-        state = read_state(Path(weights))
-        with torch.device("meta"):
-            model = timm.create_model(timm_name, pretrained=False, num_classes=num_classes)
-        fill(model, {name: value.to("meta") for name, value in state.items()}, weights, new_classifier)
+        state = resampled(model, {name: value.to("meta") for name, value in read_state(Path(weights)).items()})
+        fill(model, state, weights, new_classifier)

@@ -61,6 +61,7 @@ def lines(config: cfg.Config, facts: Facts | None, counts: Counts, run_folder: P
     tune, res = config.tune, config.data.res
     todo = stages(config, counts.train)
     size = min(batch_per_device(config, res), -(-tune.global_batch // world_size))
+    trained = f" ({facts.tuned(tune.policy)})" if facts else ""
     rows = [
         ("model", f"{config.model.name} = {config.model.timm_name}, weights {config.model.weights}"),
         (
@@ -69,7 +70,8 @@ def lines(config: cfg.Config, facts: Facts | None, counts: Counts, run_folder: P
         ),
         (
             "policy",
-            f"{tune.policy}, BN statistics {tune.bn_stats}, transform {config.data.train_transform}, resize {config.data.resize_rule}",
+            f"{tune.policy}{trained}, BN statistics {tune.bn_stats}, transform "
+            f"{config.data.train_transform}, resize {config.data.resize_rule}",
         ),
     ]
     if facts:

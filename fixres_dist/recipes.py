@@ -17,6 +17,7 @@ from typing import Any
 from fixres_dist.config import merge, parse, read_yaml
 from fixres_dist.errors import UserError, unknown
 
+FROM_SCRATCH = ("demo", "r50")  # recipes with a first stage of their own and no weights
 WEIGHTS = ("ns", "ap", "pretrained", "none")
 
 
@@ -31,9 +32,16 @@ class Facts:
     bn_parameters: int  # affine of the last BN
     conv_head_parameters: int
     last_block_parameters: int  # of the last block alone
+    modules: tuple[str, ...]  # last block, conv_head, last BN, classifier
     multiply_adds_g: float  # 1e9, forward
     traffic_mib: float  # activations read and written by an eager bf16 forward
     peak_mib: float  # largest input + output of one layer, bf16
+
+    def tuned(self, policy: str) -> str:
+        """The modules that train under `policy`, as tuning.select finds them."""
+        count = {"classifier": 1, "classifier+bn_stats": 1, "classifier+bn": 2, "classifier+bn+conv_head": 3}
+        names = "everything" if policy == "all" else ", ".join(self.modules[-count.get(policy, 4) :])
+        return names + (f" and statistics of {self.modules[-2]}" if policy == "classifier+bn_stats" else "")
 
     def trainable(self, policy: str, num_classes: int) -> int:
         """Parameters that train under `policy`."""
@@ -74,7 +82,7 @@ def published() -> dict[tuple[str, str], dict[str, str]]:
 
 def model_names() -> list[str]:
     """The names with a recipe, smallest first."""
-    return [*dict.fromkeys(model for model, _ in sorted(published())), "demo"]
+    return [*dict.fromkeys(model for model, _ in sorted(published())), *FROM_SCRATCH]
 
 
 def read(path: Path, name: str, weights: str) -> Recipe:
@@ -90,8 +98,8 @@ def every() -> list[Recipe]:
 
 def find(name: str, weights: str = "") -> Recipe:
     """The recipe for `--model name --weights weights`; raises UserError for an unknown model or weights it lacks."""
-    if name == "demo":
-        recipe = read(folder() / "demo.yaml", name, "none")
+    if name in FROM_SCRATCH:
+        recipe = read(folder() / f"{name}.yaml", name, "none")
         return with_weights(recipe, weights) if weights else recipe
     variants = [w for n, w in published() if n == name]
     if variants:
@@ -116,24 +124,35 @@ def find(name: str, weights: str = "") -> Recipe:
     return with_weights(recipe, weights) if weights else recipe
 
 
+def presets() -> list[str]:
+    return sorted(path.stem for path in (folder() / "presets").glob("*.yaml"))
+
+
+def preset(name: str) -> dict[str, Any]:
+    """Sections of the configuration that `--preset name` lays over a recipe; raises UserError for an unknown one."""
+    if name not in presets():
+        raise unknown("preset", name, presets())
+    return read_yaml((folder() / "presets" / f"{name}.yaml").read_text())
+
+
 def with_weights(recipe: Recipe, weights: str) -> Recipe:
     return Recipe(recipe.name, weights, merge(recipe.values, {"model": {"weights": weights}}), recipe.facts, None)
 
 
 @cache
 def timm_names() -> frozenset[str]:
-    """timm's model entry points, read from its sources: importing timm would import torch."""
+    """timm's model entry points and our own, read from the sources: importing timm would import torch."""
     spec = importlib.util.find_spec("timm")
     if spec is None or spec.origin is None:
         raise UserError("timm is not installed. Next: make setup")
     pattern = re.compile(r"^@register_model\s+def (\w+)\(", re.MULTILINE)
-    sources = (Path(spec.origin).parent / "models").glob("*.py")
+    sources = [*(Path(spec.origin).parent / "models").glob("*.py"), Path(__file__).with_name("models.py")]
     return frozenset(name for path in sources for name in pattern.findall(path.read_text(encoding="utf-8")))
 
 
 def run_name(name: str, res: int, weights: str) -> str:
     """The default name of a run: the same command again finds the same directory."""
-    default = next((w for n, w in published() if n == name), "none" if name == "demo" else "pretrained")
+    default = next((w for n, w in published() if n == name), "none" if name in FROM_SCRATCH else "pretrained")
     if name == "demo":
         return "demo" if weights == default else f"demo-{res}-{Path(weights).stem}"
     return f"{name.replace('/', '_')}-{res}" + ("" if weights in (default, "pretrained") else f"-{Path(weights).stem}")

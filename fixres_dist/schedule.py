@@ -33,6 +33,11 @@ class Stage:
         """Images of optimizer step `step` over all ranks; an epoch's last step may have fewer."""
         return min(self.tune.global_batch, self.n - (step - self.first) % self.per_epoch * self.tune.global_batch)
 
+    def averages(self, done: int) -> int:
+        """How many epoch ends the average of the weights holds after `done` steps, the one at `done` included."""
+        epochs, rest = divmod(done - self.first, self.per_epoch)
+        return max(0, epochs - self.tune.epochs + self.tune.average_epochs) if rest == 0 else 0
+
     def images_until(self, step: int) -> int:
         epochs, k = divmod(step - self.first, self.per_epoch)
         return epochs * self.n + k * self.tune.global_batch
@@ -44,7 +49,7 @@ class Stage:
         if k < warmup:
             return peak * (k + 1) / warmup
         if tune.schedule == "step":
-            return peak * 0.1 ** (k // self.per_epoch // 30)
+            return peak * 0.1 ** (k // self.per_epoch // tune.decay_epochs)
         done = (k - warmup) / max(1.0, tune.epochs * self.per_epoch - warmup)
         return peak * 0.5 * (1 + math.cos(math.pi * done))
 

@@ -63,7 +63,7 @@ class Session:
         """The same function with the frozen trunk's BatchNorms folded and, with `run.compile`, one graph per resolution."""
         if parts.trunk is None:
             return parts
-        trunk, _ = folding.folded(parts.trunk, 64)
+        trunk, _ = folding.folded(parts.trunk, models.small_size(parts.model))
         if self.config.run.compile:
             # dynamic=False: a second size would otherwise be traced symbolically, which takes minutes with SAME padding.
             trunk = cast(nn.Module, torch.compile(trunk, dynamic=False))
@@ -75,11 +75,14 @@ class Session:
         if parts.trunk is None:
             return (x,)
         with torch.no_grad(), self.autocast():
-            return tuple(feature.float() for feature in parts.trunk(x))
+            features = parts.trunk(x if len(x) else black(x))
+            return tuple(feature[: len(x)].float() for feature in features)
 
     def logits(self, parts: tuning.Split, head: nn.Module, inputs: tuple[torch.Tensor, ...]) -> torch.Tensor:
         """fp32 [n, classes]. The head is fp32 by itself; where there is no trunk it is the whole network, under autocast."""
         with self.autocast() if parts.trunk is None else contextlib.nullcontext():
+            if parts.trunk is None and not parts.tuned.buffers and not len(inputs[0]):
+                return head(black(inputs[0]))[:0].float()
             return head(*inputs).float()
 
     def evaluate(self, parts: tuning.Split, res: int, note: str, split: str = "val") -> Predictions:
@@ -95,7 +98,8 @@ class Session:
         for parts in models:
             parts.model.eval()
             parts.head.eval()
-        trunks = [tuning.frozen_digest(parts) if parts.trunk else str(k) for k, parts in enumerate(models)]
+        several = len(models) > 1  # a digest reads every weight
+        trunks = [tuning.frozen_digest(m) if m.trunk and several else str(k) for k, m in enumerate(models)]
 
         def logits(batch: torch_cpu.Batch) -> list[torch.Tensor]:
             features = {
@@ -115,6 +119,11 @@ class Session:
         """This rank's requests for the split as it is tested."""
         pictures, size = plan.Pictures("test", res, self.resize(res), 0), batch_per_device(self.config, res)
         return which(index, pictures, size, self.ranks.rank, self.ranks.world_size)
+
+
+def black(images: torch.Tensor) -> torch.Tensor:
+    """One picture for a rank that has none, where nothing remembers it: the reshapes of a ViT refuse an empty batch."""
+    return images.new_zeros(1, *images.shape[1:])
 
 
 def tell(index: Index, bad: loading.Bad) -> None:
@@ -151,6 +160,7 @@ def open_session(
         )
     columns = {split: evalsets.class_map(index.classes, classes, index.folder) for split, index in indexes.items()}
     model = models.build(name, len(classes), config.run.seed)
+    models.check_resolutions(model, config.resolutions())
     if load_weights:
         models.load_weights(model, name, config.model.weights, new_classifier=config.pretrain is not None)
     chosen = precision.resolve(config.run.precision, ranks.device)

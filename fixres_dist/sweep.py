@@ -46,6 +46,7 @@ def sweep(args: argparse.Namespace) -> int:
     found = [*own, *others(args.also)]
     explained: dict[str, Any] = {}
     with opened(config, found, args.run) as live:
+        models.check_resolutions(live.model, sizes)
         every = {subject.label: split_with(live, subject.weights) for subject in found}
         curves, speeds = passes(live, every, sizes)
         if args.activations:

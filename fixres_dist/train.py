@@ -148,6 +148,8 @@ def train_stage(here: RunDir, session: Session, stage: Stage, total_steps: int, 
             here.event("saved", step=progress.step)
 
     tuning.set_modes(parts, tune.bn_stats)
+    if tracker:
+        tracker.say(tuning.described(parts))
     if tracker and resumed:
         tracker.say(
             f"resuming {here.name} at step {progress.step} of {total_steps} ({100 * progress.step / total_steps:.0f}%)"
@@ -189,6 +191,8 @@ def train_stage(here: RunDir, session: Session, stage: Stage, total_steps: int, 
         epoch = (done - stage.first) // stage.per_epoch
         if epoch_ends:
             tuning.set_modes(parts, tune.bn_stats)
+        if count := stage.averages(done):
+            tuning.average_weights(optimizer, count, use=last)
         if epoch_ends and not last and settings.eval_every and epoch % settings.eval_every == 0:
             progress = progress.with_top1(evaluated(f"{stage.name} epoch {epoch}", done).summary()["top1"])
             meter.restart()
@@ -247,7 +251,8 @@ def step_batches(session: Session, stage: Stage, first: int, meter: Meter) -> It
     def requests() -> Iterator[list[plan.Request]]:
         span = (first - stage.first, stage.stop - stage.first)
         return plan.train_steps(
-            session.train, pictures, stage.tune.global_batch, size, *span, ranks.rank, ranks.world_size
+            *(session.train, pictures, stage.tune.global_batch, size, *span, ranks.rank, ranks.world_size),
+            stage.tune.repeats,
         )
 
     loaded = meter.waiting(session.batches(session.train, itertools.chain.from_iterable(requests()), stage.res))
@@ -341,9 +346,13 @@ def measure_statistics(session: Session, stage: Stage, parts: tuning.Split) -> i
 
 def record(here: RunDir, session: Session, stage: Stage, step: int, samples: list[int]) -> None:
     """A line of samples/rank_K.jsonl: what this rank has seen at this step (run.record_samples=true)."""
-    epoch = (step - stage.first) // stage.per_epoch
+    k, batch, ranks = step - stage.first, stage.tune.global_batch, session.ranks
+    epoch = k // stage.per_epoch
     pictures = plan.Pictures(stage.transform, stage.res, session.resize(stage.res), stage.seed)
-    views = plan.request(session.train, pictures, torch.tensor(samples, dtype=torch.int64).numpy(), epoch).views
+    (whole,) = plan.train_steps(
+        session.train, pictures, batch, batch, k, k + 1, ranks.rank, ranks.world_size, stage.tune.repeats
+    )
+    views = [view for sample, view in zip(*whole[0], strict=True) if sample in samples]  # one that was skipped is not
     file = here.root / "samples" / f"rank_{session.ranks.rank}.jsonl"
     file.parent.mkdir(exist_ok=True)
     append(

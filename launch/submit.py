@@ -24,6 +24,8 @@ examples:
   python launch/submit.py --model b0 --res 320 --data /data/imagenet --weights ap --profile slurm/profiles/generic.yaml
   python launch/submit.py --model b0 --res 320 --data DIR --cluster local --gpus-per-node 2 tune.epochs=3
   python launch/submit.py --data demo --cluster inline
+  python launch/submit.py --model b0 --res 320 --data DIR --preset as_coded          # what the original code trains
+  python launch/submit.py --model b0 --res 320 --data DIR --preset own_classes       # DIR has classes of its own
   python launch/submit.py --model b0 --res 320 --data DIR --sweep tune.base_lr=1e-3,1e-4 --at-once 2
   python launch/submit.py --table 1 --data /data/imagenet --nodes 4
 """
@@ -36,6 +38,13 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--model", help="a recipe (--list) or any timm model name")
     p.add_argument("--res", help="test resolution in pixels, the one that is fixed; default: the recipe's")
     p.add_argument("--weights", default="", help="ns, ap, pretrained, none, or a file; default: the recipe's")
+    p.add_argument(
+        "--preset",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help=f"settings laid over the recipe: {', '.join(recipes.presets())} (configs/presets/); repeatable",
+    )
     p.add_argument("--data", help="directory with train/ and val/, a folder per class; or demo")
     p.add_argument("--nodes", help="a number, or MIN-MAX: start with what there is")
     p.add_argument("--gpus-per-node", help="ranks per node; on a machine without GPUs: processes")
@@ -84,17 +93,20 @@ def list_recipes() -> int:
             f"{recipe.name:<8}{recipe.weights:<10}{row['fix_test_res']:>6}   {start:<15}{row['fix_top1'] + ' top-1':<18}{row['timm_name']}"
         )
     print("demo    none               the built-in example: trained and fixed from scratch in minutes on a CPU")
+    print("r50     none         224   ResNet-50 from scratch at 128 px with repeated augmentation, then fixed at 224")
     print("Published: arXiv 2003.08237, Tables 1 and 2. Any other timm model name works too, with --res.")
     return EXIT_DONE
 
 
 def configure(args: argparse.Namespace, kind: str) -> tuple[cfg.Config, recipes.Recipe]:
-    """Defaults < recipe < profile < flags < section.key=value."""
+    """Defaults < recipe < preset < profile < flags < section.key=value."""
     name = args.model or ("demo" if args.data == "demo" else None)
     if name is None:
         raise UserError("no --model given. Next: --model b0 --res 320, or --list for the recipes, or --data demo.")
     recipe = recipes.find(name, args.weights)
     values = recipe.values
+    for preset in args.preset:
+        values = cfg.merge(values, recipes.preset(preset))
     if args.profile:
         if not args.profile.is_file():
             raise UserError(f"no profile {args.profile}. Accepted: a YAML file such as slurm/profiles/generic.yaml.")
@@ -115,6 +127,8 @@ def configure(args: argparse.Namespace, kind: str) -> tuple[cfg.Config, recipes.
         raise UserError(
             f"no --res given, and nothing is published for {name}. Next: --res 288, say: above its training resolution."
         )
+    if recipe.facts and values.get("pretrain"):
+        values["pretrain"].setdefault("res", recipe.facts.train_res)
     if values["data"].get("root") not in (None, "", "demo"):
         values["data"]["root"] = str(Path(values["data"]["root"]).expanduser().absolute())
     if values["model"].get("weights", "none") not in recipes.WEIGHTS:
@@ -170,7 +184,7 @@ def targets(args: argparse.Namespace, kind: str) -> list[Target]:
         one.overrides = [*args.overrides, *(f"{key}={value}" for key, value in chosen)]
         one.res = args.res or (recipes.find(one.model, one.weights).values["data"]["res"] if args.table else None)
         config, recipe = configure(one, kind)
-        name = recipes.run_name(config.model.name, config.data.res, config.model.weights)
+        name = "-".join([recipes.run_name(config.model.name, config.data.res, config.model.weights), *args.preset])
         if args.name:
             name = f"{args.name}-{name}" if args.table else args.name
         name = "-".join([name, *(f"{key.rpartition('.')[2]}={value.replace('/', '_')}" for key, value in chosen)])
@@ -188,7 +202,7 @@ def submit(args: argparse.Namespace) -> int:
         planning.check(target.config, target.world_size if least == most else 1, dry=args.dry_run)
         rundir.check(target.run.root, target.config)
         if not (args.dry_run or target.run.done.exists() or target.run.is_locked()):
-            check_weights(target.config)
+            check_model(target.config, target.recipe)
     text = cluster.sbatch_text(todo[0].config, *(t.run for t in todo), at_once=args.at_once) if not args.prepare else ""
     if args.dry_run:
         print("\n".join(todo[0].plan()))
@@ -239,12 +253,20 @@ def told_already(run: rundir.RunDir, kind: str) -> bool:
     return job in queued
 
 
-def check_weights(config: cfg.Config) -> None:
-    if config.model.weights not in recipes.WEIGHTS:
-        from fixres_dist import models  # a file is checked here rather than in the queue; this imports torch
+def check_model(config: cfg.Config, recipe: recipes.Recipe) -> None:
+    """What no recipe vouches for is tried on the meta device here rather than in the queue; this imports torch."""
+    if config.model.weights in recipes.WEIGHTS and recipe.facts:
+        return
+    import torch
 
-        classes = planning.count(config).classes
-        models.check_weights(config.model.timm_name, classes, config.model.weights, config.pretrain is not None)
+    from fixres_dist import models, tuning
+
+    with torch.device("meta"):
+        model = models.build(config.model.timm_name, planning.count(config).classes)
+    models.check_resolutions(model, config.resolutions())
+    for stage in config.stage_settings():
+        tuning.split(model, stage.policy)
+    models.check_weights(model, config.model.weights, config.pretrain is not None)
 
 
 def start_slurm(runs: list[rundir.RunDir], config: cfg.Config, at_once: int) -> int:

@@ -38,6 +38,8 @@ def test_written_and_read_again_it_is_equal() -> None:
         ("tune.global_batch=0", ["global_batch", "1 or more"]),
         ("tune.base_lr=nan", ["tune.base_lr", "a number"]),
         ("tune.policy=clasifier", ["Did you mean 'classifier'", "last_block"]),
+        ("tune.repeats=0", ["repeats is 0", "1 or more"]),
+        ("tune.average_epochs=2", ["average_epochs is 2 of 1 epochs", "0 .. epochs"]),
         ("tune.momentum=1", ["momentum", "< 1"]),
         ("run.compile=maybe", ["run.compile", "true, false"]),
         ("data.res=0", ["res is 0", "32 or more"]),

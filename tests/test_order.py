@@ -73,3 +73,32 @@ def test_parts_cover_a_slice_once() -> None:
         assert [i for start, stop in parts for i in range(start, stop)] == list(range(10, 111))
         sizes = [stop - start for start, stop in parts]
         assert max(sizes) - min(sizes) <= 1
+
+
+@pytest.mark.parametrize("n", [99, 101])
+@pytest.mark.parametrize("world_size", [1, 2, 7])
+def test_repeated_augmentation_draws_each_sample_in_as_many_views(n: int, world_size: int) -> None:
+    batch, per_epoch = 8, order.steps_per_epoch(n, 8)
+    for epoch in range(2):
+        parts = [
+            order.train_draws(n, 5, epoch * per_epoch + k, batch, rank, world_size, repeats=3)
+            for k in range(per_epoch)
+            for rank in range(world_size)
+        ]
+        samples, views = (np.concatenate(column) for column in zip(*parts, strict=True))
+        assert len(samples) == n, "an epoch keeps its n draws, and so its steps"
+        counts = np.bincount(samples, minlength=n)
+        assert sorted(counts[counts > 0].tolist(), reverse=True) == [3] * (n // 3) + [n % 3] * (n % 3 > 0)
+        assert len(set(zip(samples.tolist(), views.tolist(), strict=True))) == n
+        assert set((views & 0xFFFFFFFF).tolist()) == {epoch}
+        alone = [order.train_draws(n, 5, epoch * per_epoch + k, batch, 0, 1, repeats=3)[0] for k in range(per_epoch)]
+        assert np.array_equal(np.concatenate(alone), samples), "the same batches at any world size"
+        assert np.array_equal(samples[::3], order.positions_to_samples(n, 5, epoch, np.arange(-(-n // 3))))
+
+
+def test_views_of_one_sample_differ_and_the_first_is_the_unrepeated_one() -> None:
+    samples, views = order.train_draws(30, 5, 0, 30, 0, 1, repeats=3)
+    drawn = order.uniforms(5, views, samples, 4)
+    assert len(np.unique(drawn)) == 120
+    assert np.array_equal(drawn[::3], order.uniforms(5, 0, samples[::3], 4))
+    assert np.array_equal(drawn[7:8], order.uniforms(5, views[7:8], samples[7:8], 4)), "no other draw is needed"

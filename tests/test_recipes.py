@@ -1,15 +1,21 @@
 from __future__ import annotations
 
 import importlib.util
+import json
+import math
+import shutil
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import timm
+import torch
+from conftest import write_photos
 
 from fixres_dist import config as cfg
-from fixres_dist import models, recipes, tuning
+from fixres_dist import models, recipes, rundir, train, tuning
 from fixres_dist.errors import UserError
+from fixres_dist.preempt import StopFlag
 
 
 def writer() -> ModuleType:
@@ -90,3 +96,52 @@ def test_the_same_command_names_the_same_run() -> None:
         for a in (("l2", 600, "ns"), ("b0", 320, "ap"), ("b0", 320, str(Path("x/mine.pth"))), ("demo", 160, "none"))
     ]
     assert names == ["l2-600", "b0-320-ap", "b0-320-mine", "demo"]
+
+
+def test_tuned_modules_in_a_plan_are_the_models() -> None:
+    for name in ("b0", "b7", "demo"):
+        recipe = recipes.find(name)
+        assert recipe.facts is not None
+        for policy in ("classifier", "classifier+bn", "classifier+bn+conv_head", "last_block"):
+            with torch.device("meta"):
+                model = models.build(recipe.values["model"]["timm_name"], 5)
+            assert recipe.facts.tuned(policy) == ", ".join(tuning.select(model, policy).modules)
+    assert recipe.facts.tuned("classifier+bn_stats") == "classifier and statistics of bn2"
+
+
+def test_a_command_for_every_recipe_stands_in_its_header() -> None:
+    for recipe in [*recipes.every(), recipes.find("demo"), recipes.find("r50")]:
+        file = recipe.name if recipe.name in recipes.FROM_SCRATCH else f"{recipe.name}_{recipe.weights}"
+        header = (recipes.folder() / f"{file}.yaml").read_text()
+        assert "python launch/submit.py" in header.splitlines()[0] + header.splitlines()[1]
+        assert len(header.splitlines()) <= 25
+        assert "our choice" in header.lower()
+
+
+@pytest.fixture(scope="module")
+def four(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_photos(tmp_path_factory.mktemp("four"), 2, 1, ("ash", "birch"))
+
+
+@pytest.mark.parametrize("recipe", recipes.every(), ids=lambda r: f"{r.name}_{r.weights}")
+def test_every_recipe_builds_at_its_resolution_and_runs_two_steps(
+    recipe: recipes.Recipe, four: Path, tmp_path: Path
+) -> None:
+    """On the meta device at the published size; then two real steps and both evaluations at 64 px."""
+    config = cfg.parse(cfg.Config, recipe.values)
+    with torch.device("meta"):
+        parts = tuning.split(models.build(config.model.timm_name, 1000), config.tune.policy)
+        features = parts.trunk(torch.zeros(1, 3, config.data.res, config.data.res))
+        assert parts.head(*features).shape == (1, 1000)
+        assert features[0].shape[-1] == -(-config.data.res // 32)
+    keys = [f"data.root={four}", "data.res=64", "data.workers=0", "model.weights=none", "tune.global_batch=2"]
+    config = cfg.parse(cfg.Config, cfg.merge(recipe.values, cfg.overrides([*keys, "run.log_every=1"])))
+    rundir.prepare(tmp_path / "run", config, ["test"])
+    assert train.run(tmp_path / "run", StopFlag()) == 0
+    lines = rundir.read_lines(tmp_path / "run" / "metrics.jsonl")
+    assert [line["step"] for line in lines if "grad_norm" in line] == [1, 2]
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert math.isfinite(results["before"]["loss"])
+    assert math.isfinite(results["after"]["loss"])
+    assert results["after"]["loss"] != results["before"]["loss"]
+    shutil.rmtree(tmp_path / "run")  # two gigabytes for L2

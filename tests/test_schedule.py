@@ -21,6 +21,15 @@ def test_step_schedule_is_the_originals() -> None:
     assert rates[30 * 10 :] == pytest.approx([8e-4] * 260)
 
 
+def test_decay_and_averages_are_functions_of_the_step() -> None:
+    config = configured("tune.epochs=6", "tune.decay_epochs=2", "tune.global_batch=512", "tune.average_epochs=3")
+    (stage,) = stages(config, 512 * 4)
+    rates = [stage.learning_rate(epoch * 4) for epoch in range(6)]
+    assert rates == pytest.approx([8e-3, 8e-3, 8e-4, 8e-4, 8e-5, 8e-5])
+    counts = {done: stage.averages(done) for done in range(25) if stage.averages(done)}
+    assert counts == {16: 1, 20: 2, 24: 3}
+
+
 def test_cosine_with_warm_up() -> None:
     config = configured(
         "tune.epochs=10", "tune.schedule=cosine", "tune.warmup_epochs=2", "tune.lr_rule=none", "tune.base_lr=1"

@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from torch import nn
 
 from fixres_dist import models, tuning
-from fixres_dist.errors import UserError
 
 BN_BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
 EFFICIENTNET = {
@@ -180,10 +179,3 @@ def test_digest_sees_one_changed_frozen_element_and_no_tuned_one() -> None:
     with torch.no_grad():
         model.conv_stem.weight[0, 0, 0, 0] += 1e-6
     assert tuning.frozen_digest(parts) != first
-
-
-def test_a_model_without_batch_norm_is_refused_with_the_way_out() -> None:
-    model = models.build("convnext_atto", 5)
-    with pytest.raises(UserError, match=r"has none. Next: tune.policy=classifier"):
-        tuning.split(model, "classifier+bn")
-    assert tuning.split(model, "classifier").tuned.modules == ("head.fc",)

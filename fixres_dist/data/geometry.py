@@ -91,9 +91,9 @@ def train_views(
     res: int,
     resize: Resize,
     seed: int,
-    epoch: int,
+    epoch: int | NDArray[np.integer],
 ) -> list[View]:
-    """The views of `samples` (of source `sizes` [n, 2], height and width) in `epoch`.
+    """The views of `samples` (of source `sizes` [n, 2], height and width) in `epoch`, or by keys [n] of theirs.
 
     `test`: as evaluated. `test_aug`: flip, horizontally shifted crop, jitter 0.05 (the original's transforms_v2).
     `random_resized_crop`: area 0.08-1, ratio 3/4-4/3, flip, jitter 0.3 (the original's training transform).

@@ -30,9 +30,11 @@ def keyed(*words: int | NDArray[np.integer]) -> U64:
     return state
 
 
-def uniforms(seed: int, epoch: int, samples: NDArray[np.integer], count: int) -> NDArray[np.float64]:
-    """`count` independent uniforms in [0, 1) for each sample: float64 [len(samples), count]."""
-    bits = keyed(seed, 1, epoch, np.asarray(samples)[:, None], np.arange(count)[None, :])
+def uniforms(
+    seed: int, epoch: int | NDArray[np.integer], samples: NDArray[np.integer], count: int
+) -> NDArray[np.float64]:
+    """`count` independent uniforms in [0, 1) for each sample: float64 [len(samples), count]. `epoch` may be one a sample."""
+    bits = keyed(seed, 1, np.asarray(epoch).reshape(-1, 1), np.asarray(samples)[:, None], np.arange(count)[None, :])
     return (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
@@ -67,8 +69,20 @@ def rank_part(start: int, stop: int, rank: int, world_size: int) -> tuple[int, i
     return start + size * rank // world_size, start + size * (rank + 1) // world_size
 
 
-def train_samples(n: int, seed: int, step: int, global_batch: int, rank: int, world_size: int) -> NDArray[np.int64]:
-    """The samples of `rank` at optimizer step `step`, counted from the first epoch of the order."""
+def train_draws(
+    n: int, seed: int, step: int, global_batch: int, rank: int, world_size: int, repeats: int = 1
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """(samples, keys of their views) of `rank` at optimizer step `step`, counted from the first epoch of the order.
+
+    With `repeats` each of an epoch's first n / repeats samples is drawn that many times in a row, each in a view of its
+    own (repeated augmentation, arXiv 1902.05509). A view's key is what `uniforms` takes as the epoch.
+    """
     epoch, k = divmod(step, steps_per_epoch(n, global_batch))
     start, stop = rank_part(k * global_batch, min(n, (k + 1) * global_batch), rank, world_size)
-    return positions_to_samples(n, seed, epoch, np.arange(start, stop))
+    positions = np.arange(start, stop)
+    return positions_to_samples(n, seed, epoch, positions // repeats), epoch + (positions % repeats << 32)
+
+
+def train_samples(n: int, seed: int, step: int, global_batch: int, rank: int, world_size: int) -> NDArray[np.int64]:
+    """The samples of `rank` at optimizer step `step`, each drawn once an epoch."""
+    return train_draws(n, seed, step, global_batch, rank, world_size)[0]

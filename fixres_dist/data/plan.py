@@ -30,7 +30,7 @@ class Pictures:
     seed: int
 
 
-def request(index: Index, pictures: Pictures, samples: NDArray[np.int64], epoch: int) -> Request:
+def request(index: Index, pictures: Pictures, samples: NDArray[np.int64], epoch: int | NDArray[np.int64]) -> Request:
     sizes = np.maximum(index.sizes[samples], 1)  # 0: the header could not be read; the backend will skip it
     p = pictures
     return Request(samples, geometry.train_views(p.transform, sizes, samples, p.res, p.resize, p.seed, epoch))
@@ -50,12 +50,13 @@ def train_steps(
     stop: int,
     rank: int,
     world_size: int,
+    repeats: int = 1,
 ) -> Iterator[list[Request]]:
     """For each optimizer step `first` .. `stop - 1` of a stage, this rank's requests. Starting late costs nothing."""
-    per_epoch = order.steps_per_epoch(len(index), global_batch)
     for step in range(first, stop):
-        samples = order.train_samples(len(index), pictures.seed, step, global_batch, rank, world_size)
-        yield [request(index, pictures, part, step // per_epoch) for part in chunks(samples, batch_per_device)]
+        samples, views = order.train_draws(len(index), pictures.seed, step, global_batch, rank, world_size, repeats)
+        parts = zip(chunks(samples, batch_per_device), chunks(views, batch_per_device), strict=True)
+        yield [request(index, pictures, part, keys) for part, keys in parts]
 
 
 def first_samples(
