@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fixres_dist import config as cfg
+from fixres_dist import nvidia_apex
 from fixres_dist.data import demo, index, shards
 from fixres_dist.errors import UserError
 from fixres_dist.recipes import Facts
@@ -44,6 +45,8 @@ def check(config: cfg.Config, world_size: int, dry: bool) -> None:
         )
     if config.data.root not in ("", "demo"):
         index.check_folder(Path(config.data.root))
+    if not any("container" in argument for argument in config.cluster.srun_args):  # there the worker looks
+        nvidia_apex.check(config)
     batches = {
         "tune": config.tune.global_batch,
         **({"pretrain": config.pretrain.global_batch} if config.pretrain else {}),

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from fixres_dist import nvidia_apex
 from fixres_dist.data.index import Index
 from fixres_dist.data.torch_cpu import Bad
 from fixres_dist.distributed import Ranks
@@ -28,6 +29,7 @@ def write_results(run: RunDir, session: Session, seconds: float, images_seen: in
     both = before.counted & after.counted
     gain, interval = paired_gain(before.correct1[both], after.correct1[both])
     kept = ("top1", "top5", "loss")
+    uses_apex = session.arithmetic.amp or config.run.optimizer == "apex"
     summary = {
         "model": config.model.name,
         "timm_name": config.model.timm_name,
@@ -45,7 +47,9 @@ def write_results(run: RunDir, session: Session, seconds: float, images_seen: in
         "images_seen": images_seen,
         "seconds": round(seconds, 2),
         "world_size": ranks.world_size,
-        "precision": session.precision,
+        "precision": session.arithmetic.name,
+        "optimizer": "apex FusedSGD" if config.run.optimizer == "apex" else "torch SGD",
+        "apex": nvidia_apex.find().version if uses_apex else None,
         "hardware": hardware(session),
         "versions": versions(),
     }

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import nn
 
 from fixres_dist import config as cfg
-from fixres_dist import distributed, folding, models, precision, tuning
+from fixres_dist import distributed, folding, models, nvidia_apex, precision, tuning
 from fixres_dist.data import geometry, loading, plan, sources, torch_cpu
 from fixres_dist.data.index import Index
 from fixres_dist.distributed import Ranks
@@ -27,8 +26,7 @@ class Session:
     model: nn.Module
     spec: models.Preprocessing
     splits: dict[str, Index]  # train and val; only the one that is asked for where a model is just evaluated
-    precision: str  # what really runs
-    autocast: Callable[[], contextlib.AbstractContextManager[Any]]
+    arithmetic: precision.Arithmetic
     memory_format: torch.memory_format
     on_skip: loading.OnSkip  # what is done about an image that cannot be decoded, under data.on_bad: skip
 
@@ -60,7 +58,9 @@ class Session:
         """The same function with the frozen trunk's BatchNorms folded and, with `run.compile`, one graph per resolution."""
         if parts.trunk is None:
             return parts
-        trunk, _ = folding.folded(parts.trunk, 64)
+        with self.arithmetic.fp32():
+            trunk, _ = folding.folded(parts.trunk, 64)
+        trunk = self.arithmetic.frozen(trunk)
         if self.config.run.compile:
             # dynamic=False: a second size would otherwise be traced symbolically, which takes minutes with SAME padding.
             trunk = cast(nn.Module, torch.compile(trunk, dynamic=False))
@@ -71,12 +71,12 @@ class Session:
         x = self.to_device(images)
         if parts.trunk is None:
             return (x,)
-        with torch.no_grad(), self.autocast():
+        with torch.no_grad(), self.arithmetic.low():
             return tuple(feature.float() for feature in parts.trunk(x))
 
     def logits(self, parts: tuning.Split, head: nn.Module, inputs: tuple[torch.Tensor, ...]) -> torch.Tensor:
-        """fp32 [n, classes]. The head is fp32 by itself; where there is no trunk it is the whole network, under autocast."""
-        with self.autocast() if parts.trunk is None else contextlib.nullcontext():
+        """fp32 [n, classes]. A head is fp32, but in low precision like a trunk where whole blocks of it train."""
+        with self.arithmetic.low() if parts.trains_blocks else self.arithmetic.fp32():
             return head(*inputs).float()
 
     def evaluate(self, parts: tuning.Split, res: int, note: str, split: str = "val") -> Predictions:
@@ -124,11 +124,14 @@ def open_session(
     load_weights: bool = True,
     on_skip: loading.OnSkip = tell,
     splits: tuple[str, ...] = ("train", "val"),
+    mark: Callable[[str], None] = lambda phase: None,
 ) -> Session:
     """Index the data and build the model; rank 0 goes first where something is written.
 
     `load_weights=False` leaves the model as drawn from the seed, for one whose whole model stands in a file of its own.
+    `mark` is told of each part that is through.
     """
+    nvidia_apex.check(config)  # again: a container, or another node, may hold another apex
     data, indexes = config.data, {}
     for turn in (True, False):
         if ranks.is_main is turn:
@@ -136,6 +139,7 @@ def open_session(
             for split in splits:
                 indexes[split] = sources.load(root, split, data.cache, ranks.is_main, data.deny_list, data.on_bad)
         distributed.barrier(ranks)
+    mark("index")
     name, classes = config.model.timm_name, len(indexes[splits[0]].classes)
     if config.model.num_classes not in (0, classes):
         raise UserError(
@@ -147,8 +151,9 @@ def open_session(
     chosen = precision.resolve(config.run.precision, ranks.device)
     layout = memory_format(config, ranks.device)
     model = model.to(device=ranks.device).to(memory_format=layout)
-    autocast = precision.apply(chosen, ranks.device)
-    return Session(config, ranks, model, models.preprocessing(name), indexes, chosen, autocast, layout, on_skip)
+    mark("model")
+    arithmetic = precision.Arithmetic(chosen, ranks.device)
+    return Session(config, ranks, model, models.preprocessing(name), indexes, arithmetic, layout, on_skip)
 
 
 def memory_format(config: cfg.Config, device: torch.device) -> torch.memory_format:

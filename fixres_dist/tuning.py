@@ -7,9 +7,10 @@ residual branch works as one before the pooling does.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import MethodType
 from typing import Any
@@ -45,6 +46,8 @@ class Split:
     tuned: Tuned
     trunk: nn.Module | None
     head: nn.Module
+    trains_blocks: bool = False  # whole blocks train, so the head is worth low precision
+    recomputes: bool = False  # activation checkpointing runs its layers again in the backward pass
 
 
 def forward_order(model: nn.Module) -> list[str]:
@@ -112,17 +115,21 @@ def last_block(model: nn.Module) -> str:
     raise UserError(f"policy 'last_block' finds no stages in {type(model).__name__}. Next: tune.policy=classifier+bn")
 
 
-def split(model: nn.Module, policy: str) -> Split:
-    """Set what trains and cut the model there. Parameters and buffers stay shared with `model`."""
+def split(model: nn.Module, policy: str, recompute: bool = False) -> Split:
+    """Set what trains and cut the model there. Parameters and buffers stay shared with `model`.
+
+    `recompute`: checkpoint activations where gradients run through every block, policy `all`.
+    """
+    checkpoint_activations(model, recompute and policy == "all")
     tuned = select(model, policy)
     chosen = set(tuned.parameters)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in chosen)  # on the parameter: on a module it is a silent no-op
     if policy == "all":
-        return Split(model, tuned, None, model)
+        return Split(model, tuned, None, model, True, recompute)
     model.eval()
     trunk, head = cut(model, tuned.modules)
-    return Split(model, tuned, trunk, head)
+    return Split(model, tuned, trunk, head, policy == "last_block")
 
 
 class OutlineTracer(fx.Tracer):
@@ -169,6 +176,31 @@ def set_modes(parts: Split, bn_stats: str) -> None:
     parts.head.train(parts.trunk is None)
     if parts.trunk is not None and bn_stats == "ema" and parts.tuned.last_bn:
         parts.model.get_submodule(parts.tuned.last_bn).train()
+
+
+def checkpoint_activations(model: nn.Module, enable: bool) -> None:
+    """Let timm keep only the blocks' inputs and compute the rest again in the backward pass; UserError where it cannot."""
+    try:
+        model.set_grad_checkpointing(enable)  # type: ignore[operator]
+    except (AttributeError, AssertionError) as error:
+        if enable:
+            raise UserError(
+                f"run.activation_checkpointing: timm cannot do it for {type(model).__name__} ({error}). "
+                "Next: run.activation_checkpointing=false"
+            ) from None
+
+
+@contextlib.contextmanager
+def statistics_kept(parts: Split) -> Iterator[None]:
+    """For a backward pass: BatchNorms that checkpointing runs a second time there must not count their batch twice."""
+    norms = [m for m in parts.model.modules() if isinstance(m, _BatchNorm)] if parts.recomputes else []
+    for norm in norms:
+        norm.track_running_stats = False
+    try:
+        yield
+    finally:
+        for norm in norms:
+            norm.track_running_stats = True
 
 
 @torch.no_grad()
@@ -232,10 +264,11 @@ def normalise_over_ranks(self: Any, x: torch.Tensor) -> torch.Tensor:
     count = sums[-1].detach()
     mean, square = (sums[:-1] / count).chunk(2)
     variance = square - mean.square()
-    with torch.no_grad():
-        self.num_batches_tracked += 1
-        self.running_mean.lerp_(mean + shift.flatten(), self.momentum)
-        self.running_var.lerp_(variance * count / (count - 1), self.momentum)
+    if self.track_running_stats:
+        with torch.no_grad():
+            self.num_batches_tracked += 1
+            self.running_mean.lerp_(mean + shift.flatten(), self.momentum)
+            self.running_var.lerp_(variance * count / (count - 1), self.momentum)
     x = (centred - mean.view(shape)) * torch.rsqrt(variance + self.eps).view(shape)
     x = x * self.weight.view(shape) + self.bias.view(shape) if self.affine else x
     return self.act(self.drop(x)) if hasattr(self, "act") else x

@@ -16,6 +16,7 @@ LAYERS = [
     "data.geometry",
     "data.plan data.shards schedule",
     "data.sources",
+    "nvidia_apex",
     "planning preempt",
     "distributed precision",
     "models",

@@ -14,7 +14,7 @@ from conftest import killed_when, run, tiny
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from fixres_dist import checkpoint, distributed, models, preempt, rundir
+from fixres_dist import checkpoint, distributed, preempt, rundir
 from fixres_dist import config as cfg
 from fixres_dist.data import geometry, index, plan, torch_cpu
 from fixres_dist.errors import UserError
@@ -127,27 +127,6 @@ def test_a_stop_signal_saves_and_the_same_command_goes_on(tmp_path: Path, photos
     done = run(*arguments)
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"resuming asked at step {saved} of 28" in done.stdout
-
-
-def test_a_checkpoint_of_changed_data_is_refused_by_name(tmp_path: Path, photos: Path) -> None:
-    model = models.build("test_efficientnet", 3)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    progress = checkpoint.Progress(4, "fix")
-    path = checkpoint.save(tmp_path, model, ("classifier.weight",), optimizer, progress, {"sample lists": ["a", "b"]})
-    assert checkpoint.restore(path, model, optimizer, {"sample lists": ["a", "b"]}) == progress
-    with pytest.raises(UserError, match=r"sample lists was \['a', 'b'\], is \['a', 'c'\]"):
-        checkpoint.restore(path, model, optimizer, {"sample lists": ["a", "c"]})
-
-
-def test_an_unfinished_checkpoint_is_invisible(tmp_path: Path) -> None:
-    model = models.build("test_efficientnet", 3)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    for step in range(5):
-        checkpoint.save(tmp_path, model, ("bn2.weight",), optimizer, checkpoint.Progress(step, "fix", best_step=1), {})
-    assert [p.name[-1] for p in checkpoint.complete(tmp_path)] == ["1", "3", "4"], "the newest two and the best"
-    (tmp_path / ".step_00000009.123").mkdir()
-    (tmp_path / "step_00000009").mkdir()
-    assert [p.name[-1] for p in checkpoint.complete(tmp_path)] == ["1", "3", "4"]
 
 
 def test_a_relative_runs_directory(tmp_path: Path, photos: Path) -> None:
