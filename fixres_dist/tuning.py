@@ -193,14 +193,16 @@ def checkpoint_activations(model: nn.Module, enable: bool) -> None:
 @contextlib.contextmanager
 def statistics_kept(parts: Split) -> Iterator[None]:
     """For a backward pass: BatchNorms that checkpointing runs a second time there must not count their batch twice."""
-    norms = [m for m in parts.model.modules() if isinstance(m, _BatchNorm)] if parts.recomputes else []
+    norms: list[Any] = [m for m in parts.model.modules() if isinstance(m, _BatchNorm)] if parts.recomputes else []
+    kept = [(norm.momentum, norm.num_batches_tracked.clone()) for norm in norms]
     for norm in norms:
-        norm.track_running_stats = False
+        norm.momentum = 0.0  # the statistics are updated with weight zero
     try:
         yield
     finally:
-        for norm in norms:
-            norm.track_running_stats = True
+        for norm, (momentum, count) in zip(norms, kept, strict=True):
+            norm.momentum = momentum
+            norm.num_batches_tracked.copy_(count)
 
 
 @torch.no_grad()
@@ -264,11 +266,10 @@ def normalise_over_ranks(self: Any, x: torch.Tensor) -> torch.Tensor:
     count = sums[-1].detach()
     mean, square = (sums[:-1] / count).chunk(2)
     variance = square - mean.square()
-    if self.track_running_stats:
-        with torch.no_grad():
-            self.num_batches_tracked += 1
-            self.running_mean.lerp_(mean + shift.flatten(), self.momentum)
-            self.running_var.lerp_(variance * count / (count - 1), self.momentum)
+    with torch.no_grad():
+        self.num_batches_tracked += 1
+        self.running_mean.lerp_(mean + shift.flatten(), self.momentum)
+        self.running_var.lerp_(variance * count / (count - 1), self.momentum)
     x = (centred - mean.view(shape)) * torch.rsqrt(variance + self.eps).view(shape)
     x = x * self.weight.view(shape) + self.bias.view(shape) if self.affine else x
     return self.act(self.drop(x)) if hasattr(self, "act") else x
