@@ -16,6 +16,10 @@ from fixres_dist.watch import duration
 IMAGENET = (1_281_167, 50_000, 1000)
 # An eager EfficientNet is bound by memory traffic; 55 % of the nominal bandwidth is what published A100 timings reach.
 H200_MIB_PER_S = 0.55 * 4.8e12 / 2**20
+# Of the bytes that a forward writes and reads, what a backward pass needs: tensors that autograd saves, counted on the meta
+# device for b0 at 320 px (0.49) and b4 at 380 px (0.48), fp32, timm 1.0.31; and the share of them left by checkpointing
+# (0.11 and 0.07).
+SAVED, CHECKPOINTED = 0.49, 0.11
 
 
 @dataclass(frozen=True)
@@ -108,7 +112,7 @@ def lines(config: cfg.Config, facts: Facts | None, counts: Counts, run_folder: P
         rows.append(
             (
                 "memory",
-                f"about {memory_gib(config, facts, size):.1f} GiB per GPU: fp32 weights, head, largest layer in bf16 (estimate)",
+                f"about {memory_gib(config, facts, world_size):.1f} GiB per GPU: weights, head, activations (estimate)",
             )
         )
         rows.append(("time", time_text(config, facts, counts, world_size)))
@@ -116,18 +120,49 @@ def lines(config: cfg.Config, facts: Facts | None, counts: Counts, run_folder: P
     return [f"{key:<11}{text}" for key, text in rows]
 
 
-def memory_gib(config: cfg.Config, facts: Facts, batch: int) -> float:
-    scale = (config.data.res / facts.res) ** 2
-    weights = 4 * facts.parameters + 12 * facts.trainable(config.tune.policy, 1000)  # + gradient, momentum, bucket
-    return (weights + 2 * batch * facts.peak_mib * scale * 2**20) / 2**30
+def memory_gib(config: cfg.Config, facts: Facts, world_size: int, bytes_per_value: int = 0) -> float:
+    """Peak of a rank's device over both stages; `bytes_per_value`: of activations, 0: as run.precision says."""
+    width = bytes_per_value or (4 if config.run.precision in ("fp32", "tf32") else 2)
+    peaks = []
+    for tune, res in ((config.tune, config.data.res), *([(p, p.res)] if (p := config.pretrain) else [])):
+        batch = batch_per_device(
+            config, res
+        )  # of evaluation too, so a rank's share of the global batch bounds gradients only
+        per_image = (
+            2 * facts.peak_mib + 7 * 3 * facts.res**2 / 2**20 * 2 / width
+        )  # the picture as uint8, fp32, and cast
+        mib = batch * per_image
+        if tune.policy == "all":
+            kept = CHECKPOINTED if config.run.activation_checkpointing else 1.0
+            mib += min(batch, -(-tune.global_batch // world_size)) * SAVED * kept * facts.traffic_mib
+        weights = 4 * facts.parameters + 12 * facts.trainable(tune.policy, 1000)  # + gradient, momentum, bucket
+        peaks.append(weights / 2**30 + (res / facts.res) ** 2 * width / 2 * mib / 2**10)
+    return max(peaks)
+
+
+def seconds(config: cfg.Config, facts: Facts, counts: Counts, world_size: int) -> float | None:
+    """From memory traffic, on `world_size` H200; None where the trunk trains, which nothing here predicts."""
+    if config.pretrain or config.tune.policy in ("last_block", "all"):
+        return None
+    passes = config.tune.epochs * counts.train + min(config.tune.bn_stats_images, counts.train) + 2 * counts.val
+    return passes / images_per_second(config, facts) / world_size
+
+
+def images_per_second(config: cfg.Config, facts: Facts) -> float:
+    return H200_MIB_PER_S / (facts.traffic_mib * (config.data.res / facts.res) ** 2)
 
 
 def time_text(config: cfg.Config, facts: Facts, counts: Counts, world_size: int) -> str:
-    if config.pretrain or config.tune.policy in ("last_block", "all"):
+    predicted = seconds(config, facts, counts, world_size)
+    if predicted is None:
         return "not estimated for policies that train the trunk"
-    passes = config.tune.epochs * counts.train + min(config.tune.bn_stats_images, counts.train) + 2 * counts.val
-    per_second = H200_MIB_PER_S / (facts.traffic_mib * (config.data.res / facts.res) ** 2)
-    took = duration(passes / per_second / world_size)
-    return (
-        f"about {took} on {world_size} H200 ({per_second:,.0f} images/s each; an estimate from memory traffic, +-40 %)"
-    )
+    speed = images_per_second(config, facts)
+    return f"about {duration(predicted)} on {world_size} H200 ({speed:,.0f} images/s each; an estimate from memory traffic, +-40 %)"
+
+
+def beside(predicted: float | None, measured: float) -> dict[str, float] | None:
+    """A prediction and how far off it was."""
+    if predicted is None:
+        return None
+    error = 100 * (predicted / measured - 1)
+    return {"predicted": round(predicted, 3), "measured": round(measured, 3), "error_percent": round(error, 1)}

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import json
+import resource
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from fixres_dist import nvidia_apex
+from fixres_dist import nvidia_apex, planning, recipes
 from fixres_dist.data.index import Index
 from fixres_dist.data.torch_cpu import Bad
 from fixres_dist.distributed import Ranks
+from fixres_dist.errors import UserError
 from fixres_dist.evaluate import Predictions, paired_gain
 from fixres_dist.rundir import RunDir, append, processor, versions, write
 from fixres_dist.session import Session
+
+LIBRARIES_GIB = 0.7  # resident once torch, timm and the rest are imported
 
 
 def predictions_file(run: RunDir, when: str) -> Path:
@@ -50,11 +54,40 @@ def write_results(run: RunDir, session: Session, seconds: float, images_seen: in
         "precision": session.arithmetic.name,
         "optimizer": "apex FusedSGD" if config.run.optimizer == "apex" else "torch SGD",
         "apex": nvidia_apex.find().version if uses_apex else None,
+        "prediction": prediction(session, seconds),
         "hardware": hardware(session),
         "versions": versions(),
     }
     write(run.results, json.dumps(summary, indent=1) + "\n")
     return summary
+
+
+def prediction(session: Session, seconds: float) -> dict[str, Any] | None:
+    """The dry run's estimates against this start's peak memory and the run's time; None for a model without a recipe's facts.
+
+    On a CPU it is the process's resident memory, libraries included, and no time is predicted.
+    """
+    config, ranks = session.config, session.ranks
+    try:
+        facts = recipes.find(config.model.name).facts
+    except UserError:  # a run directory written by hand
+        facts = None
+    if facts is None:
+        return None
+    cuda, world = ranks.device.type == "cuda", ranks.world_size
+    low = session.arithmetic.name in ("bf16", "fp16", "apex-O1", "apex-O2")
+    memory = planning.memory_gib(config, facts, world, 2 if low else 4)
+    if cuda:
+        measured = torch.cuda.max_memory_allocated(ranks.device) / 2**30
+    else:
+        memory += LIBRARIES_GIB
+        measured = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    counts = planning.Counts(len(session.train), len(session.val), len(session.train.classes), "")
+    known = cuda and "H200" in torch.cuda.get_device_name(ranks.device)
+    return {
+        "memory_gib": planning.beside(memory, measured),
+        "seconds": planning.beside(planning.seconds(config, facts, counts, world), seconds) if known else None,
+    }
 
 
 def skipping(run: RunDir, ranks: Ranks) -> Callable[[Index, Bad], None]:

@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from fixres_dist import checkpoint, distributed, export, lifecycle, models, results, slurm, tuning
+from fixres_dist import checkpoint, distributed, export, fit, lifecycle, models, results, slurm, tuning
 from fixres_dist import config as cfg
 from fixres_dist.data import loading, order, plan
 from fixres_dist.data.torch_cpu import Batch
@@ -139,6 +139,7 @@ def train_stage(
     trainable = [p for p in session.model.parameters() if p.requires_grad]
     optimizer = sgd(settings.optimizer, trainable, tune.momentum, tune.weight_decay)
     scale = LossScale(session.arithmetic, optimizer, parts.head if parts.trains_blocks else None)
+    session = fit.with_batch(here, session, stage, parts)
     identity = fingerprint(session, stage, parts)
     progress, resumed = starting_point(here, stage, session.model, optimizer, identity)
     scale.restore(progress.loss_scale)

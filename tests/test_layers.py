@@ -26,6 +26,7 @@ LAYERS = [
     "data.loading",
     "evaluate checkpoint tracking export meter",
     "session",
+    "fit",
     "results",
     "report",
     "data.verify data.show bench",
