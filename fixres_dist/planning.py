@@ -112,7 +112,7 @@ def lines(config: cfg.Config, facts: Facts | None, counts: Counts, run_folder: P
         rows.append(
             (
                 "memory",
-                f"about {memory_gib(config, facts, world_size):.1f} GiB per GPU: weights, head, activations (estimate)",
+                f"about {memory_gib(config, facts, counts, world_size):.1f} GiB per GPU: weights, head, activations (estimate)",
             )
         )
         rows.append(("time", time_text(config, facts, counts, world_size)))
@@ -120,23 +120,23 @@ def lines(config: cfg.Config, facts: Facts | None, counts: Counts, run_folder: P
     return [f"{key:<11}{text}" for key, text in rows]
 
 
-def memory_gib(config: cfg.Config, facts: Facts, world_size: int, bytes_per_value: int = 0) -> float:
+def memory_gib(config: cfg.Config, facts: Facts, counts: Counts, world_size: int, bytes_per_value: int = 0) -> float:
     """Peak of a rank's device over both stages; `bytes_per_value`: of activations, 0: as run.precision says."""
     width = bytes_per_value or (4 if config.run.precision in ("fp32", "tf32") else 2)
     peaks = []
     for tune, res in ((config.tune, config.data.res), *([(p, p.res)] if (p := config.pretrain) else [])):
-        batch = batch_per_device(
-            config, res
-        )  # of evaluation too, so a rank's share of the global batch bounds gradients only
-        per_image = (
-            2 * facts.peak_mib + 7 * 3 * facts.res**2 / 2**20 * 2 / width
-        )  # the picture as uint8, fp32, and cast
-        mib = batch * per_image
+        # Evaluation and statistics have no gradients, and take as many images at once as are left for a rank.
+        most, without = batch_per_device(config, res), max(counts.val, min(tune.bn_stats_images, counts.train))
+        step = min(most, -(-tune.global_batch // world_size))
+        picture = 3 * facts.res**2 * (1 + 4 + width) / 2**20  # as uint8, as fp32, and cast
+        mib = max(step, min(most, -(-without // world_size))) * (picture + facts.peak_mib * width)
         if tune.policy == "all":
             kept = CHECKPOINTED if config.run.activation_checkpointing else 1.0
-            mib += min(batch, -(-tune.global_batch // world_size)) * SAVED * kept * facts.traffic_mib
-        weights = 4 * facts.parameters + 12 * facts.trainable(tune.policy, 1000)  # + gradient, momentum, bucket
-        peaks.append(weights / 2**30 + (res / facts.res) ** 2 * width / 2 * mib / 2**10)
+            mib += step * SAVED * kept * facts.traffic_mib * width / 2
+        weights = 4 * facts.parameters + 12 * facts.trainable(
+            tune.policy, counts.classes
+        )  # + gradient, momentum, bucket
+        peaks.append(weights / 2**30 + mib * (res / facts.res) ** 2 / 2**10)
     return max(peaks)
 
 

@@ -76,13 +76,13 @@ def prediction(session: Session, seconds: float) -> dict[str, Any] | None:
         return None
     cuda, world = ranks.device.type == "cuda", ranks.world_size
     low = session.arithmetic.name in ("bf16", "fp16", "apex-O1", "apex-O2")
-    memory = planning.memory_gib(config, facts, world, 2 if low else 4)
+    counts = planning.Counts(len(session.train), len(session.val), len(session.train.classes), "")
+    memory = planning.memory_gib(config, facts, counts, world, 2 if low else 4)
     if cuda:
         measured = torch.cuda.max_memory_allocated(ranks.device) / 2**30
     else:
         memory += LIBRARIES_GIB
         measured = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    counts = planning.Counts(len(session.train), len(session.val), len(session.train.classes), "")
     known = cuda and "H200" in torch.cuda.get_device_name(ranks.device)
     return {
         "memory_gib": planning.beside(memory, measured),

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import cast
 
 import torch
@@ -12,7 +15,7 @@ from torch import nn
 from fixres_dist import config as cfg
 from fixres_dist import distributed, folding, models, nvidia_apex, precision, tuning
 from fixres_dist.data import geometry, loading, plan, sources, torch_cpu
-from fixres_dist.data.index import Index
+from fixres_dist.data.index import Index, cache_folder
 from fixres_dist.distributed import Ranks
 from fixres_dist.errors import UserError
 from fixres_dist.evaluate import Predictions, predict
@@ -89,7 +92,7 @@ class Session:
         for parts in models:
             parts.model.eval()
             parts.head.eval()
-        trunks = [tuning.frozen_digest(parts) if parts.trunk else str(k) for k, parts in enumerate(models)]
+        trunks = [tuning.frozen_digest(parts) if parts.trunk is not None else str(k) for k, parts in enumerate(models)]
 
         def logits(batch: torch_cpu.Batch) -> list[torch.Tensor]:
             features = {
@@ -133,6 +136,7 @@ def open_session(
     """
     nvidia_apex.check(config)  # again: a container, or another node, may hold another apex
     data, indexes = config.data, {}
+    keep_compiled_code(cache_folder(data.cache))
     for turn in (True, False):
         if ranks.is_main is turn:
             root = sources.folder(data.root, data.cache)
@@ -154,6 +158,14 @@ def open_session(
     mark("model")
     arithmetic = precision.Arithmetic(chosen, ranks.device)
     return Session(config, ranks, model, models.preprocessing(name), indexes, arithmetic, layout, on_skip)
+
+
+def keep_compiled_code(cache: Path) -> None:
+    """torch.compile's results go beside the indexes, where every node finds them: a restart compiles nothing again."""
+    name = "TORCHINDUCTOR_CACHE_DIR"
+    own = f"{tempfile.gettempdir()}/torchinductor_"  # importing torch has set its default; a person's setting stands
+    if os.environ.get(name, own).startswith(own):
+        os.environ[name] = str(cache.absolute() / "inductor")
 
 
 def memory_format(config: cfg.Config, device: torch.device) -> torch.memory_format:

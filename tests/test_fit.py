@@ -89,7 +89,7 @@ def predicted(*items: str, model: str = "b4") -> float:
     recipe = recipes.find(model)
     config = cfg.parse(cfg.Config, cfg.merge(recipe.values, cfg.overrides(list(items))))
     assert recipe.facts
-    return planning.memory_gib(config, recipe.facts, 8)
+    return planning.memory_gib(config, recipe.facts, planning.Counts(*planning.IMAGENET, ""), 8)
 
 
 def test_predicted_memory_follows_what_a_step_keeps() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from conftest import killed_when, run, tiny
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from fixres_dist import checkpoint, distributed, preempt, rundir
+from fixres_dist import checkpoint, distributed, preempt, rundir, session
 from fixres_dist import config as cfg
 from fixres_dist.data import geometry, index, plan, torch_cpu
 from fixres_dist.errors import UserError
@@ -60,6 +61,30 @@ def test_the_run_directory_is_complete(finished: Path) -> None:
     assert results["delta_top1"] == pytest.approx(results["after"]["top1"] - results["before"]["top1"], abs=1e-3)
     assert json.loads((finished / "class_index.json").read_text()) == {"0": "ash", "1": "birch", "2": "cedar"}
     assert (finished / "code" / "fixres_dist" / "train.py").exists()
+
+
+def test_events_tell_what_starting_and_saving_cost(finished: Path) -> None:
+    events = rundir.read_lines(finished / "events.jsonl")
+    (first,) = [dict(line) for line in events if line["event"] == "first step"]
+    assert first.pop("event")
+    assert first.pop("time")
+    total = first.pop("time_to_first_step_s")
+    phases = {"imports_s", "rendezvous_s", "index_s", "model_s", "trunk_s", "step_s"}
+    assert phases <= set(first)
+    assert total == pytest.approx(sum(first.values()), abs=0.002)
+    assert first["imports_s"] > 0.1, "counted from the process's start: torch alone takes longer"
+    saved = [line for line in events if line["event"] == "saved"]
+    assert [line["step"] for line in saved] == [0, 7, 7, 21], "the starts and ends of both stages"
+    assert all(line["stall_ms"] >= 0 for line in saved)
+
+
+def test_compiled_code_is_kept_where_a_restart_finds_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", f"{tempfile.gettempdir()}/torchinductor_someone")
+    session.keep_compiled_code(tmp_path)
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "inductor")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/fast/disk")
+    session.keep_compiled_code(tmp_path)
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == "/fast/disk"
 
 
 def test_tensorboard_has_the_promised_tags(finished: Path) -> None:
