@@ -11,12 +11,14 @@ from typing import Any
 import torch
 
 from fixres_dist import nvidia_apex, planning, recipes
+from fixres_dist.data import plan
 from fixres_dist.data.index import Index
 from fixres_dist.data.torch_cpu import Bad
 from fixres_dist.distributed import Ranks
 from fixres_dist.errors import UserError
 from fixres_dist.evaluate import Predictions, paired_gain
 from fixres_dist.rundir import RunDir, append, processor, versions, write
+from fixres_dist.schedule import Stage
 from fixres_dist.session import Session
 
 LIBRARIES_GIB = 0.7  # resident once torch, timm and the rest are imported
@@ -115,6 +117,19 @@ def hardware(session: Session) -> dict[str, Any]:
     device = session.ranks.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
     return {"device": name, "devices": session.ranks.world_size, "nodes": list(session.ranks.nodes)}
+
+
+def record(here: RunDir, session: Session, stage: Stage, step: int, samples: list[int]) -> None:
+    """A line of samples/rank_K.jsonl: what this rank has seen at this step (run.record_samples=true)."""
+    epoch = (step - stage.first) // stage.per_epoch
+    pictures = plan.Pictures(stage.transform, stage.res, session.resize(stage.res), stage.seed)
+    views = plan.request(session.train, pictures, torch.tensor(samples, dtype=torch.int64).numpy(), epoch).views
+    file = here.root / "samples" / f"rank_{session.ranks.rank}.jsonl"
+    file.parent.mkdir(exist_ok=True)
+    append(
+        file,
+        {"epoch": epoch, "step": step, "stage": stage.name, "samples": samples, "views": [v.record() for v in views]},
+    )
 
 
 def sentence(summary: dict[str, Any]) -> str:

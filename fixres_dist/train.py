@@ -32,7 +32,7 @@ from fixres_dist.evaluate import Predictions
 from fixres_dist.meter import Meter, StartUp
 from fixres_dist.precision import LossScale, sgd
 from fixres_dist.preempt import StopFlag
-from fixres_dist.rundir import Locked, RunDir, append, keep_lines, write
+from fixres_dist.rundir import Locked, RunDir, keep_lines, write
 from fixres_dist.schedule import Stage, batch_per_device, stages
 from fixres_dist.session import Session, open_session
 from fixres_dist.tracking import Tracker
@@ -92,7 +92,7 @@ def work(here: RunDir, config: cfg.Config, flag: StopFlag) -> int:
         if ranks.is_main:
             write(here.root / "class_index.json", json.dumps(dict(enumerate(session.train.classes)), indent=1) + "\n")
             here.update_state(total_steps=todo[-1].stop)
-            kept = newest_step(here)
+            kept = max(0, here.saved_step())
             for file in (here.root / "samples").glob("rank_*.jsonl"):
                 keep_lines(file, lambda line: line["step"] < kept)
             print("decoding with {}: {}".format(*loading.choose(config.data.backend, ranks.device)), flush=True)
@@ -107,11 +107,6 @@ def work(here: RunDir, config: cfg.Config, flag: StopFlag) -> int:
         if ranks.is_main:
             here.finish()
         return EXIT_DONE
-
-
-def newest_step(here: RunDir) -> int:
-    found = checkpoint.complete(here.checkpoints)
-    return checkpoint.progress_of(found[-1]).step if found else 0
 
 
 def fingerprint(session: Session, stage: Stage, parts: tuning.Split) -> dict[str, Any]:
@@ -139,10 +134,10 @@ def train_stage(
     trainable = [p for p in session.model.parameters() if p.requires_grad]
     optimizer = sgd(settings.optimizer, trainable, tune.momentum, tune.weight_decay)
     scale = LossScale(session.arithmetic, optimizer, parts.head if parts.trains_blocks else None)
-    session = fit.with_batch(here, session, stage, parts)
     identity = fingerprint(session, stage, parts)
     progress, resumed = starting_point(here, stage, session.model, optimizer, identity)
     scale.restore(progress.loss_scale)
+    session = fit.with_batch(here, session, stage, parts)
     startup.mark("trunk")
     tracker = Tracker(here, session.config, progress.step, total_steps, resumed) if ranks.is_main else None
     started, seconds = time.monotonic(), progress.seconds
@@ -196,7 +191,7 @@ def train_stage(
 
         progress = replace(progress, step=done, seconds=seconds + time.monotonic() - started)
         if settings.record_samples:
-            record(here, session, stage, step, samples)
+            results.record(here, session, stage, step, samples)
         if logging:
             values = meter.read(ranks, learning_rate=rate, grad_norm=norm, **scale.metrics())
             if tracker:
@@ -355,16 +350,3 @@ def measure_statistics(session: Session, stage: Stage, parts: tuning.Split) -> i
     distributed.total(ranks, moments.sums)
     moments.set(bn)
     return min(stage.tune.bn_stats_images, stage.n)
-
-
-def record(here: RunDir, session: Session, stage: Stage, step: int, samples: list[int]) -> None:
-    """A line of samples/rank_K.jsonl: what this rank has seen at this step (run.record_samples=true)."""
-    epoch = (step - stage.first) // stage.per_epoch
-    pictures = plan.Pictures(stage.transform, stage.res, session.resize(stage.res), stage.seed)
-    views = plan.request(session.train, pictures, torch.tensor(samples, dtype=torch.int64).numpy(), epoch).views
-    file = here.root / "samples" / f"rank_{session.ranks.rank}.jsonl"
-    file.parent.mkdir(exist_ok=True)
-    append(
-        file,
-        {"epoch": epoch, "step": step, "stage": stage.name, "samples": samples, "views": [v.record() for v in views]},
-    )
