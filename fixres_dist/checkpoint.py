@@ -9,7 +9,10 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from dataclasses import asdict, dataclass, replace
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,27 +34,95 @@ class Progress:
     seconds: float = 0.0  # worked on training, over all starts
     best_top1: float = -1.0  # of the evaluations while this stage trains
     best_step: int = -1
+    loss_scale: dict[str, Any] = field(default_factory=dict)  # precision.LossScale.state
 
     def with_top1(self, top1: float) -> Progress:
         return replace(self, best_top1=top1, best_step=self.step) if top1 > self.best_top1 else self
 
 
-def save(
-    folder: Path,
-    model: nn.Module,
-    names: tuple[str, ...],
-    optimizer: torch.optim.Optimizer,
-    progress: Progress,
-    fingerprint: dict[str, Any],
-) -> Path:
-    """Write step_NNNNNNNN/ below `folder` and drop what is no longer kept; rank 0 only."""
+@dataclass(frozen=True)
+class Tensors:
+    """What a checkpoint holds of the tuned tensors and the optimizer, copied to the CPU: training may go on."""
+
+    head: dict[str, torch.Tensor]
+    optimizer: dict[
+        str, torch.Tensor
+    ]  # momentum_buffer:NAME of every parameter, average:NAME where weights are averaged
+
+    @classmethod
+    def of(cls, model: nn.Module, names: tuple[str, ...], optimizer: torch.optim.Optimizer) -> Tensors:
+        state = model.state_dict()
+        owners: dict[Any, str] = {parameter: name for name, parameter in model.named_parameters()}
+        kept = {
+            f"{key}:{owners[p]}": value
+            for p, state in optimizer.state.items()
+            for key, value in state.items()
+            if value is not None
+        }
+        return cls(
+            *(
+                {n: t.detach().to("cpu", copy=True).contiguous() for n, t in tensors.items()}
+                for tensors in ({name: state[name] for name in names}, kept)
+            )
+        )
+
+
+class Writer:
+    """Saves behind the loop's back: `save` returns once the tensors are copied, one thread does the files.
+
+    An error of that thread is raised by the next `save` or `wait`. Leaving the `with` waits, so a run's lock is not
+    given back under a save. Once a checkpoint is on disk, `saved` is told (in the thread) its step and `stall_ms`, how
+    long the caller was held up: by the copy, and by the save before if that was not through.
+    """
+
+    def __init__(self, folder: Path, saved: Callable[..., None]) -> None:
+        self.folder, self.saved = folder, saved
+        self.thread = ThreadPoolExecutor(1, "checkpoint")
+        self.pending: Future[None] | None = None
+
+    def __enter__(self) -> Writer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.thread.shutdown(wait=True)
+
+    def save(
+        self,
+        model: nn.Module,
+        names: tuple[str, ...],
+        optimizer: torch.optim.Optimizer,
+        progress: Progress,
+        fingerprint: dict[str, Any],
+    ) -> None:
+        """Write step_NNNNNNNN/; rank 0 only."""
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()  # work that was queued before is no part of the stall
+        started = time.perf_counter()
+        self.wait()
+        tensors = Tensors.of(model, names, optimizer)
+        stall_ms = 1e3 * (time.perf_counter() - started)
+
+        def work() -> None:
+            write(self.folder, tensors, progress, fingerprint)
+            self.saved(step=progress.step, stall_ms=round(stall_ms, 1))
+
+        self.pending = self.thread.submit(work)
+
+    def wait(self) -> None:
+        """Until the save in hand is on disk."""
+        pending, self.pending = self.pending, None
+        if pending:
+            pending.result()
+
+
+def write(folder: Path, tensors: Tensors, progress: Progress, fingerprint: dict[str, Any]) -> None:
+    """step_NNNNNNNN/ below `folder`, whole or not at all, without what is no longer kept."""
     final = folder / f"step_{progress.step:08d}"
     part = folder / f".{final.name}.{os.getpid()}"
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
-    state = model.state_dict()
-    save_file({name: state[name].detach().cpu().contiguous() for name in names}, part / "head.safetensors")
-    save_file(optimizer_tensors(model, optimizer), part / "optimizer.safetensors")
+    save_file(tensors.head, part / "head.safetensors")
+    save_file(tensors.optimizer, part / "optimizer.safetensors")
     (part / "meta.json").write_text(json.dumps({"progress": asdict(progress), "fingerprint": fingerprint}, indent=1))
     for file in part.iterdir():
         sync(file)
@@ -59,18 +130,6 @@ def save(
     os.replace(part, final)
     sync(folder)
     prune(folder, progress.best_step)
-    return final
-
-
-def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    """`momentum_buffer:NAME` of every parameter, and `average:NAME` where weights are averaged."""
-    names: dict[Any, str] = {parameter: name for name, parameter in model.named_parameters()}
-    return {
-        f"{key}:{names[p]}": value.detach().cpu().contiguous()
-        for p, state in optimizer.state.items()
-        for key, value in state.items()
-        if value is not None
-    }
 
 
 def sync(path: Path) -> None:

@@ -126,9 +126,12 @@ class Pretrain(Tune):
 @dataclass(frozen=True, kw_only=True)
 class Run:
     seed: int = 0  # of the order, the augmentation and new weights
-    precision: Literal["auto", "fp32", "tf32", "bf16", "fp16"] = (
-        "auto"  # of what autograd does not touch; the head is fp32
+    # Of the frozen trunk, whose head is fp32, and of all of it under last_block and all; apex-*: by apex.amp, where there is one
+    precision: Literal["auto", "fp32", "tf32", "bf16", "fp16", "apex-O1", "apex-O2"] = "auto"
+    optimizer: Literal["torch", "apex"] = (
+        "torch"  # SGD by torch, or NVIDIA apex's FusedSGD: the same updates to rounding
     )
+    activation_checkpointing: bool = False  # tune.policy=all: blocks run twice instead of keeping what gradients need
     memory_format: Literal["auto", "channels_last", "contiguous"] = "auto"
     compile: bool = False  # torch.compile the trunk, one graph per resolution
     engine: Literal["auto", "stream"] = "auto"  # stream: decode and run the trunk every epoch
@@ -189,6 +192,14 @@ class Config:
     run: Run = Run()
     cluster: Cluster = Cluster()
 
+    def __post_init__(self) -> None:
+        policies = [section.policy for section in (self.pretrain, self.tune) if section]
+        if self.run.activation_checkpointing and "all" not in policies:
+            raise UserError(
+                f"activation_checkpointing with policy {policies[-1]}: no gradient runs through the frozen blocks, so nothing of "
+                "theirs is kept. Next: run.activation_checkpointing=false, or tune.policy=all"
+            )
+
     def stage_settings(self) -> tuple[Tune, ...]:
         """Of the stages, in order."""
         return (self.pretrain, self.tune) if self.pretrain else (self.tune,)
@@ -212,7 +223,17 @@ OPERATIONAL = {
         "preallocate_width",
         "preallocate_height",
     },
-    "run": {"log_every", "save_every_s", "batch_per_device", "memory_format", "compile", "engine", "record_samples"},
+    "run": {
+        "optimizer",
+        "activation_checkpointing",
+        "log_every",
+        "save_every_s",
+        "batch_per_device",
+        "memory_format",
+        "compile",
+        "engine",
+        "record_samples",
+    },
 }
 
 

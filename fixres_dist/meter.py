@@ -1,15 +1,19 @@
-"""What a stretch of training did: loss, speed, and time spent waiting for data."""
+"""What a stretch of training did: loss, speed, time spent waiting for data; and what came before its first step."""
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 
 from fixres_dist import distributed
 from fixres_dist.data.torch_cpu import Batch
 from fixres_dist.distributed import Ranks
+
+IMPORTED = time.time()
 
 
 class Meter:
@@ -54,3 +58,37 @@ class Meter:
             "memory_gib": memory,
             "skipped": skipped,
         }
+
+
+class StartUp:
+    """Where the time between this process's start and its first optimizer step goes."""
+
+    def __init__(self) -> None:
+        self.phases: dict[str, float] = {}
+        self.running = True
+        self.marked = process_started()
+
+    def mark(self, phase: str) -> None:
+        """`phase` ends now; what came since the mark before is its time."""
+        now = time.time()
+        self.phases[phase] = round(self.phases.get(phase, 0.0) + now - self.marked, 3)
+        self.marked = now
+
+    def stop(self) -> dict[str, float]:
+        """After the first step."""
+        self.mark("step")
+        self.running = False
+        return {
+            "time_to_first_step_s": round(sum(self.phases.values()), 3),
+            **{f"{k}_s": v for k, v in self.phases.items()},
+        }
+
+
+def process_started() -> float:
+    """Unix time of this process's start, to 10 ms; the import of this module where there is no /proc."""
+    try:
+        ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+        up = float(Path("/proc/uptime").read_text().split()[0])
+    except OSError:
+        return IMPORTED
+    return time.time() - up + ticks / os.sysconf("SC_CLK_TCK")

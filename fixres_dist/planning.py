@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fixres_dist import config as cfg
+from fixres_dist import nvidia_apex
 from fixres_dist.data import demo, index, shards
 from fixres_dist.errors import UserError
 from fixres_dist.recipes import Facts
@@ -15,6 +16,10 @@ from fixres_dist.watch import duration
 IMAGENET = (1_281_167, 50_000, 1000)
 # An eager EfficientNet is bound by memory traffic; 55 % of the nominal bandwidth is what published A100 timings reach.
 H200_MIB_PER_S = 0.55 * 4.8e12 / 2**20
+# Of the bytes that a forward writes and reads, what a backward pass needs: tensors that autograd saves, counted on the meta
+# device for b0 at 320 px (0.49) and b4 at 380 px (0.48), fp32, timm 1.0.31; and the share of them left by checkpointing
+# (0.11 and 0.07).
+SAVED, CHECKPOINTED = 0.49, 0.11
 
 
 @dataclass(frozen=True)
@@ -44,6 +49,8 @@ def check(config: cfg.Config, world_size: int, dry: bool) -> None:
         )
     if config.data.root not in ("", "demo"):
         index.check_folder(Path(config.data.root))
+    if not any("container" in argument for argument in config.cluster.srun_args):  # there the worker looks
+        nvidia_apex.check(config)
     batches = {
         "tune": config.tune.global_batch,
         **({"pretrain": config.pretrain.global_batch} if config.pretrain else {}),
@@ -107,7 +114,7 @@ def lines(config: cfg.Config, facts: Facts | None, counts: Counts, run_folder: P
         rows.append(
             (
                 "memory",
-                f"about {memory_gib(config, facts, size):.1f} GiB per GPU: fp32 weights, head, largest layer in bf16 (estimate)",
+                f"about {memory_gib(config, facts, counts, world_size):.1f} GiB per GPU: weights, head, activations (estimate)",
             )
         )
         rows.append(("time", time_text(config, facts, counts, world_size)))
@@ -115,18 +122,49 @@ def lines(config: cfg.Config, facts: Facts | None, counts: Counts, run_folder: P
     return [f"{key:<11}{text}" for key, text in rows]
 
 
-def memory_gib(config: cfg.Config, facts: Facts, batch: int) -> float:
-    scale = (config.data.res / facts.res) ** 2
-    weights = 4 * facts.parameters + 12 * facts.trainable(config.tune.policy, 1000)  # + gradient, momentum, bucket
-    return (weights + 2 * batch * facts.peak_mib * scale * 2**20) / 2**30
+def memory_gib(config: cfg.Config, facts: Facts, counts: Counts, world_size: int, bytes_per_value: int = 0) -> float:
+    """Peak of a rank's device over both stages; `bytes_per_value`: of activations, 0: as run.precision says."""
+    width = bytes_per_value or (4 if config.run.precision in ("fp32", "tf32") else 2)
+    peaks = []
+    for tune, res in ((config.tune, config.data.res), *([(p, p.res)] if (p := config.pretrain) else [])):
+        # Evaluation and statistics have no gradients, and take as many images at once as are left for a rank.
+        most, without = batch_per_device(config, res), max(counts.val, min(tune.bn_stats_images, counts.train))
+        step = min(most, -(-tune.global_batch // world_size))
+        picture = 3 * facts.res**2 * (1 + 4 + width) / 2**20  # as uint8, as fp32, and cast
+        mib = max(step, min(most, -(-without // world_size))) * (picture + facts.peak_mib * width)
+        if tune.policy == "all":
+            kept = CHECKPOINTED if config.run.activation_checkpointing else 1.0
+            mib += step * SAVED * kept * facts.traffic_mib * width / 2
+        weights = 4 * facts.parameters + 12 * facts.trainable(
+            tune.policy, counts.classes
+        )  # + gradient, momentum, bucket
+        peaks.append(weights / 2**30 + mib * (res / facts.res) ** 2 / 2**10)
+    return max(peaks)
+
+
+def seconds(config: cfg.Config, facts: Facts, counts: Counts, world_size: int) -> float | None:
+    """From memory traffic, on `world_size` H200; None where the trunk trains, which nothing here predicts."""
+    if config.pretrain or config.tune.policy in ("last_block", "all"):
+        return None
+    passes = config.tune.epochs * counts.train + min(config.tune.bn_stats_images, counts.train) + 2 * counts.val
+    return passes / images_per_second(config, facts) / world_size
+
+
+def images_per_second(config: cfg.Config, facts: Facts) -> float:
+    return H200_MIB_PER_S / (facts.traffic_mib * (config.data.res / facts.res) ** 2)
 
 
 def time_text(config: cfg.Config, facts: Facts, counts: Counts, world_size: int) -> str:
-    if config.pretrain or config.tune.policy in ("last_block", "all"):
+    predicted = seconds(config, facts, counts, world_size)
+    if predicted is None:
         return "not estimated for policies that train the trunk"
-    passes = config.tune.epochs * counts.train + min(config.tune.bn_stats_images, counts.train) + 2 * counts.val
-    per_second = H200_MIB_PER_S / (facts.traffic_mib * (config.data.res / facts.res) ** 2)
-    took = duration(passes / per_second / world_size)
-    return (
-        f"about {took} on {world_size} H200 ({per_second:,.0f} images/s each; an estimate from memory traffic, +-40 %)"
-    )
+    speed = images_per_second(config, facts)
+    return f"about {duration(predicted)} on {world_size} H200 ({speed:,.0f} images/s each; an estimate from memory traffic, +-40 %)"
+
+
+def beside(predicted: float | None, measured: float) -> dict[str, float] | None:
+    """A prediction and how far off it was."""
+    if predicted is None:
+        return None
+    error = 100 * (predicted / measured - 1)
+    return {"predicted": round(predicted, 3), "measured": round(measured, 3), "error_percent": round(error, 1)}

@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import json
+import resource
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from fixres_dist import nvidia_apex, planning, recipes
+from fixres_dist.data import plan
 from fixres_dist.data.index import Index
 from fixres_dist.data.torch_cpu import Bad
 from fixres_dist.distributed import Ranks
+from fixres_dist.errors import UserError
 from fixres_dist.evaluate import Predictions
 from fixres_dist.rundir import RunDir, append, processor, versions, write
+from fixres_dist.schedule import Stage
 from fixres_dist.session import Session
+
+LIBRARIES_GIB = 0.7  # resident once torch, timm and the rest are imported
 
 
 def predictions_file(run: RunDir, when: str) -> Path:
@@ -26,6 +33,7 @@ def write_results(run: RunDir, session: Session, seconds: float, images_seen: in
     config, ranks = session.config, session.ranks
     before, after = (Predictions.read(predictions_file(run, when)) for when in ("before", "after"))
     kept = ("top1", "top5", "loss")
+    uses_apex = session.arithmetic.amp or config.run.optimizer == "apex"
     summary = {
         "model": config.model.name,
         "timm_name": config.model.timm_name,
@@ -42,12 +50,43 @@ def write_results(run: RunDir, session: Session, seconds: float, images_seen: in
         "images_seen": images_seen,
         "seconds": round(seconds, 2),
         "world_size": ranks.world_size,
-        "precision": session.precision,
+        "precision": session.arithmetic.name,
+        "optimizer": "apex FusedSGD" if config.run.optimizer == "apex" else "torch SGD",
+        "apex": nvidia_apex.find().version if uses_apex else None,
+        "prediction": prediction(session, seconds),
         "hardware": hardware(session),
         "versions": versions(),
     }
     write(run.results, json.dumps(summary, indent=1) + "\n")
     return summary
+
+
+def prediction(session: Session, seconds: float) -> dict[str, Any] | None:
+    """The dry run's estimates against this start's peak memory and the run's time; None for a model without a recipe's facts.
+
+    On a CPU it is the process's resident memory, libraries included, and no time is predicted.
+    """
+    config, ranks = session.config, session.ranks
+    try:
+        facts = recipes.find(config.model.name).facts
+    except UserError:  # a run directory written by hand
+        facts = None
+    if facts is None:
+        return None
+    cuda, world = ranks.device.type == "cuda", ranks.world_size
+    low = session.arithmetic.name in ("bf16", "fp16", "apex-O1", "apex-O2")
+    counts = planning.Counts(len(session.train), len(session.val), len(session.train.classes), "")
+    memory = planning.memory_gib(config, facts, counts, world, 2 if low else 4)
+    if cuda:
+        measured = torch.cuda.max_memory_allocated(ranks.device) / 2**30
+    else:
+        memory += LIBRARIES_GIB
+        measured = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    known = cuda and "H200" in torch.cuda.get_device_name(ranks.device)
+    return {
+        "memory_gib": planning.beside(memory, measured),
+        "seconds": planning.beside(planning.seconds(config, facts, counts, world), seconds) if known else None,
+    }
 
 
 def skipping(run: RunDir, ranks: Ranks) -> Callable[[Index, Bad], None]:
@@ -75,6 +114,23 @@ def hardware(session: Session) -> dict[str, Any]:
     device = session.ranks.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
     return {"device": name, "devices": session.ranks.world_size, "nodes": list(session.ranks.nodes)}
+
+
+def record(here: RunDir, session: Session, stage: Stage, step: int, samples: list[int]) -> None:
+    """A line of samples/rank_K.jsonl: what this rank has seen at this step (run.record_samples=true)."""
+    k, batch, ranks = step - stage.first, stage.tune.global_batch, session.ranks
+    epoch = k // stage.per_epoch
+    pictures = plan.Pictures(stage.transform, stage.res, session.resize(stage.res), stage.seed)
+    (whole,) = plan.train_steps(
+        session.train, pictures, batch, batch, k, k + 1, ranks.rank, ranks.world_size, stage.tune.repeats
+    )
+    views = [view for sample, view in zip(*whole[0], strict=True) if sample in samples]  # one that was skipped is not
+    file = here.root / "samples" / f"rank_{session.ranks.rank}.jsonl"
+    file.parent.mkdir(exist_ok=True)
+    append(
+        file,
+        {"epoch": epoch, "step": step, "stage": stage.name, "samples": samples, "views": [v.record() for v in views]},
+    )
 
 
 def sentence(summary: dict[str, Any]) -> str:

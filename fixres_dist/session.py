@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
+import os
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import nn
 
 from fixres_dist import config as cfg
-from fixres_dist import distributed, evalsets, folding, models, precision, tuning
+from fixres_dist import distributed, evalsets, folding, models, nvidia_apex, precision, tuning
 from fixres_dist.data import geometry, loading, plan, sources, torch_cpu
-from fixres_dist.data.index import Index
+from fixres_dist.data.index import Index, cache_folder
 from fixres_dist.distributed import Ranks
 from fixres_dist.errors import UserError
 from fixres_dist.evaluate import Predictions, predict
@@ -30,8 +31,7 @@ class Session:
     splits: dict[str, Index]  # train and val; where a model is just evaluated, the split and the sets asked for
     classes: tuple[str, ...]  # of the model, in the order of its logits
     columns: dict[str, tuple[int, ...]]  # of each split: the model's class of each of its folders
-    precision: str  # what really runs
-    autocast: Callable[[], contextlib.AbstractContextManager[Any]]
+    arithmetic: precision.Arithmetic
     memory_format: torch.memory_format
     on_skip: loading.OnSkip  # what is done about an image that cannot be decoded, under data.on_bad: skip
 
@@ -63,7 +63,9 @@ class Session:
         """The same function with the frozen trunk's BatchNorms folded and, with `run.compile`, one graph per resolution."""
         if parts.trunk is None:
             return parts
-        trunk, _ = folding.folded(parts.trunk, models.small_size(parts.model))
+        with self.arithmetic.fp32():
+            trunk, _ = folding.folded(parts.trunk, models.small_size(parts.model))
+        trunk = self.arithmetic.frozen(trunk)
         if self.config.run.compile:
             # dynamic=False: a second size would otherwise be traced symbolically, which takes minutes with SAME padding.
             trunk = cast(nn.Module, torch.compile(trunk, dynamic=False))
@@ -74,13 +76,13 @@ class Session:
         x = self.to_device(images)
         if parts.trunk is None:
             return (x,)
-        with torch.no_grad(), self.autocast():
+        with torch.no_grad(), self.arithmetic.low():
             features = parts.trunk(x if len(x) else black(x))
             return tuple(feature[: len(x)].float() for feature in features)
 
     def logits(self, parts: tuning.Split, head: nn.Module, inputs: tuple[torch.Tensor, ...]) -> torch.Tensor:
-        """fp32 [n, classes]. The head is fp32 by itself; where there is no trunk it is the whole network, under autocast."""
-        with self.autocast() if parts.trunk is None else contextlib.nullcontext():
+        """fp32 [n, classes]. A head is fp32, but in low precision like a trunk where whole blocks of it train."""
+        with self.arithmetic.low() if parts.trains_blocks else self.arithmetic.fp32():
             if parts.trunk is None and not parts.tuned.buffers and not len(inputs[0]):
                 return head(black(inputs[0]))[:0].float()
             return head(*inputs).float()
@@ -99,7 +101,7 @@ class Session:
             parts.model.eval()
             parts.head.eval()
         several = len(models) > 1  # a digest reads every weight
-        trunks = [tuning.frozen_digest(m) if m.trunk and several else str(k) for k, m in enumerate(models)]
+        trunks = [tuning.frozen_digest(m) if m.trunk is not None and several else str(k) for k, m in enumerate(models)]
 
         def logits(batch: torch_cpu.Batch) -> list[torch.Tensor]:
             features = {
@@ -138,13 +140,17 @@ def open_session(
     splits: tuple[str, ...] = ("train", "val"),
     sets: Mapping[str, Path] | None = None,
     trained: tuple[str, ...] = (),
+    mark: Callable[[str], None] = lambda phase: None,
 ) -> Session:
     """Index the data and build the model; rank 0 goes first where something is written.
 
     `sets`: more folders of class folders, by name. `trained`: the model's classes where they are not the first split's.
     `load_weights=False` leaves the model as drawn from the seed, for one whose whole model stands in a file of its own.
+    `mark` is told of each part that is through.
     """
+    nvidia_apex.check(config)  # again: a container, or another node, may hold another apex
     data, indexes = config.data, {}
+    keep_compiled_code(cache_folder(data.cache))
     for turn in (True, False):
         if ranks.is_main is turn:
             root = sources.folder(data.root, data.cache)
@@ -153,6 +159,7 @@ def open_session(
                     folder.parent, folder.name, data.cache, ranks.is_main, data.deny_list, data.on_bad
                 )
         distributed.barrier(ranks)
+    mark("index")
     name, classes = config.model.timm_name, trained or indexes[splits[0]].classes
     if config.model.num_classes not in (0, len(classes)):
         raise UserError(
@@ -166,9 +173,18 @@ def open_session(
     chosen = precision.resolve(config.run.precision, ranks.device)
     layout = memory_format(config, ranks.device)
     model = model.to(device=ranks.device).to(memory_format=layout)
-    autocast = precision.apply(chosen, ranks.device)
+    mark("model")
+    arithmetic = precision.Arithmetic(chosen, ranks.device)
     spec = models.preprocessing(name)
-    return Session(config, ranks, model, spec, indexes, classes, columns, chosen, autocast, layout, on_skip)
+    return Session(config, ranks, model, spec, indexes, classes, columns, arithmetic, layout, on_skip)
+
+
+def keep_compiled_code(cache: Path) -> None:
+    """torch.compile's results go beside the indexes, where every node finds them: a restart compiles nothing again."""
+    name = "TORCHINDUCTOR_CACHE_DIR"
+    own = f"{tempfile.gettempdir()}/torchinductor_"  # importing torch has set its default; a person's setting stands
+    if os.environ.get(name, own).startswith(own):
+        os.environ[name] = str(cache.absolute() / "inductor")
 
 
 def memory_format(config: cfg.Config, device: torch.device) -> torch.memory_format:

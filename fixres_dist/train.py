@@ -23,15 +23,16 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from fixres_dist import checkpoint, distributed, export, lifecycle, models, results, slurm, tuning
+from fixres_dist import checkpoint, distributed, export, fit, lifecycle, models, results, slurm, tuning
 from fixres_dist import config as cfg
 from fixres_dist.data import loading, order, plan
 from fixres_dist.data.torch_cpu import Batch
 from fixres_dist.errors import EXIT_DONE, EXIT_FAILED, EXIT_USER, UserError
 from fixres_dist.evaluate import Predictions
-from fixres_dist.meter import Meter
+from fixres_dist.meter import Meter, StartUp
+from fixres_dist.precision import LossScale, sgd
 from fixres_dist.preempt import StopFlag
-from fixres_dist.rundir import Locked, RunDir, append, keep_lines, write
+from fixres_dist.rundir import Locked, RunDir, keep_lines, write
 from fixres_dist.schedule import Stage, batch_per_device, stages
 from fixres_dist.session import Session, open_session
 from fixres_dist.tracking import Tracker
@@ -65,7 +66,8 @@ def run(folder: Path, flag: StopFlag | None = None) -> int:
 
 
 def work(here: RunDir, config: cfg.Config, flag: StopFlag) -> int:
-    in_slurm = slurm.own_job() is not None
+    startup, in_slurm = StartUp(), slurm.own_job() is not None
+    startup.mark("imports")
     if in_slurm:
         flag.deadline(0.8 * config.cluster.signal_delay_s, lambda: lifecycle.ask(here, "stop deadline"))
     ranks = distributed.start(here.root)
@@ -82,13 +84,15 @@ def work(here: RunDir, config: cfg.Config, flag: StopFlag) -> int:
         if taken := distributed.from_main(ranks, taken):  # this start is the twin: it must not touch the run's state
             print(f"error: {taken}", flush=True)
             return EXIT_USER
+        writer = stack.enter_context(checkpoint.Writer(here.checkpoints, lambda **saved: here.event("saved", **saved)))
+        startup.mark("rendezvous")
         on_skip = results.skipping(here, ranks)
-        session = open_session(config, ranks, not here.pretrained.exists(), on_skip)
+        session = open_session(config, ranks, not here.pretrained.exists(), on_skip, mark=startup.mark)
         todo = stages(config, len(session.train))
         if ranks.is_main:
             write(here.root / "class_index.json", json.dumps(dict(enumerate(session.train.classes)), indent=1) + "\n")
             here.update_state(total_steps=todo[-1].stop)
-            kept = newest_step(here)
+            kept = max(0, here.saved_step())
             for file in (here.root / "samples").glob("rank_*.jsonl"):
                 keep_lines(file, lambda line: line["step"] < kept)
             print("decoding with {}: {}".format(*loading.choose(config.data.backend, ranks.device)), flush=True)
@@ -98,16 +102,11 @@ def work(here: RunDir, config: cfg.Config, flag: StopFlag) -> int:
                 models.fill(session.model, load_file(here.pretrained), str(here.pretrained))
             elif here.pretrained.exists():
                 continue
-            if not train_stage(here, session, stage, todo[-1].stop, flag):
+            if not train_stage(here, session, stage, todo[-1].stop, flag, writer, startup):
                 return EXIT_DONE if in_slurm else EXIT_FAILED
         if ranks.is_main:
             here.finish()
         return EXIT_DONE
-
-
-def newest_step(here: RunDir) -> int:
-    found = checkpoint.complete(here.checkpoints)
-    return checkpoint.progress_of(found[-1]).step if found else 0
 
 
 def fingerprint(session: Session, stage: Stage, parts: tuning.Split) -> dict[str, Any]:
@@ -120,17 +119,26 @@ def fingerprint(session: Session, stage: Stage, parts: tuning.Split) -> dict[str
     }
 
 
-def train_stage(here: RunDir, session: Session, stage: Stage, total_steps: int, flag: StopFlag) -> bool:
+def train_stage(
+    here: RunDir,
+    session: Session,
+    stage: Stage,
+    total_steps: int,
+    flag: StopFlag,
+    writer: checkpoint.Writer,
+    startup: StartUp,
+) -> bool:
     """Train `stage` from its newest checkpoint, or from its start; False when told to stop before its end."""
     ranks, settings, tune = session.ranks, session.config.run, stage.tune
-    parts = session.with_fast_trunk(tuning.split(session.model, tune.policy))
+    parts = session.with_fast_trunk(tuning.split(session.model, tune.policy, settings.activation_checkpointing))
     trainable = [p for p in session.model.parameters() if p.requires_grad]
-    optimizer = torch.optim.SGD(trainable, lr=0.0, momentum=tune.momentum, weight_decay=tune.weight_decay)
-    scaler = torch.amp.GradScaler(
-        enabled=session.precision == "fp16" and parts.trunk is None and ranks.device.type == "cuda"
-    )
+    optimizer = sgd(settings.optimizer, trainable, tune.momentum, tune.weight_decay)
+    scale = LossScale(session.arithmetic, optimizer, parts.head if parts.trains_blocks else None)
     identity = fingerprint(session, stage, parts)
     progress, resumed = starting_point(here, stage, session.model, optimizer, identity)
+    scale.restore(progress.loss_scale)
+    session = fit.with_batch(here, session, stage, parts)
+    startup.mark("trunk")
     tracker = Tracker(here, session.config, progress.step, total_steps, resumed) if ranks.is_main else None
     started, seconds = time.monotonic(), progress.seconds
 
@@ -144,8 +152,8 @@ def train_stage(here: RunDir, session: Session, stage: Stage, total_steps: int, 
     def save() -> None:
         if tracker:
             tracker.flush()
-            checkpoint.save(here.checkpoints, session.model, parts.tuned.tensors, optimizer, progress, identity)
-            here.event("saved", step=progress.step)
+            now = replace(progress, loss_scale=scale.state())
+            writer.save(session.model, parts.tuned.tensors, optimizer, now, identity)
 
     tuning.set_modes(parts, tune.bn_stats)
     if tracker:
@@ -159,10 +167,12 @@ def train_stage(here: RunDir, session: Session, stage: Stage, total_steps: int, 
             before = evaluated("before", stage.first)
             if ranks.is_main:
                 before.save(results.predictions_file(here, "before"), session.val.fingerprint)
+            startup.mark("evaluation")
         if parts.tuned.last_bn and tune.bn_stats == "exact":
             count = measure_statistics(session, stage, parts)
             if tracker:
                 tracker.say(f"statistics of {parts.tuned.last_bn} measured on {count} images at {stage.res} px")
+            startup.mark("statistics")
         save()
     head = distribute(session, stage, parts)
 
@@ -172,20 +182,20 @@ def train_stage(here: RunDir, session: Session, stage: Stage, total_steps: int, 
         for group in optimizer.param_groups:
             group["lr"] = rate
         optimizer.zero_grad()
-        samples = backward(session, stage, parts, head, scaler, step, micro_batches, meter)
-        scaler.unscale_(optimizer)
+        samples = backward(session, stage, parts, head, scale, step, micro_batches, meter)
         done = step + 1
         last, epoch_ends = done == stage.stop, (done - stage.first) % stage.per_epoch == 0
         logging = done % settings.log_every == 0 or last
         norm = float(nn.utils.get_total_norm([p.grad for p in trainable if p.grad is not None])) if logging else 0.0
-        scaler.step(optimizer)
-        scaler.update()
+        norm = norm if scale.step() else 0.0
+        if tracker and startup.running:
+            here.event("first step", **startup.stop())
 
         progress = replace(progress, step=done, seconds=seconds + time.monotonic() - started)
         if settings.record_samples:
-            record(here, session, stage, step, samples)
+            results.record(here, session, stage, step, samples)
         if logging:
-            values = meter.read(ranks, learning_rate=rate, grad_norm=norm)
+            values = meter.read(ranks, learning_rate=rate, grad_norm=norm, **scale.metrics())
             if tracker:
                 tracker.step(done, stage.name, (done - stage.first) / stage.per_epoch, values)
         epoch = (done - stage.first) // stage.per_epoch
@@ -204,11 +214,13 @@ def train_stage(here: RunDir, session: Session, stage: Stage, total_steps: int, 
             save()
             saved_at = time.monotonic()
         if stop_signal and not last:
+            writer.wait()
             if tracker:
                 tracker.say(lifecycle.stopped(here, stop_signal, done, session.config.cluster.signal_delay_s))
                 tracker.close()
             return False
 
+    writer.wait()
     if tuning.frozen_digest(parts) != identity["frozen weights"]:
         raise RuntimeError(
             "a tensor that the policy keeps frozen has changed; please report this with the run's config.yaml"
@@ -266,7 +278,7 @@ def backward(
     stage: Stage,
     parts: tuning.Split,
     head: nn.Module,
-    scaler: torch.amp.GradScaler,
+    scale: LossScale,
     step: int,
     micro_batches: Iterator[Batch],
     meter: Meter,
@@ -291,7 +303,8 @@ def backward(
             logits = session.logits(parts, head, tuple(inputs))
             loss = F.cross_entropy(logits, labels, reduction="sum", label_smoothing=stage.tune.label_smoothing)
             # DDP averages over ranks; wanted is the mean over the global batch, whatever a rank's part of it.
-            scaler.scale(loss * (session.ranks.world_size / batch_size)).backward()
+            with tuning.statistics_kept(parts):
+                scale.backward(loss * (session.ranks.world_size / batch_size), last=group is None)
         meter.add(loss.detach(), len(labels))
     return samples
 
@@ -342,20 +355,3 @@ def measure_statistics(session: Session, stage: Stage, parts: tuning.Split) -> i
     distributed.total(ranks, moments.sums)
     moments.set(bn)
     return min(stage.tune.bn_stats_images, stage.n)
-
-
-def record(here: RunDir, session: Session, stage: Stage, step: int, samples: list[int]) -> None:
-    """A line of samples/rank_K.jsonl: what this rank has seen at this step (run.record_samples=true)."""
-    k, batch, ranks = step - stage.first, stage.tune.global_batch, session.ranks
-    epoch = k // stage.per_epoch
-    pictures = plan.Pictures(stage.transform, stage.res, session.resize(stage.res), stage.seed)
-    (whole,) = plan.train_steps(
-        session.train, pictures, batch, batch, k, k + 1, ranks.rank, ranks.world_size, stage.tune.repeats
-    )
-    views = [view for sample, view in zip(*whole[0], strict=True) if sample in samples]  # one that was skipped is not
-    file = here.root / "samples" / f"rank_{session.ranks.rank}.jsonl"
-    file.parent.mkdir(exist_ok=True)
-    append(
-        file,
-        {"epoch": epoch, "step": step, "stage": stage.name, "samples": samples, "views": [v.record() for v in views]},
-    )

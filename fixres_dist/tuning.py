@@ -7,8 +7,9 @@ residual branch works as one before the pooling does.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import MethodType
 from typing import Any
@@ -51,6 +52,8 @@ class Split:
     tuned: Tuned
     trunk: nn.Module | None
     head: nn.Module
+    trains_blocks: bool = False  # whole blocks train, so the head is worth low precision
+    recomputes: bool = False  # activation checkpointing runs its layers again in the backward pass
 
 
 def forward_order(model: nn.Module) -> list[str]:
@@ -169,14 +172,18 @@ def last_block(model: nn.Module, order: list[str]) -> list[str]:
     return sorted(found, key=first.__getitem__)
 
 
-def split(model: nn.Module, policy: str) -> Split:
-    """Set what trains and cut the model there. Parameters and buffers stay shared with `model`."""
+def split(model: nn.Module, policy: str, recompute: bool = False) -> Split:
+    """Set what trains and cut the model there. Parameters and buffers stay shared with `model`.
+
+    `recompute`: checkpoint activations where gradients run through every block, policy `all`.
+    """
+    checkpoint_activations(model, recompute and policy == "all")
     tuned = select(model, policy)
     chosen = set(tuned.parameters)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in chosen)  # on the parameter: on a module it is a silent no-op
     if policy == "all":
-        return Split(model, tuned, None, model)
+        return Split(model, tuned, None, model, True, recompute)
     model.eval()
     try:
         trunk, head = cut(model, tuned.modules)
@@ -185,7 +192,7 @@ def split(model: nn.Module, policy: str) -> Split:
             f"{type(model).__name__} cannot be cut at {', '.join(tuned.modules)} ({error}). Next: tune.policy=all"
         ) from None
     check_crossing(model, policy, trunk)
-    return Split(model, tuned, trunk, head)
+    return Split(model, tuned, trunk, head, policy == "last_block")
 
 
 def check_crossing(model: nn.Module, policy: str, trunk: nn.Module) -> None:
@@ -251,6 +258,33 @@ def set_modes(parts: Split, bn_stats: str) -> None:
     parts.head.train(parts.trunk is None)
     if parts.trunk is not None and bn_stats == "ema" and parts.tuned.last_bn:
         parts.model.get_submodule(parts.tuned.last_bn).train()
+
+
+def checkpoint_activations(model: nn.Module, enable: bool) -> None:
+    """Let timm keep only the blocks' inputs and compute the rest again in the backward pass; UserError where it cannot."""
+    try:
+        model.set_grad_checkpointing(enable)  # type: ignore[operator]
+    except (AttributeError, AssertionError) as error:
+        if enable:
+            raise UserError(
+                f"run.activation_checkpointing: timm cannot do it for {type(model).__name__} ({error}). "
+                "Next: run.activation_checkpointing=false"
+            ) from None
+
+
+@contextlib.contextmanager
+def statistics_kept(parts: Split) -> Iterator[None]:
+    """For a backward pass: BatchNorms that checkpointing runs a second time there must not count their batch twice."""
+    norms: list[Any] = [m for m in parts.model.modules() if isinstance(m, _BatchNorm)] if parts.recomputes else []
+    kept = [(norm.momentum, norm.num_batches_tracked.clone()) for norm in norms]
+    for norm in norms:
+        norm.momentum = 0.0  # the statistics are updated with weight zero
+    try:
+        yield
+    finally:
+        for norm, (momentum, count) in zip(norms, kept, strict=True):
+            norm.momentum = momentum
+            norm.num_batches_tracked.copy_(count)
 
 
 @torch.no_grad()

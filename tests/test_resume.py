@@ -33,14 +33,14 @@ def at_step(folder: Path, step: int) -> bool:
 
 
 @pytest.mark.parametrize(
-    ("processes", "save_every_s", "stage_one"),
-    [(1, "0.3", False), (2, "0", True)],
-    ids=["alone", "two-ranks-two-stages"],
+    ("processes", "save_every_s", "stage_one", "settings"),
+    [(1, "0.3", False, ()), (2, "0", True, ()), (1, "0", False, ("run.precision=fp16", "tune.policy=all"))],
+    ids=["alone", "two-ranks-two-stages", "fp16-loss-scale"],
 )
 def test_killed_and_resumed_is_bit_identical(
-    tmp_path: Path, photos: Path, processes: int, save_every_s: str, stage_one: bool
+    tmp_path: Path, photos: Path, processes: int, save_every_s: str, stage_one: bool, settings: tuple[str, ...]
 ) -> None:
-    more = [f"run.save_every_s={save_every_s}"]
+    more = [f"run.save_every_s={save_every_s}", *settings]
     if stage_one:
         more += ["pretrain.epochs=1", "pretrain.res=64", "pretrain.global_batch=12", "pretrain.base_lr=0.05"]
     calm = tiny(tmp_path, "calm", photos, processes, *more)
