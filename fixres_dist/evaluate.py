@@ -17,7 +17,7 @@ from tqdm import tqdm
 from fixres_dist import distributed
 from fixres_dist.data import plan
 from fixres_dist.data.index import Index
-from fixres_dist.data.torch_cpu import Batch
+from fixres_dist.features import Loaded
 
 
 @dataclass(frozen=True)
@@ -59,9 +59,9 @@ class Predictions:
 
 @torch.no_grad()
 def predict(
-    logits: Callable[[Batch], list[torch.Tensor]],
+    logits: Callable[[Loaded], list[torch.Tensor]],
     index: Index,
-    batches: Iterator[Batch],
+    batches: Iterator[Loaded],
     ranks: distributed.Ranks,
     models: int = 1,
     note: str = "",

@@ -6,9 +6,10 @@ from types import ModuleType
 
 import pytest
 import timm
+import torch
 
 from fixres_dist import config as cfg
-from fixres_dist import models, recipes, tuning
+from fixres_dist import models, recipes, trunk, tuning
 from fixres_dist.errors import UserError
 
 
@@ -55,6 +56,9 @@ def test_planned_parameter_counts_are_the_models(policy: str) -> None:
     assert facts.trainable(policy, 7) == sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert facts.total(7) == sum(p.numel() for p in model.parameters())
     assert parts.tuned.parameters
+    if parts.trunk is not None:
+        kept = trunk.split_neck(parts.trunk)[0](torch.zeros(1, 3, 96, 96))
+        assert 2 * sum(feature.numel() for feature in kept) / 1024 == pytest.approx(facts.kept_kib(policy, 96))
 
 
 def test_advprop_and_noisy_student_have_their_own_preprocessing() -> None:
