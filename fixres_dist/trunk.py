@@ -15,7 +15,7 @@ import torch
 from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from fixres_dist import folding, tuning
+from fixres_dist import cpu_layers, folding, tuning
 from fixres_dist.config import Run
 
 FORMATS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
@@ -66,7 +66,10 @@ class FastTrunk(nn.Module):
 def prepared(trunk: nn.Module, dtype: torch.dtype) -> nn.Module:
     """A copy with BatchNorms folded, then cast. BatchNorms that no convolution takes in keep fp32: their inputs may be narrow."""
     own, count = folding.folded(trunk, 64)
-    own = (own if count else copy.deepcopy(own)).to(dtype)
+    own = own if count else copy.deepcopy(own)
+    if next(own.parameters()).device.type == "cpu":
+        cpu_layers.use(own)
+    own = own.to(dtype)
     for module in own.modules():
         if isinstance(module, _BatchNorm):
             module.float()

@@ -20,7 +20,7 @@ LAYERS = [
     "planning preempt",
     "distributed precision",
     "models",
-    "tuning folding",
+    "tuning folding cpu_layers",
     "trunk",
     "data.torch_cpu",
     "data.dali",
