@@ -22,7 +22,9 @@ def predictions_file(run: RunDir, when: str) -> Path:
     return run.root / "predictions" / f"{when}.npz"
 
 
-def write_results(run: RunDir, session: Session, seconds: float, images_seen: int, engine: str) -> dict[str, Any]:
+def write_results(
+    run: RunDir, session: Session, seconds: float, images_seen: int, ran: dict[str, str]
+) -> dict[str, Any]:
     config, ranks = session.config, session.ranks
     before, after = (Predictions.read(predictions_file(run, when)) for when in ("before", "after"))
     both = before.counted & after.counted
@@ -46,7 +48,7 @@ def write_results(run: RunDir, session: Session, seconds: float, images_seen: in
         "seconds": round(seconds, 2),
         "world_size": ranks.world_size,
         "precision": session.precision,
-        "engine": engine,
+        **ran,  # engine, and how the frozen trunk was arranged
         "hardware": hardware(session),
         "versions": versions(),
     }

@@ -82,7 +82,8 @@ def opened(config: cfg.Config, found: list[Subject], run: Path | None, split: st
     ranks = distributed.start(run or meeting_place())
     try:
         needed = any(subject.weights is None for subject in found)
-        yield session.open_session(config, ranks, load_weights=needed, splits=(split,))
+        kept = run / "choices.json" if run else None  # the run's own arithmetic
+        yield session.open_session(config, ranks, load_weights=needed, splits=(split,), kept=kept)
     finally:
         distributed.stop(ranks)
 

@@ -157,9 +157,9 @@ def train_stage(here: RunDir, session: Session, stage: Stage, total_steps: int, 
         stores = caching.open_stores(session, stage, parts, lambda: flag.signal, check=not resumed)
     except caching.Stopped as stop:
         return stopped(stop.number)
-    engine = "cached" if stores else "stream"
+    ran = {"engine": "cached" if stores else "stream", "trunk": str(getattr(parts.trunk, "how", "trained"))}
     if tracker:
-        here.event("engine", stage=stage.name, engine=engine, step=progress.step)
+        here.event("engine", stage=stage.name, step=progress.step, **ran)
     tuning.set_modes(parts, tune.bn_stats)
     if tracker and resumed:
         tracker.say(
@@ -228,7 +228,7 @@ def train_stage(here: RunDir, session: Session, stage: Stage, total_steps: int, 
         if ranks.is_main:
             after.save(results.predictions_file(here, "after"), session.val.fingerprint)
             images = sum(s.images_until(s.stop) for s in stages(session.config, stage.n))
-            summary = results.write_results(here, session, progress.seconds, images, engine)
+            summary = results.write_results(here, session, progress.seconds, images, ran)
             export.write_weights(session.model, here.root / "export" / "model.safetensors", session.config, stage.res)
             if tracker:
                 tracker.say(results.sentence(summary))

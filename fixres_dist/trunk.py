@@ -20,7 +20,7 @@ from fixres_dist.config import Run
 
 FORMATS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
 CLEARLY = 1.1  # how much faster than the usual arrangement another one must be: noise is not to decide
-PROBE_S = 0.5  # seconds that rounds of the probe go on for, of at least 3 and at most 20
+PROBE_S = 0.5  # seconds that rounds of the probe go on for, of at least 5 and at most 20
 COMPILE_PAYS_S = 1200.0  # seconds of eager work from which on compiling, minutes for the largest models, is tried
 
 
@@ -37,7 +37,8 @@ class FastTrunk(nn.Module):
 
     def __init__(self, body: nn.Module, neck: nn.Module | None, dtype: torch.dtype, how: Arrangement) -> None:
         super().__init__()
-        self.dtype, self.memory_format, self.compiled = dtype, FORMATS[how.memory_format], how.compile
+        self.dtype, self.how = dtype, how
+        self.memory_format, self.compiled = FORMATS[how.memory_format], how.compile
         self.body = body.to(memory_format=self.memory_format)
         self.neck = neck.to(memory_format=self.memory_format) if neck is not None else None
         if how.compile:
@@ -126,7 +127,7 @@ def probe(
             fast(images)
         started = time.monotonic()
         for k in range(20):
-            if not tried or (k >= 3 and time.monotonic() - started > PROBE_S):
+            if not tried or (k >= 5 and time.monotonic() - started > PROBE_S):
                 break
             for how, fast in trunks.items():
                 best[how] = min(best.get(how, float("inf")), seconds(fast, images))
