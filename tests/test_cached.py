@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -110,6 +111,20 @@ def test_damaged_features_are_written_again(tmp_path: Path, photos: Path) -> Non
     assert {name for name, at in segments(tmp_path).items() if at != written[name]} == {
         str(broken.relative_to(tmp_path))
     }
+
+
+def test_files_that_cannot_be_decoded_count_as_little_as_when_streaming(tmp_path: Path, photos: Path) -> None:
+    data = shutil.copytree(photos, tmp_path / "data")
+    torn = data / "train" / "birch" / "007.jpg"
+    torn.write_bytes(torn.read_bytes()[:-400])
+    (data / "val" / "cedar" / "002.jpg").write_bytes(b"")
+    runs = [trained(tmp_path, e, data, "data.on_bad=skip", f"run.engine={e}") for e in ("stream", "cached")]
+    results = [json.loads(here.results.read_text()) for here in runs]
+    assert [(found["skipped"], found["n"]) for found in results] == [(2, 32), (2, 32)]
+    assert furthest(*(here.root for here in runs)) < 1e-6
+    counts = [[line["skipped"] for line in read_lines(here.metrics) if "loss" in line] for here in runs]
+    assert counts[0] == counts[1]
+    assert sum(count for count in counts[1] if count) >= 2, "once in each epoch"
 
 
 def test_a_stop_while_features_are_written_goes_on_there(tmp_path: Path, photos: Path) -> None:
