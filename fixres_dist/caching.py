@@ -58,8 +58,8 @@ def specification(session: Session, stage: Stage, parts: tuning.Split, index: In
 def open_stores(session: Session, stage: Stage, parts: tuning.Split, stop: Stop, check: bool) -> dict[str, Store]:
     """The features of the stage's train and val pictures by split, written where they are missing; none when it streams.
 
-    `check`: compare the checksums of what is there. Raises Stopped, and UserError where the cached engine is asked for
-    and cannot run (engine.py).
+    Give them to `Session.batches` or `Session.evaluate`, and what comes back to `Session.inputs`. `check`: compare the
+    checksums of what is there. Raises Stopped, and UserError where the cached engine is asked for and cannot run (engine.py).
     """
     setting, found, specs = session.config.run.engine, {}, {}
     engine.check(setting, stage)
