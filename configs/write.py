@@ -37,7 +37,7 @@ def count(module: nn.Module) -> int:
 
 
 def measure(timm_name: str, res: int, train_res: int) -> dict[str, object]:
-    """Parameters and per-image costs of one forward at `res`; memory in MiB of bf16 activations."""
+    """Parameters and per-image costs of one forward at `res`; memory of bf16 activations."""
     with torch.device("meta"):
         model = timm.create_model(timm_name, pretrained=False).eval()
     tuned = tuning.select(model, "last_block").modules
@@ -56,6 +56,9 @@ def measure(timm_name: str, res: int, train_res: int) -> dict[str, object]:
     for module in model.modules():
         if not list(module.children()):
             module.register_forward_hook(add)
+    inputs: dict[nn.Module, int] = {}
+    for module in (model.conv_head, model.blocks[-1][-1]):
+        module.register_forward_pre_hook(lambda m, x: inputs.update({m: 2 * x[0].numel()}))
     with torch.no_grad():
         model(torch.zeros(1, 3, res, res, device="meta"))
     return {
@@ -70,6 +73,8 @@ def measure(timm_name: str, res: int, train_res: int) -> dict[str, object]:
         "multiply_adds_g": round(multiply_adds / 1e9, 3),
         "traffic_mib": round(traffic / 2**20, 1),
         "peak_mib": round(peak / 2**20, 1),
+        "feature_kib": round(inputs[model.conv_head] / 1024, 1),
+        "last_block_feature_kib": round(inputs[model.blocks[-1][-1]] / 1024, 1),
     }
 
 

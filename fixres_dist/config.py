@@ -18,7 +18,7 @@ import yaml
 from fixres_dist.errors import UserError, unknown
 
 ResizeRule = Literal["fixefficientnet", "fixres", "fixres_height", "timm"]
-Transform = Literal["test", "test_aug", "random_resized_crop"]
+Transform = Literal["test", "test_flip", "test_aug", "random_resized_crop"]
 Policy = Literal["classifier", "classifier+bn_stats", "classifier+bn", "classifier+bn+conv_head", "last_block", "all"]
 
 
@@ -56,7 +56,7 @@ class Data:
     )
     preallocate_height: int = 0
     workers: int | Literal["auto"] = "auto"  # loader processes per rank; auto: the CPUs this rank may use; 0: none
-    cache: str = ""  # where scanned indexes are kept; empty: $FIXRES_CACHE or ~/.cache/fixres_dist
+    cache: str = ""  # where scanned indexes and features are kept; empty: $FIXRES_CACHE or ~/.cache/fixres_dist
 
     def __post_init__(self) -> None:
         at_least(self, "res", 32)
@@ -132,9 +132,12 @@ class Run:
         "torch"  # SGD by torch, or NVIDIA apex's FusedSGD: the same updates to rounding
     )
     activation_checkpointing: bool = False  # tune.policy=all: blocks run twice instead of keeping what gradients need
-    memory_format: Literal["auto", "channels_last", "contiguous"] = "auto"
-    compile: bool = False  # torch.compile the trunk, one graph per resolution
-    engine: Literal["auto", "stream"] = "auto"  # stream: decode and run the trunk every epoch
+    memory_format: Literal["auto", "channels_last", "contiguous"] = "auto"  # auto: a short probe of the frozen trunk
+    compile: bool | Literal["auto"] = "auto"  # torch.compile the frozen trunk; auto: on a GPU, if the probe says so
+    engine: Literal["auto", "stream", "cached"] = (
+        "auto"  # stream: decode and run the trunk every epoch; cached: once (engine.py)
+    )
+    feature_cache: str = ""  # directory of the cached engine's files, seen by all ranks; empty: features/ in data.cache
     batch_per_device: int | Literal["auto"] = "auto"  # images per forward of a rank; auto: chosen from the resolution
     log_every: int = 10  # optimizer steps
     save_every_s: float = 300.0
@@ -232,6 +235,7 @@ OPERATIONAL = {
         "memory_format",
         "compile",
         "engine",
+        "feature_cache",
         "record_samples",
     },
 }
@@ -259,7 +263,12 @@ def convert(value: Any, hint: Any, where: str) -> Any:
         inner, alternative = get_args(hint)  # `X | None` or `int | Literal["auto"]`
         if alternative is type(None):
             return None if value is None or value == "null" else convert(value, inner, where)
-        return value if value in get_args(alternative) else convert(value, inner, where)
+        if value in get_args(alternative):
+            return value
+        try:
+            return convert(value, inner, where)
+        except UserError as error:
+            raise UserError(f"{str(error).rstrip('.')}, {', '.join(get_args(alternative))}.") from None
     if dataclasses.is_dataclass(hint):
         return parse(hint, value, where)  # type: ignore[arg-type]
     if origin is Literal:

@@ -19,8 +19,8 @@ from tqdm import tqdm
 from fixres_dist import distributed
 from fixres_dist.data import plan
 from fixres_dist.data.index import Index
-from fixres_dist.data.torch_cpu import Batch
 from fixres_dist.errors import UserError
+from fixres_dist.features import Loaded
 
 CALIBRATION_BINS = 15
 SIZE_BINS = 5
@@ -87,9 +87,9 @@ class Predictions:
 
 @torch.no_grad()
 def predict(
-    logits: Callable[[Batch], list[torch.Tensor]],
+    logits: Callable[[Loaded], list[torch.Tensor]],
     index: Index,
-    batches: Iterator[Batch],
+    batches: Iterator[Loaded],
     ranks: distributed.Ranks,
     models: int = 1,
     note: str = "",

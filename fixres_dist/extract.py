@@ -17,9 +17,9 @@ from tqdm import tqdm
 from fixres_dist import distributed, models, tuning
 from fixres_dist.data import plan
 from fixres_dist.data.index import Index
-from fixres_dist.data.torch_cpu import Batch
 from fixres_dist.errors import UserError
 from fixres_dist.evaluate import Predictions, from_rows, scored
+from fixres_dist.features import Loaded
 from fixres_dist.rundir import write
 from fixres_dist.session import Session
 
@@ -84,7 +84,7 @@ def extract(live: Session, parts: tuning.Split, split: str, out: Path, dtype: st
     return len(index)
 
 
-def write_rows(file: IO[bytes], start: int, batch: Batch, values: NDArray[Any]) -> None:
+def write_rows(file: IO[bytes], start: int, batch: Loaded, values: NDArray[Any]) -> None:
     """The rows of a request, which are consecutive samples: NaN for those that could not be decoded."""
     samples = batch.samples.numpy()
     first = min([*samples.tolist(), *(bad.sample for bad in batch.skipped)])

@@ -13,6 +13,7 @@ from fixres_dist.errors import UserError
 from fixres_dist.rundir import RunDir, write
 from fixres_dist.schedule import Stage, batch_per_device
 from fixres_dist.session import Session
+from fixres_dist.trunk import FastTrunk
 
 # Of the GPU's memory; the rest is for the decoder's buffers, momenta, DDP's buckets and fragmentation.
 FRACTION = 0.8
@@ -65,7 +66,7 @@ def with_batch(here: RunDir, session: Session, stage: Stage, parts: tuning.Split
 def step_fits(session: Session, stage: Stage, parts: tuning.Split, n: int) -> bool:
     """Whether a forward and backward pass of `n` images stays within FRACTION; moves no weight and no statistic."""
     device = session.ranks.device
-    trunk = getattr(parts.trunk, "_orig_mod", parts.trunk)  # uncompiled: no graph for every size that is tried
+    trunk = parts.trunk.eager() if isinstance(parts.trunk, FastTrunk) else parts.trunk  # no graph for each size tried
     tried = replace(parts, trunk=trunk)
     parts.head.eval()  # BatchNorms keep their statistics
     torch.cuda.reset_peak_memory_stats(device)

@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 
 from fixres_dist import distributed
-from fixres_dist.data.torch_cpu import Batch
 from fixres_dist.distributed import Ranks
+from fixres_dist.features import Loaded
 
 IMPORTED = time.time()
 
@@ -29,7 +29,7 @@ class Meter:
     def add(self, loss: torch.Tensor, images: int) -> None:
         self.loss, self.images = self.loss.to(loss.device) + loss, self.images + images
 
-    def waiting(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+    def waiting(self, batches: Iterator[Loaded]) -> Iterator[Loaded]:
         """`batches`, with the time the caller waits for each one counted."""
         while True:
             asked = time.monotonic()

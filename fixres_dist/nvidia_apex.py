@@ -76,9 +76,13 @@ def check(config: Config) -> None:
     remove = "" if found.is_nvidia or not found.path else "pip uninstall apex; "
     if run.precision in NEAREST:
         trained = {config.tune.policy} & {"all", "last_block"}
-        if run.compile:
+        if run.compile is True:
             raise UserError(
                 f"run.precision={run.precision} cannot be compiled: apex.amp patches torch. Next: {instead}"
+            )
+        if run.engine == "cached":
+            raise UserError(
+                f"run.precision={run.precision} with run.engine=cached: features are kept as our own trunk makes them. Next: {instead}"
             )
         if config.pretrain:
             raise UserError(

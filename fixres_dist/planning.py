@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fixres_dist import config as cfg
-from fixres_dist import nvidia_apex
+from fixres_dist import engine, nvidia_apex
 from fixres_dist.data import demo, index, shards
 from fixres_dist.errors import UserError
 from fixres_dist.recipes import Facts
-from fixres_dist.schedule import batch_per_device, stages
+from fixres_dist.schedule import Stage, batch_per_device, stages
 from fixres_dist.watch import duration
 
 IMAGENET = (1_281_167, 50_000, 1000)
@@ -51,6 +51,7 @@ def check(config: cfg.Config, world_size: int, dry: bool) -> None:
         index.check_folder(Path(config.data.root))
     if not any("container" in argument for argument in config.cluster.srun_args):  # there the worker looks
         nvidia_apex.check(config)
+    engine.check(config.run.engine, stages(config, 1)[-1])
     batches = {
         "tune": config.tune.global_batch,
         **({"pretrain": config.pretrain.global_batch} if config.pretrain else {}),
@@ -110,6 +111,8 @@ def lines(config: cfg.Config, facts: Facts | None, counts: Counts, run_folder: P
             f"{world_size} ({config.cluster.nodes} node(s) x {config.cluster.gpus_per_node}); {size} images per forward and rank",
         )
     )
+    chosen, why, pictures = engine_plan(config, facts, counts, todo[-1])
+    rows.append(("engine", f"{chosen}: {why}"))
     if facts:
         rows.append(
             (
@@ -117,7 +120,7 @@ def lines(config: cfg.Config, facts: Facts | None, counts: Counts, run_folder: P
                 f"about {memory_gib(config, facts, counts, world_size):.1f} GiB per GPU: weights, head, activations (estimate)",
             )
         )
-        rows.append(("time", time_text(config, facts, counts, world_size)))
+        rows.append(("time", time_text(config, facts, pictures, world_size)))
     rows.append(("run", str(run_folder)))
     return [f"{key:<11}{text}" for key, text in rows]
 
@@ -142,20 +145,19 @@ def memory_gib(config: cfg.Config, facts: Facts, counts: Counts, world_size: int
     return max(peaks)
 
 
-def seconds(config: cfg.Config, facts: Facts, counts: Counts, world_size: int) -> float | None:
-    """From memory traffic, on `world_size` H200; None where the trunk trains, which nothing here predicts."""
+def seconds(config: cfg.Config, facts: Facts, pictures: int, world_size: int) -> float | None:
+    """Of `pictures` through the trunk, from memory traffic, on `world_size` H200; None where the trunk trains."""
     if config.pretrain or config.tune.policy in ("last_block", "all"):
         return None
-    passes = config.tune.epochs * counts.train + min(config.tune.bn_stats_images, counts.train) + 2 * counts.val
-    return passes / images_per_second(config, facts) / world_size
+    return pictures / images_per_second(config, facts) / world_size
 
 
 def images_per_second(config: cfg.Config, facts: Facts) -> float:
     return H200_MIB_PER_S / (facts.traffic_mib * (config.data.res / facts.res) ** 2)
 
 
-def time_text(config: cfg.Config, facts: Facts, counts: Counts, world_size: int) -> str:
-    predicted = seconds(config, facts, counts, world_size)
+def time_text(config: cfg.Config, facts: Facts, pictures: int, world_size: int) -> str:
+    predicted = seconds(config, facts, pictures, world_size)
     if predicted is None:
         return "not estimated for policies that train the trunk"
     speed = images_per_second(config, facts)
@@ -168,3 +170,23 @@ def beside(predicted: float | None, measured: float) -> dict[str, float] | None:
         return None
     error = 100 * (predicted / measured - 1)
     return {"predicted": round(predicted, 3), "measured": round(measured, 3), "error_percent": round(error, 1)}
+
+
+def engine_plan(config: cfg.Config, facts: Facts | None, counts: Counts, stage: Stage) -> tuple[str, str, int]:
+    """(engine of the fixing stage, why, pictures that go through the trunk), as far as it can be told from here."""
+    setting, tune, folder = config.run.engine, config.tune, engine.feature_folder(config)
+    streamed = engine.streamed_pictures(stage, counts.val, engine.evaluations(config))
+    if config.run.precision in nvidia_apex.NEAREST:
+        return "stream", f"run.precision={config.run.precision} runs the trunk through apex", streamed
+    pictures, size = engine.VIEWS.get(stage.transform, 0) * counts.train + counts.val, 0.0
+    if facts:
+        wide = 2 if config.run.precision in ("fp32", "tf32") else 1
+        size = 1024 * wide * facts.kept_kib(tune.policy, stage.res) * pictures
+    need = engine.Need(pictures, int(size), engine.free_bytes(folder), folder)
+    try:
+        chosen, why = engine.choose(setting, stage, streamed, need)
+    except UserError as error:
+        return "refused", str(error), streamed
+    if chosen == "cached" and not facts:
+        why = f"if there is room in {folder}; the size of the features is known once the model is built"
+    return chosen, why, pictures if chosen == "cached" else streamed

@@ -21,11 +21,12 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def resolve(setting: str, device: torch.device) -> str:
-    """`auto`: bf16 where the GPU has it, fp16 on older ones, fp32 on a CPU."""
+    """`auto`: bf16 where the hardware computes in it, else fp16 on a GPU and fp32 on a CPU."""
     if setting != "auto":
         return setting
     if device.type == "cpu":
-        return "fp32"
+        able = torch.cpu.get_capabilities()
+        return "bf16" if able.get("avx512_bf16") or able.get("amx_bf16") else "fp32"
     return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
 
 

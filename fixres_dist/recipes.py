@@ -36,6 +36,8 @@ class Facts:
     multiply_adds_g: float  # 1e9, forward
     traffic_mib: float  # activations read and written by an eager bf16 forward
     peak_mib: float  # largest input + output of one layer, bf16
+    feature_kib: float  # before conv_head, which is where the cached engine cuts (trunk.py); bf16
+    last_block_feature_kib: float  # before the last block
 
     def tuned(self, policy: str) -> str:
         """The modules that train under `policy`, as tuning.select finds them."""
@@ -53,6 +55,13 @@ class Facts:
         if policy in ("classifier+bn+conv_head", "last_block"):
             count += self.conv_head_parameters
         return count + (self.last_block_parameters if policy == "last_block" else 0)
+
+    def kept_kib(self, policy: str, res: int) -> float:
+        """bf16 features of one picture that the cached engine keeps under `policy`."""
+        if policy == "classifier":
+            return 2 * self.features / 1024
+        size = self.last_block_feature_kib if policy == "last_block" else self.feature_kib
+        return size * (-(-res // 32) / -(-self.res // 32)) ** 2
 
     def total(self, num_classes: int) -> int:
         return self.parameters + (self.features + 1) * (num_classes - 1000)

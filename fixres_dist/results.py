@@ -18,7 +18,7 @@ from fixres_dist.distributed import Ranks
 from fixres_dist.errors import UserError
 from fixres_dist.evaluate import Predictions
 from fixres_dist.rundir import RunDir, append, processor, versions, write
-from fixres_dist.schedule import Stage
+from fixres_dist.schedule import Stage, stages
 from fixres_dist.session import Session
 
 LIBRARIES_GIB = 0.7  # resident once torch, timm and the rest are imported
@@ -29,7 +29,9 @@ def predictions_file(run: RunDir, when: str) -> Path:
     return run.root / "predictions" / f"{when}.npz"
 
 
-def write_results(run: RunDir, session: Session, seconds: float, images_seen: int) -> dict[str, Any]:
+def write_results(
+    run: RunDir, session: Session, seconds: float, images_seen: int, ran: dict[str, str]
+) -> dict[str, Any]:
     config, ranks = session.config, session.ranks
     before, after = (Predictions.read(predictions_file(run, when)) for when in ("before", "after"))
     kept = ("top1", "top5", "loss")
@@ -53,6 +55,7 @@ def write_results(run: RunDir, session: Session, seconds: float, images_seen: in
         "precision": session.arithmetic.name,
         "optimizer": "apex FusedSGD" if config.run.optimizer == "apex" else "torch SGD",
         "apex": nvidia_apex.find().version if uses_apex else None,
+        **ran,  # engine, and how the frozen trunk was arranged
         "prediction": prediction(session, seconds),
         "hardware": hardware(session),
         "versions": versions(),
@@ -82,10 +85,11 @@ def prediction(session: Session, seconds: float) -> dict[str, Any] | None:
     else:
         memory += LIBRARIES_GIB
         measured = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    pictures = planning.engine_plan(config, facts, counts, stages(config, counts.train)[-1])[2]
     known = cuda and "H200" in torch.cuda.get_device_name(ranks.device)
     return {
         "memory_gib": planning.beside(memory, measured),
-        "seconds": planning.beside(planning.seconds(config, facts, counts, world), seconds) if known else None,
+        "seconds": planning.beside(planning.seconds(config, facts, pictures, world), seconds) if known else None,
     }
 
 

@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
+import json
 import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import cast
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from fixres_dist import config as cfg
-from fixres_dist import distributed, evalsets, folding, models, nvidia_apex, precision, tuning
+from fixres_dist import distributed, evalsets, folding, models, nvidia_apex, precision, trunk, tuning
 from fixres_dist.data import geometry, loading, plan, sources, torch_cpu
 from fixres_dist.data.index import Index, cache_folder
 from fixres_dist.distributed import Ranks
 from fixres_dist.errors import UserError
 from fixres_dist.evaluate import Predictions, predict
+from fixres_dist.features import Loaded, Store
+from fixres_dist.rundir import write
 from fixres_dist.schedule import batch_per_device
+
+PROBE_IMAGES = 16  # at most, on a CPU; a GPU is probed with a whole batch
 
 
 @dataclass(frozen=True)
@@ -32,8 +38,11 @@ class Session:
     classes: tuple[str, ...]  # of the model, in the order of its logits
     columns: dict[str, tuple[int, ...]]  # of each split: the model's class of each of its folders
     arithmetic: precision.Arithmetic
-    memory_format: torch.memory_format
+    memory_format: (
+        torch.memory_format
+    )  # of a model that trains as a whole, and its pictures; a frozen trunk has its own
     on_skip: loading.OnSkip  # what is done about an image that cannot be decoded, under data.on_bad: skip
+    kept: Path | None = None  # file of what was decided for the run (`decided`)
 
     @property
     def train(self) -> Index:
@@ -46,39 +55,93 @@ class Session:
     def resize(self, res: int) -> geometry.Resize:
         return geometry.resize_of(self.config.data.resize_rule, res, self.spec.crop_pct, self.spec.interpolation)
 
-    def batches(self, index: Index, requests: Iterable[plan.Request], res: int) -> Iterator[torch_cpu.Batch]:
-        workers = torch_cpu.worker_count(self.config.data.workers, self.ranks.local_size)
+    def batches(
+        self, index: Index, requests: Iterable[plan.Request], res: int, store: Store | None = None
+    ) -> Iterator[Loaded]:
+        """The pictures of every request, or what the trunk made of them where there is a `store`."""
+        if store:
+            return loading.watched(index, store.batches(index, requests), self.config.data.on_bad, self.on_skip)
+        return self.pictures(index, requests, res)
+
+    def pictures(self, index: Index, requests: Iterable[plan.Request], res: int) -> Iterator[torch_cpu.Batch]:
         settings, device, size = self.config.data, self.ranks.device, batch_per_device(self.config, res)
+        workers = torch_cpu.worker_count(settings.workers, self.ranks.local_size)
         return loading.batches(index, requests, res, self.resize(res), settings, device, workers, size, self.on_skip)
 
-    def to_device(self, images: torch.Tensor) -> torch.Tensor:
-        """uint8 pictures to normalised fp32 [n, 3, res, res] on this rank's device, in the trunk's memory format."""
+    def to_device(self, images: torch.Tensor, memory_format: torch.memory_format | None = None) -> torch.Tensor:
+        """uint8 pictures to normalised fp32 [n, 3, res, res] on this rank's device."""
         images = images.to(self.ranks.device, non_blocking=True)
         mean, std = (
             255 * torch.tensor(v, device=images.device).view(1, 3, 1, 1) for v in (self.spec.mean, self.spec.std)
         )
-        return ((images.float() - mean) / std).contiguous(memory_format=self.memory_format)
+        return ((images.float() - mean) / std).contiguous(memory_format=memory_format or self.memory_format)
 
-    def with_fast_trunk(self, parts: tuning.Split) -> tuning.Split:
-        """The same function with the frozen trunk's BatchNorms folded and, with `run.compile`, one graph per resolution."""
+    def decided(self, name: str, decide: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """What rank 0 decides, the same on all ranks; kept with the run, so that its next start goes on in the same way."""
+        value = None
+        if self.ranks.is_main:
+            known = json.loads(self.kept.read_text()) if self.kept and self.kept.exists() else {}
+            value = known.get(name) or decide()
+            if self.kept and name not in known:
+                write(self.kept, json.dumps({**known, name: value}, indent=1) + "\n")
+                print(f"{name}: {', '.join(f'{key} {v}' for key, v in value.items())}", flush=True)
+        return distributed.from_main(self.ranks, value)
+
+    def with_fast_trunk(self, parts: tuning.Split, res: int = 0) -> tuning.Split:
+        """The same function with the frozen trunk folded, cast and arranged (trunk.py); probed at `res`, or at data.res."""
         if parts.trunk is None:
             return parts
-        with self.arithmetic.fp32():
-            trunk, _ = folding.folded(parts.trunk, models.small_size(parts.model))
-        trunk = self.arithmetic.frozen(trunk)
-        if self.config.run.compile:
-            # dynamic=False: a second size would otherwise be traced symbolically, which takes minutes with SAME padding.
-            trunk = cast(nn.Module, torch.compile(trunk, dynamic=False))
-        return replace(parts, trunk=trunk)
+        small = models.small_size(parts.model)
+        if self.arithmetic.amp:  # apex casts for itself
+            with self.arithmetic.fp32():
+                own, _ = folding.folded(parts.trunk, small)
+            return replace(parts, trunk=self.arithmetic.frozen(own))
+        res, dtype = res or self.config.data.res, precision.DTYPES.get(self.arithmetic.name, torch.float32)
+        own = trunk.prepared(parts.trunk, dtype, small)
+        choices = trunk.candidates(self.config.run, self.ranks.device)
+        how = choices[0]
+        if len(choices) > 1:
+            size = batch_per_device(self.config, res)
+            size = size if self.ranks.device.type == "cuda" else min(size, PROBE_IMAGES)
+            images = torch.zeros(size, 3, res, res, device=self.ranks.device)
+            todo = sum(map(len, self.splits.values())) * max(1, self.config.tune.epochs) // self.ranks.world_size
+            name = f"trunk at {res} px ({' | '.join(map(str, choices))})"
+            found = self.decided(name, lambda: trunk.probe(own, dtype, choices, images, todo))
+            how = trunk.Arrangement(found["memory_format"], found["compile"])
+        return replace(parts, trunk=trunk.arranged(own, dtype, how))
 
-    def inputs(self, parts: tuning.Split, images: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """What the head takes, for uint8 pictures: the trunk's output in fp32 without autograd, or the pictures themselves."""
-        x = self.to_device(images)
-        if parts.trunk is None:
-            return (x,)
-        with torch.no_grad(), self.arithmetic.low():
-            features = parts.trunk(x if len(x) else black(x))
-            return tuple(feature[: len(x)].float() for feature in features)
+    def full(self, n: int, res: int) -> int:
+        """The batch size that `n` pictures are filled up to for a compiled trunk: an epoch's last batch is no new graph."""
+        size = batch_per_device(self.config, res)
+        sections = [self.config.tune, *([self.config.pretrain] if self.config.pretrain else [])]
+        parts = (-(-section.global_batch // self.ranks.world_size) for section in sections)
+        return min((s for s in (*(min(part, size) for part in parts), size) if s >= n), default=n)
+
+    @torch.no_grad()
+    def features(self, fast: trunk.FastTrunk, images: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """What the cached engine keeps of uint8 pictures, in the trunk's own number format."""
+        n, res = len(images), images.shape[-1]
+        if fast.compiled:
+            images = F.pad(images, (0, 0, 0, 0, 0, 0, 0, self.full(n, res) - n))
+        found = fast.features(self.to_device(images if len(images) else black(images), fast.memory_format))
+        return tuple(f[:n] for f in found)
+
+    @torch.no_grad()
+    def inputs(self, parts: tuning.Split, images: torch.Tensor | tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        """What the head takes, in fp32 without autograd: for uint8 pictures, or for their `features` as they were kept."""
+        if isinstance(parts.trunk, trunk.FastTrunk):
+            found = images if isinstance(images, tuple) else self.features(parts.trunk, images)
+            device = self.ranks.device
+            found = parts.trunk.finish([f.to(device, non_blocking=True) for f in found])
+        elif isinstance(images, tuple):
+            raise TypeError("kept features belong to a trunk made by Session.with_fast_trunk")
+        elif parts.trunk is None:
+            return (self.to_device(images),)
+        else:
+            x = self.to_device(images)
+            with self.arithmetic.low():
+                found = tuple(f[: len(x)] for f in parts.trunk(x if len(x) else black(x)))
+        return tuple(feature.float() for feature in found)
 
     def logits(self, parts: tuning.Split, head: nn.Module, inputs: tuple[torch.Tensor, ...]) -> torch.Tensor:
         """fp32 [n, classes]. A head is fp32, but in low precision like a trunk where whole blocks of it train."""
@@ -87,11 +150,15 @@ class Session:
                 return head(black(inputs[0]))[:0].float()
             return head(*inputs).float()
 
-    def evaluate(self, parts: tuning.Split, res: int, note: str, split: str = "val") -> Predictions:
+    def evaluate(
+        self, parts: tuning.Split, res: int, note: str, split: str = "val", store: Store | None = None
+    ) -> Predictions:
         """Every image of the split once over all ranks; leaves the model in eval mode."""
-        return self.evaluate_all([parts], res, note, split)[0]
+        return self.evaluate_all([parts], res, note, split, store)[0]
 
-    def evaluate_all(self, models: list[tuning.Split], res: int, note: str, split: str = "val") -> list[Predictions]:
+    def evaluate_all(
+        self, models: list[tuning.Split], res: int, note: str, split: str = "val", store: Store | None = None
+    ) -> list[Predictions]:
         """Several models in one pass over the images, in the arithmetic of training; a trunk they share runs once.
 
         Logits are restricted to the split's classes (the protocol of ImageNet-A and -R); predictions are the model's.
@@ -103,7 +170,7 @@ class Session:
         several = len(models) > 1  # a digest reads every weight
         trunks = [tuning.frozen_digest(m) if m.trunk is not None and several else str(k) for k, m in enumerate(models)]
 
-        def logits(batch: torch_cpu.Batch) -> list[torch.Tensor]:
+        def logits(batch: Loaded) -> list[torch.Tensor]:
             features = {
                 name: self.inputs(parts, batch.images) for name, parts in dict(zip(trunks, models, strict=True)).items()
             }
@@ -113,7 +180,7 @@ class Session:
                 for name, parts in zip(trunks, models, strict=True)
             ]
 
-        batches = self.batches(index, self.requests(plan.every_sample, index, res), res)
+        batches = self.batches(index, self.requests(plan.every_sample, index, res), res, store)
         found = predict(logits, index, batches, self.ranks, len(models), note)
         return [p.of_classes(self.columns[split]) for p in found]
 
@@ -140,6 +207,7 @@ def open_session(
     splits: tuple[str, ...] = ("train", "val"),
     sets: Mapping[str, Path] | None = None,
     trained: tuple[str, ...] = (),
+    kept: Path | None = None,
     mark: Callable[[str], None] = lambda phase: None,
 ) -> Session:
     """Index the data and build the model; rank 0 goes first where something is written.
@@ -176,7 +244,7 @@ def open_session(
     mark("model")
     arithmetic = precision.Arithmetic(chosen, ranks.device)
     spec = models.preprocessing(name)
-    return Session(config, ranks, model, spec, indexes, classes, columns, arithmetic, layout, on_skip)
+    return Session(config, ranks, model, spec, indexes, classes, columns, arithmetic, layout, on_skip, kept)
 
 
 def keep_compiled_code(cache: Path) -> None:
@@ -188,8 +256,8 @@ def keep_compiled_code(cache: Path) -> None:
 
 
 def memory_format(config: cfg.Config, device: torch.device) -> torch.memory_format:
-    """`auto`: channels-last on CPUs, and on GPUs where gradients reach the trunk; published timings have it lose on
-    large frozen forwards (timm's benchmark tables: -14 to -21 % from B6 to L2 on a 3090)."""
+    """Of the model itself. `auto`: channels-last on CPUs, and on GPUs where gradients reach the trunk; what is frozen is
+    arranged by trunk.py."""
     policies = {config.tune.policy, *([config.pretrain.policy] if config.pretrain else [])}
     auto = device.type == "cpu" or bool(policies & {"all", "last_block"})
     last = {"channels_last": True, "contiguous": False}.get(config.run.memory_format, auto)

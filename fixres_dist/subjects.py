@@ -126,7 +126,10 @@ def opened(
     try:
         needed = any(subject.weights is None for subject in found)
         trained = evalsets.trained_classes(config, run, split)
-        yield session.open_session(config, ranks, load_weights=needed, splits=(split,), sets=sets, trained=trained)
+        kept = run / "choices.json" if run else None  # the run's own arithmetic
+        yield session.open_session(
+            config, ranks, load_weights=needed, splits=(split,), sets=sets, trained=trained, kept=kept
+        )
     finally:
         distributed.stop(ranks)
 

@@ -23,12 +23,12 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from fixres_dist import checkpoint, distributed, export, fit, lifecycle, models, results, slurm, tuning
+from fixres_dist import caching, checkpoint, distributed, export, fit, lifecycle, models, results, slurm, tuning
 from fixres_dist import config as cfg
 from fixres_dist.data import loading, order, plan
-from fixres_dist.data.torch_cpu import Batch
 from fixres_dist.errors import EXIT_DONE, EXIT_FAILED, EXIT_USER, UserError
 from fixres_dist.evaluate import Predictions
+from fixres_dist.features import Loaded, Store
 from fixres_dist.meter import Meter, StartUp
 from fixres_dist.precision import LossScale, sgd
 from fixres_dist.preempt import StopFlag
@@ -87,7 +87,8 @@ def work(here: RunDir, config: cfg.Config, flag: StopFlag) -> int:
         writer = stack.enter_context(checkpoint.Writer(here.checkpoints, lambda **saved: here.event("saved", **saved)))
         startup.mark("rendezvous")
         on_skip = results.skipping(here, ranks)
-        session = open_session(config, ranks, not here.pretrained.exists(), on_skip, mark=startup.mark)
+        choices = here.root / "choices.json"
+        session = open_session(config, ranks, not here.pretrained.exists(), on_skip, kept=choices, mark=startup.mark)
         todo = stages(config, len(session.train))
         if ranks.is_main:
             write(here.root / "class_index.json", json.dumps(dict(enumerate(session.train.classes)), indent=1) + "\n")
@@ -130,7 +131,8 @@ def train_stage(
 ) -> bool:
     """Train `stage` from its newest checkpoint, or from its start; False when told to stop before its end."""
     ranks, settings, tune = session.ranks, session.config.run, stage.tune
-    parts = session.with_fast_trunk(tuning.split(session.model, tune.policy, settings.activation_checkpointing))
+    parts = tuning.split(session.model, tune.policy, settings.activation_checkpointing)
+    parts = session.with_fast_trunk(parts, stage.res)
     trainable = [p for p in session.model.parameters() if p.requires_grad]
     optimizer = sgd(settings.optimizer, trainable, tune.momentum, tune.weight_decay)
     scale = LossScale(session.arithmetic, optimizer, parts.head if parts.trains_blocks else None)
@@ -143,7 +145,7 @@ def train_stage(
     started, seconds = time.monotonic(), progress.seconds
 
     def evaluated(label: str, step: int) -> Predictions:
-        predictions = session.evaluate(parts, stage.res, label)
+        predictions = session.evaluate(parts, stage.res, label, store=stores.get("val"))
         tuning.set_modes(parts, tune.bn_stats)
         if tracker:
             tracker.evaluation(step, label, stage.res, predictions.summary())
@@ -155,6 +157,19 @@ def train_stage(
             now = replace(progress, loss_scale=scale.state())
             writer.save(session.model, parts.tuned.tensors, optimizer, now, identity)
 
+    def stopped(number: int) -> bool:
+        if tracker:
+            tracker.say(lifecycle.stopped(here, number, progress.step, session.config.cluster.signal_delay_s))
+            tracker.close()
+        return False
+
+    try:
+        stores = caching.open_stores(session, stage, parts, lambda: flag.signal, check=not resumed)
+    except caching.Stopped as stop:
+        return stopped(stop.number)
+    ran = {"engine": "cached" if stores else "stream", "trunk": str(getattr(parts.trunk, "how", "trained"))}
+    if tracker:
+        here.event("engine", stage=stage.name, step=progress.step, **ran)
     tuning.set_modes(parts, tune.bn_stats)
     if tracker:
         tracker.say(tuning.described(parts))
@@ -169,7 +184,7 @@ def train_stage(
                 before.save(results.predictions_file(here, "before"), session.val.fingerprint)
             startup.mark("evaluation")
         if parts.tuned.last_bn and tune.bn_stats == "exact":
-            count = measure_statistics(session, stage, parts)
+            count = measure_statistics(session, stage, parts, stores.get("train"))
             if tracker:
                 tracker.say(f"statistics of {parts.tuned.last_bn} measured on {count} images at {stage.res} px")
             startup.mark("statistics")
@@ -177,7 +192,7 @@ def train_stage(
     head = distribute(session, stage, parts)
 
     meter, saved_at = Meter(), time.monotonic()
-    for step, micro_batches in step_batches(session, stage, progress.step, meter):
+    for step, micro_batches in step_batches(session, stage, progress.step, meter, stores.get("train")):
         rate = stage.learning_rate(step)
         for group in optimizer.param_groups:
             group["lr"] = rate
@@ -215,10 +230,7 @@ def train_stage(
             saved_at = time.monotonic()
         if stop_signal and not last:
             writer.wait()
-            if tracker:
-                tracker.say(lifecycle.stopped(here, stop_signal, done, session.config.cluster.signal_delay_s))
-                tracker.close()
-            return False
+            return stopped(stop_signal)
 
     writer.wait()
     if tuning.frozen_digest(parts) != identity["frozen weights"]:
@@ -234,7 +246,7 @@ def train_stage(
         if ranks.is_main:
             after.save(results.predictions_file(here, "after"), session.val.fingerprint)
             images = sum(s.images_until(s.stop) for s in stages(session.config, stage.n))
-            summary = results.write_results(here, session, progress.seconds, images)
+            summary = results.write_results(here, session, progress.seconds, images, ran)
             export.write_weights(session.model, here.root / "export" / "model.safetensors", session.config, stage.res)
             if tracker:
                 tracker.say(results.sentence(summary))
@@ -255,7 +267,9 @@ def starting_point(
     return checkpoint.Progress(stage.first, stage.name, newest.seconds if newest else 0.0), False
 
 
-def step_batches(session: Session, stage: Stage, first: int, meter: Meter) -> Iterator[tuple[int, Iterator[Batch]]]:
+def step_batches(
+    session: Session, stage: Stage, first: int, meter: Meter, store: Store | None
+) -> Iterator[tuple[int, Iterator[Loaded]]]:
     """(step, this rank's micro-batches) from step `first` to the stage's end; loading runs ahead over step and epoch ends."""
     ranks, size = session.ranks, batch_per_device(session.config, stage.res)
     pictures = plan.Pictures(stage.transform, stage.res, session.resize(stage.res), stage.seed)
@@ -267,7 +281,7 @@ def step_batches(session: Session, stage: Stage, first: int, meter: Meter) -> It
             stage.tune.repeats,
         )
 
-    loaded = meter.waiting(session.batches(session.train, itertools.chain.from_iterable(requests()), stage.res))
+    loaded = meter.waiting(session.batches(session.train, itertools.chain.from_iterable(requests()), stage.res, store))
     for step in range(first, stage.stop):
         low, high = order.rank_part(0, stage.batch_size(step), ranks.rank, ranks.world_size)
         yield step, itertools.islice(loaded, max(1, -(-(high - low) // size)))
@@ -280,7 +294,7 @@ def backward(
     head: nn.Module,
     scale: LossScale,
     step: int,
-    micro_batches: Iterator[Batch],
+    micro_batches: Iterator[Loaded],
     meter: Meter,
 ) -> list[int]:
     """Gradients of the mean loss over the global batch, accumulated over micro-batches; returns the samples seen.
@@ -293,14 +307,13 @@ def backward(
     batch_size, samples = stage.batch_size(step), []
     group = next(groups, None)
     while group is not None:
-        inputs = [
-            torch.cat(part) for part in zip(*(session.inputs(parts, batch.images) for batch in group), strict=True)
-        ]
+        every = [session.inputs(parts, batch.images) for batch in group]
+        inputs = every[0] if len(every) == 1 else tuple(map(torch.cat, zip(*every, strict=True)))
         labels = torch.cat([batch.labels for batch in group]).to(session.ranks.device)
         samples += [int(sample) for batch in group for sample in batch.samples]
         group = next(groups, None)
         with contextlib.nullcontext() if group is None or session.ranks.world_size == 1 else head.no_sync():  # type: ignore[operator]
-            logits = session.logits(parts, head, tuple(inputs))
+            logits = session.logits(parts, head, inputs)
             loss = F.cross_entropy(logits, labels, reduction="sum", label_smoothing=stage.tune.label_smoothing)
             # DDP averages over ranks; wanted is the mean over the global batch, whatever a rank's part of it.
             with tuning.statistics_kept(parts):
@@ -335,7 +348,7 @@ def distribute(session: Session, stage: Stage, parts: tuning.Split) -> nn.Module
     return head
 
 
-def measure_statistics(session: Session, stage: Stage, parts: tuning.Split) -> int:
+def measure_statistics(session: Session, stage: Stage, parts: tuning.Split, store: Store | None) -> int:
     """Set the last BN's mean and variance from the first `bn_stats_images` samples of the order; returns how many.
 
     One pass and one all-reduce of fp64 sums: the same at any world size. Without autograd and before any training.
@@ -349,7 +362,7 @@ def measure_statistics(session: Session, stage: Stage, parts: tuning.Split) -> i
         session.train, pictures, stage.tune.bn_stats_images, size, ranks.rank, ranks.world_size
     )
     with torch.no_grad():
-        for batch in session.batches(session.train, requests, stage.res):
+        for batch in session.batches(session.train, requests, stage.res, store):
             session.logits(parts, parts.head, session.inputs(parts, batch.images))
     hook.remove()
     distributed.total(ranks, moments.sums)

@@ -299,15 +299,18 @@ def average_weights(optimizer: torch.optim.Optimizer, count: int, use: bool) -> 
             parameter.copy_(state["average"])
 
 
-@torch.no_grad()
 def frozen_digest(parts: Split) -> str:
     """Of every tensor the policy must not change; compared at resume and at the end of a run."""
-    digest = hashlib.sha256()
-    for name, value in sorted(parts.model.state_dict().items()):
-        if name not in parts.tuned.tensors:
-            digest.update(name.encode())
-            digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()[:16]
+    return digest({k: v for k, v in parts.model.state_dict().items() if k not in parts.tuned.tensors})
+
+
+def digest(tensors: dict[str, torch.Tensor]) -> str:
+    """Of names and bytes, whatever the order and the memory format."""
+    found = hashlib.sha256()
+    for name, value in sorted(tensors.items()):
+        found.update(name.encode())
+        found.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return found.hexdigest()[:16]
 
 
 class Moments:

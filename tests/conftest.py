@@ -69,13 +69,13 @@ def run(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProc
 
 
 def tiny(runs: Path, name: str, data: Path, processes: int, *more: str) -> list[str]:
-    """Arguments of a submission of timm's smallest EfficientNet-style model, from new weights."""
+    """Arguments of a submission of timm's smallest EfficientNet-style model, from new weights, in fp32 on any CPU."""
     where = ["--cluster", "local", "--gpus-per-node", str(processes)]
     return [
         *("submit", "--model", "test_efficientnet", "--res", "64", "--weights", "none", "--data", str(data)),
         *("--runs-dir", str(runs), "--name", name, *where),
         *("tune.global_batch=12", "tune.base_lr=0.02", "tune.epochs=2", "run.log_every=1", "run.record_samples=true"),
-        *("data.workers=1", *more),
+        *("data.workers=1", "run.precision=fp32", "run.memory_format=channels_last", *more),
     ]
 
 

@@ -67,7 +67,8 @@ class Service:
             str(self.folder / "data"),
         ]
         profile = ["--profile", str(ROOT / "slurm" / "profiles" / "devcluster.yaml"), "--gpus-per-node", "1"]
-        return [*model, *profile, "tune.global_batch=16", *map(str, more)]
+        exact = ["run.precision=fp32", "run.memory_format=channels_last"]  # runs are compared bit by bit
+        return [*model, *profile, "tune.global_batch=16", *exact, *map(str, more)]
 
     def submit(self, name: str, *more: object) -> str:
         """Submit a run; returns its job id."""

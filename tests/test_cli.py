@@ -67,6 +67,22 @@ def test_the_cards_command_prints_plan_and_sbatch_text(tmp_path: Path) -> None:
     assert not (tmp_path / "runs").exists(), "a dry run writes nothing"
 
 
+def test_the_plan_says_which_engine_runs_and_how_large_its_features_are() -> None:
+    asked = ["submit", "--model", "l2", "--res", "600", "--dry-run"]
+    for more, words in (
+        ([], ["stream: transform test_aug draws new pictures every epoch"]),
+        (["data.train_transform=test", "run.engine=cached"], ["1,231.7 GiB in"]),
+        (["data.train_transform=test", "tune.policy=classifier", "tune.epochs=9"], ["13.6 GiB in"]),
+    ):
+        done = run(*asked, *more)
+        assert done.returncode == 0, done.stderr
+        (line,) = [line for line in done.stdout.splitlines() if line.startswith("engine ")]
+        assert all(word in line for word in words), line
+    done = run(*asked, "run.engine=cached")
+    assert done.returncode == 2
+    assert "test or test_flip" in done.stderr
+
+
 def test_the_example_needs_no_model_whatever_the_profile(tmp_path: Path) -> None:
     profile = ROOT / "slurm" / "profiles" / "devcluster.yaml"
     done = run(

@@ -65,12 +65,18 @@ def views(transform: str, epoch: int, samples: np.ndarray, size: tuple[int, int]
     return geometry.train_views(transform, sizes, samples, 128, resize, 11, epoch)
 
 
-@pytest.mark.parametrize("transform", ["test", "test_aug", "random_resized_crop"])
+@pytest.mark.parametrize("transform", ["test", "test_flip", "test_aug", "random_resized_crop"])
 def test_a_view_depends_on_seed_epoch_and_sample_alone(transform: str) -> None:
     some = views(transform, 2, np.array([3, 77, 9]))
     assert some == [views(transform, 2, np.array([sample]))[0] for sample in (3, 77, 9)]
     if transform != "test":
         assert some != views(transform, 3, np.array([3, 77, 9]))
+
+
+def test_flipped_test_crop_is_one_of_two_pictures() -> None:
+    plain, found = views("test", 0, np.arange(4000)), views("test_flip", 0, np.arange(4000))
+    assert [v._replace(flip=False) for v in found] == plain
+    assert abs(np.mean([v.flip for v in found]) - 0.5) < 0.03
 
 
 def test_shifted_crop_moves_sideways_only() -> None:

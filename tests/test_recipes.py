@@ -13,7 +13,7 @@ import torch
 from conftest import write_photos
 
 from fixres_dist import config as cfg
-from fixres_dist import models, recipes, rundir, train, tuning
+from fixres_dist import models, recipes, rundir, train, trunk, tuning
 from fixres_dist.errors import UserError
 from fixres_dist.preempt import StopFlag
 
@@ -61,6 +61,9 @@ def test_planned_parameter_counts_are_the_models(policy: str) -> None:
     assert facts.trainable(policy, 7) == sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert facts.total(7) == sum(p.numel() for p in model.parameters())
     assert parts.tuned.parameters
+    if parts.trunk is not None:
+        kept = trunk.split_neck(parts.trunk)[0](torch.zeros(1, 3, 96, 96))
+        assert 2 * sum(feature.numel() for feature in kept) / 1024 == pytest.approx(facts.kept_kib(policy, 96))
 
 
 def test_advprop_and_noisy_student_have_their_own_preprocessing() -> None:

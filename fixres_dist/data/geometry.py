@@ -95,7 +95,8 @@ def train_views(
 ) -> list[View]:
     """The views of `samples` (of source `sizes` [n, 2], height and width) in `epoch`, or by keys [n] of theirs.
 
-    `test`: as evaluated. `test_aug`: flip, horizontally shifted crop, jitter 0.05 (the original's transforms_v2).
+    `test`: as evaluated. `test_flip`: the same, one in two flipped.
+    `test_aug`: flip, horizontally shifted crop, jitter 0.05 (the original's transforms_v2).
     `random_resized_crop`: area 0.08-1, ratio 3/4-4/3, flip, jitter 0.3 (the original's training transform).
     """
     if transform == "test":
@@ -105,7 +106,9 @@ def train_views(
     views = []
     for (h, w), u in zip(sizes.tolist(), draws.tolist(), strict=True):
         b, c, s = (1 - strength + 2 * strength * x for x in u[1:4])
-        if transform == "test_aug":
+        if transform == "test_flip":
+            views.append(test_view(h, w, res, resize)._replace(flip=u[0] < 0.5))
+        elif transform == "test_aug":
             view = test_view(h, w, res, resize)
             y, x = view.offset
             x = int(u[4] * (view.size[1] - res + 1)) if view.size[1] > res else x

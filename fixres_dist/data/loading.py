@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from typing import Protocol, TypeVar
 
 import torch
 
@@ -15,6 +16,14 @@ from fixres_dist.data.torch_cpu import Bad, Batch
 from fixres_dist.errors import UserError
 
 OnSkip = Callable[[Index, Bad], None]
+
+
+class Loaded(Protocol):
+    @property
+    def skipped(self) -> tuple[Bad, ...]: ...
+
+
+L = TypeVar("L", bound=Loaded)
 
 
 def choose(setting: str, device: torch.device) -> tuple[str, str]:
@@ -50,9 +59,14 @@ def batches(
         loaded = dali.batches(index, requests, res, resize, how)
     else:
         loaded = torch_cpu.batches(index, requests, res, resize.interpolation, workers)
+    return watched(index, loaded, settings.on_bad, on_skip)
+
+
+def watched(index: Index, loaded: Iterator[L], on_bad: str, on_skip: OnSkip) -> Iterator[L]:
+    """`loaded`, with what `data.on_bad` wants done about the samples that could not be decoded."""
     for found in loaded:
         for bad in found.skipped:
-            if settings.on_bad == "stop":
+            if on_bad == "stop":
                 raise refusal(index, bad)
             on_skip(index, bad)
         yield found

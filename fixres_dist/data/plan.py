@@ -24,7 +24,7 @@ class Request(NamedTuple):
 class Pictures:
     """How images of a split become res x res pictures."""
 
-    transform: str  # test | test_aug | random_resized_crop
+    transform: str  # test | test_flip | test_aug | random_resized_crop
     res: int
     resize: geometry.Resize
     seed: int

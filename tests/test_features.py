@@ -1,0 +1,162 @@
+"""Features on disk: rows come back as they were written, and what is torn, damaged or missing is found."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from fixres_dist import caching, engine, features
+from fixres_dist import config as cfg
+from fixres_dist.data import geometry, index, plan
+from fixres_dist.errors import UserError
+from fixres_dist.schedule import Stage, stages
+
+N = 40
+PICTURES = plan.Pictures("test_flip", 64, geometry.resize_of("fixefficientnet", 64, 0.875, "bicubic"), 7)
+
+
+def made() -> index.Index:
+    sizes, labels = np.full((N, 2), 100, np.int32), np.arange(N, dtype=np.int32) % 3
+    return index.Index(Path("x"), ("a", "b", "c"), b"", np.zeros(N, np.int64), labels, sizes)
+
+
+def trunk_output(dtype: torch.dtype, flip: int) -> tuple[torch.Tensor, ...]:
+    """Two tensors cross the cut, as in a ResNet."""
+    generator = torch.Generator().manual_seed(int(flip))
+    return tuple(torch.randn(N, *shape, generator=generator).to(dtype) for shape in ((6, 3, 2), (5,)))
+
+
+def written(folder: Path, dtype: torch.dtype, views: int, bad: tuple[int, ...] = ()) -> features.Store:
+    every = [trunk_output(dtype, flip) for flip in range(views)]
+    store = features.store(folder, {"key": str(dtype)}, N, views, every[0])
+    features.begin(store, {"key": str(dtype)})
+    for span in ((0, 16), (16, 32), (32, N)):
+        batches = []
+        for first in range(span[0], span[1], 5):
+            kept = np.array([s for s in range(first, min(first + 5, span[1])) if s not in bad])
+            batches.append((kept, [tuple(tensor[kept] for tensor in view) for view in every]))
+        store.write(span, batches)
+    return store
+
+
+@pytest.mark.parametrize("views", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_rows_come_back_bit_by_bit_in_any_order(tmp_path: Path, dtype: torch.dtype, views: int) -> None:
+    store = written(tmp_path, dtype, views)
+    assert store.missing() == []
+    pictures = dataclasses.replace(PICTURES, transform="test_flip" if views == 2 else "test")
+    orders = [np.array([39, 0, 16, 15, 31, 32]), np.arange(N), np.array([], np.int64)]
+    requests = [plan.request(made(), pictures, samples, 3) for samples in orders]
+    found = list(store.batches(made(), iter(requests)))
+    flips = set()
+    for rows, request in zip(found, requests, strict=True):
+        assert rows.samples.tolist() == request.samples.tolist()
+        assert rows.labels.tolist() == [s % 3 for s in request.samples]
+        for k, (sample, view) in enumerate(zip(request.samples, request.views, strict=True)):
+            flips.add(view.flip)
+            for tensor, expected in zip(rows.images, trunk_output(dtype, view.flip), strict=True):
+                assert torch.equal(tensor[k], expected[sample])
+    assert len(flips) == views
+
+
+def test_a_sample_without_a_picture_has_no_row(tmp_path: Path) -> None:
+    store = written(tmp_path, torch.float32, 2, bad=(0, 15, 39))
+    (rows,) = store.batches(made(), [plan.request(made(), PICTURES, np.array([39, 14, 0, 38]), 0)])
+    assert rows.samples.tolist() == [14, 38]
+    assert [bad.sample for bad in rows.skipped] == [39, 0]
+    view = plan.request(made(), PICTURES, np.array([38]), 0).views[0]
+    assert torch.equal(rows.images[1][1], trunk_output(torch.float32, view.flip)[1][38])
+
+
+def test_damage_is_found_and_only_that_is_missing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    store = written(tmp_path, torch.float32, 1)
+    for span, change in (((0, 16), lambda data: data[:-1]), ((32, N), lambda data: data[:99] + b"?" + data[100:])):
+        path = store.path(span)
+        path.write_bytes(change(path.read_bytes()))
+    assert store.missing() == [(0, 16)]
+    for rank in range(3):
+        store.verify(rank, 3)
+    assert store.missing() == [(0, 16), (32, N)]
+    said = capsys.readouterr().out
+    assert "length is wrong" in said
+    assert "checksum is wrong" in said
+    with pytest.raises(FileNotFoundError, match="no features of the samples"):
+        next(store.batches(made(), [plan.request(made(), PICTURES, np.arange(3), 0)]))
+
+
+def test_an_interrupted_segment_is_invisible(tmp_path: Path) -> None:
+    store = written(tmp_path, torch.float32, 1)
+    store.path((16, 32)).unlink()
+
+    def torn() -> features.Iterator:
+        yield np.arange(16, 20), [tuple(tensor[16:20] for tensor in trunk_output(torch.float32, 0))]
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        store.write((16, 32), torn())
+    assert store.missing() == [(16, 32)]
+    features.begin(store, {})
+    assert not [path for path in store.folder.iterdir() if path.name.startswith(".0")]
+
+
+def test_another_key_is_another_folder(tmp_path: Path) -> None:
+    one, other = (features.store(tmp_path, {"res": res}, N, 1, (torch.zeros(1, 4),)).folder for res in (64, 96))
+    assert one != other
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 8])
+def test_ranks_share_what_is_missing(world_size: int) -> None:
+    gaps = [(5, 9), (20, 47), (90, 91)]
+    shares = [caching.share(gaps, rank, world_size, 6) for rank in range(world_size)]
+    covered = [sample for spans in shares for first, stop in spans for sample in range(first, stop)]
+    assert covered == [*range(5, 9), *range(20, 47), 90]
+    assert all(0 < stop - first <= 6 for spans in shares for first, stop in spans)
+    counts = [sum(stop - first for first, stop in spans) for spans in shares]
+    assert max(counts) - min(counts) <= 1
+
+
+def fixing(*items: str) -> Stage:
+    config = cfg.parse(cfg.Config, cfg.overrides(["data.train_transform=test", *items]))
+    return stages(config, 1000)[-1]
+
+
+ROOM, NONE = (engine.Need(1100, 100, free, Path("/f")) for free in (1000, 50))
+
+
+@pytest.mark.parametrize(
+    ("items", "need", "chosen", "why"),
+    [
+        (["tune.epochs=11"], ROOM, "cached", "1,100 pictures through the trunk instead of 12,200"),
+        (["tune.epochs=1", "tune.bn_stats_images=1000"], ROOM, "cached", "instead of 2,200"),
+        (["tune.epochs=1", "tune.bn_stats_images=10"], ROOM, "stream", "would save too little"),
+        (["tune.epochs=1", "tune.bn_stats_images=10"], dataclasses.replace(ROOM, pictures=0), "cached", "0 pictures"),
+        (["tune.epochs=11"], NONE, "stream", "no room"),
+        (["tune.epochs=11", "data.train_transform=test_aug"], ROOM, "stream", "draws new pictures every epoch"),
+        (["tune.epochs=11", "tune.policy=all"], ROOM, "stream", "no frozen trunk"),
+    ],
+)
+def test_auto_chooses_and_says_why(items: list[str], need: engine.Need, chosen: str, why: str) -> None:
+    stage = fixing(*items)
+    found = engine.choose("auto", stage, engine.streamed_pictures(stage, 100, 2), need)
+    assert found[0] == chosen
+    assert why in found[1]
+    assert engine.choose("stream", stage, 10**6, need)[0] == "stream"
+
+
+@pytest.mark.parametrize(
+    ("items", "need", "words"),
+    [
+        (["data.train_transform=test_aug"], ROOM, ["test_aug", "test or test_flip", "run.engine=stream"]),
+        (["tune.policy=all"], ROOM, ["policy all", "run.engine=stream"]),
+        ([], NONE, ["0.0 MiB in /f", "run.feature_cache=DIR", "tune.policy=classifier", "run.engine=stream"]),
+    ],
+)
+def test_cached_is_refused_with_what_would_work(items: list[str], need: engine.Need, words: list[str]) -> None:
+    with pytest.raises(UserError) as caught:
+        engine.choose("cached", fixing(*items), 10**6, need)
+    for word in words:
+        assert word in str(caught.value)
