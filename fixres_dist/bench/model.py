@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from fixres_dist import config as cfg
-from fixres_dist import distributed, models, train, tuning
+from fixres_dist import distributed, models, precision, train, tuning
 from fixres_dist.bench import data, turns
 from fixres_dist.bench.turns import Turn, Variant
 from fixres_dist.data.torch_cpu import Batch
@@ -53,17 +53,24 @@ class Setting:
 
     def config(self) -> cfg.Config:
         run = {"precision": self.precision, "memory_format": self.memory_format, "batch_per_device": self.batch}
-        if self.compile is not None:
-            run["compile"] = self.compile
-        return cfg.parse(
-            cfg.Config,
-            {
-                "model": {"name": self.model, "timm_name": self.model, "weights": str(self.weights)},
-                "data": {"root": str(self.folder), "res": self.res, "resize_rule": "fixefficientnet"},
-                "tune": {"global_batch": self.batch, "epochs": 10**6},  # the loop never ends by itself
-                "run": run,
-            },
-        )
+        values = {
+            "model": {"name": self.model, "timm_name": self.model, "weights": str(self.weights)},
+            "data": {"root": str(self.folder), "res": self.res, "resize_rule": "fixefficientnet"},
+            "tune": {"global_batch": self.batch, "epochs": 10**6},  # the loop never ends by itself
+            "run": run if self.compile is None else {**run, "compile": self.compile},
+        }
+        return cfg.parse(cfg.Config, values)
+
+
+class Work(NamedTuple):
+    """`call()` does one step and returns its images; `ahead` of them are not counted at the start of a turn."""
+
+    call: Callable[[], int]
+    ahead: int = 1
+    meter: Meter | None = None  # counts the time waited for data
+
+
+Build = Callable[[Session, Setting], Work]
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -77,56 +84,56 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 def measure(
     stage: str, setting: Setting, repeat: int, compiled: bool, until: float = math.inf
 ) -> tuple[list[dict[str, Any]], dict[str, dict[str, float]], dict[str, str]]:
-    """(rows, for each ratio its value by row, what failed) of `trunk` or `step` at one size."""
+    """(rows, each ratio by row, what failed) of `trunk` or `step` at one size; `until` as in turns.alternate."""
     auto = turns.once(Variant(resolved, (setting,)))
-    variants = (trunk_variants if stage == "trunk" else step_variants)(auto, compiled)
+    chosen = (trunk_variants if stage == "trunk" else step_variants)(auto, compiled)
+    variants = {name: Variant(variant, pair) for name, pair in chosen.items()}
     found, failed = turns.alternate(variants, repeat, f"{stage} {setting.model} {setting.res}", until)
-    rows = {name: turns.row(name, values) for name, values in found.items()}
+    rows = {name: turns.row(name, values, setting.batch) for name, values in found.items()}
     return list(rows.values()), ratios(rows), failed
 
 
-def trunk_variants(auto: Setting, compiled: bool) -> dict[str, Variant]:
+def trunk_variants(auto: Setting, compiled: bool) -> dict[str, tuple[Build, Setting]]:
     """From the plain trunk to ours, one change at a time, and timm's inference at the plain and at our settings."""
     plain = replace(auto, precision="fp32", memory_format="contiguous", compile=False)
     last = replace(plain, memory_format="channels_last")
     low = replace(last, precision="bf16")
-    variants = {f"trunk {plain.name} unfolded": Variant(trunk, (plain, False))}
-    for setting in (plain, last, low, *([replace(low, compile=True)] if compiled else []), auto):
-        variants[f"trunk {setting.name}"] = Variant(trunk, (setting, True))
-    variants[f"trunk auto ({auto.name})"] = variants.pop(f"trunk {auto.name}")
-    return variants | {f"timm {s.name}": Variant(timm_inference, (s,)) for s in dict.fromkeys((plain, low, auto))}
+    more = [replace(low, compile=True)] if compiled else []
+    ours: dict[str, tuple[Build, Setting]] = {f"trunk {plain.name} unfolded": (unfolded, plain)}
+    ours |= {f"trunk {s.name}": (trunk, s) for s in (plain, last, low, *more, auto)}
+    ours[f"trunk auto ({auto.name})"] = ours.pop(f"trunk {auto.name}")
+    return ours | {f"timm {s.name}": (timm_inference, s) for s in (plain, last, low, *more, auto)}
 
 
-def step_variants(auto: Setting, compiled: bool) -> dict[str, Variant]:
+def step_variants(auto: Setting, compiled: bool) -> dict[str, tuple[Build, Setting]]:
     """Ours beside the original protocol (fp32 as published; a GPU's tf32 too), full fine-tuning and timm's inference."""
     plain = replace(auto, precision="fp32", memory_format="contiguous", compile=False)
     fp32, bf16 = (replace(auto, precision=p, memory_format="channels_last", compile=False) for p in ("fp32", "bf16"))
+    settings = (fp32, bf16, *([replace(bf16, compile=True)] if compiled else []), auto)
     references = (plain, replace(plain, precision="tf32")) if torch.cuda.is_available() else (plain,)
-    variants = {f"original {s.precision}": Variant(original, (s,)) for s in references}
-    variants |= {f"full fine-tuning {s.name}": Variant(full, (s,)) for s in (plain, bf16)}
-    ours = dict.fromkeys((fp32, bf16, *([replace(bf16, compile=True)] if compiled else []), auto))
-    variants |= {f"ours {s.name}": Variant(step, (s,)) for s in ours}
-    variants[f"ours auto ({auto.name})"] = variants.pop(f"ours {auto.name}")
-    return variants | {f"timm {s.name}": Variant(timm_inference, (s,)) for s in ours}
+    found: dict[str, tuple[Build, Setting]] = {f"original {s.precision}": (original, s) for s in references}
+    found |= {f"full fine-tuning {s.name}": (full, s) for s in (plain, bf16)}
+    found |= {f"ours {s.name}": (step, s) for s in settings}
+    found[f"ours auto ({auto.name})"] = found.pop(f"ours {auto.name}")
+    return found | {f"timm {s.name}": (timm_inference, s) for s in settings}
 
 
 def ratios(rows: dict[str, dict[str, Any]]) -> dict[str, dict[str, float]]:
-    """images/s of each row against the references; timm's inference at the row's own settings."""
+    """images/s of our rows against the references; timm's inference at the row's own settings."""
     speed = {name: row["images_per_second"] for name, row in rows.items()}
-    references = {
-        "vs_original": "original fp32",
-        "vs_original_tf32": "original tf32",
-        "vs_full_finetune": "full fine-tuning fp32 contiguous",
-    }
-    found: dict[str, dict[str, float]] = {key: {} for key in (*references, "vs_timm_inference")}
-    for name, row in rows.items():
-        if not name.startswith(("ours", "trunk")):
-            continue
-        settings = name.partition("(")[2].rstrip(")") or name.partition(" ")[2]
-        for key, reference in {**references, "vs_timm_inference": f"timm {settings}"}.items():
+    found: dict[str, dict[str, float]] = {}
+    for name in (name for name in rows if name.startswith(("ours", "trunk"))):
+        settings = name.partition("(")[2].rstrip(")") or name.partition(" ")[2].removesuffix(" unfolded")
+        references = {
+            "vs_original": "original fp32",
+            "vs_original_tf32": "original tf32",
+            "vs_full_finetune": "full fine-tuning fp32 contiguous",
+            "vs_timm_inference": f"timm {settings}",
+        }
+        for key, reference in references.items():
             if reference in speed:
-                found[key][row["name"]] = round(speed[name] / speed[reference], 3)
-    return {key: values for key, values in found.items() if values}
+                found.setdefault(key, {})[rows[name]["name"]] = round(speed[name] / speed[reference], 3)
+    return found
 
 
 def of_auto(versus: dict[str, dict[str, float]]) -> dict[str, float]:
@@ -136,22 +143,19 @@ def of_auto(versus: dict[str, dict[str, float]]) -> dict[str, float]:
 
 def prepare(model: str, res: int, batch: int, seconds: float, scratch: Path, folder: Path | None = None) -> Setting:
     """A data set of 1,000 classes and weights whose activations are of order one, as trained ones are."""
-    cfg.at_least(argparse.Namespace(res=res), "res", 32)
-    cfg.at_least(argparse.Namespace(batch=batch), "batch", 1)
     if folder is None:
-        photographs = data.write_photographs(scratch / "photographs", 160)
-        folder = linked(sorted((photographs / "val" / "a").iterdir()), scratch / "linked", CLASSES)
-    turns.once(Variant(write_weights, (model, classes_of(folder), scratch / "weights.safetensors")))
-    return Setting(model, res, batch, folder, scratch / "weights.safetensors", seconds)
+        folder = linked(scratch / "photographs", scratch / "linked", CLASSES, CLASSES)
+    setting = Setting(model, res, batch, folder, scratch / "weights.safetensors", seconds)
+    turns.once(Variant(write_weights, (model, sum(p.is_dir() for p in (folder / "train").iterdir()), setting.weights)))
+    return setting
 
 
-def classes_of(folder: Path) -> int:
-    return sum(path.is_dir() for path in (folder / "train").iterdir())
-
-
-def linked(files: list[Path], root: Path, classes: int, images: int = 0) -> Path:
-    """A data set with `classes` folders: `images` photographs to train on (default: one a class), one a class in val."""
-    for split, count in (("train", max(images, classes)), ("val", classes)):
+def linked(photographs: Path, root: Path, classes: int, images: int) -> Path:
+    """A data set of synthetic photographs: `images` to train on, one of each class in val."""
+    if not photographs.exists():
+        data.write_photographs(photographs, 160)
+    files = sorted(photographs.rglob("*.jpg"))
+    for split, count in (("train", images), ("val", classes)):
         for i in range(count):
             target = root / split / f"{i % classes:04d}" / f"{i:06d}.jpg"
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -160,16 +164,21 @@ def linked(files: list[Path], root: Path, classes: int, images: int = 0) -> Path
 
 
 def write_weights(name: str, classes: int, file: Path) -> Iterator[None]:
-    """New weights with BatchNorm statistics that were measured: drawn ones let activations vanish or overflow."""
+    """New weights with BatchNorm statistics that were measured: with drawn ones activations vanish or overflow."""
     model = models.build(name, classes)
     for module in model.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             module.momentum = None  # the plain average
-    size = 128 if classes > 1 else 64
     with torch.no_grad():
-        model.train()(torch.randn(4, 3, size, size, generator=torch.Generator().manual_seed(0)))
+        model.train()(torch.randn(4, 3, 128, 128, generator=torch.Generator().manual_seed(0)))
     save_file({key: value.contiguous() for key, value in model.state_dict().items()}, file)
     yield
+
+
+def variant(build: Build, setting: Setting) -> Iterator[Turn]:
+    base_mib = turns.memory_mib()
+    live = opened(setting)
+    yield from timed(build(live, setting), setting.seconds, base_mib)
 
 
 def opened(setting: Setting) -> Session:
@@ -179,37 +188,42 @@ def opened(setting: Setting) -> Session:
 def resolved(setting: Setting) -> Iterator[Setting]:
     """`setting` with what the product makes of `auto` on this machine."""
     live = opened(setting)
-    layout = "channels_last" if live.memory_format is torch.channels_last else "contiguous"
-    yield replace(setting, precision=live.precision, memory_format=layout, compile=bool(live.config.run.compile))
+    fast = live.with_fast_trunk(tuning.split(live.model, live.config.tune.policy)).trunk
+    layout = getattr(fast, "memory_format", live.memory_format)
+    name = "channels_last" if layout is torch.channels_last else "contiguous"
+    compiled = bool(getattr(fast, "compiled", live.config.run.compile))
+    yield replace(setting, precision=live.precision, memory_format=name, compile=compiled)
 
 
-def pictures(setting: Setting, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """(uint8 [batch, 3, res, res], labels [batch]) on the device, where a loader leaves them."""
+def pictures(live: Session, setting: Setting) -> tuple[torch.Tensor, torch.Tensor]:
+    """(uint8 [batch, 3, res, res], labels [batch]) on the device, where the loader leaves them."""
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(256, (setting.batch, 3, setting.res, setting.res), dtype=torch.uint8, generator=generator)
-    return images.to(device), torch.randint(CLASSES, (setting.batch,), generator=generator).to(device)
+    labels = torch.randint(len(live.train.classes), (setting.batch,), generator=generator)
+    return images.to(live.ranks.device), labels.to(live.ranks.device)
 
 
-def trunk(setting: Setting, fast: bool) -> Iterator[Turn]:
-    base = turns.memory_mib()
-    live = opened(setting)
-    parts = tuning.split(live.model, live.config.tune.policy)
-    parts = live.with_fast_trunk(parts) if fast else parts
-    images, _ = pictures(setting, live.ranks.device)
-    yield from timed(lambda: live.inputs(parts, images), setting, base)
+def unfolded(live: Session, setting: Setting) -> Work:
+    return forward(live, setting, tuning.split(live.model, live.config.tune.policy))
 
 
-def step(setting: Setting) -> Iterator[Turn]:
-    base = turns.memory_mib()
-    live = opened(setting)
-    images, labels = pictures(setting, live.ranks.device)
-    batch = Batch(images, labels % len(live.train.classes), torch.arange(setting.batch))
+def trunk(live: Session, setting: Setting) -> Work:
+    return forward(live, setting, live.with_fast_trunk(tuning.split(live.model, live.config.tune.policy)))
+
+
+def forward(live: Session, setting: Setting, parts: tuning.Split) -> Work:
+    images, _ = pictures(live, setting)
+    return Work(lambda: len(live.inputs(parts, images)[0]))
+
+
+def step(live: Session, setting: Setting) -> Work:
+    batch = Batch(*pictures(live, setting), torch.arange(setting.batch))
     one = stepper(live)
-    yield from timed(lambda: one(0, iter([batch])), setting, base)
+    return Work(lambda: one(0, iter([batch])))
 
 
-def stepper(live: Session) -> Callable[[int, Iterator[Batch]], list[int]]:
-    """The product's optimizer step, of (step, micro-batches); returns its samples."""
+def stepper(live: Session) -> Callable[[int, Iterator[Batch]], int]:
+    """The product's optimizer step, of (step, micro-batches); returns its images."""
     stage = fixing(live)
     parts = live.with_fast_trunk(tuning.split(live.model, stage.tune.policy))
     tuning.set_modes(parts, stage.tune.bn_stats)
@@ -217,11 +231,11 @@ def stepper(live: Session) -> Callable[[int, Iterator[Batch]], list[int]]:
     optimizer = torch.optim.SGD(tuned, stage.learning_rate(0), stage.tune.momentum, weight_decay=1e-4)
     head, scaler, meter = train.distribute(live, stage, parts), torch.amp.GradScaler(enabled=False), Meter()
 
-    def one(step: int, batches: Iterator[Batch]) -> list[int]:
+    def one(step: int, batches: Iterator[Batch]) -> int:
         optimizer.zero_grad()
         samples = train.backward(live, stage, parts, head, scaler, step, batches, meter)
         optimizer.step()
-        return samples
+        return len(samples)
 
     return one
 
@@ -230,92 +244,87 @@ def fixing(live: Session) -> Stage:
     return stages(live.config, len(live.train))[-1]
 
 
-def original(setting: Setting) -> Iterator[Turn]:
+def original(live: Session, setting: Setting) -> Work:
     """The published code's step: only the classifier trains, the last BN uses its batch, autograd sees the network."""
-    base = turns.memory_mib()
-    live = opened(setting)
-    model, tuned = live.model, tuning.select(live.model, "classifier+bn_stats")
-    for name, parameter in model.named_parameters():
+    tuned = tuning.select(live.model, "classifier+bn_stats")
+    for name, parameter in live.model.named_parameters():
         parameter.requires_grad_(name in tuned.parameters)
-    model.eval()
+    live.model.eval()
     for module in tuned.modules:
-        model.get_submodule(module).train()
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    yield from timed(plain_step(live, trainable, contextlib.nullcontext, setting), setting, base)
+        live.model.get_submodule(module).train()
+    return plain_step(live, setting)
 
 
-def full(setting: Setting) -> Iterator[Turn]:
-    """Every parameter trains, in train mode. On a GPU the batch is halved until it fits, which the row's name says."""
-    base = turns.memory_mib()
-    live = opened(setting)
+def full(live: Session, setting: Setting) -> Work:
+    """Every parameter trains, in train mode."""
     live.model.train().requires_grad_(True)
-    asked = setting.batch
-    while True:
-        try:
-            work = plain_step(live, list(live.model.parameters()), live.autocast, setting)
-            work()
-            break
-        except torch.OutOfMemoryError:
-            if setting.batch == 1:
-                raise
-            setting = replace(setting, batch=setting.batch // 2)
-            torch.cuda.empty_cache()
-    note = "" if setting.batch == asked else f"batch {setting.batch}"
-    yield from (turn._replace(note=note) for turn in timed(work, setting, base))
+    return plain_step(live, setting)
 
 
-def plain_step(live: Session, trainable: list[nn.Parameter], autocast: Any, setting: Setting) -> Callable[[], None]:
+def plain_step(live: Session, setting: Setting) -> Work:
+    """On a GPU the batch is halved until it fits, which the row's name says."""
+    trainable = [p for p in live.model.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(trainable, 1e-3, momentum=0.9, weight_decay=1e-4)
-    images, labels = pictures(setting, live.ranks.device)
-    images, labels = live.to_device(images), labels % len(live.train.classes)
+    pixels, labels = pictures(live, setting)
+    images, device = live.to_device(pixels), live.ranks.device.type
 
-    def work() -> None:
-        optimizer.zero_grad()
-        with autocast():
-            loss = F.cross_entropy(live.model(images), labels)
-        loss.backward()
-        optimizer.step()
+    def call() -> int:
+        nonlocal images, labels
+        low = setting.precision in precision.DTYPES
+        try:
+            optimizer.zero_grad()
+            with torch.autocast(device, precision.DTYPES[setting.precision]) if low else contextlib.nullcontext():
+                loss = F.cross_entropy(live.model(images), labels)
+            loss.backward()
+            optimizer.step()
+            return len(labels)
+        except torch.OutOfMemoryError:
+            if len(labels) == 1:
+                raise
+        torch.cuda.empty_cache()
+        images, labels = images[: len(labels) // 2].clone(), labels[: len(labels) // 2]
+        return call()
 
-    return work
+    return Work(call)
 
 
-def timm_inference(setting: Setting) -> Iterator[Turn]:
-    """The whole model's forward as timm's own benchmark runs it; a trained step cannot be much faster."""
-    base = turns.memory_mib()
-    live = opened(setting)
-    images = live.to_device(pictures(setting, live.ranks.device)[0])
-    model = live.model.eval().requires_grad_(False)
+def timm_inference(live: Session, setting: Setting) -> Work:
+    """The whole model's forward, weights and pictures in the precision's format: what timm's own benchmark runs."""
+    dtype = precision.DTYPES.get(setting.precision, torch.float32)
+    images = live.to_device(pictures(live, setting)[0]).to(dtype)
+    model = live.model.eval().requires_grad_(False).to(dtype)
     model = cast(nn.Module, torch.compile(model, dynamic=False)) if setting.compile else model
 
-    def work() -> None:
-        with torch.inference_mode(), live.autocast():
-            model(images)
+    def call() -> int:
+        with torch.inference_mode():
+            return len(model(images))
 
-    yield from timed(work, setting, base)
+    return Work(call)
 
 
-def timed(work: Callable[[], Any], setting: Setting, base_mib: float) -> Iterator[Turn]:
-    """Turns of at least `setting.seconds`; the peak is what they need beyond the libraries' `base_mib`, or of GPU memory."""
-    cuda = torch.cuda.is_available()
+def timed(work: Work, seconds: float, base_mib: float) -> Iterator[Turn]:
+    """Turns of as many steps as took `seconds` in the first one.
+
+    The peak is what they need beyond the libraries' `base_mib`, model and weights included, or of GPU memory.
+    """
+    cuda, steps = torch.cuda.is_available(), 0
     synchronize = torch.cuda.synchronize if cuda else lambda: None
-    for _ in range(2):  # the second one tells the time: the first one compiles, plans and allocates
-        started = time.monotonic()
-        work()
-        synchronize()
-    steps = max(1, math.ceil(setting.seconds / (time.monotonic() - started)))
     while True:
-        if cuda:
-            work()  # the cache was emptied
-            torch.cuda.reset_peak_memory_stats()
-        else:
-            turns.forget_peak()
+        for _ in range(work.ahead):  # compiles, fills the emptied cache, uses up what was loaded between turns
+            work.call()
         synchronize()
-        before, started = turns.cpu_seconds(), time.monotonic()
-        for _ in range(steps):
-            work()
+        torch.cuda.reset_peak_memory_stats() if cuda else turns.forget_peak()
+        waited = work.meter.wait_s if work.meter else 0.0
+        before, started, seen, done = turns.cpu_seconds(), time.monotonic(), 0, 0
+        while not done or (done < steps if steps else time.monotonic() - started < seconds):
+            seen, done = seen + work.call(), done + 1
+            if not steps:
+                synchronize()
         synchronize()
         took, used = time.monotonic() - started, turns.cpu_seconds() - before
         peak = torch.cuda.max_memory_allocated() / 2**20 if cuda else turns.memory_mib(peak=True) - base_mib
         if cuda:
             torch.cuda.empty_cache()  # the others' processes share the device
-        yield Turn(steps * setting.batch, took, used, peak)
+        steps = steps or done
+        waited = work.meter.wait_s - waited if work.meter else 0.0
+        yield Turn(seen, took, used, peak, seen // done, waited)

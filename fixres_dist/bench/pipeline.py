@@ -12,8 +12,6 @@ import os
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Iterator
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -23,13 +21,14 @@ from safetensors.torch import load_file
 
 from fixres_dist import config as cfg
 from fixres_dist import train
-from fixres_dist.bench import data, model, turns
-from fixres_dist.bench.model import Setting
-from fixres_dist.bench.turns import Turn, Variant
+from fixres_dist.bench import model, turns
+from fixres_dist.bench.model import Setting, Work
+from fixres_dist.bench.turns import Variant
 from fixres_dist.data import torch_cpu
 from fixres_dist.errors import UserError
 from fixres_dist.meter import Meter
 from fixres_dist.rundir import RunDir
+from fixres_dist.session import Session
 
 CLASSES = 16  # of the runs with and without cache: their evaluations see one image of each
 
@@ -55,68 +54,43 @@ def from_files(
     setting: Setting, repeat: int, until: float = math.inf
 ) -> tuple[list[dict[str, Any]], dict[str, dict[str, float]], dict[str, str]]:
     """(rows, end to end against the slower of its parts and against what the CPUs allow, what failed)."""
-    variants = {
-        "data alone": Variant(decode, (setting,)),
-        "step alone": Variant(model.step, (setting,)),
-        "end to end": Variant(end_to_end, (setting,)),
-    }
+    builds = {"data alone": decode, "step alone": model.step, "end to end": end_to_end}
+    variants = {name: Variant(model.variant, (build, setting)) for name, build in builds.items()}
     found, failed = turns.alternate(variants, repeat, f"end-to-end {setting.model} {setting.res}", until)
     rows = {name: turns.row(name, values) for name, values in found.items()}
     versus: dict[str, dict[str, float]] = {}
     if len(rows) == len(variants):
-        parts, whole = (rows["data alone"], rows["step alone"]), rows["end to end"]
-        slower = min(part["images_per_second"] for part in parts)
+        parts, whole, speed = (rows["data alone"], rows["step alone"]), "end to end", "images_per_second"
+        slower = min(part[speed] for part in parts)
         # Loader and step share the CPUs where there is no GPU: no schedule beats the sum of what both need.
-        needed = sum(part["cpu_ms_per_image"] for part in parts) / 1000 / len(os.sched_getaffinity(0))
-        bound = min(slower, 1 / needed)
-        speed = whole["images_per_second"]
-        versus["vs_slower_part"] = {whole["name"]: round(speed / slower, 3)}
-        versus["vs_cpu_bound"] = {whole["name"]: round(speed / bound, 3)}
+        needed_s = sum(part["cpu_ms_per_image"] for part in parts) / 1000 / len(os.sched_getaffinity(0))
+        versus["vs_slower_part"] = {whole: round(rows[whole][speed] / slower, 3)}
+        versus["vs_cpu_bound"] = {whole: round(rows[whole][speed] / min(slower, 1 / needed_s), 3)}
+        versus["data_wait_percent"] = {whole: round(median(100 * t.waited_s / t.wall_s for t in found[whole]), 2)}
     return list(rows.values()), versus, failed
 
 
-def decode(setting: Setting) -> Iterator[Turn]:
+def decode(live: Session, setting: Setting) -> Work:
     """The product's loader alone."""
-    base = turns.memory_mib()
-    live = model.opened(setting)
-    loaded = train.step_batches(live, model.fixing(live), 0, Meter())
-    yield from streamed((sum(len(batch.labels) for batch in batches) for _, batches in loaded), live, setting, base)
+    meter = Meter()
+    loaded = train.step_batches(live, model.fixing(live), 0, meter)
+    return Work(lambda: sum(len(batch.labels) for batch in next(loaded)[1]), ahead(live), meter)
 
 
-def end_to_end(setting: Setting) -> Iterator[Turn]:
-    base = turns.memory_mib()
-    live = model.opened(setting)
+def end_to_end(live: Session, setting: Setting) -> Work:
     one, meter = model.stepper(live), Meter()
     loaded = train.step_batches(live, model.fixing(live), 0, meter)
-    images = (len(one(step, batches)) for step, batches in loaded)
-    for turn in streamed(images, live, setting, base):
-        yield turn._replace(note=f"waits {100 * meter.wait_s / (time.monotonic() - meter.since):.1f} % for data")
-        meter.restart()
+    return Work(lambda: one(*next(loaded)), ahead(live), meter)
 
 
-def streamed(images: Iterator[int], live: Any, setting: Setting, base_mib: float) -> Iterator[Turn]:
-    """Turns of at least `setting.seconds` in a stream's middle: what was made ahead between turns is used up first."""
-    cuda = live.ranks.device.type == "cuda"
-    synchronize = torch.cuda.synchronize if cuda else lambda: None
-    ahead = 2 * torch_cpu.worker_count(live.config.data.workers, 1) + 2
-    while True:
-        for _ in range(ahead):
-            next(images)
-        synchronize()
-        turns.forget_peak()
-        before, started, seen = turns.cpu_seconds(), time.monotonic(), 0
-        while not seen or time.monotonic() - started < setting.seconds:
-            seen += next(images)
-        synchronize()
-        took, used = time.monotonic() - started, turns.cpu_seconds() - before
-        peak = torch.cuda.max_memory_allocated() / 2**20 if cuda else turns.memory_mib(peak=True) - base_mib
-        yield Turn(seen, took, used, peak)
+def ahead(live: Session) -> int:
+    """More batches than a loader has made while others had their turn."""
+    return 2 * torch_cpu.worker_count(live.config.data.workers, 1) + 2
 
 
 def with_and_without_cache(args: argparse.Namespace, scratch: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Whole runs of `epochs` on `images` photographs in fp32 with the deterministic transform, by both engines."""
-    files = sorted((data.write_photographs(scratch / "for runs", 160) / "val" / "a").iterdir())
-    folder = model.linked(files, scratch / "few classes", CLASSES, args.images)
+    folder = model.linked(scratch / "photographs", scratch / "few classes", CLASSES, args.images)
     turns.once(Variant(model.write_weights, (args.model, CLASSES, scratch / "few.safetensors")))
     setting = Setting(args.model, args.res, args.batch, folder, scratch / "few.safetensors", 0.0, precision="fp32")
     rows, epoch_s, run_s, heads = [], {}, {}, {}

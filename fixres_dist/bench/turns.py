@@ -32,7 +32,8 @@ class Turn(NamedTuple):
     wall_s: float
     cpu_s: float  # of the process and its loader workers
     peak_mib: float
-    note: str = ""  # what could not be as asked, such as a smaller batch
+    batch: int = 0  # images of a step
+    waited_s: float = 0.0  # for data
 
 
 class Variant(NamedTuple):
@@ -135,10 +136,11 @@ def alternate(
     return {name: turns for name, turns in found.items() if turns}, failed
 
 
-def row(name: str, turns: list[Turn]) -> dict[str, Any]:
-    """Medians over the turns; the highest peak; `n` images in all."""
+def row(name: str, turns: list[Turn], batch: int = 0) -> dict[str, Any]:
+    """Medians over the turns; the highest peak; `n` images in all. A batch other than `batch` is told in the name."""
+    found = turns[-1].batch
     return {
-        "name": ", ".join(filter(None, (name, turns[-1].note))),
+        "name": name if found == batch or not batch else f"{name}, batch {found}",
         "images_per_second": round(median(t.images / t.wall_s for t in turns), 2),
         "cpu_ms_per_image": round(median(1000 * t.cpu_s / t.images for t in turns), 3),
         "peak_memory_mib": round(max(t.peak_mib for t in turns), 1),
