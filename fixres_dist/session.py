@@ -51,10 +51,7 @@ class Session:
     def to_device(self, images: torch.Tensor) -> torch.Tensor:
         """uint8 pictures to normalised fp32 [n, 3, res, res] on this rank's device, in the trunk's memory format."""
         images = images.to(self.ranks.device, non_blocking=True)
-        mean, std = (
-            255 * torch.tensor(v, device=images.device).view(1, 3, 1, 1) for v in (self.spec.mean, self.spec.std)
-        )
-        return ((images.float() - mean) / std).contiguous(memory_format=self.memory_format)
+        return self.spec.normalised(images).contiguous(memory_format=self.memory_format)
 
     def with_fast_trunk(self, parts: tuning.Split) -> tuning.Split:
         """The same function with the frozen trunk's BatchNorms folded and, with `run.compile`, one graph per resolution."""

@@ -95,8 +95,7 @@ def measure(loader: str, case: Case, root: Path, images: int, workers: int) -> I
 
 def start(loader: str, case: Case, samples: index.Index, chosen: Any, workers: int) -> Iterator[Any]:
     """The batches [n, 3, res, res] of one loader, in this process."""
-    import torch
-
+    from fixres_dist import models
     from fixres_dist.data import torch_cpu
 
     resize = geometry.resize_of("fixefficientnet", case.res, 1.0, "bicubic")
@@ -112,9 +111,9 @@ def start(loader: str, case: Case, samples: index.Index, chosen: Any, workers: i
     else:
         finish = drop if loader == "torch alone" else torch_cpu.as_is
         batches = torch_cpu.batches(samples, requests, case.res, resize.interpolation, workers, finish)
-    mean, std = (255 * torch.tensor(v).view(1, 3, 1, 1) for v in (MEAN, STD))
+    spec = models.Preprocessing(MEAN, STD, 1.0, resize.interpolation)
     for batch in batches:
-        yield batch.images.float().sub_(mean).div_(std) if loader == "torch normalised" else batch.images
+        yield spec.normalised(batch.images) if loader == "torch normalised" else batch.images
 
 
 def drop(batch: Any) -> Any:
