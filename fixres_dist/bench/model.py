@@ -153,7 +153,7 @@ def prepare(model: str, res: int, batch: int, seconds: float, scratch: Path, fol
 def linked(photographs: Path, root: Path, classes: int, images: int) -> Path:
     """A data set of synthetic photographs: `images` to train on, one of each class in val."""
     if not photographs.exists():
-        data.write_photographs(photographs, 160)
+        data.write_photographs(photographs, 64)
     files = sorted(photographs.rglob("*.jpg"))
     for split, count in (("train", images), ("val", classes)):
         for i in range(count):

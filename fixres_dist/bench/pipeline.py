@@ -12,6 +12,8 @@ import os
 import subprocess
 import sys
 import tempfile
+import threading
+import time
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -88,7 +90,9 @@ def ahead(live: Session) -> int:
     return 2 * torch_cpu.worker_count(live.config.data.workers, 1) + 2
 
 
-def with_and_without_cache(args: argparse.Namespace, scratch: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+def with_and_without_cache(
+    args: argparse.Namespace, scratch: Path, until: float = math.inf
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Whole runs of `epochs` on `images` photographs in fp32 with the deterministic transform, by both engines."""
     folder = model.linked(scratch / "photographs", scratch / "few classes", CLASSES, args.images)
     turns.once(Variant(model.write_weights, (args.model, CLASSES, scratch / "few.safetensors")))
@@ -96,7 +100,7 @@ def with_and_without_cache(args: argparse.Namespace, scratch: Path) -> tuple[lis
     rows, epoch_s, run_s, heads = [], {}, {}, {}
     for engine in ("stream", "cached"):
         here = RunDir(scratch / "runs" / engine)
-        used, peak = train_run(here, setting, engine, args)
+        used, peak = train_run(here, setting, engine, args, until)
         lines = [json.loads(line) for line in here.metrics.read_text().splitlines()]
         # The first epoch may write the cache, or wait for the loader's start.
         later = [line["images_per_second"] for line in lines if line.get("stage") == "fix"][1:]
@@ -122,7 +126,9 @@ def with_and_without_cache(args: argparse.Namespace, scratch: Path) -> tuple[lis
     }
 
 
-def train_run(here: RunDir, setting: Setting, engine: str, args: argparse.Namespace) -> tuple[float, float]:
+def train_run(
+    here: RunDir, setting: Setting, engine: str, args: argparse.Namespace, until: float
+) -> tuple[float, float]:
     """A run by `python -m fixres_dist train`: (CPU seconds, peak MiB of the largest process); raises UserError if it fails."""
     batch = min(64, args.images)
     changes = {
@@ -137,7 +143,10 @@ def train_run(here: RunDir, setting: Setting, engine: str, args: argparse.Namesp
     print(f"{args.epochs} epochs of {args.images} images, {engine}", file=sys.stderr)
     with open(here.root / "log.txt", "w") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log)
-        _, status, used = os.wait4(process.pid, 0)
+        timer = threading.Timer(min(until - time.monotonic(), threading.TIMEOUT_MAX), process.kill)
+        timer.start()
+        _, status, used = os.wait4(process.pid, 0)  # subprocess does not tell what it used
+        timer.cancel()
         process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
         raise UserError(f"the run with run.engine={engine} failed: {(here.root / 'log.txt').read_text()[-600:]}")

@@ -93,11 +93,14 @@ def serve(pipe: Connection, variant: Variant) -> None:
         pipe.send((None, f"{type(error).__name__}: {error}"))
 
 
-def once(variant: Variant, bare: bool = False) -> Any:
+def once(variant: Variant, bare: bool = False, timeout_s: float | None = None) -> Any:
     """The variant's first value, from a process that ends with it; a `bare` one starts without torch."""
     worker = Worker(variant, bare)
     try:
-        return worker.turn()
+        return worker.turn(timeout_s)
+    except Failed:
+        worker.process.kill()
+        raise
     finally:
         worker.end()
 
