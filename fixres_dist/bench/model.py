@@ -222,7 +222,7 @@ def step(live: Session, setting: Setting) -> Work:
     return Work(lambda: one(0, iter([batch])))
 
 
-def stepper(live: Session) -> Callable[[int, Iterator[Batch]], int]:
+def stepper(live: Session) -> Callable[[int, Iterator[Any]], int]:
     """The product's optimizer step, of (step, micro-batches); returns its images."""
     stage = fixing(live)
     parts = live.with_fast_trunk(tuning.split(live.model, stage.tune.policy))
@@ -231,7 +231,7 @@ def stepper(live: Session) -> Callable[[int, Iterator[Batch]], int]:
     optimizer = torch.optim.SGD(tuned, stage.learning_rate(0), stage.tune.momentum, weight_decay=1e-4)
     head, scaler, meter = train.distribute(live, stage, parts), torch.amp.GradScaler(enabled=False), Meter()
 
-    def one(step: int, batches: Iterator[Batch]) -> int:
+    def one(step: int, batches: Iterator[Any]) -> int:
         optimizer.zero_grad()
         samples = train.backward(live, stage, parts, head, scaler, step, batches, meter)
         optimizer.step()

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import os
@@ -14,6 +15,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -22,11 +24,10 @@ import torch
 from safetensors.torch import load_file
 
 from fixres_dist import config as cfg
-from fixres_dist import train
 from fixres_dist.bench import model, turns
 from fixres_dist.bench.model import Setting, Work
 from fixres_dist.bench.turns import Variant
-from fixres_dist.data import torch_cpu
+from fixres_dist.data import plan, torch_cpu
 from fixres_dist.errors import UserError
 from fixres_dist.meter import Meter
 from fixres_dist.rundir import RunDir
@@ -75,14 +76,22 @@ def from_files(
 def decode(live: Session, setting: Setting) -> Work:
     """The product's loader alone."""
     meter = Meter()
-    loaded = train.step_batches(live, model.fixing(live), 0, meter)
-    return Work(lambda: sum(len(batch.labels) for batch in next(loaded)[1]), ahead(live), meter)
+    batches = loaded(live, meter)
+    return Work(lambda: len(next(batches).labels), ahead(live), meter)
 
 
 def end_to_end(live: Session, setting: Setting) -> Work:
     one, meter = model.stepper(live), Meter()
-    loaded = train.step_batches(live, model.fixing(live), 0, meter)
-    return Work(lambda: one(*next(loaded)), ahead(live), meter)
+    batches = loaded(live, meter)
+    return Work(lambda: one(0, itertools.islice(batches, 1)), ahead(live), meter)
+
+
+def loaded(live: Session, meter: Meter) -> Iterator[Any]:
+    """The batches of a run's optimizer steps, one after the other."""
+    stage = model.fixing(live)
+    pictures, size = plan.Pictures(stage.transform, stage.res, live.resize(stage.res), 0), stage.tune.global_batch
+    requests = plan.train_steps(live.train, pictures, size, size, 0, stage.stop, 0, 1)
+    return meter.waiting(live.batches(live.train, itertools.chain.from_iterable(requests), stage.res))
 
 
 def ahead(live: Session) -> int:
