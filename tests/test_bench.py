@@ -3,57 +3,64 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, get_type_hints
 
 import pytest
 import torch
-from conftest import run
 
+from fixres_dist.__main__ import main
 from fixres_dist.bench import data, model, pipeline, turns
 from fixres_dist.bench.turns import Turn, Variant
 from fixres_dist.config import Run
 
+Bench = Callable[..., dict[str, Any]]
 ROW = {"name", "images_per_second", "cpu_ms_per_image", "peak_memory_mib", "n"}
 TINY = ["--model", "test_efficientnet", "--res", "64", "--batch", "4", "--repeat", "1", "--seconds", "0"]
 
 
-def bench(tmp_path: Path, *arguments: object) -> dict[str, Any]:
+@pytest.fixture
+def bench(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> Callable[..., dict[str, Any]]:
     """The JSON of a `bench` command, checked for the form all stages share."""
-    out = tmp_path / "out.json"
-    done = run("bench", *arguments, "--json", out)
-    assert done.returncode == 0, done.stdout + done.stderr
-    result = json.loads(out.read_text())
-    assert {"stage", "hardware", "versions", "command", "rows", "ratios"} <= set(result)
-    assert result["stage"] == arguments[0]
-    assert {"processor", "cpus", "threads", "load_average"} <= set(result["hardware"])
-    for row in result["rows"]:
-        assert set(row) == ROW
-        assert min(row["images_per_second"], row["peak_memory_mib"], row["n"]) > 0
-        assert row["name"] in done.stdout
-    return result
+
+    def measured(*arguments: object) -> dict[str, Any]:
+        out = tmp_path / "out.json"
+        code = main(["bench", *map(str, arguments), "--json", str(out)])  # here: torch is imported once for all stages
+        said = capfd.readouterr()
+        assert code == 0, said.out + said.err
+        result = json.loads(out.read_text())
+        assert {"stage", "hardware", "versions", "command", "rows", "ratios"} <= set(result)
+        assert result["stage"] == arguments[0]
+        assert {"processor", "cpus", "threads", "load_average"} <= set(result["hardware"])
+        for row in result["rows"]:
+            assert set(row) == ROW
+            assert min(row["images_per_second"], row["peak_memory_mib"], row["n"]) > 0
+            assert row["name"] in said.out
+        return result
+
+    return measured
 
 
-def test_data(photos: Path, tmp_path: Path) -> None:
+def test_data(photos: Path, bench: Bench) -> None:
     small = ["--images", "8", "--repeat", "1", "--res", "32", "--transforms", "test", "--sources", "folder,shards"]
-    result = bench(tmp_path, "data", "--data", photos, *small, "--loaders", "pil,torch", "--no-scale")
+    result = bench("data", "--data", photos, *small, "--loaders", "pil,torch", "--no-scale")
     names = [f"test 32 {source} {loader}" for source in ("folder", "shards") for loader in ("pil", "torch")]
     assert [row["name"] for row in result["rows"]] == names
     assert all(row["n"] == 8 and row["cpu_ms_per_image"] > 0 for row in result["rows"])
     assert set(result["ratios"]["vs_pil_loader"]) == {names[1], names[3]}
 
 
-def test_trunk(tmp_path: Path) -> None:
-    result = bench(tmp_path, "trunk", *TINY)
+def test_trunk(bench: Bench) -> None:
+    result = bench("trunk", *TINY)
     names = [row["name"] for row in result["rows"]]
     assert {"trunk fp32 contiguous unfolded", "trunk fp32 contiguous", "timm fp32 contiguous"} <= set(names)
     assert sum("trunk auto (" in name for name in names) == 1
     assert set(result["ratios"]) == {"vs_timm_inference"}
 
 
-def test_step(tmp_path: Path) -> None:
-    result = bench(tmp_path, "step", *TINY)
+def test_step(bench: Bench) -> None:
+    result = bench("step", *TINY)
     speed = {row["name"]: row["images_per_second"] for row in result["rows"]}
     auto = next(name for name in speed if name.startswith("ours auto ("))
     assert result["ratios"]["vs_original"] == round(speed[auto] / speed["original fp32"], 3)
@@ -61,9 +68,9 @@ def test_step(tmp_path: Path) -> None:
     assert all(row["n"] == 4 for row in result["rows"])
 
 
-def test_end_to_end(tmp_path: Path) -> None:
+def test_end_to_end(bench: Bench) -> None:
     epochs = 3 if "cached" in str(get_type_hints(Run)["engine"]) else 0
-    result = bench(tmp_path, "end-to-end", *TINY, "--images", "32", "--epochs", epochs)
+    result = bench("end-to-end", *TINY, "--images", "32", "--epochs", epochs)
     names = [row["name"] for row in result["rows"]]
     assert names[:3] == ["data alone", "step alone", "end to end"]
     assert {"vs_slower_part", "vs_cpu_bound", "data_wait_percent"} == set(result["rows_vs"])
@@ -73,10 +80,10 @@ def test_end_to_end(tmp_path: Path) -> None:
         assert result["cached"]["head_difference"] < 1e-6
 
 
-def test_gpu_says_what_it_needs() -> None:
-    done = run("bench", "gpu")
-    assert done.returncode == 2
-    assert "needs a GPU" in done.stderr
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_gpu_says_what_it_needs(capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "gpu"]) == 2
+    assert "needs a GPU" in capfd.readouterr().err
 
 
 def test_sizes() -> None:
