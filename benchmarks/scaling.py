@@ -1,8 +1,10 @@
 """The cost model of docs/scaling.md: `python benchmarks/scaling.py` prints its tables from the recipes' facts.
 
     python benchmarks/scaling.py --measure benchmarks/results/scaling.json
+    python benchmarks/scaling.py --page docs/scaling.md
 
-also measures what the model takes from measurements: agreement on flags over gloo ranks, a checkpoint's write, imports.
+The second also measures what the page quotes: agreement on flags over gloo ranks, a checkpoint's write, imports. The
+third puts the current tables into the page, after a new data_cpu.json for example.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ import argparse
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -34,6 +37,7 @@ IMAGE_BYTES = 147_897_477_120 / IMAGENET[0]  # ILSVRC2012_img_train.tar
 HOP_S = 15e-6  # of a message between nodes: assumed
 FLOOR_S = 2e-3  # of a step on a GPU, however few its images: assumed; some hundred kernels that a CUDA graph starts
 RANKS = (8, 64, 384, 1000)
+ROW = re.compile(r"\| (b\d|l2)@\d+ \|")
 DATA = ROOT / "benchmarks/results/data_cpu.json"
 
 
@@ -111,6 +115,13 @@ def at_scale() -> str:
     return table(heads, rows)
 
 
+def renew(page: Path) -> None:
+    """Put the tables' rows into `page`, in whose order they stand."""
+    fresh = iter([line for part in (per_gpu(), at_scale()) for line in part.splitlines()[2:]])
+    lines = page.read_text().splitlines()
+    write(page, "".join(f"{next(fresh) if ROW.match(line) else line}\n" for line in lines))
+
+
 def agree(rank: int, world: int, file: str, rounds: int) -> None:
     """One rank: microseconds of distributed.highest, as the loop calls it at every step; rank 0 prints them."""
     import torch
@@ -171,6 +182,7 @@ def checkpoint(folder: Path, rounds: int) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--measure", type=Path, metavar="JSON", help="also measure, and write it here")
+    parser.add_argument("--page", type=Path, metavar="MD", help="put the tables into this page")
     parser.add_argument("--rounds", type=int, default=2000, help="agreements on flags; default: 2000")
     parser.add_argument("--agree", nargs=4, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -179,6 +191,8 @@ def main() -> None:
         agree(int(rank), int(world), file, int(rounds))
         return
     print(f"One H200 each:\n\n{per_gpu()}\n\nGlobal batch {BATCH}:\n\n{at_scale()}")
+    if args.page:
+        renew(args.page)
     if args.measure:
         command = " ".join(["python benchmarks/scaling.py", *sys.argv[1:]])
         hardware = {

@@ -45,3 +45,13 @@ def test_a_section_that_fails_costs_only_itself(tmp_path: Path) -> None:
     assert "nowhere" in result["sections"]["data"]["error"]
     assert result["sections"]["memory"]["largest_batch"] == 16
     assert "not complete: data" in said
+
+
+def test_the_scaling_page_has_the_tables_of_its_script(tmp_path: Path) -> None:
+    page = tmp_path / "scaling.md"
+    page.write_text((ROOT / "docs/scaling.md").read_text())
+    subprocess.run(
+        [sys.executable, "benchmarks/scaling.py", "--page", str(page)], cwd=ROOT, check=True, capture_output=True
+    )
+    assert page.read_text() == (ROOT / "docs/scaling.md").read_text()
+    assert sum(line.startswith("| l2@600 |") for line in page.read_text().splitlines()) == 2
