@@ -176,7 +176,7 @@ def write_weights(name: str, classes: int, file: Path) -> Iterator[None]:
 
 
 def variant(build: Build, setting: Setting) -> Iterator[Turn]:
-    base_mib = turns.memory_mib()
+    base_mib = turns.memory_mib(code=False)
     live = opened(setting)
     yield from timed(build(live, setting), setting.seconds, base_mib)
 
@@ -228,7 +228,9 @@ def stepper(live: Session) -> Callable[[int, Iterator[Any]], int]:
     parts = live.with_fast_trunk(tuning.split(live.model, stage.tune.policy))
     tuning.set_modes(parts, stage.tune.bn_stats)
     tuned = [p for p in live.model.parameters() if p.requires_grad]
-    optimizer = torch.optim.SGD(tuned, stage.learning_rate(0), stage.tune.momentum, weight_decay=1e-4)
+    optimizer = torch.optim.SGD(
+        tuned, stage.learning_rate(0), stage.tune.momentum, weight_decay=stage.tune.weight_decay
+    )
     head, scaler, meter = train.distribute(live, stage, parts), torch.amp.GradScaler(enabled=False), Meter()
 
     def one(step: int, batches: Iterator[Any]) -> int:
@@ -305,7 +307,7 @@ def timm_inference(live: Session, setting: Setting) -> Work:
 def timed(work: Work, seconds: float, base_mib: float) -> Iterator[Turn]:
     """Turns of as many steps as took `seconds` in the first one.
 
-    The peak is what they need beyond the libraries' `base_mib`, model and weights included, or of GPU memory.
+    The peak is what they need beyond the libraries' `base_mib`, model and weights included, or all of it on a GPU.
     """
     cuda, steps = torch.cuda.is_available(), 0
     synchronize = torch.cuda.synchronize if cuda else lambda: None
@@ -322,7 +324,7 @@ def timed(work: Work, seconds: float, base_mib: float) -> Iterator[Turn]:
                 synchronize()
         synchronize()
         took, used = time.monotonic() - started, turns.cpu_seconds() - before
-        peak = torch.cuda.max_memory_allocated() / 2**20 if cuda else turns.memory_mib(peak=True) - base_mib
+        peak = torch.cuda.max_memory_allocated() / 2**20 if cuda else turns.memory_mib(peak=True, code=False) - base_mib
         if cuda:
             torch.cuda.empty_cache()  # the others' processes share the device
         steps = steps or done

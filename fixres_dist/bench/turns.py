@@ -211,11 +211,14 @@ def cpu_seconds() -> float:
     return sum(u.ru_utime + u.ru_stime for u in used) + ticks / os.sysconf("SC_CLK_TCK")
 
 
-def memory_mib(peak: bool = False) -> float:
-    """Resident memory of this program, now or at most; getrusage's figure would include the process that started it."""
-    key = "VmHWM" if peak else "VmRSS"
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(key)) / 1024
+def memory_mib(peak: bool = False, code: bool = True) -> float:
+    """Resident memory of this program, now or at most; getrusage's figure would include the process that started it.
+
+    Without `code`: less what is mapped from files, which a forked process gets page by page as it runs.
+    """
+    lines = (line.split() for line in Path("/proc/self/status").read_text().splitlines())
+    kib = {words[0]: int(words[1]) for words in lines if words[0] in ("VmHWM:", "VmRSS:", "RssFile:")}
+    return (kib["VmHWM:" if peak else "VmRSS:"] - (0 if code else kib["RssFile:"])) / 1024
 
 
 def forget_peak() -> None:
