@@ -6,7 +6,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from fixres_dist import bench, commands, lifecycle, publish, sweep
+from fixres_dist import commands, lifecycle, publish, sweep
+from fixres_dist.bench import commands as bench_commands
 from fixres_dist.data import commands as data_commands
 from fixres_dist.errors import EXIT_DONE, EXIT_FAILED, EXIT_USER, UserError
 from fixres_dist.rundir import RunDir
@@ -32,7 +33,7 @@ def parser() -> argparse.ArgumentParser:
     sweep.add_parsers(sub)
     data_commands.add_parsers(sub)
     publish.add_parsers(sub)
-    bench.add_parsers(sub)
+    bench_commands.add_parsers(sub)
     return p
 
 

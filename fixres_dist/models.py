@@ -29,6 +29,17 @@ class Preprocessing:
     crop_pct: float
     interpolation: str  # bilinear | bicubic
 
+    def normalised(self, images: torch.Tensor) -> torch.Tensor:
+        """uint8 [n, 3, h, w] to fp32, less the mean and over the standard deviation; the layout in memory stays."""
+        x = images.float()
+        mean, std = (255 * torch.tensor(v, device=x.device) for v in (self.mean, self.std))
+        if x.is_contiguous():
+            return x.sub_(mean.view(3, 1, 1)).div_(std.view(3, 1, 1))
+        # A CPU walks the last dimension in memory: by rows [n, h, w * 3], since three channels are too short a walk.
+        rows, width = x.permute(0, 2, 3, 1).flatten(2), x.shape[3]
+        rows.sub_(mean.repeat(width)).div_(std.repeat(width))
+        return rows.view(len(x), *x.shape[2:], 3).permute(0, 3, 1, 2)
+
 
 def preprocessing(timm_name: str) -> Preprocessing:
     cfg = timm.get_pretrained_cfg(timm_name)

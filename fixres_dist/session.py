@@ -71,10 +71,7 @@ class Session:
     def to_device(self, images: torch.Tensor, memory_format: torch.memory_format | None = None) -> torch.Tensor:
         """uint8 pictures to normalised fp32 [n, 3, res, res] on this rank's device."""
         images = images.to(self.ranks.device, non_blocking=True)
-        mean, std = (
-            255 * torch.tensor(v, device=images.device).view(1, 3, 1, 1) for v in (self.spec.mean, self.spec.std)
-        )
-        return ((images.float() - mean) / std).contiguous(memory_format=memory_format or self.memory_format)
+        return self.spec.normalised(images).contiguous(memory_format=memory_format or self.memory_format)
 
     def decided(self, name: str, decide: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """What rank 0 decides, the same on all ranks; kept with the run, so that its next start goes on in the same way."""

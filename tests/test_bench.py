@@ -1,29 +1,148 @@
 from __future__ import annotations
 
 import json
+import os
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
-from conftest import run
+import pytest
+import torch
 
-from fixres_dist import bench
+from fixres_dist.__main__ import main
+from fixres_dist.bench import data, model, pipeline, turns
+from fixres_dist.bench.turns import Turn, Variant
+
+Bench = Callable[..., dict[str, Any]]
+ROW = {"name", "images_per_second", "cpu_ms_per_image", "peak_memory_mib", "n"}
+TINY = ["--model", "test_efficientnet", "--res", "64", "--batch", "4", "--repeat", "1", "--seconds", "0"]
 
 
-def test_bench_data_has_the_promised_form(photos: Path, tmp_path: Path) -> None:
+@pytest.fixture
+def bench(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> Callable[..., dict[str, Any]]:
+    """The JSON of a `bench` command, checked for the form all stages share."""
+
+    def measured(*arguments: object) -> dict[str, Any]:
+        out = tmp_path / "out.json"
+        code = main(["bench", *map(str, arguments), "--json", str(out)])  # here: torch is imported once for all stages
+        said = capfd.readouterr()
+        assert code == 0, said.out + said.err
+        result = json.loads(out.read_text())
+        assert {"stage", "hardware", "versions", "command", "rows", "ratios"} <= set(result)
+        assert result["stage"] == arguments[0]
+        assert {"processor", "cpus", "threads", "load_average"} <= set(result["hardware"])
+        for row in result["rows"]:
+            assert set(row) == ROW
+            assert min(row["images_per_second"], row["peak_memory_mib"], row["n"]) > 0
+            assert row["name"] in said.out
+        return result
+
+    return measured
+
+
+def test_data(photos: Path, bench: Bench) -> None:
     small = ["--images", "8", "--repeat", "1", "--res", "32", "--transforms", "test", "--sources", "folder,shards"]
-    out = tmp_path / "out.json"
-    done = run("bench", "data", "--data", photos, *small, "--loaders", "pil,torch", "--no-scale", "--json", out)
-    assert done.returncode == 0, done.stderr
-    result = json.loads(out.read_text())
-    assert {"stage", "hardware", "versions", "command", "rows", "ratios"} <= set(result)
-    keys = {"name", "images_per_second", "cpu_ms_per_image", "peak_memory_mib", "n"}
-    assert all(set(row) == keys and row["cpu_ms_per_image"] > 0 for row in result["rows"])
+    result = bench("data", "--data", photos, *small, "--loaders", "pil,torch", "--no-scale")
     names = [f"test 32 {source} {loader}" for source in ("folder", "shards") for loader in ("pil", "torch")]
     assert [row["name"] for row in result["rows"]] == names
+    assert all(row["n"] == 8 and row["cpu_ms_per_image"] > 0 for row in result["rows"])
     assert set(result["ratios"]["vs_pil_loader"]) == {names[1], names[3]}
-    assert "test 32 shards torch" in done.stdout
+
+
+def test_trunk(bench: Bench) -> None:
+    result = bench("trunk", *TINY)
+    names = [row["name"] for row in result["rows"]]
+    assert {"trunk fp32 contiguous unfolded", "trunk fp32 contiguous", "timm fp32 contiguous"} <= set(names)
+    assert sum("trunk auto (" in name for name in names) == 1
+    assert set(result["ratios"]) == {"vs_timm_inference"}
+
+
+def test_step(bench: Bench) -> None:
+    result = bench("step", *TINY)
+    speed = {row["name"]: row["images_per_second"] for row in result["rows"]}
+    auto = next(name for name in speed if name.startswith("ours auto ("))
+    assert result["ratios"]["vs_original"] == round(speed[auto] / speed["original fp32"], 3)
+    assert set(result["ratios"]) == {"vs_original", "vs_full_finetune", "vs_timm_inference"}
+    assert all(row["n"] == 4 for row in result["rows"])
+
+
+def test_end_to_end(bench: Bench) -> None:
+    result = bench("end-to-end", *TINY, "--images", "32", "--epochs", 3)
+    names = [row["name"] for row in result["rows"]]
+    assert names[:3] == ["data alone", "step alone", "end to end"]
+    assert {"vs_slower_part", "vs_cpu_bound", "data_wait_percent"} == set(result["rows_vs"])
+    assert names[3:] == ["3 epochs, stream", "3 epochs, cached"]
+    assert result["ratios"]["cached_vs_streamed"] == result["cached"]["epoch_speedup"]
+    assert result["cached"]["head_difference"] < 1e-6
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_gpu_says_what_it_needs(capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "gpu"]) == 2
+    assert "needs a GPU" in capfd.readouterr().err
+
+
+def test_sizes() -> None:
+    assert pipeline.parse_size("resnet50.a1_in1k@288x64") == ("resnet50.a1_in1k", 288, 64)
+    with pytest.raises(pipeline.UserError, match="MODEL@RESxBATCH"):
+        pipeline.parse_size("b0@320")
 
 
 def test_ratios_are_against_the_pil_loader_on_folders() -> None:
     costs = {"test 224 folder pil": 4.0, "test 224 folder torch": 2.0, "test 224 shards torch alone": 1.0}
     rows = [{"name": name, "cpu_ms_per_image": cost} for name, cost in costs.items()]
-    assert bench.ratios(rows) == {"test 224 folder torch": 0.5, "test 224 shards torch alone": 0.25}
+    assert data.ratios(rows) == {"test 224 folder torch": 0.5, "test 224 shards torch alone": 0.25}
+
+
+def test_ratios_are_against_timm_at_the_same_settings() -> None:
+    speed = {
+        "original fp32": 10.0,
+        "ours fp32 channels_last": 20.0,
+        "ours auto (bf16 channels_last)": 40.0,
+        "timm fp32 channels_last": 25.0,
+        "timm bf16 channels_last": 50.0,
+    }
+    found = model.ratios({name: {"name": name, "images_per_second": value} for name, value in speed.items()})
+    assert found["vs_timm_inference"] == {"ours fp32 channels_last": 0.8, "ours auto (bf16 channels_last)": 0.8}
+    assert model.of_auto(found) == {"vs_original": 4.0, "vs_timm_inference": 0.8}
+
+
+def steady() -> Iterator[Turn]:
+    while True:
+        yield Turn(2, 0.5, 0.25, 100.0, 2)
+
+
+def broken(how: str) -> Iterator[Turn]:
+    yield Turn(1, 1.0, 1.0, 1.0)
+    if how == "raises":
+        raise RuntimeError("out of memory")
+    os._exit(3)
+
+
+def hanging() -> Iterator[Turn]:
+    time.sleep(600)
+    yield Turn(1, 1.0, 1.0, 1.0)
+
+
+def test_a_variant_that_fails_costs_only_itself() -> None:
+    variants = {"steady": Variant(steady, ()), **{how: Variant(broken, (how,)) for how in ("raises", "dies")}}
+    found, failed = turns.alternate(variants, 2, "test")
+    assert turns.row("steady", found.pop("steady")) == {
+        "name": "steady", "images_per_second": 4.0, "cpu_ms_per_image": 125.0, "peak_memory_mib": 100.0, "n": 4
+    }  # fmt: skip
+    assert not found
+    assert failed == {"raises": "RuntimeError: out of memory", "dies": "its process ended with exit code 3"}
+
+
+def test_a_variant_that_hangs_is_given_up() -> None:
+    found, failed = turns.alternate({"hanging": Variant(hanging, ())}, 1, "test", time.monotonic() + 1)
+    assert not found
+    assert "no answer within" in failed["hanging"]
+
+
+def test_the_difference_of_two_heads_is_relative_to_each_tensor() -> None:
+    a = {"w": torch.tensor([1000.0, 1.0]), "b": torch.tensor([1e-3]), "n": torch.tensor(3)}
+    b = {**a, "b": torch.tensor([1.001e-3])}
+    assert pipeline.difference(a, a) == 0
+    assert pipeline.difference(a, b) == pytest.approx(1e-3, rel=1e-3)

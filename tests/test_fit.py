@@ -46,7 +46,7 @@ def session(*items: str) -> Session:
     model = models.build("test_efficientnet", 3)
     arithmetic = precision.Arithmetic("fp32", torch.device("cpu"))
     preprocessing = models.preprocessing("test_efficientnet")
-    return Session(config, ranks, model, preprocessing, {}, arithmetic, torch.contiguous_format, tell)
+    return Session(config, ranks, model, preprocessing, {}, (), {}, arithmetic, torch.contiguous_format, tell)
 
 
 @pytest.fixture

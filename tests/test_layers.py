@@ -7,41 +7,17 @@ from collections.abc import Iterator
 from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1] / "fixres_dist"
-LAYERS = [
-    "errors data.headers data.listing",
-    "config",
-    "recipes rundir slurm",
-    "lifecycle watch card",
-    "data.order data.index data.demo",
-    "data.geometry",
-    "data.plan data.shards schedule",
-    "data.sources",
-    "nvidia_apex",
-    "engine",
-    "planning preempt evalsets",
-    "distributed precision",
-    "models",
-    "tuning folding cpu_layers",
-    "trunk",
-    "data.torch_cpu",
-    "data.dali",
-    "data.loading",
-    "checkpoint tracking export",
-    "features",
-    "evaluate meter",
-    "session",
-    "fit caching",
-    "results",
-    "extract",
-    "activations",
-    "figures",
-    "report comparison",
-    "data.verify data.show bench",
-    "data.commands subjects",
-    "train commands sweep",
-    "cluster publish",
-    "__main__",
-]
+
+
+def layers() -> list[str]:
+    """The list of docs/architecture.md, a layer a line; what stands behind two spaces is a comment."""
+    page = (PACKAGE.parent / "docs" / "architecture.md").read_text()
+    block = page.partition("\n## Layers\n")[2].partition("\n## ")[0]
+    lines = [line[4:].partition("  ")[0].strip() for line in block.splitlines() if line.startswith("    ")]
+    return [line.replace("launch/*.py, ", "").replace(",", "") for line in lines]
+
+
+LAYERS = layers()
 NO_TORCH = LAYERS[: LAYERS.index("planning preempt evalsets") + 1]
 ONE_HOME = {
     "submitit": "cluster",

@@ -97,3 +97,14 @@ def test_preprocessing_is_timms(tmp_path: Path) -> None:
             cfg.crop_pct,
             cfg.interpolation,
         )
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_normalising_keeps_the_layout_and_the_bits(layout: torch.memory_format) -> None:
+    images = torch.randint(256, (2, 3, 5, 7), dtype=torch.uint8).contiguous(memory_format=layout)
+    spec = models.preprocessing("tf_efficientnet_b0")
+    mean, std = (255 * torch.tensor(v).view(3, 1, 1) for v in (spec.mean, spec.std))
+    found = spec.normalised(images)
+    assert torch.equal(found, (images.float() - mean) / std)
+    assert found.is_contiguous(memory_format=layout)
+    assert spec.normalised(images[:0]).shape == (0, 3, 5, 7)

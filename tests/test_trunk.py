@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
@@ -27,8 +26,8 @@ CHANNELS_LAST = trunk.Arrangement("channels_last", False)
 def session(model: nn.Module, kept: Path | None = None, number: str = "fp32", *items: str) -> Session:
     config = cfg.parse(cfg.Config, cfg.overrides(["data.res=64", "run.batch_per_device=8", *items]))
     ranks, spec = Ranks(0, 1, 1, ("here",), CPU), models.preprocessing("test_efficientnet")
-    nothing = contextlib.nullcontext
-    return Session(config, ranks, model, spec, {}, number, nothing, torch.channels_last, lambda *_: None, kept)
+    arithmetic = precision.Arithmetic(number, CPU)
+    return Session(config, ranks, model, spec, {}, (), {}, arithmetic, torch.channels_last, lambda *_: None, kept)
 
 
 def pictures(n: int) -> torch.Tensor:

@@ -9,6 +9,7 @@ import contextlib
 import ctypes
 import gc
 import io
+import math
 import os
 import signal
 from collections.abc import Callable, Iterable, Iterator
@@ -19,7 +20,7 @@ import torch
 import torchvision.transforms.v2.functional as F
 from numpy.typing import NDArray
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 from torchvision.io import ImageReadMode, decode_jpeg
 
 from fixres_dist.data import headers
@@ -39,7 +40,7 @@ class Bad(NamedTuple):
 class Batch(NamedTuple):
     """The pictures of one request. Bad samples have no row: so no loss, metric or statistic can count them."""
 
-    images: torch.Tensor  # uint8 [n, 3, res, res]
+    images: torch.Tensor  # uint8 [n, 3, res, res], channels last in memory
     labels: torch.Tensor  # int64 [n]
     samples: torch.Tensor  # int64 [n]: positions in the index
     skipped: tuple[Bad, ...] = ()
@@ -138,7 +139,7 @@ class Pictures(Dataset[Batch]):
         self.index, self.res, self.interpolation = index, res, interpolation
 
     def __getitem__(self, request: Request) -> Batch:
-        images = torch.empty(len(request.samples), 3, self.res, self.res, dtype=torch.uint8)
+        images = empty_batch(len(request.samples), self.res)
         good: list[int] = []
         bad: list[Bad] = []
         for row, (sample, view) in enumerate(zip(request.samples.tolist(), request.views, strict=True)):
@@ -148,6 +149,18 @@ class Pictures(Dataset[Batch]):
             except Undecodable as error:
                 bad.append(Bad(sample, str(error)))
         return Batch(images[: len(good)], *rows(self.index, request.samples[good]), tuple(bad))
+
+
+def empty_batch(n: int, res: int) -> torch.Tensor:
+    """uint8 [n, 3, res, res], channels last in memory, which is how files are decoded.
+
+    In a loader process it is memory that the training process sees too, so handing it over copies nothing.
+    """
+    size = (n, res, res, 3)
+    if n and get_worker_info():
+        shared = torch.UntypedStorage._new_shared(math.prod(size))  # as torch's own default_collate does
+        return torch.empty(0, dtype=torch.uint8).set_(shared).view(size).permute(0, 3, 1, 2)
+    return torch.empty(size, dtype=torch.uint8).permute(0, 3, 1, 2)
 
 
 def rows(index: Index, samples: NDArray[np.int64]) -> tuple[torch.Tensor, torch.Tensor]:
