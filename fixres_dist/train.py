@@ -8,32 +8,38 @@ checkpoint stands.
 from __future__ import annotations
 
 import contextlib
-import inspect
-import itertools
 import json
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
-from fixres_dist import caching, checkpoint, distributed, export, fit, lifecycle, models, results, slurm, tuning
+from fixres_dist import (
+    caching,
+    checkpoint,
+    distributed,
+    export,
+    fit,
+    lifecycle,
+    models,
+    results,
+    slurm,
+    stepping,
+    tuning,
+)
 from fixres_dist import config as cfg
-from fixres_dist.data import loading, order, plan
+from fixres_dist.data import loading
 from fixres_dist.errors import EXIT_DONE, EXIT_FAILED, EXIT_USER, UserError
 from fixres_dist.evaluate import Predictions
-from fixres_dist.features import Loaded, Store
 from fixres_dist.meter import Meter, StartUp
 from fixres_dist.precision import LossScale, sgd
 from fixres_dist.preempt import StopFlag
 from fixres_dist.rundir import Locked, RunDir, keep_lines, write
-from fixres_dist.schedule import Stage, batch_per_device, stages
+from fixres_dist.schedule import Stage, stages
 from fixres_dist.session import Session, open_session
 from fixres_dist.tracking import Tracker
 
@@ -184,20 +190,20 @@ def train_stage(
                 before.save(results.predictions_file(here, "before"), session.val.fingerprint)
             startup.mark("evaluation")
         if parts.tuned.last_bn and tune.bn_stats == "exact":
-            count = measure_statistics(session, stage, parts, stores.get("train"))
+            count = stepping.measure_statistics(session, stage, parts, stores.get("train"))
             if tracker:
                 tracker.say(f"statistics of {parts.tuned.last_bn} measured on {count} images at {stage.res} px")
             startup.mark("statistics")
         save()
-    head = distribute(session, stage, parts)
+    head = stepping.distribute(session, stage, parts)
 
     meter, saved_at = Meter(), time.monotonic()
-    for step, micro_batches in step_batches(session, stage, progress.step, meter, stores.get("train")):
+    for step, micro_batches in stepping.batches(session, stage, progress.step, meter, stores.get("train")):
         rate = stage.learning_rate(step)
         for group in optimizer.param_groups:
             group["lr"] = rate
         optimizer.zero_grad()
-        samples = backward(session, stage, parts, head, scale, step, micro_batches, meter)
+        samples = stepping.backward(session, stage, parts, head, scale, step, micro_batches, meter)
         done = step + 1
         last, epoch_ends = done == stage.stop, (done - stage.first) % stage.per_epoch == 0
         logging = done % settings.log_every == 0 or last
@@ -265,106 +271,3 @@ def starting_point(
     if newest and newest.stage == stage.name:
         return checkpoint.restore(found[-1], model, optimizer, identity), True
     return checkpoint.Progress(stage.first, stage.name, newest.seconds if newest else 0.0), False
-
-
-def step_batches(
-    session: Session, stage: Stage, first: int, meter: Meter, store: Store | None
-) -> Iterator[tuple[int, Iterator[Loaded]]]:
-    """(step, this rank's micro-batches) from step `first` to the stage's end; loading runs ahead over step and epoch ends."""
-    ranks, size = session.ranks, batch_per_device(session.config, stage.res)
-    pictures = plan.Pictures(stage.transform, stage.res, session.resize(stage.res), stage.seed)
-
-    def requests() -> Iterator[list[plan.Request]]:
-        span = (first - stage.first, stage.stop - stage.first)
-        return plan.train_steps(
-            *(session.train, pictures, stage.tune.global_batch, size, *span, ranks.rank, ranks.world_size),
-            stage.tune.repeats,
-        )
-
-    loaded = meter.waiting(session.batches(session.train, itertools.chain.from_iterable(requests()), stage.res, store))
-    for step in range(first, stage.stop):
-        low, high = order.rank_part(0, stage.batch_size(step), ranks.rank, ranks.world_size)
-        yield step, itertools.islice(loaded, max(1, -(-(high - low) // size)))
-
-
-def backward(
-    session: Session,
-    stage: Stage,
-    parts: tuning.Split,
-    head: nn.Module,
-    scale: LossScale,
-    step: int,
-    micro_batches: Iterator[Loaded],
-    meter: Meter,
-) -> list[int]:
-    """Gradients of the mean loss over the global batch, accumulated over micro-batches; returns the samples seen.
-
-    With `ema` statistics a frozen trunk's outputs are joined first, so that the head's BN sees the rank's whole batch.
-    """
-    joined = parts.trunk is not None and stage.tune.bn_stats == "ema"
-    batches = list(micro_batches) if joined else micro_batches
-    groups = iter([batches]) if joined else ([batch] for batch in batches)
-    batch_size, samples = stage.batch_size(step), []
-    group = next(groups, None)
-    while group is not None:
-        every = [session.inputs(parts, batch.images) for batch in group]
-        inputs = every[0] if len(every) == 1 else tuple(map(torch.cat, zip(*every, strict=True)))
-        labels = torch.cat([batch.labels for batch in group]).to(session.ranks.device)
-        samples += [int(sample) for batch in group for sample in batch.samples]
-        group = next(groups, None)
-        with contextlib.nullcontext() if group is None or session.ranks.world_size == 1 else head.no_sync():  # type: ignore[operator]
-            logits = session.logits(parts, head, inputs)
-            loss = F.cross_entropy(logits, labels, reduction="sum", label_smoothing=stage.tune.label_smoothing)
-            # DDP averages over ranks; wanted is the mean over the global batch, whatever a rank's part of it.
-            with tuning.statistics_kept(parts):
-                scale.backward(loss * (session.ranks.world_size / batch_size), last=group is None)
-        meter.add(loss.detach(), len(labels))
-    return samples
-
-
-def distribute(session: Session, stage: Stage, parts: tuning.Split) -> nn.Module:
-    """The head in DDP: its gradients are all that crosses the network. Alone, the head itself."""
-    if session.ranks.world_size == 1:
-        return parts.head
-    if stage.tune.bn_stats == "ema":
-        tuning.share_batch_statistics(parts)
-    device = session.ranks.device
-    options = inspect.signature(DistributedDataParallel).parameters
-    # Buffers are the same on every rank by construction. The option's name is another one from torch 2.15 on.
-    buffers: dict[str, Any] = {
-        "forward_sync_buffers" if "forward_sync_buffers" in options else "broadcast_buffers": False
-    }
-    head = DistributedDataParallel(parts.head, [device.index] if device.type == "cuda" else None, **buffers)
-    # DDP lays its buckets out anew after the first backward; sums over three or more ranks depend on the layout, so a
-    # resumed run is bit-identical only if that has happened before its first real step. No image, no gradient, no statistics.
-    modes = {module: module.training for module in parts.head.modules()}
-    parts.head.eval()
-    for _ in range(2):
-        nothing = torch.zeros(0, 3, stage.res, stage.res, dtype=torch.uint8)
-        session.logits(parts, head, session.inputs(parts, nothing)).sum().backward()
-        parts.head.zero_grad()
-    for module, training in modes.items():
-        module.training = training
-    return head
-
-
-def measure_statistics(session: Session, stage: Stage, parts: tuning.Split, store: Store | None) -> int:
-    """Set the last BN's mean and variance from the first `bn_stats_images` samples of the order; returns how many.
-
-    One pass and one all-reduce of fp64 sums: the same at any world size. Without autograd and before any training.
-    """
-    bn = session.model.get_submodule(parts.tuned.last_bn)
-    moments = tuning.Moments(bn.num_features)  # type: ignore[arg-type]
-    hook = bn.register_forward_pre_hook(lambda _, inputs: moments.add(inputs[0]))
-    pictures = plan.Pictures(stage.transform, stage.res, session.resize(stage.res), stage.seed)
-    size, ranks = batch_per_device(session.config, stage.res), session.ranks
-    requests = plan.first_samples(
-        session.train, pictures, stage.tune.bn_stats_images, size, ranks.rank, ranks.world_size
-    )
-    with torch.no_grad():
-        for batch in session.batches(session.train, requests, stage.res, store):
-            session.logits(parts, parts.head, session.inputs(parts, batch.images))
-    hook.remove()
-    distributed.total(ranks, moments.sums)
-    moments.set(bn)
-    return min(stage.tune.bn_stats_images, stage.n)

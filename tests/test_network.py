@@ -50,7 +50,7 @@ def test_every_byte_between_two_ranks_is_accounted_for(tmp_path: Path, photos: P
         calls = Counter(line["caller"] for line in lines)
         assert moved.pop("work") < 1024, "meeting, once a start"
         assert moved.pop("predict") == 2 * 33 * 5 * 8, "each validation image's result, before and after"
-        # Two empty backward passes come before the first step (train.distribute).
+        # Two empty backward passes come before the first step (stepping.distribute).
         assert moved.pop("gradients") == 4 * trainable * (STEPS + 2)
         assert moved.pop("measure_statistics") == 8 * (2 * channels + 1)
         assert calls["measure_statistics"] == 1

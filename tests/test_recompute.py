@@ -7,8 +7,8 @@ import torch
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 
+from fixres_dist import batchnorm, models, tuning
 from fixres_dist import config as cfg
-from fixres_dist import models, tuning
 from fixres_dist.errors import UserError
 
 
@@ -25,7 +25,7 @@ def step(recompute: bool, images: torch.Tensor) -> tuple[dict[str, torch.Tensor]
     with saved_tensors_hooks(note, lambda tensor: tensor):
         loss = parts.head(images).logsumexp(1).sum()
     size = sum(kept.values())
-    with tuning.statistics_kept(parts):
+    with batchnorm.statistics_kept(parts):
         loss.backward()
     gradients = {name: p.grad for name, p in parts.model.named_parameters() if p.grad is not None}
     return gradients, parts.model.state_dict(), size

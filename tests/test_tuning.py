@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fixres_dist import models, tuning
+from fixres_dist import batchnorm, models, tuning
 
 BN_BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
 EFFICIENTNET = {
@@ -52,7 +52,7 @@ def one_step(parts: tuning.Split, bn_stats: str) -> None:
             inputs = parts.trunk(images)
     if parts.tuned.last_bn and bn_stats == "exact":
         bn = parts.model.get_submodule(parts.tuned.last_bn)
-        moments = tuning.Moments(bn.num_features)
+        moments = batchnorm.Moments(bn.num_features)
         hook = bn.register_forward_pre_hook(lambda _, x: moments.add(x[0]))
         with torch.no_grad():
             parts.head(*inputs)
@@ -137,7 +137,7 @@ def test_modes_after_an_evaluation() -> None:
 def test_moments_are_those_of_the_whole_input() -> None:
     torch.manual_seed(0)
     x = torch.randn(12, 4, 5, 5) * 3 + 100
-    moments, other = tuning.Moments(4), tuning.Moments(4)
+    moments, other = batchnorm.Moments(4), batchnorm.Moments(4)
     moments.add(x[:5])
     other.add(x[5:])
     moments.sums += other.sums  # what the all-reduce does
@@ -158,7 +158,7 @@ def test_statistics_over_ranks_equal_ordinary_batch_norm(monkeypatch: pytest.Mon
         parts = tuning.split(model, "all")
         tuning.set_modes(parts, "ema")
         if k:
-            tuning.share_batch_statistics(parts)
+            batchnorm.share_batch_statistics(parts)
         loss = parts.head(images).square().mean()
         loss.backward()
         losses.append(loss)

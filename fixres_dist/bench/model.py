@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from fixres_dist import config as cfg
-from fixres_dist import distributed, models, precision, train, tuning
+from fixres_dist import distributed, models, precision, stepping, tuning
 from fixres_dist.bench import data, turns
 from fixres_dist.bench.turns import Turn, Variant
 from fixres_dist.data.torch_cpu import Batch
@@ -232,11 +232,11 @@ def stepper(live: Session) -> Callable[[int, Iterator[Any]], int]:
     for group in optimizer.param_groups:
         group["lr"] = stage.learning_rate(0)
     scale = precision.LossScale(live.arithmetic, optimizer, parts.head if parts.trains_blocks else None)
-    head, meter = train.distribute(live, stage, parts), Meter()
+    head, meter = stepping.distribute(live, stage, parts), Meter()
 
     def one(step: int, batches: Iterator[Any]) -> int:
         optimizer.zero_grad()
-        samples = train.backward(live, stage, parts, head, scale, step, batches, meter)
+        samples = stepping.backward(live, stage, parts, head, scale, step, batches, meter)
         scale.step()
         return len(samples)
 
