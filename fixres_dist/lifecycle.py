@@ -106,6 +106,8 @@ def ended(run: RunDir, code: int) -> None:
     why = slurm.stop(shown, slurm.restart_count(), config.cluster.signal_delay_s, time.time())
     if settled and (why.by_slurm or why.reason == "cancelled"):
         return  # rank 0 has settled it and was killed while leaving
+    if why.by_slurm and (run.root / "BROKEN").exists() and not slurm.was_preempted(shown):
+        why = slurm.Stop("failure", by_slurm=True)  # a node was lost, and Slurm noticed before the ranks did
     if why.by_slurm or why.reason in ("preempted", "cancelled") or told or shown.get("JobState") not in slurm.ALIVE:
         settle(run, job, why, told or f"srun ended with {code}")
         return

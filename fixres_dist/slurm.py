@@ -55,7 +55,7 @@ REFUSALS = {
 class Stop:
     """Why a job is told to stop, and whether Slurm requeues it by itself."""
 
-    reason: Literal["preempted", "timeout", "cancelled", "asked"]  # asked: a signal by hand, nothing forces the job off
+    reason: Literal["preempted", "timeout", "cancelled", "asked", "failure"]  # asked: a signal by hand, nothing forces the job off
     by_slurm: bool = False
 
 
@@ -97,14 +97,17 @@ def show(job: str) -> dict[str, str] | None:
 
 def stop(job: Mapping[str, str], starts: int, signal_delay_s: float, now: float) -> Stop:
     """Why `job` (as shown by scontrol) is told to stop; `starts` is SLURM_RESTART_COUNT of the one who asks."""
-    preempted = job.get("PreemptTime", "None") not in ("None", "Unknown", "(null)")
     if int(job.get("Restarts", 0)) > starts or job.get("JobState") == "PENDING":
         return Stop("preempted", by_slurm=True)
     if job.get("JobState") not in ALIVE:
         return Stop("timeout" if job.get("Reason") == "TimeLimit" or job.get("JobState") == "TIMEOUT" else "cancelled")
-    if preempted:
+    if was_preempted(job):
         return Stop("preempted")
     return Stop("timeout" if seconds_left(job, now) <= signal_delay_s + EARLY_S else "asked")
+
+
+def was_preempted(job: Mapping[str, str]) -> bool:
+    return job.get("PreemptTime", "None") not in ("None", "Unknown", "(null)")
 
 
 def seconds_left(job: Mapping[str, str], now: float) -> float:

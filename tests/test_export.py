@@ -193,8 +193,8 @@ def test_onnx_logits_at_any_batch_size(run: RunDir, tmp_path: Path) -> None:
 
 
 def test_onnx_refuses_a_size_that_the_model_does_not_take(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="the model does not take 64 px"):
-        export.write_onnx(models.build("vit_tiny_patch16_224", 3), tmp_path / "m.onnx", 64)
+    with pytest.raises(UserError, match="the model does not take 72 px"):
+        export.write_onnx(models.build("vit_tiny_patch16_224", 3), tmp_path / "m.onnx", 72)
 
 
 def test_onnx_that_is_off_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -151,14 +151,14 @@ def test_averaged_weights_are_the_mean_of_the_last_epochs_and_survive_a_stop(tmp
         def signal(self, value: int) -> None:
             pass
 
-    save = train.checkpoint.save
+    save = train.checkpoint.Writer.save
 
-    def keep(folder, model, names, optimizer, progress, fingerprint):  # type: ignore[no-untyped-def]
+    def keep(self, model, names, optimizer, progress, fingerprint):  # type: ignore[no-untyped-def]
         kept[progress.step] = model.classifier.weight.detach().clone()
-        return save(folder, model, names, optimizer, progress, fingerprint)
+        save(self, model, names, optimizer, progress, fingerprint)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train.checkpoint, "save", keep)
+        patch.setattr(train.checkpoint.Writer, "save", keep)
         assert train.run(tmp_path / "plain", StopFlag()) == 0
     assert train.run(tmp_path / "mean", StopFlag()) == 0
     assert train.run(tmp_path / "stopped", Watched(stop_at=8)) == 1

@@ -201,3 +201,11 @@ def test_a_late_step_costs_no_more_than_the_first() -> None:
         for step in (0, 4000):
             order.train_samples(10**9, 0, step, 512, 3, 8)
     assert asked == [64, 64]
+
+
+def test_a_shard_stays_open_while_it_is_read(sharded: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever other threads do to the cache of open shards: here it keeps nothing at all."""
+    samples = sources.load(sharded, "val")
+    wanted = [samples.read(k) for k in range(101)]
+    monkeypatch.setattr(index, "open_shard", lambda path: io.FileIO(path))
+    assert all(np.array_equal(samples.read(k), wanted[k]) for k in range(101))

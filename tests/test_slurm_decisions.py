@@ -101,6 +101,20 @@ def test_a_failure_is_retried_only_with_progress_and_within_the_limit(
     assert "launch/resume.py r" in run.state()["reason"]
 
 
+@pytest.mark.parametrize(("preempted", "counted"), [("None", "failure"), ("2026-01-02T03:04:05", "preempted")])
+def test_a_rank_that_breaks_in_a_job_that_slurm_requeued(
+    run: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, preempted: str, counted: str
+) -> None:
+    """A node is lost: Slurm may notice before the ranks do. Without a preemption that is a failure."""
+    shown = f"JobId=5 JobState=COMPLETING Reason=None Restarts=1 PreemptTime={preempted}"
+    programs(tmp_path / "bin", monkeypatch, scontrol=f'[ $1 = requeue ] && echo $2 >> "$0.requeued" || echo "{shown}"')
+    lifecycle.broke(run, "RuntimeError: connection closed by peer", "")
+    lifecycle.ended(run, 1)
+    assert run.state()["state"] == "requeued"
+    assert {reason: n for reason, n in run.state()["restarts"].items() if n} == {counted: 1}
+    assert not (tmp_path / "bin" / "scontrol.requeued").exists(), "Slurm has done it"
+
+
 def test_no_progress_is_no_retry(run: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     programs(tmp_path / "bin", monkeypatch, scontrol=shows("RUNNING"))
     saved(run, 40)

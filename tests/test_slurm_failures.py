@@ -79,9 +79,13 @@ def test_a_lost_node(undisturbed: Service) -> None:
 
 
 def test_submitted_twice_and_two_runs_on_the_same_nodes(devcluster: Service) -> None:
-    job = devcluster.submit("twice", "--nodes", 2, *LONG)
-    again = devcluster.launch("submit", *devcluster.arguments("--name", "twice", "--nodes", 2, *LONG))
-    assert f"twice is in the queue already, as job {job}" in again
+    devcluster.slurm("scontrol", "update", "PartitionName=low", "State=DOWN")  # it waits, however fast jobs start here
+    try:
+        job = devcluster.submit("twice", "--nodes", 2, *LONG)
+        again = devcluster.launch("submit", *devcluster.arguments("--name", "twice", "--nodes", 2, *LONG))
+        assert f"twice is in the queue already, as job {job}" in again
+    finally:
+        devcluster.slurm("scontrol", "update", "PartitionName=low", "State=UP")
     other = devcluster.submit("beside", "--nodes", 2, *LONG)
     devcluster.until_working("twice")
     devcluster.until_working("beside")

@@ -69,7 +69,8 @@ class Index:
             return np.fromfile(self.path(sample), np.uint8)
         _, offset, size = (int(v) for v in self.places[sample])
         data = np.empty(size, np.uint8)
-        if (got := os.preadv(open_shard(str(self.path(sample))).fileno(), [data.data], offset)) < size:
+        shard = open_shard(str(self.path(sample)))  # held: another thread may push it out of the cache, which closes it
+        if (got := os.preadv(shard.fileno(), [data.data], offset)) < size:
             raise OSError(f"the shard ends after {got} of its {size} bytes")
         return data
 
