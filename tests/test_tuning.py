@@ -149,7 +149,7 @@ def test_moments_are_those_of_the_whole_input() -> None:
 
 def test_statistics_over_ranks_equal_ordinary_batch_norm(monkeypatch: pytest.MonkeyPatch) -> None:
     """With one rank the sum over ranks is the identity: values, gradients and running statistics must be torch's."""
-    monkeypatch.setattr(tuning.dist, "all_reduce", lambda x: x)
+    monkeypatch.setattr(batchnorm.dist, "all_reduce", lambda x: x)
     torch.manual_seed(0)
     models_ = [models.build("test_efficientnet", 5) for _ in range(2)]
     models_[1].load_state_dict(models_[0].state_dict())
