@@ -55,7 +55,9 @@ REFUSALS = {
 class Stop:
     """Why a job is told to stop, and whether Slurm requeues it by itself."""
 
-    reason: Literal["preempted", "timeout", "cancelled", "asked", "failure"]  # asked: a signal by hand, nothing forces the job off
+    reason: Literal[
+        "preempted", "timeout", "cancelled", "asked", "failure"
+    ]  # asked: a signal by hand, nothing forces the job off
     by_slurm: bool = False
 
 
