@@ -25,7 +25,7 @@ check: setup
 	$(VENV)/bin/mypy
 
 test: setup check
-	$(PY) -m pytest
+	$(PY) -m pytest -n 2 --dist loadgroup
 
 clean:
 	rm -rf $(VENV) runs build *.egg-info

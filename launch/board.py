@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import signal
 import subprocess
 import sys
 import tempfile
@@ -35,10 +36,20 @@ def main() -> int:
         for run in runs:
             (Path(folder) / run.name).symlink_to((run.root / "tb").resolve())
         print(f"TensorBoard of {', '.join(run.name for run in runs)}; Ctrl-C ends it", flush=True)
-        try:
-            return subprocess.call([sys.executable, "-m", "tensorboard.main", "--logdir", folder, "--port", args.port])
-        except KeyboardInterrupt:
-            return EXIT_DONE
+        command = [sys.executable, "-m", "tensorboard.main", "--logdir", folder, "--port", args.port]
+        board = subprocess.Popen(command)
+        stopped = False
+
+        def stop(*_: object) -> None:
+            nonlocal stopped
+            stopped = True
+            board.terminate()
+
+        # Handlers of our own, since a shell starts background commands with SIGINT ignored; TensorBoard never outlives us.
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, stop)
+        code = board.wait()
+        return EXIT_DONE if stopped else code
 
 
 if __name__ == "__main__":

@@ -18,6 +18,13 @@ from slurm_service import devcluster, undisturbed  # noqa: F401  (fixtures)
 ROOT = Path(__file__).parents[1]
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """For `pytest -n 2 --dist loadgroup`: what needs Slurm, which mostly waits, goes to one process, on one cluster."""
+    for item in items:
+        slurm = "devcluster" in (*getattr(item, "fixturenames", ()), item.path.stem.removeprefix("test_"))
+        item.add_marker(pytest.mark.xdist_group("slurm" if slurm else item.path.name))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     """No test reads or writes the user's own cache."""

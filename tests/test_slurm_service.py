@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import signal
+import socket
 import subprocess
 import sys
 import time
+import urllib.request
 from pathlib import Path
 
+import pytest
 from slurm_service import LONG, ROOT, SHORT, Service
 
 
@@ -108,9 +114,6 @@ def test_table_of_recipes_is_one_array(tmp_path: Path, devcluster: Service) -> N
 
 def test_the_board_serves_the_run(devcluster: Service) -> None:
     """What TensorBoard answers over HTTP names the run."""
-    import socket
-    import urllib.request
-
     done = [p.parent.name for p in devcluster.runs.glob("*/DONE")]
     if not done:
         devcluster.submit("board", *SHORT)
@@ -139,9 +142,10 @@ def test_the_board_serves_the_run(devcluster: Service) -> None:
                 told = urllib.request.urlopen(f"http://127.0.0.1:{port}/data/runs", timeout=5).read().decode()
             except OSError:
                 time.sleep(0.3)
+        process.send_signal(signal.SIGINT)  # to the command alone: it ends TensorBoard itself
+        assert process.wait(60) == 0
+        with pytest.raises(ConnectionRefusedError):  # so that nothing is left of it
+            socket.create_connection(("127.0.0.1", port))
     finally:
-        import os
-        import signal
-
-        os.killpg(process.pid, signal.SIGINT)
-        process.wait(20)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
