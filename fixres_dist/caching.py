@@ -5,8 +5,11 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
+import os
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,6 +27,7 @@ from fixres_dist.session import Session
 from fixres_dist.trunk import FastTrunk
 
 SEGMENT_BATCHES, SEGMENTS = 4, 512  # a segment is the larger of 4 forwards and 1/512 of the split
+IN_MEMORY = 0.25  # of a node's memory that features may take up as cached pages of their files
 WAIT_S = 2.0  # between looks at whether another run has finished writing the same features
 Stop = Callable[[], int]  # number of the stop signal that has come, or 0
 
@@ -55,43 +59,73 @@ def specification(session: Session, stage: Stage, parts: tuning.Split, index: In
     }
 
 
-def open_stores(session: Session, stage: Stage, parts: tuning.Split, stop: Stop, check: bool) -> dict[str, Store]:
-    """The features of the stage's train and val pictures by split, written where they are missing; none when it streams.
+def open_stores(
+    session: Session, stage: Stage, parts: tuning.Split, stop: Stop, check: bool
+) -> tuple[tuning.Split, dict[str, Store]]:
+    """(the split to go on with, the features of the stage's train and val pictures by split, written where they are
+    missing; none when it streams).
 
-    Give them to `Session.batches` or `Session.evaluate`, and what comes back to `Session.inputs`. `check`: compare the
+    Give the stores to `Session.batches` or `Session.evaluate`, and what comes back to `Session.inputs`. `check`: compare the
     checksums of what is there. Raises Stopped, and UserError where the cached engine is asked for and cannot run (engine.py).
     """
-    setting, found, specs = session.config.run.engine, {}, {}
+    setting, trunk = session.config.run.engine, parts.trunk
     engine.check(setting, stage)
-    if engine.obstacle(stage) or setting == "stream" or not isinstance(parts.trunk, FastTrunk):
-        return {}
+    if engine.obstacle(stage) or setting == "stream" or not isinstance(trunk, FastTrunk):
+        return parts, {}
     folder = engine.feature_folder(session.config)
-    example = session.features(parts.trunk, torch.zeros(1, 3, stage.res, stage.res, dtype=torch.uint8))
+    specs = {}
     for split, index in session.splits.items():
         views = engine.VIEWS[stage.transform] if split == "train" else 1
-        spec = distributed.from_main(
+        specs[split] = distributed.from_main(
             session.ranks, session.ranks.is_main and specification(session, stage, parts, index, views)
         )
-        found[split], specs[split] = features.store(folder, spec, len(index), views, example), spec
+    forms = {"narrow": trunk}
+    if trunk.neck is not None and session.ranks.device.type == "cpu":
+        forms["wide"] = trunk.widened()
+    found = {name: stores(session, form, stage.res, specs, folder) for name, form in forms.items()}
 
     def decide() -> dict[str, Any]:
-        gaps = {split: sum(b - a for a, b in s.missing()) * s.views for split, s in found.items()}
-        size = sum(s.missing_bytes() for s in found.values())
+        name = chosen_form(found)
+        gaps = {split: sum(b - a for a, b in s.missing()) * s.views for split, s in found[name].items()}
+        size = sum(s.missing_bytes() for s in found[name].values())
         need = engine.Need(sum(gaps.values()), size, engine.free_bytes(folder), folder)
         streamed = engine.streamed_pictures(stage, len(session.val), engine.evaluations(session.config))
         chosen, why = engine.choose(setting, stage, streamed, need)
-        return {"engine": chosen, "why": why}
+        return {"engine": chosen, "why": why, "features": name}
 
-    if session.decided(f"engine of {stage.name} (run.engine={setting})", decide)["engine"] == "stream":
-        return {}
-    for split, store in found.items():
+    decided = session.decided(f"engine of {stage.name} (run.engine={setting})", decide)
+    if decided["engine"] == "stream":
+        return parts, {}
+    parts, chosen = replace(parts, trunk=forms[decided["features"]]), found[decided["features"]]
+    for split, store in chosen.items():
         check_shared(session, store)
         if check:
             store.verify(session.ranks.rank, session.ranks.world_size)
         distributed.barrier(session.ranks)
         if distributed.from_main(session.ranks, session.ranks.is_main and bool(store.missing())):
-            write_missing(session, stage, parts.trunk, store, specs[split], session.splits[split], stop)
-    return found
+            write_missing(session, stage, forms[decided["features"]], store, specs[split], session.splits[split], stop)
+    return parts, chosen
+
+
+def stores(
+    session: Session, trunk: FastTrunk, res: int, specs: dict[str, dict[str, Any]], folder: Path
+) -> dict[str, Store]:
+    """Of each split, written or not."""
+    example = session.features(trunk, torch.zeros(1, 3, res, res, dtype=torch.uint8))
+    return {
+        split: features.store(folder, spec, len(session.splits[split]), spec["views"], example)
+        for split, spec in specs.items()
+    }
+
+
+def chosen_form(found: dict[str, dict[str, Store]]) -> str:
+    """What is there already; else `wide`, which a CPU reads faster than it computes the neck, where memory can hold it all."""
+    for name, of_splits in found.items():
+        if not any(store.missing() for store in of_splits.values()):
+            return name
+    size = sum(store.samples * store.sample_bytes for store in found.get("wide", {}).values())
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return "wide" if 0 < size <= IN_MEMORY * memory else "narrow"
 
 
 def check_shared(session: Session, store: Store) -> None:

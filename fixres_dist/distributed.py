@@ -21,6 +21,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from fixres_dist import allocator
 from fixres_dist.errors import UserError
 from fixres_dist.rundir import write
 
@@ -62,14 +63,19 @@ def variables(environ: Mapping[str, str]) -> tuple[int, int, int, int, str]:
     return rank, world, local, size, key
 
 
-def start(run_folder: Path) -> Ranks:
-    """Join the other ranks of this start; a single process needs no process group."""
+def start(run_folder: Path, keep_memory: bool = True) -> Ranks:
+    """Join the other ranks of this start; a single process needs no process group.
+
+    `keep_memory`: on a CPU, use freed memory again (allocator.py); False leaves the process as it is.
+    """
     rank, world, local, local_size, key = variables(os.environ)
     device = torch.device("cpu")
     if torch.cuda.is_available():
         # Never set CUDA_VISIBLE_DEVICES here: two jobs on one node were given different devices by Slurm.
         device = torch.device("cuda", local % torch.cuda.device_count())
         torch.cuda.set_device(device)
+    elif keep_memory:
+        allocator.keep_freed_memory()
     node = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
     if world == 1:
         return Ranks(0, 1, 1, (node,), device)

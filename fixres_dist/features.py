@@ -202,10 +202,10 @@ def as_bytes(tensor: torch.Tensor) -> NDArray[np.uint8]:
 
 def store(root: Path, spec: dict[str, Any], samples: int, views: int, example: tuple[torch.Tensor, ...]) -> Store:
     """The store of `spec` below `root`, empty or not; `example`: features of a batch. Writes nothing."""
-    key = hashlib.sha256(json.dumps(spec, sort_keys=True).encode()).hexdigest()[:24]
     if len({feature.dtype for feature in example}) > 1:
         raise ValueError(f"features of several number formats: {[feature.dtype for feature in example]}")
     shapes = tuple(tuple(feature.shape[1:]) for feature in example)
+    key = hashlib.sha256(json.dumps([spec, shapes], sort_keys=True).encode()).hexdigest()[:24]
     return Store(root / key, samples, views, shapes, example[0].dtype)
 
 

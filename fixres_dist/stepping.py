@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from fixres_dist import batchnorm, distributed, tuning
+from fixres_dist import batchnorm, distributed, pooling, tuning
 from fixres_dist.data import order, plan
 from fixres_dist.features import Loaded, Store
 from fixres_dist.meter import Meter
@@ -78,9 +78,10 @@ def backward(
 
 
 def distribute(session: Session, stage: Stage, parts: tuning.Split) -> nn.Module:
-    """The head in DDP: its gradients are all that crosses the network. Alone, the head itself."""
+    """The head as it trains, in DDP where there are ranks: its gradients are all that crosses the network."""
+    own = pooling.pooled(parts)
     if session.ranks.world_size == 1:
-        return parts.head
+        return own
     if stage.tune.bn_stats == "ema":
         batchnorm.share_batch_statistics(parts)
     device = session.ranks.device
@@ -89,7 +90,7 @@ def distribute(session: Session, stage: Stage, parts: tuning.Split) -> nn.Module
     buffers: dict[str, Any] = {
         "forward_sync_buffers" if "forward_sync_buffers" in options else "broadcast_buffers": False
     }
-    head = DistributedDataParallel(parts.head, [device.index] if device.type == "cuda" else None, **buffers)
+    head = DistributedDataParallel(own, [device.index] if device.type == "cuda" else None, **buffers)
     # DDP lays its buckets out anew after the first backward; sums over three or more ranks depend on the layout, so a
     # resumed run is bit-identical only if that has happened before its first real step. No image, no gradient, no statistics.
     modes = {module: module.training for module in parts.head.modules()}

@@ -170,7 +170,7 @@ def train_stage(
         return False
 
     try:
-        stores = caching.open_stores(session, stage, parts, lambda: flag.signal, check=not resumed)
+        parts, stores = caching.open_stores(session, stage, parts, lambda: flag.signal, check=not resumed)
     except caching.Stopped as stop:
         return stopped(stop.number)
     ran = {"engine": "cached" if stores else "stream", "trunk": str(getattr(parts.trunk, "how", "trained"))}

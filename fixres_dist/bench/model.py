@@ -46,6 +46,7 @@ class Setting:
     precision: str = "auto"
     memory_format: str = "auto"
     compile: bool | None = None  # None: as the product's default has it
+    keep_memory: bool = True  # as the product does on a CPU (allocator.py)
 
     @property
     def name(self) -> str:
@@ -110,9 +111,13 @@ def step_variants(auto: Setting, compiled: bool) -> dict[str, tuple[Build, Setti
     plain = replace(auto, precision="fp32", memory_format="contiguous", compile=False)
     fp32, bf16 = (replace(auto, precision=p, memory_format="channels_last", compile=False) for p in ("fp32", "bf16"))
     settings = (fp32, bf16, *([replace(bf16, compile=True)] if compiled else []), auto)
-    references = (plain, replace(plain, precision="tf32")) if torch.cuda.is_available() else (plain,)
-    found: dict[str, tuple[Build, Setting]] = {f"original {s.precision}": (original, s) for s in references}
-    found |= {f"full fine-tuning {s.name}": (full, s) for s in (plain, bf16)}
+    plainly = replace(plain, keep_memory=False)  # scripts take the allocator as it comes
+    found: dict[str, tuple[Build, Setting]] = {"original fp32": (original, plainly)}
+    if torch.cuda.is_available():
+        found["original tf32"] = (original, replace(plainly, precision="tf32"))
+    else:
+        found["original fp32, our allocator"] = (original, plain)
+    found |= {f"full fine-tuning {s.name}": (full, replace(s, keep_memory=False)) for s in (plain, bf16)}
     found |= {f"ours {s.name}": (step, s) for s in settings}
     found[f"ours auto ({auto.name})"] = found.pop(f"ours {auto.name}")
     return found | {f"timm {s.name}": (timm_inference, s) for s in settings}
@@ -126,6 +131,7 @@ def ratios(rows: dict[str, dict[str, Any]]) -> dict[str, dict[str, float]]:
         settings = name.partition("(")[2].rstrip(")") or name.partition(" ")[2].removesuffix(" unfolded")
         references = {
             "vs_original": "original fp32",
+            "vs_original_our_allocator": "original fp32, our allocator",
             "vs_original_tf32": "original tf32",
             "vs_full_finetune": "full fine-tuning fp32 contiguous",
             "vs_timm_inference": f"timm {settings}",
@@ -182,7 +188,7 @@ def variant(build: Build, setting: Setting) -> Iterator[Turn]:
 
 
 def opened(setting: Setting) -> Session:
-    return open_session(setting.config(), distributed.start(setting.folder), splits=("train",))
+    return open_session(setting.config(), distributed.start(setting.folder, setting.keep_memory), splits=("train",))
 
 
 def resolved(setting: Setting) -> Iterator[Setting]:
