@@ -63,7 +63,10 @@ def test_step(bench: Bench) -> None:
     speed = {row["name"]: row["images_per_second"] for row in result["rows"]}
     auto = next(name for name in speed if name.startswith("ours auto ("))
     assert result["ratios"]["vs_original"] == round(speed[auto] / speed["original fp32"], 3)
-    assert set(result["ratios"]) == {"vs_original", "vs_full_finetune", "vs_timm_inference"}
+    same = "original fp32, our allocator"
+    assert result["ratios"]["vs_original_our_allocator"] == round(speed[auto] / speed[same], 3)
+    references = {"vs_original", "vs_original_our_allocator", "vs_full_finetune", "vs_timm_inference"}
+    assert set(result["ratios"]) == references
     assert all(row["n"] == 4 for row in result["rows"])
 
 

@@ -111,7 +111,7 @@ def with_and_without_cache(
         here = RunDir(scratch / "runs" / engine)
         used, peak = train_run(here, setting, engine, args, until)
         lines = [json.loads(line) for line in here.metrics.read_text().splitlines()]
-        # The first epoch may write the cache, or wait for the loader's start.
+        # The first steps may wait for the loader's start.
         later = [line["images_per_second"] for line in lines if line.get("stage") == "fix"][1:]
         epoch_s[engine] = args.images / median(later)
         result = json.loads(here.results.read_text())
@@ -140,10 +140,16 @@ def train_run(
 ) -> tuple[float, float]:
     """A run by `python -m fixres_dist train`: (CPU seconds, peak MiB of the largest process); raises UserError if it fails."""
     batch = min(64, args.images)
+    steps = args.epochs * -(-args.images // batch)
     changes = {
         "data": {"train_transform": "test"},
         "tune": {"epochs": args.epochs, "global_batch": batch},
-        "run": {"engine": engine, "eval_every": 0, "log_every": -(-args.images // batch)},
+        "run": {
+            "engine": engine,
+            "eval_every": 0,
+            "feature_cache": str(here.root / "features"),
+            "log_every": -(-steps // 4),  # lines to take the speed from
+        },
     }
     config = cfg.parse(cfg.Config, cfg.merge(cfg.plain(setting.config()), changes))
     here.root.mkdir(parents=True)
