@@ -13,8 +13,8 @@ import torch
 from conftest import killed_when, run, tiny
 from safetensors.torch import load_file
 
-from fixres_dist import config as cfg
 from fixres_dist import caching, train
+from fixres_dist import config as cfg
 from fixres_dist.preempt import StopFlag
 from fixres_dist.rundir import RunDir, prepare, read_lines
 
