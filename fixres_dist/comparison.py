@@ -35,8 +35,8 @@ def costs(config: cfg.Config, classes: int) -> tuple[int, float, int]:
 
     with torch.device("meta"):
         built: Any = models.build(model.timm_name, classes)
-    own = built.pretrained_cfg.get("input_size", (3, 224, 224))[-1]
-    return sum(p.numel() for p in built.parameters()), models.gmacs(built, res), own
+    count = sum(p.numel() for p in built.parameters())
+    return count, models.gmacs(built, res), models.native_size(model.timm_name)
 
 
 def row(run: RunDir) -> dict[str, Any]:

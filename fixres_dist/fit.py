@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import torch
 
 from fixres_dist import distributed, tuning
 from fixres_dist.errors import UserError
-from fixres_dist.rundir import RunDir, write
 from fixres_dist.schedule import Stage, batch_per_device
 from fixres_dist.session import Session
 from fixres_dist.trunk import FastTrunk
@@ -34,7 +33,7 @@ def largest_that_fits(fits: Callable[[int], bool], cap: int) -> int:
     return low
 
 
-def with_batch(here: RunDir, session: Session, stage: Stage, parts: tuning.Split) -> Session:
+def with_batch(session: Session, stage: Stage, parts: tuning.Split) -> Session:
     """`session` with a number for `run.batch_per_device` where it is `auto` and the device a GPU; otherwise as it is.
 
     Every rank measures alone and all take the smallest. Kept by stage, world size and GPU, because a resume is bit-exact
@@ -43,24 +42,23 @@ def with_batch(here: RunDir, session: Session, stage: Stage, parts: tuning.Split
     ranks, config = session.ranks, session.config
     if config.run.batch_per_device != "auto" or ranks.device.type != "cuda":
         return session
-    file = here.root / "batch_per_device.json"
-    kept = distributed.from_main(ranks, json.loads(file.read_text()) if ranks.is_main and file.exists() else {})
-    key = f"{stage.name} at {stage.res} px, {ranks.world_size} x {torch.cuda.get_device_name(ranks.device)}"
-    if key not in kept:
-        share = -(-stage.tune.global_batch // ranks.world_size)
-        # A frozen trunk is as fast with the pixel rule's batch as with a larger one; evaluation takes the same.
-        cap = share if parts.trains_blocks else max(share, batch_per_device(config, stage.res))
+    share = -(-stage.tune.global_batch // ranks.world_size)
+    # A frozen trunk is as fast with the pixel rule's batch as with a larger one; evaluation takes the same.
+    cap = share if parts.trains_blocks else max(share, batch_per_device(config, stage.res))
+
+    def largest() -> dict[str, Any]:
         size = largest_that_fits(lambda n: step_fits(session, stage, parts, n), cap)
-        kept[key] = -distributed.highest(ranks, [-size])[0]
-        if not kept[key]:
+        size = -distributed.highest(ranks, [-size])[0]
+        if not size:
             raise UserError(
                 f"not even one image of {stage.res} px fits into {FRACTION:.0%} of the GPU's memory with policy "
                 f"{stage.tune.policy}. Next: a smaller --res, or run.activation_checkpointing=true with policy all"
             )
-        if ranks.is_main:
-            write(file, json.dumps(kept, indent=1) + "\n")
-            print(f"batch per device: {kept[key]} (the largest that fits; at most {cap} are of use)", flush=True)
-    return replace(session, config=replace(config, run=replace(config.run, batch_per_device=kept[key])))
+        return {"largest that fits": size, "of use": cap}
+
+    name = f"batch per device, {stage.name} at {stage.res} px, {ranks.world_size} x {torch.cuda.get_device_name(ranks.device)}"
+    size = session.decided(name, largest, together=True)["largest that fits"]
+    return replace(session, config=replace(config, run=replace(config.run, batch_per_device=size)))
 
 
 def step_fits(session: Session, stage: Stage, parts: tuning.Split, n: int) -> bool:

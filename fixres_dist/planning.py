@@ -129,7 +129,7 @@ def memory_gib(config: cfg.Config, facts: Facts, counts: Counts, world_size: int
     """Peak of a rank's device over both stages; `bytes_per_value`: of activations, 0: as run.precision says."""
     width = bytes_per_value or (4 if config.run.precision in ("fp32", "tf32") else 2)
     peaks = []
-    for tune, res in ((config.tune, config.data.res), *([(p, p.res)] if (p := config.pretrain) else [])):
+    for tune, res in zip(config.stage_settings(), config.resolutions(), strict=True):
         # Evaluation and statistics have no gradients, and take as many images at once as are left for a rank.
         most, without = batch_per_device(config, res), max(counts.val, min(tune.bn_stats_images, counts.train))
         step = min(most, -(-tune.global_batch // world_size))

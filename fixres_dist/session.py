@@ -38,9 +38,8 @@ class Session:
     classes: tuple[str, ...]  # of the model, in the order of its logits
     columns: dict[str, tuple[int, ...]]  # of each split: the model's class of each of its folders
     arithmetic: precision.Arithmetic
-    memory_format: (
-        torch.memory_format
-    )  # of a model that trains as a whole, and its pictures; a frozen trunk has its own
+    # Of a model that trains as a whole, and its pictures; a frozen trunk has its own.
+    memory_format: torch.memory_format
     on_skip: loading.OnSkip  # what is done about an image that cannot be decoded, under data.on_bad: skip
     kept: Path | None = None  # file of what was decided for the run (`decided`)
 
@@ -73,15 +72,20 @@ class Session:
         images = images.to(self.ranks.device, non_blocking=True)
         return self.spec.normalised(images).contiguous(memory_format=memory_format or self.memory_format)
 
-    def decided(self, name: str, decide: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """What rank 0 decides, the same on all ranks; kept with the run, so that its next start goes on in the same way."""
-        value = None
-        if self.ranks.is_main:
-            known = json.loads(self.kept.read_text()) if self.kept and self.kept.exists() else {}
-            value = known.get(name) or decide()
-            if self.kept and name not in known:
-                write(self.kept, json.dumps({**known, name: value}, indent=1) + "\n")
-                print(f"{name}: {', '.join(f'{key} {v}' for key, v in value.items())}", flush=True)
+    def decided(self, name: str, decide: Callable[[], dict[str, Any]], together: bool = False) -> dict[str, Any]:
+        """What rank 0 decides, the same on all ranks; kept with the run, so that its next start goes on in the same way.
+
+        `together`: every rank calls `decide`, whose answers are equal because the ranks agree within it.
+        """
+        known = json.loads(self.kept.read_text()) if self.ranks.is_main and self.kept and self.kept.exists() else {}
+        value = distributed.from_main(self.ranks, known.get(name))
+        if value:
+            return value
+        if together or self.ranks.is_main:
+            value = decide()
+        if self.kept and self.ranks.is_main:
+            write(self.kept, json.dumps({**known, name: value}, indent=1) + "\n")
+            print(f"{name}: {', '.join(f'{key} {v}' for key, v in value.items())}", flush=True)
         return distributed.from_main(self.ranks, value)
 
     def with_fast_trunk(self, parts: tuning.Split, res: int = 0) -> tuning.Split:
@@ -110,8 +114,7 @@ class Session:
     def full(self, n: int, res: int) -> int:
         """The batch size that `n` pictures are filled up to for a compiled trunk: an epoch's last batch is no new graph."""
         size = batch_per_device(self.config, res)
-        sections = [self.config.tune, *([self.config.pretrain] if self.config.pretrain else [])]
-        parts = (-(-section.global_batch // self.ranks.world_size) for section in sections)
+        parts = (-(-stage.global_batch // self.ranks.world_size) for stage in self.config.stage_settings())
         return min((s for s in (*(min(part, size) for part in parts), size) if s >= n), default=n)
 
     @torch.no_grad()

@@ -145,7 +145,7 @@ def train_stage(
     identity = fingerprint(session, stage, parts)
     progress, resumed = starting_point(here, stage, session.model, optimizer, identity)
     scale.restore(progress.loss_scale)
-    session = fit.with_batch(here, session, stage, parts)
+    session = fit.with_batch(session, stage, parts)
     startup.mark("trunk")
     tracker = Tracker(here, session.config, progress.step, total_steps, resumed) if ranks.is_main else None
     started, seconds = time.monotonic(), progress.seconds

@@ -15,7 +15,6 @@ from fixres_dist import config as cfg
 from fixres_dist import fit, models, planning, precision, recipes
 from fixres_dist.distributed import Ranks
 from fixres_dist.errors import UserError
-from fixres_dist.rundir import RunDir
 from fixres_dist.schedule import stages
 from fixres_dist.session import Session, tell
 from fixres_dist.tuning import set_modes, split
@@ -64,25 +63,27 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 def test_it_is_measured_once_and_kept_with_the_run(tmp_path: Path, gpu: list[int]) -> None:
-    live, here = session(), RunDir(tmp_path)
+    file = tmp_path / "choices.json"
+    live = replace(session(), kept=file)
     (stage,) = stages(live.config, 1000)
     parts = split(live.model, "classifier+bn")
-    first = fit.with_batch(here, live, stage, parts).config
+    first = fit.with_batch(live, stage, parts).config
     assert 36 <= int(first.run.batch_per_device) <= 40
     assert cfg.identity(first) == cfg.identity(live.config), "the run stays the same run"
     asked = len(gpu)
-    assert fit.with_batch(here, live, stage, parts).config == first
+    assert fit.with_batch(live, stage, parts).config == first
     assert len(gpu) == asked, "a resume measures nothing"
-    assert list(json.loads((tmp_path / "batch_per_device.json").read_text())) == ["fix at 224 px, 1 x pretended"]
+    kept = {"largest that fits": first.run.batch_per_device, "of use": 130}
+    assert json.loads(file.read_text()) == {"batch per device, fix at 224 px, 1 x pretended": kept}
     given = session("run.batch_per_device=7")
-    assert fit.with_batch(here, given, stage, parts) is given
+    assert fit.with_batch(given, stage, parts) is given
 
 
-def test_nothing_fits(tmp_path: Path, gpu: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_fits(gpu: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fit, "step_fits", lambda *_: False)
     live = session()
     with pytest.raises(UserError, match=r"not even one image of 224 px.*smaller --res"):
-        fit.with_batch(RunDir(tmp_path), live, stages(live.config, 1000)[0], split(live.model, "classifier+bn"))
+        fit.with_batch(live, stages(live.config, 1000)[0], split(live.model, "classifier+bn"))
 
 
 def predicted(*items: str, model: str = "b4") -> float:
