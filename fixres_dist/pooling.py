@@ -30,15 +30,16 @@ class PooledSilu(torch.autograd.Function):
         wanted = any(ctx.needs_input_grad[1:])
         sums = x.new_empty(3 if wanted else 1, n, channels)
         size = max(1, n if x.device.type == "cuda" else PIECE_BYTES // (4 * max(1, area * channels)))
+        one = scale.new_ones(())
         for first in range(0, n, size):
-            part = slice(first, first + size)
-            y = torch.addcmul(shift, points[part], scale)
+            piece = points[first : first + size]
+            values = piece.new_empty(len(sums), *piece.shape)
+            y = torch.addcmul(shift, piece, scale, out=values[0])
             gate = y.sigmoid()
-            torch.sum(y.mul_(gate), 1, out=sums[0, part])
-            if wanted:
-                slope = torch.addcmul(y, y, gate, value=-1).add_(gate)  # of SiLU: gate + y (1 - gate)
-                torch.sum(slope, 1, out=sums[1, part])
-                torch.sum(slope.mul_(points[part]), 1, out=sums[2, part])
+            y.mul_(gate)
+            if wanted:  # the slope of SiLU is gate + y (1 - gate)
+                torch.mul(torch.lerp(y, one, gate, out=values[1]), piece, out=values[2])
+            torch.sum(values, 2, out=sums[:, first : first + size])
         means = sums.div_(area)
         ctx.save_for_backward(*means[1:])
         return means[0]
