@@ -85,7 +85,7 @@ def open_stores(
     found = {name: stores(session, form, stage.res, specs, folder) for name, form in forms.items()}
 
     def decide() -> dict[str, Any]:
-        name = chosen_form(found)
+        name = chosen_form(found, engine.free_bytes(folder))
         gaps = {split: sum(b - a for a, b in s.missing()) * s.views for split, s in found[name].items()}
         size = sum(s.missing_bytes() for s in found[name].values())
         need = engine.Need(sum(gaps.values()), size, engine.free_bytes(folder), folder)
@@ -118,14 +118,15 @@ def stores(
     }
 
 
-def chosen_form(found: dict[str, dict[str, Store]]) -> str:
-    """What is there already; else `wide`, which a CPU reads faster than it computes the neck, where memory can hold it all."""
+def chosen_form(found: dict[str, dict[str, Store]], free: int) -> str:
+    """What is there already; else `wide`, which a CPU reads faster than it computes the neck, where memory can hold it all,
+    and the `free` bytes of the disk as well."""
     for name, of_splits in found.items():
         if not any(store.missing() for store in of_splits.values()):
             return name
     size = sum(store.samples * store.sample_bytes for store in found.get("wide", {}).values())
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return "wide" if 0 < size <= IN_MEMORY * memory else "narrow"
+    return "wide" if 0 < size <= min(IN_MEMORY * memory, engine.ROOM * free) else "narrow"
 
 
 def check_shared(session: Session, store: Store) -> None:

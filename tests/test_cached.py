@@ -96,6 +96,9 @@ def test_features_after_the_neck_where_memory_holds_them(
     assert chosen == ["narrow", "narrow", "wide"]
     sizes = [sum(file.stat().st_size for file in (tmp_path / name).rglob("*.rows")) for name in "fg"]
     assert 3.5 < sizes[1] / sizes[0] < 4.5
+    monkeypatch.setattr(caching.engine, "free_bytes", lambda folder: int(2 * sizes[0]))
+    small = trained(tmp_path, "small", photos, "run.engine=cached", f"run.feature_cache={tmp_path}/h")
+    assert '"features": "narrow"' in (small.root / "choices.json").read_text(), "the disk has no room for wide ones"
     assert furthest(narrow.root, wide.root) < 1e-6
 
 
