@@ -24,7 +24,11 @@ NAME = "test_efficientnet"
 def started(root: Path, data: Path, preset: str, *items: str) -> cfg.Config:
     """A run of the smallest model under `preset`, prepared and not yet worked on."""
     base = cfg.merge(recipes.find(NAME, "none").values, recipes.preset(preset))
-    keys = ["data.res=64", f"data.root={data}", "data.workers=0", "run.precision=fp32", "run.eval_every=0", *items]
+    exact = [
+        "run.precision=fp32",
+        "run.memory_format=channels_last",
+    ]  # a probe of formats may choose another for each run
+    keys = ["data.res=64", f"data.root={data}", "data.workers=0", "run.eval_every=0", *exact, *items]
     config = cfg.parse(cfg.Config, cfg.merge(base, cfg.overrides(keys)))
     rundir.prepare(root, config, ["test"])
     return config
