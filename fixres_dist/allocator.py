@@ -11,7 +11,7 @@ def keep_freed_memory() -> bool:
     """Let this process, and those it forks, use freed memory again instead of giving it back; False where libc cannot.
 
     glibc maps a large tensor anew each time, and the kernel fills it with zeros page by page: in a forward pass of
-    tf_efficientnet_b0 at 320 px, batch 16, that took 25 to 40 % of the CPU time (2 cores of an AMD EPYC, torch 2.15).
+    tf_efficientnet_b0 at 320 px, batch 16, that took 20 to 38 % of the CPU time (2 cores of an AMD EPYC, torch 2.15).
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt

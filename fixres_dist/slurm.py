@@ -55,9 +55,8 @@ REFUSALS = {
 class Stop:
     """Why a job is told to stop, and whether Slurm requeues it by itself."""
 
-    reason: Literal[
-        "preempted", "timeout", "cancelled", "asked", "failure"
-    ]  # asked: a signal by hand, nothing forces the job off
+    # asked: a signal by hand, nothing forces the job off
+    reason: Literal["preempted", "timeout", "cancelled", "asked", "failure"]
     by_slurm: bool = False
 
 

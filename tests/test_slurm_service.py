@@ -131,9 +131,12 @@ def test_the_board_serves_the_run(devcluster: Service) -> None:
         "--runs-dir",
         str(devcluster.runs),
     ]
-    process = subprocess.Popen(
-        command, env=devcluster.env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
-    )
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "start_new_session": True}
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited, as by a shell's background command
+    try:
+        process = subprocess.Popen(command, env=devcluster.env, **quiet)
+    finally:
+        signal.signal(signal.SIGINT, before)
     try:
         deadline, told = time.monotonic() + 90, ""
         while done[0] not in told:
