@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from fixres_dist.allocator import keep_freed_memory
 from fixres_dist.bench import turns
 from fixres_dist.bench.commands import LOADERS
 from fixres_dist.data import geometry, index, order, plan, shards
@@ -77,6 +78,8 @@ def measure(loader: str, case: Case, root: Path, images: int, workers: int) -> I
     import torch
 
     torch.set_num_threads(1)
+    if loader != "pil":
+        keep_freed_memory()  # as a run on a CPU does
     samples = shards.load(root, "val") if case.source == "shards" else index.load(root, "val")
     chosen = np.arange(images) % len(samples)
     while True:

@@ -119,17 +119,21 @@ def jitter(images: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
     result is equal. torchvision's own tensor version rounds otherwise and is a grey level off for strong factors.
     """
     brightness, contrast, saturation = factors.float().view(-1, 3, 1, 1, 1).unbind(1)
-    x = images.float().mul_(brightness).clamp_(0, 255).floor_()
+    # A plane a colour: `grey` reads them twice as fast as channels last.
+    x = images.to(torch.float32, memory_format=torch.contiguous_format)
+    x = x.mul_(brightness).clamp_(0, 255).floor_()
     mean = grey(x).mean((1, 2, 3), keepdim=True, dtype=torch.float64).add_(0.5).floor_().float()
     x = x.sub_(mean).mul_(contrast).add_(mean).clamp_(0, 255).floor_()
     base = grey(x)
-    return x.sub_(base).mul_(saturation).add_(base).clamp_(0, 255).to(torch.uint8)
+    x = x.sub_(base).mul_(saturation).add_(base).clamp_(0, 255)
+    # By way of int32, because torch casts float to uint8 value by value.
+    return x.contiguous(memory_format=torch.channels_last).to(torch.int32).to(torch.uint8)
 
 
 def grey(x: torch.Tensor) -> torch.Tensor:
     """PIL's convert("L") of whole numbers in fp32 [n, 3, h, w]: [n, 1, h, w]."""
     r, g, b = x.unbind(1)
-    return (r * 19595 + g * 38470 + b * 7471 + 32768).div_(65536).floor_()[:, None]
+    return (r * 19595).add_(g, alpha=38470).add_(b, alpha=7471).add_(32768).div_(65536).floor_()[:, None]
 
 
 class Pictures(Dataset[Batch]):
