@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of mallopt(3), glibc
+M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8  # of mallopt(3), glibc
 
 
 def keep_freed_memory() -> bool:
@@ -17,4 +18,15 @@ def keep_freed_memory() -> bool:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError):  # no glibc
         return False
-    return bool(mallopt(M_MMAP_MAX, 0) and mallopt(M_TRIM_THRESHOLD, -1))
+    # One arena: another thread's own would give memory back all the same, whatever the threshold.
+    return bool(mallopt(M_MMAP_MAX, 0) and mallopt(M_TRIM_THRESHOLD, -1) and mallopt(M_ARENA_MAX, 1))
+
+
+def release_freed_memory() -> None:
+    """Give what this process has freed back to the system; nothing happens where libc cannot.
+
+    Before a fork: else parent and child share those pages, and the kernel copies each one that the parent uses again. The
+    first forward pass after starting two loader workers took 2.1 s instead of 0.4 s (as above).
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)

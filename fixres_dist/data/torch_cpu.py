@@ -23,6 +23,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 from torchvision.io import ImageReadMode, decode_jpeg
 
+from fixres_dist.allocator import release_freed_memory
 from fixres_dist.data import headers
 from fixres_dist.data.geometry import View, vertical_first
 from fixres_dist.data.index import Index
@@ -203,6 +204,8 @@ def batches(
     finish: Callable[[Any], Any] = as_is,
 ) -> Iterator[Batch]:
     """The batch of every request, in their order, `workers` processes ahead of the caller; `finish` runs in them."""
+    if workers:
+        release_freed_memory()
     loader = DataLoader(
         Pictures(index, res, interpolation),
         batch_size=None,
