@@ -9,7 +9,7 @@ from pathlib import Path
 from fixres_dist import commands, lifecycle, publish, sweep
 from fixres_dist.bench import commands as bench_commands
 from fixres_dist.data import commands as data_commands
-from fixres_dist.errors import EXIT_DONE, EXIT_FAILED, EXIT_USER, UserError
+from fixres_dist.errors import EXIT_DONE, EXIT_FAILED, exit_code
 from fixres_dist.rundir import RunDir
 
 
@@ -40,10 +40,7 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
     try:
-        return int(args.func(args))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_USER
+        return exit_code(lambda: int(args.func(args)))
     except KeyboardInterrupt:
         return EXIT_FAILED
 

@@ -7,7 +7,6 @@ JSON: reading one runs no code. World size is not part of it.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import time
 from collections.abc import Callable
@@ -21,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from fixres_dist.errors import UserError
+from fixres_dist.files import sync, whole
 
 KEPT = 2  # newest ones; the best stays too
 
@@ -118,27 +118,18 @@ class Writer:
 def write(folder: Path, tensors: Tensors, progress: Progress, fingerprint: dict[str, Any]) -> None:
     """step_NNNNNNNN/ below `folder`, whole or not at all, without what is no longer kept."""
     final = folder / f"step_{progress.step:08d}"
-    part = folder / f".{final.name}.{os.getpid()}"
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
-    save_file(tensors.head, part / "head.safetensors")
-    save_file(tensors.optimizer, part / "optimizer.safetensors")
-    (part / "meta.json").write_text(json.dumps({"progress": asdict(progress), "fingerprint": fingerprint}, indent=1))
-    for file in part.iterdir():
-        sync(file)
-    shutil.rmtree(final, ignore_errors=True)
-    os.replace(part, final)
+    with whole(final) as part:
+        part.mkdir(parents=True)
+        save_file(tensors.head, part / "head.safetensors")
+        save_file(tensors.optimizer, part / "optimizer.safetensors")
+        (part / "meta.json").write_text(
+            json.dumps({"progress": asdict(progress), "fingerprint": fingerprint}, indent=1)
+        )
+        for file in part.iterdir():
+            sync(file)
+        shutil.rmtree(final, ignore_errors=True)
     sync(folder)
     prune(folder, progress.best_step)
-
-
-def sync(path: Path) -> None:
-    """Reach the disk before the rename does: a node that loses power keeps the old checkpoint or the new one."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def complete(folder: Path) -> list[Path]:

@@ -1,9 +1,12 @@
-"""The one exception a user is meant to see, and the help it carries."""
+"""The one exception a user is meant to see, the help it carries, and the exit codes of commands."""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+import sys
+from collections.abc import Callable, Iterable
+
+from fixres_dist.files import no_room
 
 EXIT_DONE, EXIT_FAILED, EXIT_USER = 0, 1, 2
 
@@ -13,6 +16,20 @@ class UserError(Exception):
 
     Commands print it without a traceback and exit with 2.
     """
+
+
+def exit_code(work: Callable[[], int]) -> int:
+    """The exit code of a command: a mistake or a full disk is a line on stderr, all else keeps its traceback."""
+    try:
+        return work()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_USER
+    except OSError as error:
+        if not (full := no_room(error)):
+            raise
+        print(f"error: {full}. Next: make room, then the same command.", file=sys.stderr)
+        return EXIT_FAILED
 
 
 def unknown(kind: str, value: object, accepted: Iterable[str], hint: str = "") -> UserError:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,6 +20,7 @@ from fixres_dist.data import plan
 from fixres_dist.data.index import Index
 from fixres_dist.errors import UserError
 from fixres_dist.features import Loaded
+from fixres_dist.files import whole
 
 CALIBRATION_BINS = 15
 SIZE_BINS = 5
@@ -53,9 +53,8 @@ class Predictions:
 
     def save(self, path: Path, sample_list: str) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(f".{path.name}.{os.getpid()}.npz")
-        np.savez_compressed(part, sample_list=np.frombuffer(sample_list.encode(), np.uint8), **vars(self))
-        os.replace(part, path)
+        with whole(path) as part, open(part, "wb") as file:
+            np.savez_compressed(file, sample_list=np.frombuffer(sample_list.encode(), np.uint8), **vars(self))
 
     @staticmethod
     def read(path: Path) -> Predictions:

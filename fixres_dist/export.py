@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from fixres_dist import config as cfg
 from fixres_dist import models
 from fixres_dist.data import geometry
 from fixres_dist.errors import UserError
+from fixres_dist.files import whole
 
 ONNX_TOLERANCE = 1e-4  # relative to the largest logit; rounding alone stays below 1e-5
 HUB_FILES = ("README.md", "config.json", "model.safetensors")
@@ -27,17 +27,20 @@ def write_weights(model: nn.Module, file: Path, config: cfg.Config, res: int) ->
     safetensors with the model and its resolution in the header, or for `.pth` what torch.save writes.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_name(f".{file.name}.{os.getpid()}")
-    part.touch()
-    mode = part.stat().st_mode  # as the umask has it; safetensors makes its files private
     state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
-    if file.suffix == ".pth":
-        torch.save(state, part)
-    else:
-        meta = {"timm_name": config.model.timm_name, "res": str(res), "model": json.dumps(cfg.plain(config)["model"])}
-        save_file(state, part, {**meta, "format": "pt"})
-    part.chmod(mode)
-    os.replace(part, file)
+    with whole(file) as part:
+        part.touch()
+        mode = part.stat().st_mode  # as the umask has it; safetensors makes its files private
+        if file.suffix == ".pth":
+            torch.save(state, part)
+        else:
+            meta = {
+                "timm_name": config.model.timm_name,
+                "res": str(res),
+                "model": json.dumps(cfg.plain(config)["model"]),
+            }
+            save_file(state, part, {**meta, "format": "pt"})
+        part.chmod(mode)
 
 
 def interpolated(
@@ -85,9 +88,8 @@ def write_config(model: nn.Module, file: Path, config: cfg.Config, res: int, cla
     settings, _ = timm_transform(config, res)
     own.pretrained_cfg = {**own.pretrained_cfg, **dict.fromkeys(stale), **settings, "num_classes": len(classes)}
     own.pretrained_cfg["license"] = licence(config)
-    part = file.with_name(f".{file.name}.{os.getpid()}")
-    save_config_for_hf(own, part, model_config={"label_names": classes})
-    os.replace(part, file)
+    with whole(file) as part:
+        save_config_for_hf(own, part, model_config={"label_names": classes})
 
 
 def licence(config: cfg.Config) -> str | None:
@@ -114,8 +116,7 @@ def write_onnx(model: nn.Module, file: Path, res: int) -> float:
         expected = model(images)
     except (AssertionError, RuntimeError) as error:
         raise UserError(f"the model does not take {res} px: {models.first_line(error)}") from None
-    part = file.with_name(f".{file.name}.{os.getpid()}")
-    try:
+    with whole(file) as part:
         batch = ({0: "batch"},)
         torch.onnx.export(
             model, (images,), part, input_names=["images"], output_names=["logits"], dynamic_shapes=batch,
@@ -128,9 +129,6 @@ def write_onnx(model: nn.Module, file: Path, res: int) -> float:
             worst = max(worst, float((torch.from_numpy(logits) - expected[:n]).abs().max() / expected.abs().max()))
         if not worst <= ONNX_TOLERANCE:
             raise RuntimeError(f"logits of {file.name} are off by {worst:.1e} of the largest; at most {ONNX_TOLERANCE}")
-        os.replace(part, file)
-    finally:
-        part.unlink(missing_ok=True)
     return worst
 
 

@@ -26,11 +26,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fixres_dist.checkpoint import sync
 from fixres_dist.data import torch_cpu
 from fixres_dist.data.index import Index
 from fixres_dist.data.plan import Request
 from fixres_dist.data.torch_cpu import Bad
+from fixres_dist.files import whole
 from fixres_dist.rundir import write
 
 READERS, AHEAD = 4, 8  # threads, and batches that they are ahead of the loop: a read waits without Python's lock
@@ -112,11 +112,9 @@ class Store:
     def write(self, span: Span, batches: Iterable[tuple[NDArray[np.int64], list[tuple[torch.Tensor, ...]]]]) -> None:
         """Write one segment. `batches`: of consecutive samples those that could be decoded, and their features in each view,
         all of `span` together; a sample that is left out is marked."""
-        path = self.path(span)
-        part = path.with_name(f".{path.name}.{os.getpid()}")
         decoded, at, crc = np.zeros(span[1] - span[0], np.uint8), span[0], 0
         empty = bytes(self.sample_bytes - 1)
-        with open(part, "wb") as file:
+        with whole(self.path(span)) as part, open(part, "wb") as file:
 
             def put(data: bytes | memoryview) -> None:
                 nonlocal crc
@@ -135,8 +133,8 @@ class Store:
                 put(empty)
             put(decoded.data)
             file.write(crc.to_bytes(4, "little"))
-        sync(part)
-        os.replace(part, path)
+            file.flush()
+            os.fsync(file.fileno())
 
     @cached_property
     def table(self) -> list[tuple[int, FileIO, NDArray[np.uint8]]]:

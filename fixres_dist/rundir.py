@@ -24,6 +24,7 @@ from typing import Any
 
 from fixres_dist import config as cfg
 from fixres_dist.errors import UserError
+from fixres_dist.files import sync, whole
 
 STATES = ("pending", "running", "stopping", "requeued", "done", "failed", "cancelled")
 RECORDED = (
@@ -124,7 +125,10 @@ class RunDir:
                 file.write(f"{why}\nNext: {next_command}\n")
         except FileExistsError:
             return
-        self.update_state(state="failed", reason=f"{why} Next: {next_command}", final=final, eta_s=None)
+        except OSError:  # a full disk, which status sees too
+            self.failed.unlink(missing_ok=True)
+            raise
+        self.update_state(state="failed", reason=f"{why.rstrip('.')}. Next: {next_command}", final=final, eta_s=None)
         self.event("failed", reason=why)
 
     def finish(self) -> None:
@@ -210,12 +214,9 @@ def check(root: Path, config: cfg.Config) -> None:
 
 def write(path: Path, text: str) -> None:
     """By rename, so a reader sees the old text or the new one."""
-    part = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(part, "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, path)
+    with whole(path) as part:
+        part.write_text(text)
+        sync(part)
 
 
 def append(path: Path, line: dict[str, Any]) -> None:
@@ -246,15 +247,14 @@ def keep_lines(path: Path, kept: Callable[[dict[str, Any]], bool]) -> None:
 def snapshot_code(run: RunDir) -> None:
     """Copy the package, launchers and recipes that are running now to code/ (whole or not at all)."""
     source = Path(__file__).parents[1]
-    part = run.root / f".code.{os.getpid()}"
-    shutil.rmtree(part, ignore_errors=True)
+    if source.resolve() == run.code.resolve():
+        return
     ignore = shutil.ignore_patterns("__pycache__", "*.pyc")
-    for name in ("fixres_dist", "configs", "launch"):
-        if (source / name).is_dir() and source.resolve() != run.code.resolve():
-            shutil.copytree(source / name, part / name, ignore=ignore)
-    if part.exists():
+    with whole(run.code) as part:
+        for name in ("fixres_dist", "configs", "launch"):
+            if (source / name).is_dir():
+                shutil.copytree(source / name, part / name, ignore=ignore)
         shutil.rmtree(run.code, ignore_errors=True)
-        part.rename(run.code)
 
 
 def versions() -> dict[str, str | None]:

@@ -35,6 +35,7 @@ from fixres_dist import config as cfg
 from fixres_dist.data import loading
 from fixres_dist.errors import EXIT_DONE, EXIT_FAILED, EXIT_USER, UserError
 from fixres_dist.evaluate import Predictions
+from fixres_dist.files import no_room
 from fixres_dist.meter import Meter, StartUp
 from fixres_dist.precision import LossScale, sgd
 from fixres_dist.preempt import StopFlag
@@ -67,7 +68,9 @@ def run(folder: Path, flag: StopFlag | None = None) -> int:
         print(f"error: {error}", flush=True)
         return EXIT_USER
     except Exception as error:
-        lifecycle.broke(here, f"{type(error).__name__}: {error}", f"{again}   (goes on from the last checkpoint)")
+        full = no_room(error)
+        next_command = f"{'make room, then ' if full else ''}{again}   (goes on from the last checkpoint)"
+        lifecycle.broke(here, full or f"{type(error).__name__}: {error}", next_command)
         raise
 
 

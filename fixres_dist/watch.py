@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
@@ -13,6 +14,7 @@ from fixres_dist.errors import unknown
 from fixres_dist.rundir import RunDir, read_lines
 
 UNFINISHED = ("pending", "running", "stopping", "requeued")
+ROOM = 16 * 2**20  # bytes; with less, a full disk is the likely end
 GRACE_S = 60.0  # a job shows up in squeue, or leaves it, a moment before its run directory says so
 
 
@@ -87,9 +89,10 @@ def row(run: RunDir, queue: dict[str, slurm.Queued] | None) -> Row:
                 reason = "; ".join(filter(None, (reason, f"starting on {queue[job].nodes}")))
         elif time.time() - state.get("updated", 0.0) > GRACE_S or not run.is_locked():
             was, word = word, "failed"
-            reason = f"{was}, but job {job} has left the queue. Next: python launch/resume.py {run.name}"
+            reason = f"{was}, but job {job} has left the queue{room(run)}. Next: python launch/resume.py {run.name}"
     elif word in ("running", "stopping") and not job and not run.is_locked():
-        word, reason = "failed", "its process is gone. Next: the same command, it goes on from the last checkpoint"
+        word = "failed"
+        reason = f"its process is gone{room(run)}. Next: the same command, it goes on from the last checkpoint"
     step, total = int(state.get("step") or 0), state.get("total_steps")
     if word == "done" and total:
         step = total
@@ -109,6 +112,12 @@ def row(run: RunDir, queue: dict[str, slurm.Queued] | None) -> Row:
         job_id=state.get("job_id"),
         last_log_age_s=log_age(run),
     )
+
+
+def room(run: RunDir) -> str:
+    """A full disk in words: what ended there could not write why."""
+    free = shutil.disk_usage(run.root).free
+    return f"; {free / 2**20:.1f} MiB are free where {run.root} is: make room first" if free < ROOM else ""
 
 
 def log_age(run: RunDir) -> float | None:

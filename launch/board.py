@@ -13,7 +13,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from fixres_dist import watch
-from fixres_dist.errors import EXIT_DONE, EXIT_USER, UserError
+from fixres_dist.errors import EXIT_DONE, UserError, exit_code
 
 
 def main() -> int:
@@ -22,33 +22,33 @@ def main() -> int:
     p.add_argument("--runs-dir", type=Path, default=Path("runs"))
     p.add_argument("--port", default="6006")
     args = p.parse_args()
-    try:
-        if importlib.util.find_spec("tensorboard") is None:
-            raise UserError("tensorboard is not installed. Next: make setup")
-        runs = [watch.find(name, args.runs_dir) for name in args.names] or watch.every(args.runs_dir)
-        if not runs:
-            raise UserError(f"no runs in {args.runs_dir}. Next: --runs-dir DIR")
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_USER
+    return exit_code(lambda: board(args))
+
+
+def board(args: argparse.Namespace) -> int:
+    if importlib.util.find_spec("tensorboard") is None:
+        raise UserError("tensorboard is not installed. Next: make setup")
+    runs = [watch.find(name, args.runs_dir) for name in args.names] or watch.every(args.runs_dir)
+    if not runs:
+        raise UserError(f"no runs in {args.runs_dir}. Next: --runs-dir DIR")
     # A folder of links: one log directory whose runs carry the run names, and not the other files beside tb/.
     with tempfile.TemporaryDirectory(prefix="fixres-board-") as folder:
         for run in runs:
             (Path(folder) / run.name).symlink_to((run.root / "tb").resolve())
         print(f"TensorBoard of {', '.join(run.name for run in runs)}; Ctrl-C ends it", flush=True)
         command = [sys.executable, "-m", "tensorboard.main", "--logdir", folder, "--port", args.port]
-        board = subprocess.Popen(command)
+        server = subprocess.Popen(command)
         stopped = False
 
         def stop(*_: object) -> None:
             nonlocal stopped
             stopped = True
-            board.terminate()
+            server.terminate()
 
         # Handlers of our own, since a shell starts background commands with SIGINT ignored; TensorBoard never outlives us.
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, stop)
-        code = board.wait()
+        code = server.wait()
         return EXIT_DONE if stopped else code
 
 

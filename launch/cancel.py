@@ -14,7 +14,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from fixres_dist import slurm, watch
-from fixres_dist.errors import EXIT_DONE, EXIT_FAILED, EXIT_USER, UserError
+from fixres_dist.errors import EXIT_DONE, EXIT_FAILED, UserError, exit_code
 from fixres_dist.rundir import RunDir
 
 WAIT_S = 120.0  # Slurm kills what has not left after KillWait, 30 s by default
@@ -25,11 +25,7 @@ def main() -> int:
     p.add_argument("names", nargs="+", metavar="NAME")
     p.add_argument("--runs-dir", type=Path, default=Path("runs"))
     args = p.parse_args()
-    try:
-        return max([cancel(run) for run in [watch.find(name, args.runs_dir) for name in args.names]])
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_USER
+    return exit_code(lambda: max([cancel(run) for run in [watch.find(name, args.runs_dir) for name in args.names]]))
 
 
 def cancel(run: RunDir) -> int:

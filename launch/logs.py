@@ -10,7 +10,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from fixres_dist import watch
-from fixres_dist.errors import EXIT_DONE, EXIT_USER, UserError
+from fixres_dist.errors import EXIT_DONE, UserError, exit_code
 from fixres_dist.rundir import RunDir
 
 
@@ -22,16 +22,12 @@ def main() -> int:
     p.add_argument("--runs-dir", type=Path, default=Path("runs"))
     args = p.parse_args()
     try:
-        show(watch.find(args.name, args.runs_dir), args.rank, args.follow)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_USER
+        return exit_code(lambda: show(watch.find(args.name, args.runs_dir), args.rank, args.follow))
     except (KeyboardInterrupt, BrokenPipeError):
-        pass
-    return EXIT_DONE
+        return EXIT_DONE
 
 
-def show(run: RunDir, rank: int, follow: bool) -> None:
+def show(run: RunDir, rank: int, follow: bool) -> int:
     """Both streams of a rank, what was written meanwhile included; over requeues, whose logs are appended."""
     shown: dict[Path, int] = {}
     told_waiting = False
@@ -54,7 +50,7 @@ def show(run: RunDir, rank: int, follow: bool) -> None:
                     out.flush()
                     shown[file] = text.tell()
         if ended or not follow:
-            return
+            return EXIT_DONE
         time.sleep(1)
 
 

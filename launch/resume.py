@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from fixres_dist import cluster, rundir, watch
 from fixres_dist import config as cfg
-from fixres_dist.errors import EXIT_DONE, EXIT_USER, UserError
+from fixres_dist.errors import EXIT_DONE, UserError, exit_code
 from launch import submit
 
 
@@ -26,11 +26,7 @@ def main() -> int:
     p.add_argument("--runs-dir", type=Path, default=Path("runs"))
     p.add_argument("overrides", nargs="*", metavar="section.key=value", help="such as cluster.exclude=n7")
     args = p.parse_intermixed_args()
-    try:
-        return resume(watch.find(args.name, args.runs_dir), args)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_USER
+    return exit_code(lambda: resume(watch.find(args.name, args.runs_dir), args))
 
 
 def resume(run: rundir.RunDir, args: argparse.Namespace) -> int:

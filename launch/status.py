@@ -11,7 +11,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from fixres_dist import watch
-from fixres_dist.errors import EXIT_DONE, EXIT_USER, UserError
+from fixres_dist.errors import EXIT_DONE, exit_code
 
 
 def main() -> int:
@@ -23,22 +23,23 @@ def main() -> int:
     p.add_argument("--every", type=float, default=10.0, metavar="S", help="for --watch; default: 10")
     args = p.parse_args()
     try:
-        while True:
-            runs = [watch.find(name, args.runs_dir) for name in args.names] or watch.every(args.runs_dir)
-            rows = watch.rows(runs)
-            if args.json:
-                print(json.dumps([row.as_dict() for row in rows], indent=1), flush=True)
-            else:
-                clear = "\033[2J\033[H" if args.watch and sys.stdout.isatty() else ""
-                print(clear + watch.table(rows) if rows else f"no runs in {args.runs_dir}", flush=True)
-            if not args.watch or not any(row.state in watch.UNFINISHED for row in rows):
-                return EXIT_DONE
-            time.sleep(max(1.0, args.every))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_USER
+        return exit_code(lambda: show(args))
     except KeyboardInterrupt:
         return EXIT_DONE
+
+
+def show(args: argparse.Namespace) -> int:
+    while True:
+        runs = [watch.find(name, args.runs_dir) for name in args.names] or watch.every(args.runs_dir)
+        rows = watch.rows(runs)
+        if args.json:
+            print(json.dumps([row.as_dict() for row in rows], indent=1), flush=True)
+        else:
+            clear = "\033[2J\033[H" if args.watch and sys.stdout.isatty() else ""
+            print(clear + watch.table(rows) if rows else f"no runs in {args.runs_dir}", flush=True)
+        if not args.watch or not any(row.state in watch.UNFINISHED for row in rows):
+            return EXIT_DONE
+        time.sleep(max(1.0, args.every))
 
 
 if __name__ == "__main__":

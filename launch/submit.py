@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from fixres_dist import cluster, planning, recipes, rundir, slurm
 from fixres_dist import config as cfg
-from fixres_dist.errors import EXIT_DONE, EXIT_USER, UserError
+from fixres_dist.errors import EXIT_DONE, UserError, exit_code
 
 EXAMPLES = """\
 examples:
@@ -76,11 +76,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     args = parser().parse_intermixed_args(argv)
-    try:
-        return list_recipes() if args.list else submit(args)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_USER
+    return exit_code(lambda: list_recipes() if args.list else submit(args))
 
 
 def list_recipes() -> int:

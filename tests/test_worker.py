@@ -196,7 +196,7 @@ def test_the_first_failure_is_the_one_that_is_told(tmp_path: Path) -> None:
     here.fail("disk full", "make room")
     here.fail("connection closed by peer", "try again")
     assert here.failed.read_text() == "disk full\nNext: make room\n"
-    assert here.state()["reason"] == "disk full Next: make room"
+    assert here.state()["reason"] == "disk full. Next: make room"
 
 
 def test_lines_beyond_the_checkpoint_are_dropped_and_torn_ones_ignored(tmp_path: Path) -> None:

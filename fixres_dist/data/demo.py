@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFilter
 
 from fixres_dist.errors import UserError
+from fixres_dist.files import whole
 
 Array = NDArray[np.floating[Any]]
 Colour = tuple[int, int, int]
@@ -124,9 +125,8 @@ def _write_picture(root: Path, seed: int, job: Job) -> None:
     path = root / _name(job)
     if path.exists():
         return
-    unfinished = root / f"{split}-{index}-{os.getpid()}.part"
-    draw(index % len(CLASSES), _generator(seed, job)).save(unfinished, format="JPEG", quality=90)
-    unfinished.replace(path)
+    with whole(path) as part:
+        draw(index % len(CLASSES), _generator(seed, job)).save(part, format="JPEG", quality=90)
 
 
 def _name(job: Job) -> str:
@@ -144,9 +144,8 @@ def _write_sizes(root: Path, spec: dict[str, int]) -> None:
     for job in ((split, index) for split in SPLITS for index in range(spec[split])):
         width, height, radius = _layout(_generator(spec["seed"], job))
         lines.append(f"{_name(job)},{2 * radius / min(width, height):.4f}")
-    unfinished = root / f"{SIZES}-{os.getpid()}.part"
-    unfinished.write_text("\n".join(lines) + "\n")
-    unfinished.replace(root / SIZES)
+    with whole(root / SIZES) as part:
+        part.write_text("\n".join(lines) + "\n")
 
 
 def _layout(rng: np.random.Generator) -> tuple[int, int, float]:

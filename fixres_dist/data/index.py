@@ -6,6 +6,7 @@ agrees on the view of a sample before anything is decoded. No torch: the launche
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
@@ -26,6 +27,7 @@ from numpy.typing import NDArray
 from fixres_dist.data.headers import encoded_size, header_size
 from fixres_dist.data.listing import EXTENSIONS, class_names, directories, image_names, walk
 from fixres_dist.errors import UserError
+from fixres_dist.files import whole
 
 FORMAT = 2  # of the cached arrays
 OPEN_SHARDS = 128  # tar files kept open per process: an open is a round trip to the metadata server
@@ -272,17 +274,14 @@ def scan(folder: Path, kept: Path, cached: tuple[Index, dict[str, Any]] | None, 
 
 def keep(index: Index, meta: dict[str, Any], kept: Path) -> None:
     """Write the cache by rename; a cache that cannot be written only costs the next scan."""
-    part = kept.with_name(f".{kept.stem}.{os.getpid()}.npz")
     text = json.dumps({"format": FORMAT, "classes": index.classes, **meta}).encode()
     arrays: dict[str, NDArray[Any]] = {"ends": index.ends, "labels": index.labels, "sizes": index.sizes}
     if index.places is not None:
         arrays["places"] = index.places
-    try:
+    with contextlib.suppress(OSError):
         kept.parent.mkdir(parents=True, exist_ok=True)
-        np.savez(part, meta=np.frombuffer(text, np.uint8), text=np.frombuffer(index.text, np.uint8), **arrays)  # type: ignore[arg-type]
-        os.replace(part, kept)
-    except OSError:
-        part.unlink(missing_ok=True)
+        with whole(kept) as part, open(part, "wb") as file:
+            np.savez(file, meta=np.frombuffer(text, np.uint8), text=np.frombuffer(index.text, np.uint8), **arrays)  # type: ignore[arg-type]
 
 
 def recheck(index: Index) -> tuple[Index, dict[int, str]]:

@@ -22,6 +22,7 @@ from fixres_dist.data.headers import encoded_size
 from fixres_dist.data.index import Index, Progress
 from fixres_dist.data.listing import EXTENSIONS, class_names, walk
 from fixres_dist.errors import UserError
+from fixres_dist.files import sync, whole
 from fixres_dist.rundir import write
 
 CLASSES, INDEX = "classes.json", "index.npz"
@@ -75,8 +76,7 @@ def write_shards(index: Index, out: Path, samples_per_shard: int, progress: Prog
 
 
 def write_tar(index: Index, samples: list[int], shard: Path) -> None:
-    part = shard.with_name(f".{shard.name}.{os.getpid()}")
-    try:
+    with whole(shard) as part:
         with tarfile.open(part, "w", format=tarfile.PAX_FORMAT) as tar:
             for sample in samples:
                 try:
@@ -90,11 +90,7 @@ def write_tar(index: Index, samples: list[int], shard: Path) -> None:
                     entry = tarfile.TarInfo(member)
                     entry.size = len(content)
                     tar.addfile(entry, io.BytesIO(content))
-        with open(part, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(part, shard)
-    finally:
-        part.unlink(missing_ok=True)
+        sync(part)
 
 
 def label_name(name: str) -> str:

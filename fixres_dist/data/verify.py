@@ -11,6 +11,7 @@ import torch
 
 from fixres_dist.data.index import Index, Progress
 from fixres_dist.data.torch_cpu import Bad, Undecodable, load, start_worker
+from fixres_dist.files import whole
 
 CHUNK = 64  # samples a worker takes at a time
 
@@ -53,6 +54,5 @@ def write_deny_list(path: Path, found: dict[str, list[tuple[str, str]]]) -> None
     lines = ["# files that cannot be decoded; used by data.deny_list"]
     for split, entries in found.items():
         lines += [f"{split}/{name}\t{' '.join(reason.split())}" for name, reason in entries]
-    part = path.with_name(f".{path.name}.{os.getpid()}")
-    part.write_bytes(b"".join(os.fsencode(line) + b"\n" for line in lines))
-    os.replace(part, path)
+    with whole(path) as part:
+        part.write_bytes(b"".join(os.fsencode(line) + b"\n" for line in lines))
