@@ -121,12 +121,11 @@ def _run(work: Callable[[Job], None], jobs: list[Job], workers: int | None) -> I
 
 
 def _write_picture(root: Path, seed: int, job: Job) -> None:
-    split, index = job
     path = root / _name(job)
     if path.exists():
         return
     with whole(path) as part:
-        draw(index % len(CLASSES), _generator(seed, job)).save(part, format="JPEG", quality=90)
+        draw(job[1] % len(CLASSES), _generator(seed, job)).save(part, format="JPEG", quality=90)
 
 
 def _name(job: Job) -> str:
