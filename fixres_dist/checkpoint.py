@@ -127,7 +127,6 @@ def write(folder: Path, tensors: Tensors, progress: Progress, fingerprint: dict[
         )
         for file in part.iterdir():
             sync(file)
-        shutil.rmtree(final, ignore_errors=True)
     sync(folder)
     prune(folder, progress.best_step)
 

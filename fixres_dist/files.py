@@ -24,6 +24,8 @@ def whole(path: Path) -> Iterator[Path]:
     remove(part)
     try:
         yield part
+        if part.is_dir():
+            remove(path)  # a rename takes the place of a file, not of a folder with something in it
         os.replace(part, path)
     except BaseException as error:
         remove(part)
@@ -50,8 +52,8 @@ def full(error: BaseException) -> int:
 
 def no_room(error: BaseException) -> str:
     """`no space is left on the disk: PATH` if that is what `error` says, else an empty text."""
-    path = getattr(error, "filename", None)
-    return FULL.get(full(error), "") + (f": {path}" if full(error) and path else "")
+    number, path = full(error), getattr(error, "filename", None)
+    return FULL.get(number, "") + (f": {path}" if number and path else "")
 
 
 def sync(path: Path) -> None:

@@ -254,7 +254,6 @@ def snapshot_code(run: RunDir) -> None:
         for name in ("fixres_dist", "configs", "launch"):
             if (source / name).is_dir():
                 shutil.copytree(source / name, part / name, ignore=ignore)
-        shutil.rmtree(run.code, ignore_errors=True)
 
 
 def versions() -> dict[str, str | None]:

@@ -14,7 +14,7 @@ from fixres_dist.errors import unknown
 from fixres_dist.rundir import RunDir, read_lines
 
 UNFINISHED = ("pending", "running", "stopping", "requeued")
-ROOM = 16 * 2**20  # bytes; with less, a full disk is the likely end
+FULL_BELOW = 16 * 2**20  # bytes; with less, a full disk is the likely end
 GRACE_S = 60.0  # a job shows up in squeue, or leaves it, a moment before its run directory says so
 
 
@@ -117,7 +117,7 @@ def row(run: RunDir, queue: dict[str, slurm.Queued] | None) -> Row:
 def room(run: RunDir) -> str:
     """A full disk in words: what ended there could not write why."""
     free = shutil.disk_usage(run.root).free
-    return f"; {free / 2**20:.1f} MiB are free where {run.root} is: make room first" if free < ROOM else ""
+    return f"; {free / 2**20:.1f} MiB are free where {run.root} is: make room first" if free < FULL_BELOW else ""
 
 
 def log_age(run: RunDir) -> float | None:

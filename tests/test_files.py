@@ -40,7 +40,9 @@ def test_a_file_is_there_whole_or_as_it_was(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [file]
 
 
-def test_what_a_killed_writer_left_is_no_part_of_a_folder(tmp_path: Path) -> None:
+def test_what_a_killed_writer_or_an_older_one_left_is_no_part_of_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "step").mkdir()
+    (tmp_path / "step" / "older").touch()
     left = tmp_path / f".step.{os.getpid()}"
     left.mkdir()
     (left / "stale").touch()

@@ -148,4 +148,5 @@ def test_freed_memory_is_used_again() -> None:
     assert main < pages / 10
     assert thread < pages / 10
     assert released > pages / 2
-    assert min(faults()) > pages / 2
+    main, thread, _ = faults()
+    assert min(main, thread) > 10 * pages / 2
