@@ -38,7 +38,7 @@ def resize_as_pillow(
 def scaled_lines(image: torch.Tensor, axis: int, size: int, wanted: range, interpolation: str) -> torch.Tensor:
     """The `wanted` lines of uint8 [3, height, width] scaled to `size` along `axis` (0: height, 1: width)."""
     taps = filter_taps(image.shape[axis + 1], size, wanted, interpolation)
-    weights, lines = torch.frombuffer(taps.memory, dtype=torch.float32).view(2, -1, taps.count)
+    weights, lines = torch.frombuffer(taps.memory, dtype=torch.float32).view(2, -1, taps.per_line)
     needed = image.narrow(axis + 1, taps.first, taps.last - taps.first).permute((1, 0, 2) if axis == 0 else (2, 0, 1))
     table = torch.from_numpy(np.ascontiguousarray(needed.numpy())).flatten(1).float()
     sums = embedding_bag(lines.view(torch.int32), table, per_sample_weights=weights, mode="sum")
@@ -50,12 +50,15 @@ def scaled_lines(image: torch.Tensor, axis: int, size: int, wanted: range, inter
 
 
 class Taps(NamedTuple):
-    """Which input lines make n output lines, and by how much."""
+    """Which input lines make n output lines, and by how much.
 
-    memory: mmap.mmap  # weights, fp32 [2 n, count], upper bits before lower ones; then the lines from `first` on, int32
-    count: int
+    `memory`: weights, fp32 [2 n, per_line], upper bits before lower ones; then their lines, counted from `first`, int32.
+    """
+
+    memory: mmap.mmap
+    per_line: int
     first: int
-    last: int  # the line after the last one
+    last: int  # the line after the last one needed
 
 
 # An eighth of a picture's time without the cache; 512 hold random_resized_crop's windows of ImageNet in 13 MB.
