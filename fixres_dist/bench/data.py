@@ -88,9 +88,9 @@ def measure(loader: str, case: Case, root: Path, images: int, workers: int) -> I
         for batch in start(loader, case, samples, chosen, workers):
             seen += len(batch)
         del batch
-        collecting = time.process_time()
+        idle = time.process_time()
         gc.collect()  # ends the worker processes; going through all of torch takes 0.2 s of CPU that no loader causes
-        collecting = time.process_time() - collecting
+        collecting = time.process_time() - idle
         if seen != images and loader != "torch alone":
             raise RuntimeError(f"{loader} made {seen} pictures of {images}")
         used, took = turns.cpu_seconds() - before - collecting, time.monotonic() - started - collecting
