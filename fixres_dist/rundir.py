@@ -35,6 +35,7 @@ RECORDED = (
     "tensorboard",
     "nvidia-dali-cuda130",
     "numpy",
+    "numba",
     "pillow",
     "safetensors",
 )

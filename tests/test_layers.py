@@ -25,6 +25,7 @@ ONE_HOME = {
     "matplotlib": "figures",
     "nvidia": "data.dali",
     "apex": "precision",
+    "numba": "data.pixels",
     "onnx": "export",
     "onnxruntime": "export",
     "onnxscript": "export",

@@ -26,7 +26,7 @@ from fixres_dist.data import headers
 from fixres_dist.data.geometry import Resize, View, vertical_first
 from fixres_dist.data.index import Index
 from fixres_dist.data.plan import Request
-from fixres_dist.data.torch_cpu import Bad, Batch, Undecodable, jitter, load, rows
+from fixres_dist.data.torch_cpu import Bad, Batch, Undecodable, load, rows
 
 READ_AHEAD = 2  # requests being read beyond those in the pipeline
 INTERPOLATION = {"bilinear": types.INTERP_LINEAR, "bicubic": types.INTERP_CUBIC}
@@ -90,7 +90,7 @@ def window(view: View, res: int, two_passes: bool) -> tuple[tuple[float, float],
     box, place = ((y, x), (h, w)), (-gap[0], -gap[1])
     if not two_passes:
         return (*box, shown, (top, left), (bottom, right), shown, (0, 0), shown, place)
-    if vertical_first(view, res):
+    if vertical_first(view):
         return (*box, (shown[0], w), (top, 0), (bottom, w), shown, (0, left), (shown[0], right), place)
     return (*box, (h, shown[1]), (0, left), (h, right), shown, (top, 0), (bottom, shown[1]), place)
 
@@ -210,13 +210,9 @@ def batches(
                 continue
             part, good, bad = running.popleft()
             images = pictures(output, len(good), settings.device_id)
-            factors = torch.tensor([part.request.views[row].jitter for row in good]).view(-1, 3)
-            if images.is_cuda:
-                images = jitter(images, factors.to(images.device))
-            else:
-                for image, row in zip(images, factors, strict=True):  # one at a time stays in the cache
-                    if bool((row != 1).any()):
-                        image.copy_(jitter(image[None], row[None])[0])
+            factors = [part.request.views[row].jitter for row in good]
+            if any(row != (1.0, 1.0, 1.0) for row in factors):
+                images = jittered(images, factors)
             yield Batch(images, *rows(index, part.request.samples[good]), tuple(bad))
 
 
@@ -229,3 +225,34 @@ def pictures(output: Any, count: int, device_id: int | None) -> torch.Tensor:
         images = torch.empty(dense.shape(), dtype=torch.uint8, device=torch.device("cuda", device_id))
         feed_ndarray(dense, images, cuda_stream=torch.cuda.current_stream(images.device))
     return images[:count].permute(0, 3, 1, 2)
+
+
+def jittered(images: torch.Tensor, factors: list[tuple[float, float, float]]) -> torch.Tensor:
+    """Each of uint8 [n, 3, h, w] with its own brightness, contrast and saturation, in this order; on a CPU in place."""
+    if images.is_cuda:
+        return jittered_as_tensors(images, torch.tensor(factors, device=images.device))
+    from fixres_dist.data import pixels
+
+    for image, row in zip(images, factors, strict=True):
+        pixels.jitter(image, row)
+    return images
+
+
+def jittered_as_tensors(images: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
+    """What `pixels.jitter` does, to the same bits, on any device: uint8 [n, 3, h, w], by `factors` [n, 3].
+
+    Every step truncates to whole numbers as PIL does, in fp32, which holds all of them exactly; torchvision's own tensor
+    version rounds otherwise and is a grey level off for strong factors.
+    """
+    brightness, contrast, saturation = factors.float().view(-1, 3, 1, 1, 1).unbind(1)
+    x = images.float().mul_(brightness).clamp_(0, 255).floor_()
+    mean = grey(x).mean((1, 2, 3), keepdim=True, dtype=torch.float64).add_(0.5).floor_().float()
+    x = x.sub_(mean).mul_(contrast).add_(mean).clamp_(0, 255).floor_()
+    base = grey(x)
+    return x.sub_(base).mul_(saturation).add_(base).clamp_(0, 255).to(torch.uint8)
+
+
+def grey(x: torch.Tensor) -> torch.Tensor:
+    """PIL's convert("L") of whole numbers in fp32 [n, 3, h, w]: [n, 1, h, w]."""
+    r, g, b = x.unbind(1)
+    return (r * 19595).add_(g, alpha=38470).add_(b, alpha=7471).add_(32768).div_(65536).floor_()[:, None]

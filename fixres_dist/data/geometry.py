@@ -68,14 +68,13 @@ def centre(outer: int, inner: int) -> int:
     return round((outer - inner) / 2) if outer >= inner else -((inner - outer) // 2)
 
 
-def vertical_first(view: View, res: int) -> bool:
+def vertical_first(view: View) -> bool:
     """Which axis is scaled first; between the two, pixels are rounded to 8 bits, so the order shows in the last digit.
 
-    Pillow's rule since 13: vertically first when the height shrinks by over twice as many pixels as the width. And where
-    a very flat photograph would otherwise blow up to gigabytes before its crop is taken.
+    Pillow's rule since 13: vertically first when the height shrinks by over twice as many pixels as the width.
     """
     (_, _, h, w), (oh, ow) = view.box, view.size
-    return (h > oh and h - oh > 2 * (w - ow)) or oh > 32 * res
+    return h > oh and h - oh > 2 * (w - ow)
 
 
 def test_view(height: int, width: int, res: int, resize: Resize) -> View:
