@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-
 import numpy as np
 import pictures as p
 import pytest
 import torch
-from conftest import ROOT, environment
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -81,19 +77,3 @@ def test_jitter_equals_pils(factors: tuple[float, float, float]) -> None:
         ours = np.array(image)
         pixels.jitter(tensor(ours), factors)
         assert np.array_equal(ours, p.expected(image, view, 80, "bilinear"))
-
-
-def test_works_where_compiled_code_cannot_be_kept() -> None:
-    """A container without a home directory: numba refuses to cache, and the pictures are made all the same."""
-    script = """
-import torch
-from numba.core import caching
-caching.CacheImpl._locator_classes = []
-from fixres_dist.data import pixels
-print(pixels.resize(torch.full((3, 4, 4), 7, dtype=torch.uint8), (2, 2), [range(2)] * 2, False, "bicubic").unique())
-print(type(pixels.filter_taps._cache).__name__)
-"""
-    done = subprocess.run(
-        [sys.executable, "-c", script], check=True, capture_output=True, text=True, env=environment(), cwd=ROOT
-    )
-    assert done.stdout.split("\n")[:2] == ["tensor([7], dtype=torch.uint8)", "NullCache"]

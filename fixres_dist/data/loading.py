@@ -27,7 +27,7 @@ L = TypeVar("L", bound=Loaded)
 
 
 def choose(setting: str, device: torch.device) -> tuple[str, str]:
-    """(backend, why). On a CPU torch needs a third to nine tenths of DALI's CPU time (bench data)."""
+    """(backend, why). On a CPU torch needs a third to three quarters of DALI's CPU time (bench data)."""
     if setting != "auto":
         return setting, f"data.backend={setting}"
     return ("dali", "decoding on the GPU") if device.type == "cuda" else ("torch", "the faster one on a CPU")
