@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from fixres_dist.data import dali, geometry, index, plan
+from fixres_dist.data import dali, geometry, index, pixels, plan
 
 RULES = ("fixefficientnet", "fixres", "fixres_height", "timm")
 # 108 photographs; every rule and transform at 224, fewer at the larger sizes, where a picture takes PIL 30 ms.
@@ -62,15 +62,18 @@ def test_flips_and_shifts_are_the_same_in_both_backends(samples: index.Index) ->
         assert mirrored.min() > 3, "the photographs must differ from their mirror image, or this shows nothing"
 
 
-def test_a_gpus_jitter_is_a_cpus() -> None:
-    """A batch at once, in tensors, for any strength and layout; tests/test_pixels.py holds the CPU's against PIL."""
+def test_dalis_jitter_is_the_torch_backends() -> None:
+    """Any strength and layout, picture by picture or, as on a GPU, a batch at once; tests/test_pixels.py holds it to PIL's."""
     images = torch.randint(0, 256, (40, 3, 20, 30), dtype=torch.uint8)
     images[0], images[1] = 0, 255
     factors = torch.rand(40, 3) * 0.6 + 0.7
     want = images.contiguous(memory_format=torch.channels_last)
-    dali.jittered(want, [tuple(row) for row in factors.tolist()])
-    assert torch.equal(dali.jittered_as_tensors(images, factors), want)
-    assert torch.equal(dali.jittered_as_tensors(images.contiguous(memory_format=torch.channels_last), factors), want)
+    for image, row in zip(want, factors.tolist(), strict=True):
+        pixels.jitter(image, tuple(row))
+    for given in (images, images.contiguous(memory_format=torch.channels_last)):
+        for made in (dali.jitter(given, factors), dali.jittered(given, factors)):
+            assert torch.equal(made, want)
+            assert made.is_contiguous(memory_format=torch.channels_last)
 
 
 def test_batches_of_any_size_and_none(samples: index.Index) -> None:

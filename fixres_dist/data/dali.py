@@ -212,7 +212,7 @@ def batches(
             images = pictures(output, len(good), settings.device_id)
             factors = [part.request.views[row].jitter for row in good]
             if any(row != (1.0, 1.0, 1.0) for row in factors):
-                images = jittered(images, factors)
+                images = jittered(images, torch.tensor(factors, device=images.device))
             yield Batch(images, *rows(index, part.request.samples[good]), tuple(bad))
 
 
@@ -227,29 +227,30 @@ def pictures(output: Any, count: int, device_id: int | None) -> torch.Tensor:
     return images[:count].permute(0, 3, 1, 2)
 
 
-def jittered(images: torch.Tensor, factors: list[tuple[float, float, float]]) -> torch.Tensor:
-    """Each of uint8 [n, 3, h, w] with its own brightness, contrast and saturation, in this order; on a CPU in place."""
+def jittered(images: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
+    """uint8 [n, 3, h, w], each with its own row of `factors` [n, 3]; channels last in memory."""
     if images.is_cuda:
-        return jittered_as_tensors(images, torch.tensor(factors, device=images.device))
-    from fixres_dist.data import pixels
-
-    for image, row in zip(images, factors, strict=True):
-        pixels.jitter(image, row)
-    return images
+        return jitter(images, factors)
+    # One at a time stays in the cache.
+    return torch.cat([jitter(image[None], row[None]) for image, row in zip(images, factors, strict=True)])
 
 
-def jittered_as_tensors(images: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
-    """What `pixels.jitter` does, to the same bits, on any device: uint8 [n, 3, h, w], by `factors` [n, 3].
+def jitter(images: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
+    """Brightness, contrast and saturation of uint8 [n, 3, h, w] by `factors` [n, 3], in this order; the same as PIL's.
 
-    Every step truncates to whole numbers as PIL does, in fp32, which holds all of them exactly; torchvision's own tensor
-    version rounds otherwise and is a grey level off for strong factors.
+    What `pixels.jitter` does, for a whole batch on any device: every step truncates to whole numbers, in fp32, which holds
+    all of them exactly. torchvision's own tensor version rounds otherwise and is a grey level off for strong factors.
     """
     brightness, contrast, saturation = factors.float().view(-1, 3, 1, 1, 1).unbind(1)
-    x = images.float().mul_(brightness).clamp_(0, 255).floor_()
+    # A plane a colour: `grey` reads them twice as fast as channels last.
+    x = images.to(torch.float32, memory_format=torch.contiguous_format)
+    x = x.mul_(brightness).clamp_(0, 255).floor_()
     mean = grey(x).mean((1, 2, 3), keepdim=True, dtype=torch.float64).add_(0.5).floor_().float()
     x = x.sub_(mean).mul_(contrast).add_(mean).clamp_(0, 255).floor_()
     base = grey(x)
-    return x.sub_(base).mul_(saturation).add_(base).clamp_(0, 255).to(torch.uint8)
+    x = x.sub_(base).mul_(saturation).add_(base).clamp_(0, 255)
+    # By way of int32, because torch casts float to uint8 value by value.
+    return x.contiguous(memory_format=torch.channels_last).to(torch.int32).to(torch.uint8)
 
 
 def grey(x: torch.Tensor) -> torch.Tensor:
