@@ -4,7 +4,7 @@ Resize: an output line is a weighted sum of input lines, by whole weights of 22 
 fast, but one value in 250 is a grey level off, and jitter makes four levels of it. Jitter: a third of the time of
 whole-picture operations in torch, whose temporaries leave the caches.
 
-Importing this module compiles it, in a second: it is imported where pictures are made, before the processes that make
+Importing this module compiles it, in 2 s: it is imported where pictures are made, before the processes that make
 them are forked. numba's files of compiled code are not used: nodes of several kinds that start together on a shared
 folder can be left with each other's instructions.
 """
@@ -56,20 +56,8 @@ def resize(
 
 def jitter(image: torch.Tensor, factors: tuple[float, float, float]) -> None:
     """Brightness, contrast and saturation of uint8 [3, height, width], channels last in memory, in this order, in place."""
-    if factors == (1.0, 1.0, 1.0):
-        return
-    pixels = image.permute(1, 2, 0).numpy()
-    brightness, contrast, saturation = (np.float32(factor) for factor in factors)
-    # Brightness and contrast map 256 values; between them stands the whole picture's mean, so it is read twice.
-    table = blended(np.arange(256), 0, brightness)
-    mean = math.floor(grey_total(pixels, table) / (pixels.shape[0] * pixels.shape[1]) + 0.5)
-    saturate(pixels, blended(table, mean, contrast), saturation)
-
-
-def blended(values: NDArray[Any], base: int, factor: np.float32) -> Bytes:
-    """Pillow's blend: away from `base` by a factor, in fp32, truncated and clipped to 8 bits."""
-    base32 = np.float32(base)
-    return np.clip((values.astype(np.float32) - base32) * factor + base32, 0, 255).astype(np.uint8)
+    if factors != (1.0, 1.0, 1.0):
+        adjust(image.permute(1, 2, 0).numpy(), *factors)
 
 
 def filter_taps(length: int, size: int, lines: range, cubic: bool) -> Taps:
@@ -85,24 +73,15 @@ def filter_taps(length: int, size: int, lines: range, cubic: bool) -> Taps:
 def scaled_height(pixels: Bytes, taps: Taps) -> Bytes:
     """uint8 [height, width, 3] to as many rows as `taps` has."""
     source = np.ascontiguousarray(pixels).reshape(len(pixels), -1)
-    return weighted(source, taps).reshape(-1, *pixels.shape[1:])
+    made = np.empty((len(taps.begin), *pixels.shape[1:]), np.uint8)
+    weighted_sums(source, taps.begin, taps.weights, made.reshape(len(made), -1))
+    return made
 
 
 def scaled_width(pixels: Bytes, taps: Taps) -> Bytes:
     """uint8 [height, width, 3] to as many columns as `taps` has."""
     made = np.empty((len(pixels), len(taps.begin), 3), np.uint8)
-    for top in range(0, len(pixels), BAND):
-        band = pixels[top : top + BAND]
-        upright = np.empty((band.shape[1], 3 * len(band)), np.uint8)
-        lay_columns_out(band, upright)
-        lay_rows_out(weighted(upright, taps), made[top : top + BAND])
-    return made
-
-
-def weighted(source: Bytes, taps: Taps) -> Bytes:
-    """uint8 [lines, bytes] to as many lines as `taps` has."""
-    made = np.empty((len(taps.begin), source.shape[1]), np.uint8)
-    weighted_sums(source, taps.begin, taps.weights, np.empty(source.shape[1], np.int32), made)
+    sideways_sums(pixels, taps.begin, taps.weights, made)
     return made
 
 
@@ -155,9 +134,10 @@ def to_bytes(sums: Any, line: Any) -> None:
         line[i] = 0 if value < 0 else 255 if value > 255 else value
 
 
-@compiled("void(uint8[:, ::1], int64[::1], int32[:, ::1], int32[::1], uint8[:, ::1])")
-def weighted_sums(source: Any, begin: Any, weights: Any, sums: Any, made: Any) -> None:
+@compiled("void(uint8[:, ::1], int64[::1], int32[:, ::1], uint8[:, ::1])")
+def weighted_sums(source: Any, begin: Any, weights: Any, made: Any) -> None:
     """Each line of `made` [n, bytes] from those of `source` [lines, bytes] that its weights name."""
+    sums = np.empty(made.shape[1], np.int32)
     for k in range(len(begin)):
         for i in range(len(sums)):
             sums[i] = HALF
@@ -167,22 +147,23 @@ def weighted_sums(source: Any, begin: Any, weights: Any, sums: Any, made: Any) -
         to_bytes(sums, made[k])
 
 
-@compiled("void(uint8[:, :, :], uint8[:, ::1])")
-def lay_columns_out(pixels: Any, upright: Any) -> None:
-    """[height, width, 3] to [width, height * 3]: a line for each column."""
-    for y in range(pixels.shape[0]):
-        for x in range(pixels.shape[1]):
-            for c in range(3):
-                upright[x, 3 * y + c] = pixels[y, x, c]
-
-
-@compiled("void(uint8[:, ::1], uint8[:, :, ::1])")
-def lay_rows_out(upright: Any, pixels: Any) -> None:
-    """And back."""
-    for y in range(pixels.shape[0]):
-        for x in range(pixels.shape[1]):
-            for c in range(3):
-                pixels[y, x, c] = upright[x, 3 * y + c]
+@compiled("void(uint8[:, :, :], int64[::1], int32[:, ::1], uint8[:, :, ::1])")
+def sideways_sums(source: Any, begin: Any, weights: Any, made: Any) -> None:
+    """Each column of `made` [height, n, 3] from those of `source` [height, columns, 3] that its weights name."""
+    height, columns = source.shape[:2]
+    for top in range(0, height, BAND):
+        rows = min(BAND, height - top)
+        upright = np.empty((columns, rows * 3), np.uint8)
+        for y in range(rows):
+            for x in range(columns):
+                for c in range(3):
+                    upright[x, 3 * y + c] = source[top + y, x, c]
+        scaled = np.empty((len(begin), rows * 3), np.uint8)
+        weighted_sums(upright, begin, weights, scaled)
+        for y in range(rows):
+            for x in range(len(begin)):
+                for c in range(3):
+                    made[top + y, x, c] = scaled[x, 3 * y + c]
 
 
 @compiled("int32(uint8, uint8, uint8)")
@@ -191,22 +172,29 @@ def grey(r: Any, g: Any, b: Any) -> Any:
     return (r * 19595 + g * 38470 + b * 7471 + 32768) >> 16
 
 
-@compiled("int64(uint8[:, :, ::1], uint8[::1])")
-def grey_total(pixels: Any, table: Any) -> int:
-    """Sum over the picture as `table` maps it."""
+@compiled("uint8(float32, float32, float32)")
+def blend(value: Any, base: Any, factor: Any) -> Any:
+    """Pillow's blend: away from `base` by a factor, in fp32, truncated and clipped to 8 bits."""
+    return min(max(np.int32((value - base) * factor + base), np.int32(0)), np.int32(255))
+
+
+@compiled("void(uint8[:, :, ::1], float32, float32, float32)")
+def adjust(pixels: Any, brightness: Any, contrast: Any, saturation: Any) -> None:
+    """Brightness and contrast map 256 values; between them stands the whole picture's mean, so it is read twice."""
+    table = np.empty(256, np.uint8)
+    for value in range(256):
+        table[value] = blend(value, 0, brightness)
     total = 0
     for y in range(pixels.shape[0]):
         for x in range(pixels.shape[1]):
             total += grey(table[pixels[y, x, 0]], table[pixels[y, x, 1]], table[pixels[y, x, 2]])
-    return total
-
-
-@compiled("void(uint8[:, :, ::1], uint8[::1], float32)")
-def saturate(pixels: Any, table: Any, factor: Any) -> None:
-    """The picture as `table` maps it, away from its grey by a factor, as in `blended`."""
+    mean = np.floor(total / (pixels.shape[0] * pixels.shape[1]) + 0.5)
+    for value in range(256):
+        table[value] = blend(table[value], mean, contrast)
     for y in range(pixels.shape[0]):
         for x in range(pixels.shape[1]):
-            base = np.float32(grey(table[pixels[y, x, 0]], table[pixels[y, x, 1]], table[pixels[y, x, 2]]))
-            for c in range(3):
-                value = np.int32((np.float32(table[pixels[y, x, c]]) - base) * factor + base)
-                pixels[y, x, c] = 0 if value < 0 else 255 if value > 255 else value
+            r, g, b = table[pixels[y, x, 0]], table[pixels[y, x, 1]], table[pixels[y, x, 2]]
+            base = grey(r, g, b)
+            pixels[y, x, 0] = blend(r, base, saturation)
+            pixels[y, x, 1] = blend(g, base, saturation)
+            pixels[y, x, 2] = blend(b, base, saturation)
