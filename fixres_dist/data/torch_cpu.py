@@ -1,6 +1,6 @@
 """JPEG to uint8 pictures on the CPU: torchvision's decoder and Pillow's arithmetic on tensors, in worker processes.
 
-The same pixels as PIL decode and torchvision transforms, for a fifth to a half of their CPU time.
+The same pixels as PIL decode and torchvision transforms, for a quarter to a half of their CPU time.
 """
 
 from __future__ import annotations
