@@ -6,16 +6,13 @@ import argparse
 import sys
 from pathlib import Path
 
-from fixres_dist import commands, lifecycle, publish, sweep
+from fixres_dist import commands, publish, sweep
 from fixres_dist.bench import commands as bench_commands
 from fixres_dist.data import commands as data_commands
-from fixres_dist.errors import EXIT_DONE, EXIT_FAILED, exit_code
-from fixres_dist.rundir import RunDir
+from fixres_dist.errors import EXIT_FAILED, exit_code
 
 
 def train(args: argparse.Namespace) -> int:
-    if lifecycle.finished(RunDir(args.run)):
-        return EXIT_DONE
     from fixres_dist import train as worker
 
     return worker.run(args.run)

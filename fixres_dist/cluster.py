@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fixres_dist import config as cfg
-from fixres_dist import lifecycle, slurm
+from fixres_dist import slurm
 from fixres_dist.errors import EXIT_DONE, EXIT_FAILED, UserError
 from fixres_dist.preempt import StopFlag
 from fixres_dist.rundir import RunDir, write
@@ -41,8 +41,6 @@ class TrainJob:
         self.folder = folder
 
     def __call__(self) -> int:
-        if lifecycle.finished(RunDir(Path(self.folder))):
-            return EXIT_DONE
         flag = StopFlag().install()  # over submitit's handlers, before the seconds that importing torch takes
         from fixres_dist import train
 

@@ -20,7 +20,7 @@ from fixres_dist.rundir import RunDir, write
 
 
 def finished(run: RunDir) -> bool:
-    """Whether there is nothing left to do, which is said: arrays start finished tasks again. Ask before importing torch."""
+    """Whether there is nothing left to do, which is said: arrays start finished tasks again."""
     if run.done.exists():
         print(f"{run.name} is already finished. Results: {run.results}", flush=True)
     return run.done.exists()

@@ -54,8 +54,6 @@ def run(folder: Path, flag: StopFlag | None = None) -> int:
     """
     here = RunDir(folder)
     config = here.config()
-    if lifecycle.finished(here):
-        return EXIT_DONE
     again = (
         (here.root / "command.txt").read_text().strip()
         if (here.root / "command.txt").exists()
@@ -82,17 +80,9 @@ def work(here: RunDir, config: cfg.Config, flag: StopFlag) -> int:
     ranks = distributed.start(here.root)
     with contextlib.ExitStack() as stack:
         stack.callback(distributed.stop, ranks)
-        taken = ""
-        if ranks.is_main:
-            try:
-                again = in_slurm and here.state().get("job_id") == slurm.own_job()
-                stack.enter_context(here.lock(wait_s=LOCK_WAIT_S if again else 0.0))
-                lifecycle.begin(here, ranks.world_size, ranks.nodes)
-            except Locked as error:
-                taken = str(error)
-        if taken := distributed.from_main(ranks, taken):  # this start is the twin: it must not touch the run's state
-            print(f"error: {taken}", flush=True)
-            return EXIT_USER
+        code = claim(here, ranks, stack) if ranks.is_main else None
+        if (code := distributed.from_main(ranks, code)) is not None:
+            return code
         writer = stack.enter_context(checkpoint.Writer(here.checkpoints, lambda **saved: here.event("saved", **saved)))
         startup.mark("rendezvous")
         on_skip = results.skipping(here, ranks)
@@ -117,6 +107,25 @@ def work(here: RunDir, config: cfg.Config, flag: StopFlag) -> int:
         if ranks.is_main:
             here.finish()
         return EXIT_DONE
+
+
+def claim(here: RunDir, ranks: distributed.Ranks, stack: contextlib.ExitStack) -> int | None:
+    """Rank 0 begins with the run, locked until `stack` closes; or the exit code, where it is finished or another start's.
+
+    For all ranks, once they have met: a twin can finish the run while these start one after the other, and ranks that
+    each looked for themselves would leave some and keep the others waiting.
+    """
+    again = slurm.own_job() is not None and here.state().get("job_id") == slurm.own_job()
+    try:
+        if not here.done.exists():
+            stack.enter_context(here.lock(wait_s=LOCK_WAIT_S if again else 0.0))
+    except Locked as error:  # this start is the twin: it must not touch the run's state
+        print(f"error: {error}", flush=True)
+        return EXIT_USER
+    if lifecycle.finished(here):
+        return EXIT_DONE
+    lifecycle.begin(here, ranks.world_size, ranks.nodes)
+    return None
 
 
 def fingerprint(session: Session, stage: Stage, parts: tuning.Split) -> dict[str, Any]:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
+import subprocess
 import tempfile
+import time
 from pathlib import Path
 
 import pytest
 import timm
 import torch
-from conftest import killed_when, run, tiny
+from conftest import command, environment, killed_when, run, tiny
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -169,6 +172,33 @@ def test_one_run_is_worked_on_once(tmp_path: Path) -> None:
         with pytest.raises(UserError, match="being worked on by another process"), here.lock():
             pass
     assert not here.is_locked()
+
+
+def test_ranks_that_start_while_another_start_finishes_the_run_agree(finished: Path, tmp_path: Path) -> None:
+    """Rank 0 finds it unfinished and waits for rank 1, which finds it finished: neither may go its own way."""
+    folder = tmp_path / "raced"
+    shutil.copytree(finished, folder, ignore=shutil.ignore_patterns("DONE"))
+    events = (folder / "events.jsonl").read_text()
+    launcher = {"TORCHELASTIC_RUN_ID": "race", "MASTER_PORT": "1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+
+    def start(rank: int) -> subprocess.Popen[str]:
+        env = environment() | launcher | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        return subprocess.Popen(command("train", "--run", folder), env=env, stdout=subprocess.PIPE, text=True)
+
+    with start(0) as first:
+        waiting = folder / "rendezvous" / "torchrun-race-1-0.json"
+        while not waiting.exists():
+            assert first.poll() is None
+            time.sleep(0.01)
+        (folder / "DONE").touch()
+        with start(1) as second:
+            try:
+                assert "raced is already finished" in first.communicate(timeout=120)[0]
+                assert (first.returncode, second.wait(120)) == (0, 0)
+            finally:
+                first.kill()
+                second.kill()
+    assert (folder / "events.jsonl").read_text() == events
 
 
 def test_a_loader_worker_that_outlives_its_parent_holds_no_lock(tmp_path: Path) -> None:
