@@ -32,7 +32,8 @@ def write_weights(model: nn.Module, file: Path, config: cfg.Config, res: int) ->
         part.touch()
         mode = part.stat().st_mode  # as the umask has it; safetensors makes its files private
         if file.suffix == ".pth":
-            torch.save(state, part)
+            with part.open("wb") as stream:  # given a name, torch.save hides what the system said
+                torch.save(state, stream)
         else:
             meta = {
                 "timm_name": config.model.timm_name,

@@ -42,11 +42,16 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def full(error: BaseException) -> int:
-    """The number of the system's error where `error` is about a full disk or quota, else 0; some libraries only word it."""
-    for number in FULL:
-        if getattr(error, "errno", None) == number or re.search(rf"(os error|Errno) {number}\b", str(error)):
-            return number
+def full(error: BaseException | None) -> int:
+    """The number of the system's error where `error` is about a full disk or quota, else 0.
+
+    Some libraries only word it, and torch.save trips over its own clean-up while it handles it.
+    """
+    while error:
+        for number in FULL:
+            if getattr(error, "errno", None) == number or re.search(rf"(os error|Errno) {number}\b", str(error)):
+                return number
+        error = error.__context__
     return 0
 
 

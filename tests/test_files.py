@@ -67,6 +67,16 @@ def test_every_librarys_full_disk_is_one_error_with_the_path(tmp_path: Path, err
     assert list(tmp_path.iterdir()) == []
 
 
+def test_torchs_full_disk_is_the_systems_error_too(tmp_path: Path) -> None:
+    with (
+        pytest.raises(OSError, match="No space left") as raised,
+        whole(tmp_path / "a.pth"),
+        open("/dev/full", "wb") as disk,
+    ):
+        torch.save({"weight": torch.zeros(10**6)}, disk)
+    assert no_room(raised.value) == f"no space is left on the disk: {tmp_path / 'a.pth'}"
+
+
 def test_a_quota_is_told_apart_and_other_errors_are_not_about_room(tmp_path: Path) -> None:
     assert no_room(OSError(errno.EDQUOT, "Disk quota exceeded", "f")) == "the disk quota is used up: f"
     assert no_room(OSError(errno.ENOSPC, "No space left on device")) == "no space is left on the disk"
