@@ -5,6 +5,7 @@ The same pixels as PIL decode and torchvision transforms, for a quarter to a hal
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import ctypes
 import gc
@@ -12,13 +13,14 @@ import io
 import math
 import os
 import signal
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 from torchvision.io import ImageReadMode, decode_jpeg
 
@@ -77,8 +79,12 @@ def decode(data: NDArray[np.uint8], size: tuple[int, int]) -> torch.Tensor:
         with Image.open(io.BytesIO(data.data)) as image:
             check_size(size, (image.height, image.width))
             return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
-    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
-        raise Undecodable("empty file" if not len(data) else str(error).replace(f" {io.BytesIO!r}", "")) from None
+    except Undecodable:
+        raise
+    except UnidentifiedImageError:
+        raise Undecodable("not an image" if len(data) else "empty file") from None
+    except Exception as error:  # each of Pillow's plugins has its own kinds
+        raise Undecodable(str(error) or type(error).__name__) from None
 
 
 def check_size(indexed: tuple[int, int], found: tuple[int, int]) -> None:
@@ -186,7 +192,15 @@ def batches(
         worker_init_fn=start_worker,
         multiprocessing_context="fork" if workers else None,  # the index is shared, not copied
     )
-    return iter(loader)
+    started = iter(loader)
+    atexit.register(end_workers, weakref.ref(started))
+    return started
+
+
+def end_workers(loader: weakref.ref[Any]) -> None:
+    """At exit: an error that holds the loader keeps its workers too. multiprocessing would send them the SIGTERM that they
+    ignore, and wait for them."""
+    getattr(loader(), "_shutdown_workers", lambda: None)()
 
 
 def worker_count(setting: int | str, local_size: int) -> int:
