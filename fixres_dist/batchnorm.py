@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from fixres_dist.errors import UserError
 from fixres_dist.tuning import Split
 
 
@@ -26,11 +27,16 @@ class Moments:
         self.sums += torch.cat([flat.sum(1), flat.square().sum(1), flat.new_tensor([flat.shape[1]])]).cpu()
 
     def set(self, bn: nn.Module) -> None:
-        """Mean and unbiased variance, as PyTorch keeps them."""
+        """Mean and unbiased variance, as PyTorch keeps them; raises UserError where nothing was added."""
         count = self.sums[-1]
+        if not count:
+            raise UserError(
+                "none of the images that the last BN's statistics are measured on (tune.bn_stats_images) could be decoded. "
+                "Next: python -m fixres_dist data verify."
+            )
         mean, square = self.sums[:-1].chunk(2)
         mean = mean / count
-        variance = (square / count - mean.square()).clamp(min=0) * count / (count - 1)
+        variance = (square / count - mean.square()).clamp(min=0) * count / (count - 1).clamp(min=1)
         bn.running_mean.copy_(mean)  # type: ignore[operator]
         bn.running_var.copy_(variance)  # type: ignore[operator]
 
@@ -63,12 +69,13 @@ def normalise_over_ranks(self: Any, x: torch.Tensor) -> torch.Tensor:
     count = x.new_tensor([x.numel() / x.shape[1]])
     sums = AllReduceSum.apply(torch.cat([centred.sum(dims), centred.square().sum(dims), count]))
     count = sums[-1].detach()
-    mean, square = (sums[:-1] / count).chunk(2)
+    mean, square = (sums[:-1] / count.clamp(min=1)).chunk(2)
     variance = square - mean.square()
     with torch.no_grad():
-        self.num_batches_tracked += 1
-        self.running_mean.lerp_(mean + shift.flatten(), self.momentum)
-        self.running_var.lerp_(variance * count / (count - 1), self.momentum)
+        some = count > 0  # on any rank; a step whose images were all skipped leaves no trace
+        self.num_batches_tracked += some
+        self.running_mean.lerp_(mean + shift.flatten(), self.momentum * some)
+        self.running_var.lerp_(variance * count / (count - 1).clamp(min=1), self.momentum * some)
     x = (centred - mean.view(shape)) * torch.rsqrt(variance + self.eps).view(shape)
     x = x * self.weight.view(shape) + self.bias.view(shape) if self.affine else x
     return self.act(self.drop(x)) if hasattr(self, "act") else x

@@ -110,11 +110,17 @@ def predict(
     distributed.total(ranks, rows)
     if not bool((rows[:, :, 0] == 1).all()):
         raise RuntimeError(f"evaluation saw {int(rows[0, :, 0].sum())} images of {n}, each should be seen once")
-    return [from_rows(part) for part in rows]
+    return [from_rows(part, index) for part in rows]
 
 
-def from_rows(rows: torch.Tensor) -> Predictions:
+def from_rows(rows: torch.Tensor, index: Index) -> Predictions:
+    """Of rows as `scored` gives them, -1 for the class where there is no prediction; raises UserError if there is none at all."""
     t = rows.numpy()
+    if not (t[:, 1] >= 0).any():
+        raise UserError(
+            f"none of the {len(index)} images of {index.folder} has a prediction, because none could be decoded. "
+            f"Next: python -m fixres_dist data verify --data {index.folder.parent}"
+        )
     loss, confidence = t[:, 4].astype(np.float32), t[:, 5].astype(np.float32)
     return Predictions(t[:, 1].astype(np.int32), t[:, 2] > 0, t[:, 3] > 0, loss, confidence)
 
@@ -132,10 +138,13 @@ def paired_gain(before: NDArray[np.bool_], after: NDArray[np.bool_]) -> tuple[fl
     """(gain, its 95 % interval) of top-1 in percentage points, paired image by image.
 
     The images are the same, so the interval is that of the mean difference; an unpaired one is several times wider.
+    One image tells nothing of the spread: the interval is all there is.
     """
     difference = after.astype(np.float64) - before
     gain = 100 * float(difference.mean())
-    half = 100 * 1.96 * float(difference.std(ddof=1)) / math.sqrt(len(difference)) if len(difference) > 1 else math.inf
+    if len(difference) < 2:
+        return round(gain, 4), (-100.0, 100.0)
+    half = 100 * 1.96 * float(difference.std(ddof=1)) / math.sqrt(len(difference))
     return round(gain, 4), (round(gain - half, 4), round(gain + half, 4))
 
 

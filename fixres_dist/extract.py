@@ -112,7 +112,7 @@ def from_softmax(files: Sequence[Path], index: Index, columns: Sequence[int], cl
         scores = torch.from_numpy(part[there][:, chosen]).clamp_min(smallest).log()
         places = start + torch.from_numpy(np.flatnonzero(there))
         rows[places] = scored(scores, labels[places])
-    found = from_rows(rows)
+    found = from_rows(rows, index)
     return found.of_classes(columns)
 
 

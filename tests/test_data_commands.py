@@ -102,6 +102,13 @@ def test_mistakes_are_named(
     assert words in capsys.readouterr().err
 
 
+def test_a_deny_list_that_leaves_nothing_is_refused(data: Path, tmp_path: Path) -> None:
+    deny, samples = tmp_path / "all.txt", index.load_all(data, "train")
+    deny.write_text("\n".join(["train/", *(f"train/{samples.name(k)}" for k in range(len(samples)))]))
+    with pytest.raises(sources.UserError, match=rf"no image is left in .*train: data\.deny_list={deny} names all"):
+        sources.load(data, "train", deny_list=str(deny))
+
+
 def test_a_missing_deny_list_is_refused(data: Path) -> None:
     with pytest.raises(sources.UserError, match=r"data\.deny_list is 'nowhere\.txt'"):
         sources.load(data, "train", deny_list="nowhere.txt")

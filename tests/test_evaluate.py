@@ -11,8 +11,9 @@ import torch
 from fixres_dist import evaluate
 from fixres_dist.data import index, plan
 from fixres_dist.data.geometry import resize_of
-from fixres_dist.data.torch_cpu import Batch
+from fixres_dist.data.torch_cpu import Bad, Batch
 from fixres_dist.distributed import Ranks
+from fixres_dist.errors import UserError
 
 ALONE = Ranks(0, 1, 1, ("here",), torch.device("cpu"))
 PICTURES = plan.Pictures("test", 64, resize_of("fixefficientnet", 64, 0.875, "bicubic"), 0)
@@ -145,6 +146,18 @@ def test_a_missed_or_repeated_image_is_an_error() -> None:
             evaluate.predict(
                 lambda b: [torch.zeros(len(b.samples), 3)], made(4), batches(requests, np.zeros(4, np.int64)), ALONE
             )
+
+
+def test_an_evaluation_without_one_readable_image_is_refused() -> None:
+    nothing = [
+        Batch(torch.zeros(0, 3, 2, 2), *(torch.zeros(0, dtype=torch.int64),) * 2, (Bad(0, "torn"), Bad(1, "torn")))
+    ]
+    with pytest.raises(UserError, match=r"none of the 2 images of x .*data verify --data \."):
+        evaluate.predict(lambda b: [torch.zeros(len(b.samples), 3)], made(2), iter(nothing), ALONE)
+
+
+def test_the_interval_of_one_image_is_all_there_is() -> None:
+    assert evaluate.paired_gain(np.array([False]), np.array([True])) == (100.0, (-100.0, 100.0))
 
 
 def test_paired_interval() -> None:

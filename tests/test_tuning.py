@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from fixres_dist import batchnorm, models, tuning
+from fixres_dist.errors import UserError
 
 BN_BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
 EFFICIENTNET = {
@@ -167,6 +168,31 @@ def test_statistics_over_ranks_equal_ordinary_batch_norm(monkeypatch: pytest.Mon
         torch.testing.assert_close(b.grad, a.grad, rtol=2e-3, atol=2e-5, msg=name)
     for name, value in models_[0].state_dict().items():
         torch.testing.assert_close(models_[1].state_dict()[name], value, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_a_step_whose_images_were_all_skipped_leaves_statistics_and_weights_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(batchnorm.dist, "all_reduce", lambda x: x)
+    model = models.build("test_efficientnet", 5)
+    parts = tuning.split(model, "all")
+    tuning.set_modes(parts, "ema")
+    batchnorm.share_batch_statistics(parts)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    parts.head(torch.zeros(0, 3, 64, 64)).sum().backward()
+    assert not any(p.grad.any() for p in model.parameters() if p.grad is not None)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name]), name
+
+
+def test_statistics_of_no_image_are_refused_and_of_one_value_have_no_variance() -> None:
+    bn = nn.BatchNorm2d(4)
+    with pytest.raises(UserError, match="could be decoded"):
+        batchnorm.Moments(4).set(bn)
+    moments = batchnorm.Moments(4)
+    moments.add(torch.ones(1, 4, 1, 1))
+    moments.set(bn)
+    assert (bn.running_mean.tolist(), bn.running_var.tolist()) == ([1.0] * 4, [0.0] * 4)
 
 
 def test_digest_sees_one_changed_frozen_element_and_no_tuned_one() -> None:

@@ -39,7 +39,11 @@ def load(
     with Bar(f"reading {split} headers", show) as bar:
         read = shards.load if shards.is_sharded(folder) else index.load_all
         found_all = read(root, split, kept, bar)
-    return index.checked(found_all.without(denied(deny_list, split)), on_bad)
+    left = found_all.without(denied(deny_list, split))
+    if not len(left):
+        denies = f"data.deny_list={deny_list} names all {len(found_all)} of them" if len(found_all) else "it is empty"
+        raise UserError(f"no image is left in {folder}: {denies}. Accepted: one image or more.")
+    return index.checked(left, on_bad)
 
 
 def denied(deny_list: str, split: str) -> list[str]:
@@ -53,7 +57,7 @@ def denied(deny_list: str, split: str) -> list[str]:
             f"data.deny_list is {deny_list!r}: {error.strerror}. Next: python -m fixres_dist data verify writes one."
         ) from None
     names = (os.fsdecode(line.partition(b"\t")[0]) for line in lines if not line.startswith(b"#"))
-    return [name.removeprefix(f"{split}/") for name in names if name.startswith(f"{split}/")]
+    return [name.removeprefix(f"{split}/") for name in names if name.startswith(f"{split}/") and name != f"{split}/"]
 
 
 class Bar:
