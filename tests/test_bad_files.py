@@ -38,6 +38,12 @@ def with_size(data: bytes, height: int, width: int) -> bytes:
     return data[:at] + struct.pack(">HH", height, width) + data[at + 4 :]
 
 
+def with_marker(data: bytes, marker: int) -> bytes:
+    """The JPEG with a marker in the middle of its coded data."""
+    at = (data.index(b"\xff\xda") + len(data)) // 2
+    return data[:at] + bytes([0xFF, marker]) + data[at + 2 :]
+
+
 JPEG = p.encode(PHOTO)
 DECODES_LIKE_PIL = {
     "gif": p.encode(PHOTO.convert("P"), format="GIF"),
@@ -65,6 +71,7 @@ DECODING_FAILS = {
     "truncated in the middle": (JPEG[: len(JPEG) // 2], "truncated"),
     "truncated by two bytes": (JPEG[:-2], "truncated"),
     "header only": (JPEG[: JPEG.index(b"\xff\xda") + 14], "truncated"),
+    **{f"marker {number:#x} in the data": (with_marker(JPEG, number), "broken data stream") for number in (0xC1, 0xDB)},
     "truncated png": (p.encode(PHOTO, format="PNG")[:2000], "truncated"),
 }
 

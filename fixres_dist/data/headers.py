@@ -4,15 +4,23 @@ from __future__ import annotations
 
 import os
 import stat
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
 HEADER_BYTES = 16384  # holds the frame header of nearly every JPEG; where it does not, PIL reads on
 
 FRAMES = {0xC0, 0xC1, 0xC2}  # baseline, extended, progressive: what every decoder here reads
 OTHER_FRAMES = {0xC3, 0xC5, 0xC6, 0xC7, 0xC9, 0xCA, 0xCB, 0xCD, 0xCE, 0xCF}  # lossless, hierarchical, arithmetic
+
+USUAL_IN_SCANS = np.zeros(
+    256, bool
+)  # by the byte after 0xFF: stuffing, fill bytes, restarts, the next scan's tables, the end
+USUAL_IN_SCANS[[0x00, 0xC4, 0xD9, 0xDA, 0xFF]] = USUAL_IN_SCANS[0xD0:0xD8] = True
 
 
 class Header(NamedTuple):
@@ -23,30 +31,44 @@ class Header(NamedTuple):
 
 def header(data: bytes | memoryview) -> Header | None:
     """The frame header in `data`, the first bytes of a file or all of them; None where there is none, or not yet."""
+    adobe_rgb = False
+    for marker, at, end in segments(data):
+        if marker == 0xEE and end - at >= 12 and bytes(data[at : at + 5]) == b"Adobe":
+            adobe_rgb = at + 11 < len(data) and data[at + 11] == 0
+        if marker in FRAMES or marker in OTHER_FRAMES:
+            if at + 6 > len(data):
+                return None
+            height, width = data[at + 1] << 8 | data[at + 2], data[at + 3] << 8 | data[at + 4]
+            precision, components = data[at], data[at + 5]
+            known = marker in FRAMES and precision == 8 and (components == 1 or (components == 3 and not adobe_rgb))
+            return Header(height, width, known)
+    return None
+
+
+def segments(data: bytes | memoryview) -> Iterator[tuple[int, int, int]]:
+    """(marker, first byte after its length, first byte after it) of a JPEG's segments, up to its first scan."""
     if bytes(data[:3]) != b"\xff\xd8\xff":
-        return None
-    at, end, adobe_rgb = 2, len(data), False
-    while at + 4 <= end:
-        if data[at] != 0xFF:
-            return None
-        marker = data[at + 1]
+        return
+    at = 2
+    while at + 4 <= len(data) and data[at] == 0xFF:
+        marker, length = data[at + 1], data[at + 2] << 8 | data[at + 3]
         if marker == 0xFF:  # fill byte
             at += 1
             continue
-        length = data[at + 2] << 8 | data[at + 3]
-        if marker == 0xEE and length >= 14 and bytes(data[at + 4 : at + 9]) == b"Adobe":
-            adobe_rgb = at + 15 < end and data[at + 15] == 0
-        if marker in FRAMES or marker in OTHER_FRAMES:
-            if at + 10 > end:
-                return None
-            height, width = data[at + 5] << 8 | data[at + 6], data[at + 7] << 8 | data[at + 8]
-            precision, components = data[at + 4], data[at + 9]
-            known = marker in FRAMES and precision == 8 and (components == 1 or (components == 3 and not adobe_rgb))
-            return Header(height, width, known)
-        if marker in (0xDA, 0xD9) or length < 2:
-            return None
+        if marker == 0xD9 or length < 2:
+            return
+        yield marker, at + 4, at + 2 + length
+        if marker == 0xDA:
+            return
         at += 2 + length
-    return None
+
+
+def stray_marker(data: NDArray[np.uint8]) -> bool:
+    """Whether a JPEG has, after its first scan began, a marker that is unusual there: libjpeg refuses a file that is broken
+    in this way, and other decoders paint the rest grey."""
+    scan = next((end for marker, _, end in segments(data.data) if marker == 0xDA), len(data))
+    coded = data[scan:]
+    return not USUAL_IN_SCANS[coded[1:][coded[:-1] == 0xFF]].all()
 
 
 def header_size(path: Path) -> tuple[int, int] | str:
