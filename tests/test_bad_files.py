@@ -71,7 +71,7 @@ DECODING_FAILS = {
     "truncated in the middle": (JPEG[: len(JPEG) // 2], "truncated"),
     "truncated by two bytes": (JPEG[:-2], "truncated"),
     "header only": (JPEG[: JPEG.index(b"\xff\xda") + 14], "truncated"),
-    **{f"marker {number:#x} in the data": (with_marker(JPEG, number), "broken data stream") for number in (0xC1, 0xDB)},
+    **{f"marker {number:#x} in the data": (with_marker(JPEG, number), "broken data stream") for number in (0xC4, 0xDB)},
     "truncated png": (p.encode(PHOTO, format="PNG")[:2000], "truncated"),
 }
 

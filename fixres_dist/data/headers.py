@@ -17,10 +17,10 @@ HEADER_BYTES = 16384  # holds the frame header of nearly every JPEG; where it do
 FRAMES = {0xC0, 0xC1, 0xC2}  # baseline, extended, progressive: what every decoder here reads
 OTHER_FRAMES = {0xC3, 0xC5, 0xC6, 0xC7, 0xC9, 0xCA, 0xCB, 0xCD, 0xCE, 0xCF}  # lossless, hierarchical, arithmetic
 
-USUAL_IN_SCANS = np.zeros(
-    256, bool
-)  # by the byte after 0xFF: stuffing, fill bytes, restarts, the next scan's tables, the end
-USUAL_IN_SCANS[[0x00, 0xC4, 0xD9, 0xDA, 0xFF]] = USUAL_IN_SCANS[0xD0:0xD8] = True
+IN_SCANS = np.zeros(256, bool)  # by the byte after 0xFF: stuffing, fill bytes, restarts, the end
+IN_SCANS[[0x00, 0xD9, 0xFF]] = IN_SCANS[0xD0:0xD8] = True
+BETWEEN_SCANS = IN_SCANS.copy()  # and what a progressive JPEG has for each: its tables, its start
+BETWEEN_SCANS[[0xC4, 0xDA]] = True
 
 
 class Header(NamedTuple):
@@ -66,9 +66,10 @@ def segments(data: bytes | memoryview) -> Iterator[tuple[int, int, int]]:
 def stray_marker(data: NDArray[np.uint8]) -> bool:
     """Whether a JPEG has, after its first scan began, a marker that is unusual there: libjpeg refuses a file that is broken
     in this way, and other decoders paint the rest grey."""
-    scan = next((end for marker, _, end in segments(data.data) if marker == 0xDA), len(data))
-    coded = data[scan:]
-    return not USUAL_IN_SCANS[coded[1:][coded[:-1] == 0xFF]].all()
+    ends = {marker: end for marker, _, end in segments(data.data)}
+    coded = data[ends.get(0xDA, len(data)) :]
+    usual = BETWEEN_SCANS if 0xC2 in ends else IN_SCANS
+    return not usual[coded[1:][coded[:-1] == 0xFF]].all()
 
 
 def header_size(path: Path) -> tuple[int, int] | str:
