@@ -49,6 +49,7 @@ def specification(session: Session, stage: Stage, parts: tuning.Split, index: In
         "trunk weights": tuning.digest({name: value for name, value in state.items() if name not in head}),
         "cut before": list(parts.tuned.modules),
         "sample list": index.fingerprint,
+        "contents": index.contents,
         "views": views,
         "res": stage.res,
         "resize": list(resize),

@@ -215,7 +215,7 @@ def test_a_file_without_permission(tmp_path: Path, backend: Backend) -> None:
     open_to_all(tmp_path)
     found.path(odd).chmod(0)
     with as_an_ordinary_user():
-        assert index.header_size(found.path(odd)) == "Permission denied"
+        assert index.look(found.path(odd)).reason == "Permission denied"
         batch = one_batch(backend, found, list(range(7)))
     assert [tuple(bad) for bad in batch.skipped] == [(odd, "Permission denied")]
     neighbours_unharmed(backend, found, batch)

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import killed_when, run, tiny
+from PIL import Image, ImageOps
 from safetensors.torch import load_file
 
 from fixres_dist import caching, train
@@ -119,6 +120,19 @@ def test_later_runs_write_nothing_and_do_not_run_the_trunk(
     assert not calls
     trained(tmp_path, "third", photos, "run.engine=cached", "tune.policy=classifier")
     assert len(segments(tmp_path)) == 6, "another cut has features of its own"
+
+
+def test_other_pictures_of_the_same_names_and_sizes_have_features_of_their_own(tmp_path: Path, photos: Path) -> None:
+    """Such as ImageNet-C's, or an edited copy."""
+    other = Path(shutil.copytree(photos, tmp_path / "inverted"))
+    for file in other.rglob("*.jpg"):
+        with Image.open(file) as image:
+            ImageOps.invert(image).save(file)
+    cached, streamed = ["run.engine=cached", "tune.epochs=1"], ["tune.epochs=1"]
+    trained(tmp_path, "first", photos, *cached)
+    written = segments(tmp_path)
+    assert furthest(trained(tmp_path, "a", other, *cached).root, trained(tmp_path, "b", other, *streamed).root) < 1e-6
+    assert len(segments(tmp_path)) == 2 * len(written)
 
 
 def test_damaged_features_are_written_again(tmp_path: Path, photos: Path) -> None:

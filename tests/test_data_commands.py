@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from PIL import Image
 
 from fixres_dist.__main__ import main
 from fixres_dist.data import geometry, index, plan, sources
+from fixres_dist.data.commands import verify_command
 
 
 @pytest.fixture
@@ -102,6 +104,32 @@ def test_mistakes_are_named(
     assert words in capsys.readouterr().err
 
 
+def test_a_file_replaced_in_place_is_found_by_a_fresh_index_and_by_verify(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = write_photos(tmp_path / "data", 3, 2)
+    for directory in (root / "train", *(root / "train").iterdir()):
+        os.utime(directory, (1e9, 1e9))  # long before the scan, which else does not rely on it
+    first = sources.load(root, "train")
+    Image.new("RGB", (31, 30)).save(first.path(1))  # its directory does not change
+    assert sources.load(root, "train").sizes.tolist() == first.sizes.tolist()
+    assert main(["data", "verify", "--data", str(root)]) == 0
+    assert "train: 9 images, 0 cannot be decoded" in capsys.readouterr().out
+    second = sources.load(root, "train")
+    assert second.sizes[1].tolist() == [30, 31]
+    Image.new("RGB", (31, 30), "red").save(first.path(1))
+    assert main(["data", "index", "--data", str(root), "--fresh"]) == 0
+    third = sources.load(root, "train")
+    assert third.fingerprint == second.fingerprint
+    assert third.contents != second.contents
+
+
+def test_verify_refuses_a_deny_list_that_cannot_be_written_before_it_decodes(data: Path, tmp_path: Path) -> None:
+    for place in (tmp_path, tmp_path / "nowhere" / "bad.txt"):
+        with pytest.raises(sources.UserError, match=rf"--deny-list is {place}; accepted"):
+            verify_command(Namespace(data=str(data), cache="", split="val", workers=1, deny_list=place))
+
+
 def test_a_deny_list_that_leaves_nothing_is_refused(data: Path, tmp_path: Path) -> None:
     deny, samples = tmp_path / "all.txt", index.load_all(data, "train")
     deny.write_text("\n".join(["train/", *(f"train/{samples.name(k)}" for k in range(len(samples)))]))
@@ -118,8 +146,8 @@ def test_only_changed_directories_are_read_again(data: Path, tmp_path: Path, mon
     for folder in (data / "train", *(data / "train").iterdir()):
         os.utime(folder, (1e9, 1e9))
     read: list[str] = []
-    real = index.header_size
-    monkeypatch.setattr(index, "header_size", lambda path: read.append(path.parent.name) or real(path))  # type: ignore[func-returns-value]
+    real = index.look
+    monkeypatch.setattr(index, "look", lambda path: read.append(path.parent.name) or real(path))  # type: ignore[func-returns-value]
     index.load(data, "train", tmp_path / "cache")
     assert len(read) == 18
     read.clear()

@@ -57,6 +57,14 @@ def test_the_models_classes_come_from_the_run_the_training_folders_or_the_split(
 def test_real_labels_go_by_file_name_where_no_numbers_are(tmp_path: Path) -> None:
     names = [b"ash/7.jpg", b"birch/3.jpg", b"birch/9.jpg"]
     sizes = np.full((3, 2), 100, np.int32)
-    index = Index(HERE, ("ash", "birch"), b"".join(names), np.cumsum([9, 11, 11]), np.array([0, 1, 1], np.int32), sizes)
+    index = Index(
+        HERE,
+        ("ash", "birch"),
+        b"".join(names),
+        np.cumsum([9, 11, 11]),
+        np.array([0, 1, 1], np.int32),
+        sizes,
+        np.zeros(3, np.uint32),
+    )
     (tmp_path / "real.json").write_text(json.dumps([[3], [7], [9, 0]]))
     assert evalsets.real_labels(tmp_path / "real.json", index, 10) == [[7], [3], [9, 0]]

@@ -29,7 +29,9 @@ def batches(requests: Iterator[plan.Request], labels: np.ndarray) -> Iterator[Ba
 
 def made(n: int) -> index.Index:
     sizes = np.full((n, 2), 100, np.int32)
-    return index.Index(Path("x"), ("a", "b"), b"", np.zeros(n, np.int64), np.zeros(n, np.int32), sizes)
+    return index.Index(
+        Path("x"), ("a", "b"), b"", np.zeros(n, np.int64), np.zeros(n, np.int32), sizes, np.zeros(n, np.uint32)
+    )
 
 
 def test_counts_against_a_table() -> None:

@@ -21,7 +21,7 @@ PICTURES = plan.Pictures("test_flip", 64, geometry.resize_of("fixefficientnet", 
 
 def made() -> index.Index:
     sizes, labels = np.full((N, 2), 100, np.int32), np.arange(N, dtype=np.int32) % 3
-    return index.Index(Path("x"), ("a", "b", "c"), b"", np.zeros(N, np.int64), labels, sizes)
+    return index.Index(Path("x"), ("a", "b", "c"), b"", np.zeros(N, np.int64), labels, sizes, np.zeros(N, np.uint32))
 
 
 def trunk_output(dtype: torch.dtype, flip: int) -> tuple[torch.Tensor, ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import shutil
 import tarfile
 from pathlib import Path
 
@@ -45,7 +46,7 @@ def test_the_same_samples_from_folder_and_shards(data: Path, sharded: Path) -> N
         b.labels.tolist(),
         b.sizes.tolist(),
     )
-    assert a.fingerprint == b.fingerprint
+    assert (a.fingerprint, a.contents) == (b.fingerprint, b.contents)
     assert all(np.array_equal(a.read(i), b.read(i)) for i in range(101))
     pictures = plan.Pictures("test_aug", 32, geometry.resize_of("fixres", 32, 1.0, "bilinear"), 0)
     request = plan.request(a, pictures, np.arange(101), 4)
@@ -128,6 +129,8 @@ def member(name: str, content: bytes = b"0", kind: bytes = tarfile.REGTYPE) -> t
         (member("class_0/link.jpg", kind=tarfile.SYMTYPE), "a link or device"),
         (member("class_0/lonely.jpg"), "without its label"),
         (member("class_0/x.cls", b"seven"), "torn or no tar"),
+        (member("class_0/x.cls", b"-1"), "holds label -1 in 'class_0/x.cls'"),
+        (member("class_0/x.cls", b"99999999999"), "holds label 99999999999"),
     ],
 )
 def test_tar_members_that_are_refused(tmp_path: Path, odd: tuple[tarfile.TarInfo, io.BytesIO], words: str) -> None:
@@ -138,6 +141,87 @@ def test_tar_members_that_are_refused(tmp_path: Path, odd: tuple[tarfile.TarInfo
         tar.addfile(*odd)
     with pytest.raises(UserError, match=words):
         sources.load(tmp_path, "val", str(tmp_path / "cache"))
+
+
+@pytest.mark.parametrize("text", ["[1, 2]", "7", "[", '"ash"'])
+def test_class_names_that_are_no_list_are_refused(sharded: Path, text: str) -> None:
+    (sharded / "val" / shards.CLASSES).write_text(text)
+    with pytest.raises(UserError, match=r"classes\.json is no list of class names"):
+        sources.load(sharded, "val")
+
+
+def test_an_unreadable_shard_is_not_called_torn(sharded: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(shards.tarfile, "open", refuse)
+    with pytest.raises(UserError, match=r"cannot read .*000000\.tar: Permission denied"):
+        sources.load(sharded, "val", fresh=True)
+
+
+def test_a_shard_or_class_names_written_later_are_read_anew(sharded: Path, tmp_path: Path) -> None:
+    """Tars are padded to 10 KB, so another one is easily of the same size."""
+    first = sources.load(sharded, "val")
+    shard, beside = sharded / "val" / "000003.tar", sharded / "val" / shards.INDEX
+    with tarfile.open(shard) as tar:
+        entries = [(entry, tar.extractfile(entry).read()) for entry in tar.getmembers()]  # type: ignore[union-attr]
+    size = shard.stat().st_size
+    with tarfile.open(shard, "w", format=tarfile.PAX_FORMAT) as tar:
+        for entry, data in (*entries[2:], *entries[:2]):
+            tar.addfile(entry, io.BytesIO(data))
+    assert shard.stat().st_size == size
+    os.utime(shard, ns=(beside.stat().st_mtime_ns + 1,) * 2)
+    again = sources.load(sharded, "val", str(tmp_path / "cache"))
+    assert (again.fingerprint, again.contents) == (first.fingerprint, first.contents)
+    assert again.places.tolist() != first.places.tolist()  # type: ignore[union-attr]
+    assert all(
+        np.array_equal(again.read(k), first.read(k)) == (again.places[k] == first.places[k]).all() for k in range(101)
+    )  # type: ignore[index]
+    kept = shards.indexes.cache_file(sharded / "val", tmp_path / "cache")
+    (sharded / "val" / shards.CLASSES).write_text('["x", "y", "z"]')
+    os.utime(sharded / "val" / shards.CLASSES, ns=(kept.stat().st_mtime_ns + 1,) * 2)
+    assert sources.load(sharded, "val", str(tmp_path / "cache")).classes == ("x", "y", "z")
+
+
+def test_names_of_other_writers(tmp_path: Path) -> None:
+    """`tar -C folder .` writes ./class/file; a file name may begin with dots."""
+    (tmp_path / "val").mkdir()
+    with tarfile.open(tmp_path / "val" / "0.tar", "w") as tar:
+        for number, name in enumerate(("./a/x.jpg", "./a/.y.b.jpg", "b/..jpg", "b/z")):
+            if name != "b/z":
+                tar.addfile(*member(name, p.encode(p.photograph(20, 20, 0))))
+            tar.addfile(*member(shards.label_name(name), str(number // 2).encode()))
+    found = sources.load(tmp_path, "val", str(tmp_path / "cache"))
+    assert [found.name(k) for k in range(len(found))] == ["a/.y.b.jpg", "a/x.jpg", "b/..jpg"]
+    assert found.labels.tolist() == [0, 0, 1]
+    names = {
+        "a/x.b.jpg": "a/x.cls",
+        "a.d/x.jpg": "a.d/x.cls",
+        ".x.jpg": ".x.cls",
+        "..jpg": "..jpg.cls",
+        ".jpg": ".jpg.cls",
+    }
+    assert {name: shards.label_name(name) for name in names} == names
+
+
+def test_a_tar_beside_class_folders_is_not_the_data_set(data: Path, tmp_path: Path) -> None:
+    root = Path(shutil.copytree(data, tmp_path / "copy"))
+    (root / "val" / "n01440764.tar").write_bytes(b"as ImageNet's extraction leaves it")
+    assert sources.load(root, "val").fingerprint == sources.load(data, "val").fingerprint
+
+
+def test_what_a_killed_start_left_is_removed(data: Path, tmp_path: Path) -> None:
+    samples, out = sources.load(data, "val"), tmp_path / "val"
+    shards.write_shards(samples, out, 60)
+    (out / ".000001.tar.4711").write_bytes(b"half")
+    assert shards.write_shards(samples, out, 60) == 0
+    assert sorted(path.name for path in out.iterdir()) == [
+        ".source",
+        "000000.tar",
+        "000001.tar",
+        shards.CLASSES,
+        shards.INDEX,
+    ]
 
 
 def steps_seen(

@@ -93,7 +93,7 @@ def test_kept_features_are_the_streamed_inputs_bit_by_bit(tmp_path: Path, number
     features.begin(store, {})
     store.write((0, 6), [(np.arange(6), [made])])
     sizes, labels = np.full((6, 2), 64, np.int32), np.zeros(6, np.int32)
-    found = index.Index(tmp_path, ("a",), b"", np.zeros(6, np.int64), labels, sizes)
+    found = index.Index(tmp_path, ("a",), b"", np.zeros(6, np.int64), labels, sizes, np.zeros(6, np.uint32))
     how = plan.Pictures("test", 64, geometry.resize_of("fixefficientnet", 64, 0.875, "bicubic"), 0)
     (rows,) = store.batches(found, [plan.request(found, how, np.arange(6), 0)])
     streamed = live.inputs(parts, pictures(6))

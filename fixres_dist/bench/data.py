@@ -193,7 +193,9 @@ def at_scale(scratch: Path) -> dict[str, float]:
     ends = np.cumsum([len(name) for name in names], dtype=np.int64)
     classes = tuple(f"n{k:08d}" for k in range(1000))
     index.keep(
-        index.Index(scratch, classes, b"".join(names), ends, labels, sizes), {"directories": [], "scanned_ns": 0}, kept
+        index.Index(scratch, classes, b"".join(names), ends, labels, sizes, np.arange(IMAGENET, dtype=np.uint32)),
+        {"directories": [], "scanned_ns": 0},
+        kept,
     )
     seconds, peak, grown = turns.once(turns.Variant(load_index, (kept,)), bare=True)
     found = {"index of 1,281,167: load s": seconds, "its process: peak MiB": peak, "of it the index: MiB": grown}

@@ -73,16 +73,16 @@ def splits(args: argparse.Namespace) -> list[str]:
     return [name for name in args.split.split(",") if name]
 
 
-def loaded(args: argparse.Namespace, root: Path, split: str, on_bad: str, deny_list: str = "") -> index.Index:
-    return sources.load(root, split, args.cache, True, deny_list, on_bad)
+def loaded(
+    args: argparse.Namespace, root: Path, split: str, on_bad: str, deny_list: str = "", fresh: bool = False
+) -> index.Index:
+    return sources.load(root, split, args.cache, True, deny_list, on_bad, fresh)
 
 
 def index_command(args: argparse.Namespace) -> int:
     root = folder(args)
     for split in splits(args):
-        if args.fresh:
-            index.cache_file(root / split, index.cache_folder(args.cache)).unlink(missing_ok=True)
-        found = loaded(args, root, split, "skip")
+        found = loaded(args, root, split, "skip", fresh=args.fresh)
         bad = index.recheck(found)[1]
         where = f"{len(found.shards)} shards" if found.shards else "folders"
         print(f"{split}: {len(found)} images, {len(found.classes)} classes, {where}, fingerprint {found.fingerprint}")
@@ -99,8 +99,10 @@ def verify_command(args: argparse.Namespace) -> int:
     from fixres_dist.data import verify
 
     root, found = folder(args), {}
+    if args.deny_list and (args.deny_list.is_dir() or not os.access(args.deny_list.absolute().parent, os.W_OK)):
+        raise UserError(f"--deny-list is {args.deny_list}; accepted: a file in a directory that is there and writable.")
     for split in splits(args):
-        samples = loaded(args, root, split, "skip")
+        samples = loaded(args, root, split, "skip", fresh=True)  # it reads every file anyway
         reasons = index.recheck(samples)[1]
         with sources.Bar(f"decoding {split}") as bar:
             bad = verify.verify(samples, args.workers, bar)

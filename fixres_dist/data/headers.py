@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -72,30 +73,41 @@ def stray_marker(data: NDArray[np.uint8]) -> bool:
     return not usual[coded[1:][coded[:-1] == 0xFF]].all()
 
 
-def header_size(path: Path) -> tuple[int, int] | str:
-    """(height, width), or why the header cannot be read."""
+class Seen(NamedTuple):
+    """What the index keeps of a file."""
+
+    size: tuple[int, int]  # height, width; 0, 0 where the header cannot be read
+    mark: (
+        int  # CRC-32 of the file's length and its first HEADER_BYTES: other pictures of the same names and sizes differ
+    )
+    reason: str = ""  # why the header cannot be read
+
+
+def look(path: Path) -> Seen:
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):
-            return "not a regular file"  # opening a pipe would wait for a writer
+            return Seen((0, 0), 0, "not a regular file")  # opening a pipe would wait for a writer
         with open(path, "rb") as file:
-            return encoded_size(file)
+            return look_at(file, os.fstat(file.fileno()).st_size)
     except OSError as error:
-        return error.strerror or type(error).__name__
+        return Seen((0, 0), 0, error.strerror or type(error).__name__)
 
 
-def encoded_size(file: Any) -> tuple[int, int] | str:
-    """As `header_size`, of an open binary file."""
+def look_at(file: Any, length: int) -> Seen:
+    """Of an open binary file of `length` bytes."""
     found = header(data := file.read(HEADER_BYTES))
+    mark = zlib.crc32(data, length & 0xFFFFFFFF)
     limit = Image.MAX_IMAGE_PIXELS or 0
     if found and 0 < found.height * found.width <= limit:
-        return found.height, found.width
+        return Seen((found.height, found.width), mark)
     try:
         file.seek(0)
         with Image.open(file) as image:
             if image.height * image.width <= 2 * limit:
-                return image.height, image.width
-            return f"{image.height}x{image.width} pixels is too large"
+                return Seen((image.height, image.width), mark)
+            reason = f"{image.height}x{image.width} pixels is too large"
     except UnidentifiedImageError:
-        return "not an image" if data else "empty file"
+        reason = "not an image" if data else "empty file"
     except Exception as error:  # each of Pillow's plugins has its own kinds
-        return str(error) or type(error).__name__
+        reason = str(error) or type(error).__name__
+    return Seen((0, 0), mark, reason)

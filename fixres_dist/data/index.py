@@ -19,17 +19,16 @@ from functools import cached_property, lru_cache
 from io import FileIO
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fixres_dist.data.headers import encoded_size, header_size
+from fixres_dist.data.headers import Seen, look, look_at
 from fixres_dist.data.listing import EXTENSIONS, class_names, directories, image_names, walk
 from fixres_dist.errors import UserError
 from fixres_dist.files import whole
 
-FORMAT = 2  # of the cached arrays
+FORMAT = 3  # of the cached arrays
 OPEN_SHARDS = 128  # tar files kept open per process: an open is a round trip to the metadata server
 Progress = Callable[[int, int], None]  # (done, total)
 
@@ -44,6 +43,7 @@ class Index:
     ends: NDArray[np.int64]  # end of each name in `text`
     labels: NDArray[np.int32]
     sizes: NDArray[np.int32]  # [n, 2] height, width in pixels; 0, 0 where the header could not be read
+    marks: NDArray[np.uint32]  # [n]: of each file's length and first bytes, see headers.Seen
     shards: tuple[str, ...] = ()  # tar files in `folder`; none: every sample is a file of its own
     places: NDArray[np.int64] | None = None  # [n, 3] shard, first byte, bytes
 
@@ -84,6 +84,11 @@ class Index:
             digest.update(part)
         return digest.hexdigest()[:16]
 
+    @property
+    def contents(self) -> str:
+        """Of what is in the files, as far as the scan that read their headers saw it."""
+        return hashlib.sha256(self.marks.tobytes()).hexdigest()[:16]
+
     def find(self, name: str) -> int | None:
         """The sample of that name. Searches the joined text: a table of a million names would cost more than it saves."""
         wanted, start = os.fsencode(name), -1
@@ -110,6 +115,7 @@ class Index:
             ends=np.cumsum(lengths[keep]),
             labels=self.labels[keep],
             sizes=self.sizes[keep],
+            marks=self.marks[keep],
             places=places,
         )
 
@@ -179,11 +185,14 @@ def checked(index: Index, on_bad: str = "stop") -> Index:
     return found
 
 
-def load_all(root: Path, split: str, cache: Path | None = None, progress: Progress | None = None) -> Index:
-    """As `load`, with the files whose header cannot be read (size 0, 0). Only directories that changed are read again."""
+def load_all(
+    root: Path, split: str, cache: Path | None = None, progress: Progress | None = None, fresh: bool = False
+) -> Index:
+    """As `load`, with the files whose header cannot be read (size 0, 0). Only directories that changed are read again, or
+    all of them for a `fresh` index: a file that was replaced in place leaves no trace in its directory."""
     folder = root / split
     kept = cache_file(folder, cache)
-    cached = read_cached(kept)
+    cached = None if fresh else read_cached(kept)
     try:
         if cached and not stale(folder, cached[1]):
             return replace(cached[0], folder=folder)
@@ -197,11 +206,13 @@ def load_all(root: Path, split: str, cache: Path | None = None, progress: Progre
 def stale(folder: Path, meta: dict[str, Any]) -> set[str]:
     """The directories of a cached index that have to be read again."""
     return {
-        name for name, mtime_ns, _ in meta["directories"] if mtime(folder / name) != mtime_ns or fresh(mtime_ns, meta)
+        name
+        for name, mtime_ns, _ in meta["directories"]
+        if mtime(folder / name) != mtime_ns or just_before(mtime_ns, meta)
     }
 
 
-def fresh(mtime_ns: int, meta: dict[str, Any]) -> bool:
+def just_before(mtime_ns: int, meta: dict[str, Any]) -> bool:
     """A directory touched within a clock tick of the scan may hold a file that the scan did not see."""
     return mtime_ns > meta["scanned_ns"] - 2_000_000_000
 
@@ -222,11 +233,11 @@ def read_cached(kept: Path) -> tuple[Index, dict[str, Any]] | None:
                 return None
             places = a.get("places")
             index = Index(
-                kept.parent, tuple(meta["classes"]), a["text"].tobytes(), a["ends"], a["labels"], a["sizes"],
+                kept.parent, tuple(meta["classes"]), a["text"].tobytes(), a["ends"], a["labels"], a["sizes"], a["marks"],
                 tuple(name for name, _ in meta.get("shards", ())), places,
             )  # fmt: skip
             return index, meta
-    except (OSError, KeyError, ValueError, EOFError, BadZipFile):
+    except Exception:  # a torn file has a dozen ways to say so
         return None
 
 
@@ -255,19 +266,21 @@ def scan(folder: Path, kept: Path, cached: tuple[Index, dict[str, Any]] | None, 
             names += [os.fsencode(f"{relative}/{file}") for file in files]
             labels += [label] * len(files)
             listed.append((relative, changed_ns, len(files)))
-    sizes = np.full((len(names), 2), -1, np.int32)
-    for at, a, b in copied:
-        sizes[at : at + b - a] = cached[0].sizes[a:b] if cached else 0
+    sizes, marks = np.full((len(names), 2), -1, np.int32), np.zeros(len(names), np.uint32)
+    if cached:
+        for at, a, b in copied:
+            sizes[at : at + b - a], marks[at : at + b - a] = cached[0].sizes[a:b], cached[0].marks[a:b]
     todo, done = np.flatnonzero(sizes[:, 0] < 0), len(names) - int((sizes[:, 0] < 0).sum())
     with ThreadPoolExecutor(max(4, (os.cpu_count() or 1) * 2)) as pool:
         for part in np.array_split(todo, max(1, -(-len(todo) // 1000))):  # a future per file would take gigabytes
-            read = pool.map(lambda i: header_size(folder / os.fsdecode(names[i])), part.tolist())
-            sizes[part] = np.array([(0, 0) if isinstance(size, str) else size for size in read]).reshape(-1, 2)
+            read = list(pool.map(lambda i: look(folder / os.fsdecode(names[i])), part.tolist()))
+            sizes[part] = np.array([seen.size for seen in read]).reshape(-1, 2)
+            marks[part] = [seen.mark for seen in read]
             done += len(part)
             if progress:
                 progress(done, len(names))
     ends = np.cumsum([len(name) for name in names], dtype=np.int64)
-    index = Index(folder, tuple(classes), b"".join(names), ends, np.asarray(labels, np.int32), sizes)
+    index = Index(folder, tuple(classes), b"".join(names), ends, np.asarray(labels, np.int32), sizes, marks)
     keep(index, {"directories": listed, "scanned_ns": scanned_ns}, kept)
     return index
 
@@ -275,7 +288,7 @@ def scan(folder: Path, kept: Path, cached: tuple[Index, dict[str, Any]] | None, 
 def keep(index: Index, meta: dict[str, Any], kept: Path) -> None:
     """Write the cache by rename; a cache that cannot be written only costs the next scan."""
     text = json.dumps({"format": FORMAT, "classes": index.classes, **meta}).encode()
-    arrays: dict[str, NDArray[Any]] = {"ends": index.ends, "labels": index.labels, "sizes": index.sizes}
+    arrays: dict[str, NDArray[Any]] = {name: getattr(index, name) for name in ("ends", "labels", "sizes", "marks")}
     if index.places is not None:
         arrays["places"] = index.places
     with contextlib.suppress(OSError):
@@ -287,19 +300,20 @@ def keep(index: Index, meta: dict[str, Any], kept: Path) -> None:
 def recheck(index: Index) -> tuple[Index, dict[int, str]]:
     """The index with the headers that could not be read tried again, and why each of the rest cannot be read."""
     reasons: dict[int, str] = {}
-    sizes = index.sizes
-    for sample in np.flatnonzero(index.sizes[:, 0] == 0).tolist():
+    unread = np.flatnonzero(index.sizes[:, 0] == 0).tolist()
+    if not unread:
+        return index, reasons
+    sizes, marks = index.sizes.copy(), index.marks.copy()
+    for sample in unread:
         try:
-            found = (
-                header_size(index.path(sample))
+            seen = (
+                look(index.path(sample))
                 if index.places is None
-                else encoded_size(io.BytesIO(index.read(sample).tobytes()))
+                else look_at(io.BytesIO(index.read(sample).data), int(index.places[sample, 2]))
             )
         except OSError as error:
-            found = str(error)
-        if isinstance(found, str):
-            reasons[sample] = found
-        else:
-            sizes = sizes.copy() if sizes is index.sizes else sizes
-            sizes[sample] = found
-    return (index if sizes is index.sizes else replace(index, sizes=sizes)), reasons
+            seen = Seen((0, 0), 0, str(error))
+        sizes[sample], marks[sample] = seen.size, seen.mark
+        if seen.reason:
+            reasons[sample] = seen.reason
+    return replace(index, sizes=sizes, marks=marks), reasons

@@ -7,6 +7,8 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from fixres_dist.errors import UserError
+
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")  # torchvision's list
 
 
@@ -49,5 +51,13 @@ def class_names(folder: Path) -> list[str]:
     """One per subfolder, sorted; of a folder of shards, what stands beside them."""
     listed = folder / "classes.json"
     if listed.is_file():
-        return list(json.loads(listed.read_bytes()))
+        try:
+            names = json.loads(listed.read_bytes())
+        except ValueError:
+            names = None
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise UserError(
+                f'{listed} is no list of class names. Accepted: such as ["ash", "birch"], in the labels\' order.'
+            )
+        return names
     return sorted(p.name for p in folder.iterdir() if p.is_dir())

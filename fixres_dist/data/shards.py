@@ -18,7 +18,7 @@ import numpy as np
 
 from fixres_dist.data import index as indexes
 from fixres_dist.data import order
-from fixres_dist.data.headers import encoded_size
+from fixres_dist.data.headers import Seen, look_at
 from fixres_dist.data.index import Index, Progress
 from fixres_dist.data.listing import EXTENSIONS, class_names, walk
 from fixres_dist.errors import UserError
@@ -26,18 +26,21 @@ from fixres_dist.files import sync, whole
 from fixres_dist.rundir import write
 
 CLASSES, INDEX = "classes.json", "index.npz"
+MOST_CLASSES = 1 << 24
 
 
 def is_sharded(folder: Path) -> bool:
-    return any(folder.glob("*.tar"))
+    """Tars, and no class folders that they may have been unpacked to."""
+    return any(folder.glob("*.tar")) and (
+        (folder / CLASSES).is_file() or not any(path.is_dir() for path in folder.iterdir())
+    )
 
 
 def count(folder: Path) -> int:
-    """Images of a split, of folders or of shards, without reading a header."""
+    """Images of a split, of folders or of shards; a header is read only where shards have no index yet."""
     if not is_sharded(folder):
         return sum(1 for name in class_names(folder) for _ in walk(folder / name))
-    beside = indexes.read_cached(folder / INDEX)
-    return len(beside[0]) if beside else len(load(folder.parent, folder.name))
+    return len(load(folder.parent, folder.name))
 
 
 def write_shards(index: Index, out: Path, samples_per_shard: int, progress: Progress | None = None) -> int:
@@ -55,6 +58,8 @@ def write_shards(index: Index, out: Path, samples_per_shard: int, progress: Prog
         )
     if not mark.exists() and any(out.iterdir()):
         raise UserError(f"{out} is not empty and was not written by this command. Next: give another --out.")
+    for left in out.glob(".*.tar.*"):  # of a start that was killed
+        left.unlink(missing_ok=True)
     write(mark, plan)
     write(out / CLASSES, json.dumps(index.classes))
     n, made = len(index), 0
@@ -70,7 +75,8 @@ def write_shards(index: Index, out: Path, samples_per_shard: int, progress: Prog
     kept = scan(out, out / INDEX, None)
     if kept.fingerprint != index.fingerprint:
         raise UserError(
-            f"{out} does not hold the samples of {index.folder}: a file has changed meanwhile. Next: remove {out}."
+            f"{out} does not hold the samples of {index.folder}: a file has changed since it was indexed. Next: remove {out}, "
+            f"python -m fixres_dist data index --data {index.folder.parent} --fresh, and the same command again."
         )
     return made
 
@@ -94,19 +100,25 @@ def write_tar(index: Index, samples: list[int], shard: Path) -> None:
 
 
 def label_name(name: str) -> str:
-    """WebDataset's key: the path up to the first dot of the file name."""
-    path = PurePosixPath(name)
-    return str(path.with_name(path.name.partition(".")[0] + ".cls")) if "." in path.name[1:] else f"{name}.cls"
+    """WebDataset's key: the path up to the first dot of the file name; dots that it begins with are part of it."""
+    folder, slash, file = name.rpartition("/")
+    stem, dot, _ = file.lstrip(".").partition(".")
+    return f"{folder}{slash}{file[: len(file) - len(file.lstrip('.'))]}{stem}.cls" if dot else f"{name}.cls"
 
 
-def load(root: Path, split: str, cache: Path | None = None, progress: Progress | None = None) -> Index:
-    """The index of the shards in `root/split`: the one beside them, the cached one, or made now by reading the tars."""
+def load(
+    root: Path, split: str, cache: Path | None = None, progress: Progress | None = None, fresh: bool = False
+) -> Index:
+    """The index of the shards in `root/split`: the cached one or the one beside them, or made now by reading the tars: if
+    `fresh`, or if a shard or the class names were written after it."""
     folder = root / split
-    now = [[path.name, path.stat().st_size] for path in sorted(folder.glob("*.tar"))]
+    tars = sorted(folder.glob("*.tar"))
+    sizes = [[path.name, path.stat().st_size] for path in tars]
+    written = max(indexes.mtime(path) or 0 for path in (*tars, folder / CLASSES))
     kept = indexes.cache_file(folder, cache)
-    for candidate in (folder / INDEX, kept):
+    for candidate in () if fresh else (kept, folder / INDEX):
         cached = indexes.read_cached(candidate)
-        if cached and cached[1].get("shards") == now:
+        if cached and cached[1].get("shards") == sizes and (indexes.mtime(candidate) or 0) >= written:
             return replace(cached[0], folder=folder)
     return scan(folder, kept, progress)
 
@@ -114,7 +126,7 @@ def load(root: Path, split: str, cache: Path | None = None, progress: Progress |
 def scan(folder: Path, kept: Path, progress: Progress | None) -> Index:
     """Read every shard's table of contents and every image's header; keep the result. Raises UserError for a bad shard."""
     shards = sorted(folder.glob("*.tar"))
-    rows: list[tuple[int, str, str, tuple[int, int, int], tuple[int, int]]] = []
+    rows: list[Row] = []
     for number, shard in enumerate(shards):
         rows += read_tar(shard, number)
         if progress:
@@ -124,10 +136,8 @@ def scan(folder: Path, kept: Path, progress: Progress | None) -> Index:
     labels = np.array([row[0] for row in rows], np.int32)
     if len(set(names)) < len(names):
         raise UserError(f"a name stands twice in the shards of {folder}. Next: write them again with `data shard`.")
-    try:
-        classes = tuple(json.loads((folder / CLASSES).read_bytes()))
-    except FileNotFoundError:
-        classes = tuple(str(k) for k in range(int(labels.max(initial=-1)) + 1))
+    numbers = range(int(labels.max(initial=-1)) + 1)
+    classes = tuple(class_names(folder) if (folder / CLASSES).is_file() else map(str, numbers))
     if len(labels) and labels.max() >= len(classes):
         raise UserError(
             f"{folder} has label {labels.max()} and {len(classes)} classes in {CLASSES}. Accepted: 0 to {len(classes) - 1}."
@@ -138,7 +148,8 @@ def scan(folder: Path, kept: Path, progress: Progress | None) -> Index:
         b"".join(names),
         np.cumsum([len(name) for name in names], dtype=np.int64),
         labels,
-        np.array([row[4] for row in rows], np.int32).reshape(-1, 2),
+        np.array([row[4].size for row in rows], np.int32).reshape(-1, 2),
+        np.array([row[4].mark for row in rows], np.uint32),
         tuple(shard.name for shard in shards),
         np.array([row[3] for row in rows], np.int64).reshape(-1, 3),
     )
@@ -146,8 +157,11 @@ def scan(folder: Path, kept: Path, progress: Progress | None) -> Index:
     return index
 
 
-def read_tar(shard: Path, number: int) -> list[tuple[int, str, str, tuple[int, int, int], tuple[int, int]]]:
-    """(label, directory, file name, place, size) of every image in a shard."""
+Row = tuple[int, str, str, tuple[int, int, int], Seen]  # label, directory, file name, place, what its header says
+
+
+def read_tar(shard: Path, number: int) -> list[Row]:
+    """Every image in a shard."""
     images: list[tuple[str, Any]] = []
     labels: dict[str, int] = {}
     rows = []
@@ -163,26 +177,33 @@ def read_tar(shard: Path, number: int) -> list[tuple[int, str, str, tuple[int, i
                     continue
                 if not member.isreg():
                     raise UserError(f"{shard} holds {member.name!r}, a link or device. Accepted: regular files.")
-                if path.suffix.lower() in EXTENSIONS:
-                    images.append((label_name(member.name), member))
-                elif path.suffix == ".cls":
+                name = str(path)  # `tar -C folder .` writes ./class/file
+                if name.lower().endswith(EXTENSIONS):
+                    images.append((name, member))
+                elif name.endswith(".cls"):
                     file.seek(member.offset_data)
-                    labels[member.name] = int(file.read(member.size))
+                    labels[name] = int(file.read(member.size))
+                    if not 0 <= labels[name] < MOST_CLASSES:
+                        raise UserError(
+                            f"{shard} holds label {labels[name]} in {name!r}. Accepted: 0 to {MOST_CLASSES - 1}."
+                        )
             file.seek(max(0, shard.stat().st_size - 1024))
             if file.read() != bytes(1024):
                 raise tarfile.ReadError("the end mark is missing")
-            for key, member in images:
-                name = member.name
-                if key not in labels:
+            for name, member in images:
+                if (key := label_name(name)) not in labels:
                     raise UserError(
                         f"{shard} holds {name!r} without its label {key!r}. Next: write it again with `data shard`."
                     )
                 file.seek(member.offset_data)
-                size = encoded_size(io.BytesIO(file.read(member.size)))
+                seen = look_at(io.BytesIO(file.read(member.size)), member.size)
                 directory, _, base = name.rpartition("/")
-                place = (number, member.offset_data, member.size)
-                rows.append((labels[key], directory, base, place, (0, 0) if isinstance(size, str) else size))
-    except (tarfile.TarError, EOFError, ValueError, OSError) as error:
+                rows.append((labels[key], directory, base, (number, member.offset_data, member.size), seen))
+    except OSError as error:
+        raise UserError(
+            f"cannot read {shard}: {error.strerror or error}. Accepted: a file this user may read."
+        ) from None
+    except (tarfile.TarError, EOFError, ValueError) as error:
         raise UserError(
             f"shard {shard} is torn or no tar: {error}. Next: remove it, and run the same `data shard` command again."
         ) from None

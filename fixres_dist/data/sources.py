@@ -23,9 +23,16 @@ def folder(root: str, cache: str = "") -> Path:
 
 
 def load(
-    root: Path, split: str, cache: str = "", show: bool = True, deny_list: str = "", on_bad: str = "stop"
+    root: Path,
+    split: str,
+    cache: str = "",
+    show: bool = True,
+    deny_list: str = "",
+    on_bad: str = "stop",
+    fresh: bool = False,
 ) -> index.Index:
-    """The index of one split, of folders or of shards, less the deny list; with a progress bar while headers are read.
+    """The index of one split, of folders or of shards, less the deny list; with a progress bar while headers are read,
+    which is all of them if `fresh`.
 
     With `on_bad: stop` files whose header cannot be read are refused, with `skip` they stay in, to be skipped at their
     turn: so the order of the others does not depend on them.
@@ -38,7 +45,7 @@ def load(
         )
     with Bar(f"reading {split} headers", show) as bar:
         read = shards.load if shards.is_sharded(folder) else index.load_all
-        found_all = read(root, split, kept, bar)
+        found_all = read(root, split, kept, bar, fresh)
     left = found_all.without(denied(deny_list, split))
     if not len(left):
         denies = f"data.deny_list={deny_list} names all {len(found_all)} of them" if len(found_all) else "it is empty"
