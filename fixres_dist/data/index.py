@@ -179,8 +179,8 @@ def checked(index: Index, on_bad: str = "stop") -> Index:
         more = f"\n  and {len(bad) - 5} more" if len(bad) > 5 else ""
         raise UserError(
             f"{len(bad)} of {len(found)} files in {found.folder} are no readable images:\n  {listed}{more}\n"
-            f"Next: python -m fixres_dist data verify --data {found.folder.parent} --deny-list bad.txt, then data.deny_list=bad.txt; "
-            "or data.on_bad=skip; or move them away."
+            f"Next: python -m fixres_dist data verify --data {found.folder.parent} --deny-list bad.txt, then data.deny_list=bad.txt "
+            "(`data shard`: --deny-list bad.txt); or data.on_bad=skip; or move them away."
         )
     return found
 
