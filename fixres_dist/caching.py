@@ -101,7 +101,7 @@ def open_stores(
     for split, store in chosen.items():
         check_shared(session, store)
         if check:
-            store.verify(session.ranks.rank, session.ranks.world_size)
+            store.verify(session.splits[split], session.ranks.rank, session.ranks.world_size)
         distributed.barrier(session.ranks)
         if distributed.from_main(session.ranks, session.ranks.is_main and bool(store.missing())):
             write_missing(session, stage, forms[decided["features"]], store, specs[split], session.splits[split], stop)

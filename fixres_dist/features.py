@@ -97,8 +97,9 @@ class Store:
     def missing_bytes(self) -> int:
         return sum(stop - first for first, stop in self.missing()) * self.sample_bytes
 
-    def verify(self, rank: int, world_size: int) -> None:
-        """Remove this rank's share of the segments where their bytes are not those that were written."""
+    def verify(self, index: Index, rank: int, world_size: int) -> None:
+        """Remove this rank's share of the segments where their bytes are not those that were written, or where a picture of
+        `index` that could not be decoded then can be now: a disk's bad day is not to cost later runs a picture."""
         for span in self.segments()[rank::world_size]:
             crc, left = 0, (span[1] - span[0]) * self.sample_bytes
             with open(self.path(span), "rb") as file:
@@ -108,6 +109,14 @@ class Store:
                 wanted = int.from_bytes(file.read(4), "little")
             if crc != wanted:
                 self.reject(span, "its checksum is wrong")
+            elif any(decodable(index, span[0] + int(k)) for k in np.flatnonzero(self.marks(span) == 0)):
+                self.reject(span, "a picture that could not be decoded now can be")
+
+    def marks(self, span: Span) -> NDArray[np.uint8]:
+        """Of each sample of a segment: 1 if it was decoded."""
+        count = span[1] - span[0]
+        with open(self.path(span), "rb") as file:
+            return np.frombuffer(os.pread(file.fileno(), count, count * (self.sample_bytes - 1)), np.uint8)
 
     def write(self, span: Span, batches: Iterable[tuple[NDArray[np.int64], list[tuple[torch.Tensor, ...]]]]) -> None:
         """Write one segment. `batches`: of consecutive samples those that could be decoded, and their features in each view,
@@ -143,9 +152,7 @@ class Store:
             raise FileNotFoundError(f"{self.folder} has no features of the samples {gaps[:3]}")
         found = []
         for span in self.segments():
-            file, count = FileIO(self.path(span)), span[1] - span[0]
-            marks = os.pread(file.fileno(), count, count * (self.sample_bytes - 1))
-            found.append((span[0], file, np.frombuffer(marks, np.uint8)))
+            found.append((span[0], FileIO(self.path(span)), self.marks(span)))
         return found
 
     @cached_property
@@ -190,6 +197,14 @@ class Store:
                     yield waiting.popleft().result()
             while waiting:
                 yield waiting.popleft().result()
+
+
+def decodable(index: Index, sample: int) -> bool:
+    try:
+        torch_cpu.load(index, sample)
+        return True
+    except torch_cpu.Undecodable:
+        return False
 
 
 def as_bytes(tensor: torch.Tensor) -> NDArray[np.uint8]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ from safetensors.torch import load_file
 
 from fixres_dist import caching, train
 from fixres_dist import config as cfg
+from fixres_dist.data import index
 from fixres_dist.preempt import StopFlag
 from fixres_dist.rundir import RunDir, prepare, read_lines
 
@@ -161,6 +163,24 @@ def test_files_that_cannot_be_decoded_count_as_little_as_when_streaming(tmp_path
     counts = [[line["skipped"] for line in read_lines(here.metrics) if "loss" in line] for here in runs]
     assert counts[0] == counts[1]
     assert sum(count for count in counts[1] if count) >= 2, "once in each epoch"
+
+
+def test_a_picture_that_can_be_decoded_again_has_features_again(tmp_path: Path, photos: Path) -> None:
+    """A torn file that is made whole in place: the cached index does not see it."""
+    data = Path(shutil.copytree(photos, tmp_path / "data"))
+    for directory in (data / "train").iterdir():
+        os.utime(directory, (1e9, 1e9))
+    whole, torn = (photos / "train" / "birch" / "007.jpg"), data / "train" / "birch" / "007.jpg"
+    index.load_all(data, "train")
+    torn.write_bytes(whole.read_bytes()[:-400])
+    cached = ["run.engine=cached", "run.batch_per_device=4", "data.on_bad=skip"]
+    assert json.loads(trained(tmp_path, "torn", data, *cached).results.read_text())["skipped"] == 1
+    written = segments(tmp_path)
+    torn.write_bytes(whole.read_bytes())
+    mended, calm = trained(tmp_path, "mended", data, *cached), trained(tmp_path, "calm", photos)
+    assert json.loads(mended.results.read_text())["skipped"] == 0
+    assert furthest(mended.root, calm.root) < 1e-6
+    assert len([name for name, at in segments(tmp_path).items() if at != written[name]]) == 1
 
 
 def test_a_stop_while_features_are_written_goes_on_there(tmp_path: Path, photos: Path) -> None:

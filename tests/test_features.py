@@ -79,7 +79,7 @@ def test_damage_is_found_and_only_that_is_missing(tmp_path: Path, capsys: pytest
         path.write_bytes(change(path.read_bytes()))
     assert store.missing() == [(0, 16)]
     for rank in range(3):
-        store.verify(rank, 3)
+        store.verify(made(), rank, 3)
     assert store.missing() == [(0, 16), (32, N)]
     said = capsys.readouterr().out
     assert "length is wrong" in said
