@@ -148,7 +148,6 @@ def text(run: RunDir, files: list[str], licence: str | None, alpha: float = 1.0)
     start = "new weights" if config.model.weights == "none" else f"weights `{Path(config.model.weights).name}`"
     if config.pretrain:
         start += f" trained at {config.pretrain.res} px for {config.pretrain.epochs} epochs"
-    command = run.root / "command.txt"
     body = TEMPLATE.format(
         base=base,
         name=name,
@@ -161,7 +160,7 @@ def text(run: RunDir, files: list[str], licence: str | None, alpha: float = 1.0)
         rule=RULES[base["resize_rule"]].format(res=base["res"]),
         use=(USE if weights else USE_ONNX).format(timm_name=base["timm_name"], classes=classes, file=weights),
         files=", ".join(f"`{file}`" for file in files),
-        command=command.read_text().strip() if command.exists() else f"python -m fixres_dist train --run {run.root}",
+        command=run.command(),
         licence="which timm gives as " + licence if licence else "and of the data they were trained on",
     )
     return front_matter(name, data, licence, found) + body

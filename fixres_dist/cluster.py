@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fixres_dist import config as cfg
-from fixres_dist import slurm
+from fixres_dist import slurm, watch
 from fixres_dist.errors import EXIT_DONE, EXIT_FAILED, UserError
-from fixres_dist.preempt import StopFlag
+from fixres_dist.preempt import SIGNALS, StopFlag
 from fixres_dist.rundir import RunDir, write
 
 if TYPE_CHECKING:
@@ -234,7 +234,8 @@ def local_gpus() -> int:
 def run_local(run: RunDir, processes: int) -> int:
     """`processes` ranks on this machine, followed to their end; returns the exit code.
 
-    Ctrl-C reaches the ranks, which save and leave; submitit's controller must not kill them meanwhile.
+    A stop signal to this process or to all of them makes the ranks save and leave; submitit's controller must not
+    end meanwhile.
     """
     import submitit
 
@@ -248,10 +249,11 @@ def run_local(run: RunDir, processes: int) -> int:
     if processes > 1 and "OMP_NUM_THREADS" not in os.environ:
         os.environ["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // processes))
     task = TrainJob(str(run.root.resolve()))  # before the change of directory: --runs-dir may be relative
-    with ignored_interrupt(), contextlib.chdir(run.code):
+    with ignored_signals(), contextlib.chdir(run.code):
         job = executor.submit(task)
+    flag = StopFlag().install()
     run.update_state(job_id=f"local-{job.job_id}")
-    follow(run, job)
+    follow(run, job, flag)
     with contextlib.suppress(OSError):
         executor.folder.rmdir()  # submitit leaves an empty folder named %j beside the job's
     codes = []
@@ -264,39 +266,45 @@ def run_local(run: RunDir, processes: int) -> int:
         return EXIT_DONE
     if run.failed.exists():
         print(run.failed.read_text(), file=sys.stderr, end="")
+    elif flag.signal and run.state().get("state") in watch.UNFINISHED:  # none of them had come so far as to save
+        run.update_state(state="cancelled", reason="cancelled; the same command goes on", eta_s=None)
+        run.event("cancelled")
     elif run.state().get("state") != "cancelled":
         lost = f"a process of the run died without a word (exit codes {codes}); its log: {job.paths.stdout.parent}"
-        run.fail(lost, (run.root / "command.txt").read_text().strip())
+        run.fail(lost, run.command())
         print(run.failed.read_text(), file=sys.stderr, end="")
     return max(codes)
 
 
 @contextlib.contextmanager
-def ignored_interrupt() -> Iterator[None]:
-    """Children started inside inherit the ignored signal; the training ranks install their own handler."""
-    kept = signal.signal(signal.SIGINT, signal.SIG_IGN)
+def ignored_signals() -> Iterator[None]:
+    """Children started inside inherit the ignored signals; the training ranks install their own handlers."""
+    kept = {number: signal.signal(number, signal.SIG_IGN) for number in SIGNALS}
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, kept)
+        for number, handler in kept.items():
+            signal.signal(number, handler)
 
 
-def follow(run: RunDir, job: submitit.Job[int]) -> None:
-    """Copy rank 0's log to this terminal until the job ends."""
+def follow(run: RunDir, job: submitit.Job[int], flag: StopFlag) -> None:
+    """Copy rank 0's log to this terminal until the job ends; a stop signal is handed on."""
     log = Path(str(job.paths.stdout).replace("%t", "0"))
-    position, told = 0, False
+    position, told, asked = 0, False, False
     while True:
-        try:
-            ended = job.done()
-            position = copy_new(log, position)
-            if ended:
-                return
-            time.sleep(0.2)
-        except KeyboardInterrupt:
-            if told:
-                raise
+        ended = job.done()
+        position = copy_new(log, position)
+        if ended:
+            return
+        if flag.signal and not told:
+            again = "; Ctrl-C again leaves them alone" if flag.signal == signal.SIGINT else ""
+            with contextlib.suppress(OSError):  # a terminal that has hung up
+                print(f"stopping {run.name}: its ranks save and leave{again}", flush=True)
             told = True
-            print(f"stopping {run.name}: its ranks save and leave; Ctrl-C again leaves them alone", flush=True)
+        if told and not asked and run.is_locked():  # rank 0 has met the others, so all of them remember signals
+            os.kill(int(job.job_id), signal.SIGTERM)  # submitit's controller, our child, hands it on
+            asked = True
+        time.sleep(0.2)
 
 
 def copy_new(log: Path, position: int) -> int:
@@ -307,5 +315,5 @@ def copy_new(log: Path, position: int) -> int:
             sys.stdout.write("".join(x for x in text.splitlines(keepends=True) if not x.startswith("submitit INFO")))
             sys.stdout.flush()
             return file.tell()
-    except FileNotFoundError:
+    except OSError:  # no log yet, or nobody reads us any more: the ranks go on
         return position

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from types import FrameType
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT, signal.SIGHUP)
 
 
 class StopFlag:
@@ -27,7 +27,8 @@ class StopFlag:
 
     def install(self) -> StopFlag:
         for number in SIGNALS:
-            signal.signal(number, self.handle)
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # as nohup leaves it
+                signal.signal(number, self.handle)
         return self
 
     def handle(self, number: int, frame: FrameType | None) -> None:

@@ -11,6 +11,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import shlex
 import shutil
 import socket
 import subprocess
@@ -96,6 +97,18 @@ class RunDir:
             return json.loads((self.root / "state.json").read_text())
         except FileNotFoundError:
             return {}
+
+    def command(self) -> str:
+        """What goes on with the run: as it was submitted, or the worker alone."""
+        try:
+            return (self.root / "command.txt").read_text().strip()
+        except FileNotFoundError:
+            return f"python -m fixres_dist train --run {self.root}"
+
+    def launch(self, script: str) -> str:
+        """launch/SCRIPT.py for this run, to be typed where the runs directory was given."""
+        where = "" if self.root.parent == Path("runs") else f" --runs-dir {shlex.quote(str(self.root.parent))}"
+        return f"python launch/{script}.py {shlex.quote(self.name)}{where}"
 
     def update_state(self, **changes: Any) -> None:
         """Merge `changes` into state.json."""

@@ -54,11 +54,7 @@ def run(folder: Path, flag: StopFlag | None = None) -> int:
     """
     here = RunDir(folder)
     config = here.config()
-    again = (
-        (here.root / "command.txt").read_text().strip()
-        if (here.root / "command.txt").exists()
-        else f"python -m fixres_dist train --run {folder}"
-    )
+    again = here.command()
     try:
         return work(here, config, flag or StopFlag().install())
     except UserError as error:

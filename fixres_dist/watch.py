@@ -92,7 +92,7 @@ def row(run: RunDir, queue: dict[str, slurm.Queued] | None) -> Row:
             reason = f"{was}, but job {job} has left the queue{room(run)}. Next: python launch/resume.py {run.name}"
     elif word in ("running", "stopping") and not job and not run.is_locked():
         word = "failed"
-        reason = f"its process is gone{room(run)}. Next: the same command, it goes on from the last checkpoint"
+        reason = f"its process is gone{room(run)}. Next, from the last checkpoint: {run.command()}"
     step, total = int(state.get("step") or 0), state.get("total_steps")
     if word == "done" and total:
         step = total

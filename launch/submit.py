@@ -230,7 +230,12 @@ def submit(args: argparse.Namespace) -> int:
             target.run.event("submitted", cluster=kind, command=" ".join(command))
         if kind == "slurm":
             return start_slurm([target.run for target in todo], todo[0].config, args.at_once)
-    return max(start_here(target.run, target.config, kind) for target in todo)
+    codes = []
+    for target in todo:
+        codes.append(start_here(target.run, target.config, kind))
+        if target.run.state().get("state") == "cancelled":  # a stop is meant for the runs after it too
+            break
+    return max(codes)
 
 
 def told_already(run: rundir.RunDir, kind: str) -> bool:

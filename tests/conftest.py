@@ -86,8 +86,11 @@ def tiny(runs: Path, name: str, data: Path, processes: int, *more: str) -> list[
     ]
 
 
-def killed_when(arguments: list[str], condition: Callable[[], bool], number: int = signal.SIGKILL) -> None:
-    """Start a command in a session of its own and send `number` to every process of it once `condition` holds."""
+def killed_when(
+    arguments: list[str], condition: Callable[[], bool], number: int = signal.SIGKILL, alone: bool = False
+) -> int:
+    """Start a command in a session of its own and send `number` to every process of it once `condition` holds, or to the
+    command `alone`; returns its exit code."""
     process = subprocess.Popen(
         command(*arguments), env=environment(), cwd=ROOT, stdout=subprocess.DEVNULL, start_new_session=True
     )
@@ -96,5 +99,5 @@ def killed_when(arguments: list[str], condition: Callable[[], bool], number: int
         assert process.poll() is None, "the run ended before it could be killed"
         assert time.monotonic() < deadline
         time.sleep(0.005)
-    os.killpg(process.pid, number)
-    process.wait()
+    (os.kill if alone else os.killpg)(process.pid, number)
+    return process.wait()

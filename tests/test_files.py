@@ -143,8 +143,9 @@ def test_failed_names_the_file_and_the_command(prepared: RunDir, monkeypatch: py
 def test_status_sees_a_disk_too_full_for_failed(prepared: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
     prepared.update_state(state="running")
     (row,) = watch.rows([prepared])
-    assert row.reason == "its process is gone. Next: the same command, it goes on from the last checkpoint"
+    command = (prepared.root / "command.txt").read_text().strip()
+    assert row.reason == f"its process is gone. Next, from the last checkpoint: {command}"
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=4096))
     (row,) = watch.rows([prepared])
     assert row.state == "failed"
-    assert f"its process is gone; 0.0 MiB are free where {prepared.root} is: make room first. Next:" in row.reason
+    assert f"its process is gone; 0.0 MiB are free where {prepared.root} is: make room first. Next" in row.reason

@@ -47,7 +47,7 @@ def test_workers_ignore_stop_signals_and_end_with_the_parent(photos: Path) -> No
 
     *workers, first = serve()
     assert first == 0
-    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT):
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT, signal.SIGHUP):
         for worker in workers:
             os.kill(worker, number)
     for turn in range(1, 4):  # the same workers, and no batch lost

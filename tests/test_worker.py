@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -143,15 +144,23 @@ def test_stage_one_checkpoint_files_hold_tensors_and_json_only(finished: Path) -
     assert checkpoint.progress_of(found[-1]).step == 21
 
 
-def test_a_stop_signal_saves_and_the_same_command_goes_on(tmp_path: Path, photos: Path) -> None:
+@pytest.mark.parametrize(
+    ("number", "alone", "reason"),
+    [(signal.SIGINT, False, "SIGINT"), (signal.SIGTERM, True, "SIGTERM"), (signal.SIGHUP, False, "SIGTERM")],
+    ids=["ctrl-c", "kill", "hang-up"],
+)
+def test_a_stop_signal_saves_and_the_same_command_goes_on(
+    tmp_path: Path, photos: Path, number: int, alone: bool, reason: str
+) -> None:
     arguments = tiny(tmp_path, "asked", photos, 2, "tune.epochs=4")
     folder = tmp_path / "asked"
     lines = folder / "samples" / "rank_0.jsonl"
-    killed_when(arguments, lambda: len(rundir.read_lines(lines)) >= 3, signal.SIGINT)
+    assert killed_when(arguments, lambda: len(rundir.read_lines(lines)) >= 3, number, alone) == 1
+    assert not rundir.RunDir(folder).is_locked(), "the command ends after its ranks"
     state = json.loads((folder / "state.json").read_text())
     assert state["state"] == "cancelled"
     saved = checkpoint.progress_of(checkpoint.complete(folder / "checkpoints")[-1]).step
-    assert f"SIGINT at step {saved}" in state["reason"]
+    assert f"{reason} at step {saved}" in state["reason"]
     done = run(*arguments)
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"resuming asked at step {saved} of 28" in done.stdout
@@ -250,6 +259,20 @@ def test_stop_signals_are_remembered_and_not_acted_on() -> None:
     finally:
         for number, handler in kept.items():
             signal.signal(number, handler)
+
+
+def test_a_run_under_nohup_outlives_its_terminal() -> None:
+    code = (
+        "import os, signal; from fixres_dist.preempt import StopFlag; flag = StopFlag().install(); "
+        "os.kill(os.getpid(), signal.SIGHUP); print(flag.signal)"
+    )
+    said = [
+        subprocess.check_output(
+            [*start, sys.executable, "-c", code], env=environment(), text=True, stderr=subprocess.PIPE
+        )
+        for start in ([], ["nohup"])
+    ]
+    assert said == [f"{int(signal.SIGHUP)}\n", "0\n"]
 
 
 def test_who_am_i_under_every_launcher() -> None:
