@@ -19,6 +19,14 @@ from fixres_dist.errors import UserError, unknown
 
 FROM_SCRATCH = ("demo", "r50")  # recipes with a first stage of their own and no weights
 WEIGHTS = ("ns", "ap", "pretrained", "none")
+# Keys that hold a path, and the words that are none.
+PATHS = {
+    "model.weights": WEIGHTS,
+    "data.root": ("demo",),
+    "data.deny_list": (),
+    "data.cache": (),
+    "run.feature_cache": (),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,6 +139,17 @@ def find(name: str, weights: str = "") -> Recipe:
         values["data"]["resize_rule"] = "timm"
     recipe = Recipe(name, "pretrained", values, None, None)
     return with_weights(recipe, weights) if weights else recipe
+
+
+def with_absolute_paths(values: dict[str, Any]) -> dict[str, Any]:
+    """`values` with its paths as they are meant here: a job starts in the run's code/."""
+    changes: dict[str, dict[str, str]] = {}
+    for name, words in PATHS.items():
+        section, _, key = name.partition(".")
+        path = (values.get(section) or {}).get(key)
+        if isinstance(path, str) and path not in ("", *words):
+            changes.setdefault(section, {})[key] = str(Path(path).expanduser().absolute())
+    return merge(values, changes)
 
 
 def presets() -> list[str]:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from fixres_dist import cluster, rundir, watch
+from fixres_dist import cluster, planning, recipes, rundir, watch
 from fixres_dist import config as cfg
 from fixres_dist.errors import EXIT_DONE, UserError, exit_code
 from launch import submit
@@ -32,7 +32,10 @@ def main() -> int:
 def resume(run: rundir.RunDir, args: argparse.Namespace) -> int:
     nodes = [f"cluster.nodes={args.nodes}"] if args.nodes else []
     values = cfg.merge(cfg.plain(run.config()), cfg.overrides([*nodes, *args.overrides]))
-    config = cfg.parse(cfg.Config, values)
+    config = cfg.parse(cfg.Config, recipes.with_absolute_paths(values))
+    least, most = config.cluster.node_range()
+    planning.check(config, least * config.cluster.gpus_per_node if least == most else 1, dry=False)
+    rundir.check(run.root, config)
     submitted = [e for e in rundir.read_lines(run.root / "events.jsonl") if e["event"] == "submitted"]
     kind = args.cluster or (submitted[-1]["cluster"] if submitted else cluster.default_cluster())
     if kind == "slurm" and not cluster.ask_slurm(cluster.sbatch_text(config, run)):
@@ -40,7 +43,6 @@ def resume(run: rundir.RunDir, args: argparse.Namespace) -> int:
     with run.lock(".submit.lock", wait_s=60):
         if submit.told_already(run, kind):
             return EXIT_DONE
-        rundir.check(run.root, config)
         rundir.write(run.root / "config.yaml", cfg.dump(config))
         run.event("submitted", cluster=kind, command=f"python launch/resume.py {run.name}")
         if kind == "slurm":

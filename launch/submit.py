@@ -125,11 +125,7 @@ def configure(args: argparse.Namespace, kind: str) -> tuple[cfg.Config, recipes.
         )
     if recipe.facts and values.get("pretrain"):
         values["pretrain"].setdefault("res", recipe.facts.train_res)
-    if values["data"].get("root") not in (None, "", "demo"):
-        values["data"]["root"] = str(Path(values["data"]["root"]).expanduser().absolute())
-    if values["model"].get("weights", "none") not in recipes.WEIGHTS:
-        values["model"]["weights"] = str(Path(values["model"]["weights"]).expanduser().absolute())
-    config = cfg.parse(cfg.Config, values)
+    config = cfg.parse(cfg.Config, recipes.with_absolute_paths(values))
     if kind != "slurm" and config.cluster.nodes != "1":
         raise UserError(
             f"--nodes {config.cluster.nodes} needs a cluster; --cluster {kind} is this machine alone. Next: --cluster slurm"

@@ -170,7 +170,26 @@ def test_wrong_arguments_get_one_helpful_message(tmp_path: Path, photos: Path) -
     assert "accepted: ap, none" in refuse(tmp_path, "--model", "b8", "--weights", "ns", "--data", photos)
     assert "--nodes 2 needs a cluster" in refuse(tmp_path, "--model", "b0", "--nodes", "2", *good)
     assert "no weights file" in refuse(tmp_path, "--model", "b0", "--weights", tmp_path / "no.pth", "--data", photos)
+    assert "no.txt': No such file" in refuse(tmp_path, "--model", "b0", *good, "data.deny_list=no.txt")
     assert "no profile" in refuse(tmp_path, "--model", "b0", "--profile", tmp_path / "no.yaml", *good)
+
+
+def test_paths_are_those_of_the_shell_that_submits(tmp_path: Path, photos: Path) -> None:
+    """The job starts in the run's code/, where a relative one would mean another place."""
+    (tmp_path / "bad.txt").touch()
+    keys = ["data.deny_list=bad.txt", "data.cache=kept", "run.feature_cache=features"]
+    done = run(*tiny(tmp_path / "runs", "r", photos, 1, "--prepare", *keys), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    config = RunDir(tmp_path / "runs" / "r").config()
+    found = (config.data.deny_list, config.data.cache, config.run.feature_cache)
+    assert found == tuple(str(tmp_path / name) for name in ("bad.txt", "kept", "features"))
+    script = [sys.executable, f"{ROOT}/launch/resume.py", "r", "--runs-dir", "runs", "--cluster", "inline"]
+    asked = ["data.deny_list=nowhere.txt"]
+    done = subprocess.run(
+        [*script, *asked], capture_output=True, text=True, env=environment(), cwd=tmp_path, check=False
+    )
+    assert done.returncode == 2
+    assert f"data.deny_list is '{tmp_path}/nowhere.txt': No such file" in done.stderr
 
 
 @pytest.mark.parametrize("damage", ["no train", "no val", "empty class", "one class"])
