@@ -148,14 +148,18 @@ def count(run: RunDir, reason: str) -> None:
 
 
 def culprit(run: RunDir, job: str) -> str:
-    """What srun says of the task that died, such as `n2: task 3: Killed`; the others it then terminates itself.
+    """What srun says of the task that died first, such as `n2: task 3: Killed`; others break because of it, or are
+    terminated by srun itself.
 
     srun's exit code tells less: it is the highest one, so mostly 143 of a task that was terminated.
     """
     file = run.root / "submitit" / job / f"{job}_0_log.err"
     text = file.read_text(errors="replace") if file.exists() else ""
+    text = re.split(r"^.*\*\*\* JOB \S+ ON \S+ CANCELLED AT ", text, flags=re.MULTILINE)[-1]  # starts before this one
     said = re.findall(r"^srun: error: (\S+: tasks? \S+: (?!Terminated).+)$", text, re.MULTILINE)
-    return said[-1] + (" (by hand, or out of memory)" if said[-1].endswith("Killed") else "") if said else ""
+    # A task that breaks ends by itself, with a code; srun hears of it before or after the one that a signal ended.
+    said.sort(key=lambda line: "Exited with" in line)
+    return said[0] + (" (by hand, or out of memory)" if said[0].endswith("Killed") else "") if said else ""
 
 
 def resume_command(run: RunDir) -> str:

@@ -101,6 +101,20 @@ def test_a_failure_is_retried_only_with_progress_and_within_the_limit(
     assert "launch/resume.py r" in run.state()["reason"]
 
 
+def test_the_task_that_was_killed_is_named_before_those_that_broke_because_of_it(run: RunDir) -> None:
+    log = run.root / "submitit" / "5" / "5_0_log.err"
+    log.parent.mkdir(parents=True)
+    broken = "srun: error: n2: tasks 2-3: Exited with exit code 1\n"
+    log.write_text(
+        "srun: error: n9: task 9: Killed\n"
+        "slurmstepd: error: *** JOB 5 ON n1 CANCELLED AT 2026-01-02T03:04:05 DUE TO JOB REQUEUE ***\n"
+        f"{broken}srun: error: n1: task 1: Killed\nsrun: error: n1: task 0: Terminated\n"
+    )
+    assert lifecycle.culprit(run, "5") == "n1: task 1: Killed (by hand, or out of memory)"
+    log.write_text(f"{broken}srun: error: n1: task 0: Exited with exit code 2\n")
+    assert lifecycle.culprit(run, "5") == "n2: tasks 2-3: Exited with exit code 1"
+
+
 @pytest.mark.parametrize(("preempted", "counted"), [("None", "failure"), ("2026-01-02T03:04:05", "preempted")])
 def test_a_rank_that_breaks_in_a_job_that_slurm_requeued(
     run: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, preempted: str, counted: str
