@@ -264,12 +264,20 @@ def run_local(run: RunDir, processes: int) -> int:
             codes.append(EXIT_FAILED)
     if run.done.exists():
         return EXIT_DONE
+    state = run.state()
+    gone = [job.task(rank).paths for rank in range(processes) if not job.task(rank).paths.result_pickle.exists()]
+    if gone and run.failed.exists() and not state.get("final"):  # by the others, who broke because of it
+        said = run.failed.read_text().partition("\n")[0]
+        run.failed.unlink()
+        who = "rank " + ", ".join(str(paths.task_id) for paths in gone)
+        lost = f"{who} left no result, killed by hand or out of memory (log: {gone[0].stdout}); after it: {said}"
+        run.fail(lost, f"again, from the last checkpoint: {run.command()}")
     if run.failed.exists():
         print(run.failed.read_text(), file=sys.stderr, end="")
-    elif flag.signal and run.state().get("state") in watch.UNFINISHED:  # none of them had come so far as to save
+    elif flag.signal and state.get("state") in watch.UNFINISHED:  # none of them had come so far as to save
         run.update_state(state="cancelled", reason="cancelled; the same command goes on", eta_s=None)
         run.event("cancelled")
-    elif run.state().get("state") != "cancelled":
+    elif state.get("state") != "cancelled":
         lost = f"a process of the run died without a word (exit codes {codes}); its log: {job.paths.stdout.parent}"
         run.fail(lost, run.command())
         print(run.failed.read_text(), file=sys.stderr, end="")

@@ -63,7 +63,7 @@ def run(folder: Path, flag: StopFlag | None = None) -> int:
         return EXIT_USER
     except Exception as error:
         full = no_room(error)
-        next_command = f"{'make room, then ' if full else ''}{again}   (goes on from the last checkpoint)"
+        next_command = f"{'make room, then' if full else 'again, from the last checkpoint:'} {again}"
         lifecycle.broke(here, full or f"{type(error).__name__}: {error}", next_command)
         raise
 

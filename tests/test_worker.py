@@ -166,6 +166,37 @@ def test_a_stop_signal_saves_and_the_same_command_goes_on(
     assert f"resuming asked at step {saved} of 28" in done.stdout
 
 
+def test_a_killed_rank_of_a_local_run_is_told_before_those_that_broke_because_of_it(
+    tmp_path: Path, photos: Path
+) -> None:
+    folder, killed = tmp_path / "killed", []
+
+    def kill_rank_1() -> bool:
+        if len(rundir.read_lines(folder / "samples" / "rank_0.jsonl")) < 3:
+            return False
+        job = rundir.RunDir(folder).state()["job_id"].removeprefix("local-")
+        marks = {f"SUBMITIT_LOCAL_JOB_ID={job}", "SUBMITIT_LOCAL_GLOBALID=1"}
+        for entry in Path("/proc").glob("[0-9]*"):
+            try:
+                found = marks <= set((entry / "environ").read_text(errors="replace").split("\0"))
+            except OSError:
+                continue
+            if found:  # its loader worker too
+                os.kill(int(entry.name), signal.SIGKILL)
+                killed.append(entry.name)
+        return True
+
+    assert (
+        killed_when(tiny(tmp_path, "killed", photos, 2, "tune.epochs=40"), kill_rank_1, signal.SIGCONT, alone=True) == 1
+    )
+    assert killed
+    why, following = (folder / "FAILED").read_text().splitlines()
+    assert why.startswith(f"rank 1 left no result, killed by hand or out of memory (log: {folder}/submitit/")
+    assert "; after it: RuntimeError" in why
+    assert following.startswith("Next: again, from the last checkpoint: python launch/submit.py")
+    assert why.rstrip(".") in json.loads((folder / "state.json").read_text())["reason"]
+
+
 def test_a_relative_runs_directory(tmp_path: Path, photos: Path) -> None:
     arguments = tiny(Path("some/runs"), "relative", photos, 1, "tune.epochs=0", "tune.bn_stats_images=3")
     done = run(*arguments, cwd=tmp_path)
