@@ -146,14 +146,16 @@ def report(args: argparse.Namespace) -> int:
     """One row for each finished run, beside what was published for its model; the state of the others."""
     from fixres_dist import comparison, figures
 
-    runs = [RunDir(root) for root in args.runs]
-    for run in runs:
-        run.config()  # refuses what is no run directory
+    runs = [RunDir(root) for root in args.runs if (root / "config.yaml").is_file()]
+    if not runs:
+        RunDir(args.runs[0]).config()  # refuses what is no run directory
+    if others := [str(root) for root in args.runs if RunDir(root) not in runs]:  # as a report that runs/* names too
+        print(f"left out, no run directories: {', '.join(others)}", file=sys.stderr)
     rows = [comparison.row(run) for run in runs if run.results.exists()]
     if args.json:
         print(json.dumps({"runs": rows, "unfinished": comparison.unfinished(runs)}, indent=1))
         return EXIT_DONE
-    out = args.out or args.runs[0].parent / "report"
+    out = args.out or runs[0].root.parent / "report"
     text = comparison.markdown(runs, rows, out)
     out.mkdir(parents=True, exist_ok=True)
     write(out / "report.md", text)

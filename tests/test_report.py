@@ -116,6 +116,17 @@ def test_the_published_curves_are_the_tables() -> None:
     assert (curves["Noisy Student"][-1][0], curves["Noisy Student"][-1][2]) == (480, 88.4)
 
 
+def test_a_report_among_the_runs_is_left_out_of_the_next_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`report runs/*`, twice."""
+    run = made(tmp_path / "b0-320", "b0", 320)
+    (tmp_path / "a report").mkdir()
+    assert cli.main(["report", str(tmp_path / "a report"), str(run.root)]) == 0
+    assert capsys.readouterr().err == f"left out, no run directories: {tmp_path / 'a report'}\n"
+    assert "| b0-320 | tf_efficientnet_b0" in (tmp_path / "report" / "report.md").read_text()
+
+
 def test_what_is_no_run_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["report", str(tmp_path)]) == 2
     assert "is no run directory" in capsys.readouterr().err
