@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 from safetensors.torch import save_file
 from torch import nn
@@ -95,7 +94,7 @@ def write_config(model: nn.Module, file: Path, config: cfg.Config, res: int, cla
 
 def licence(config: cfg.Config) -> str | None:
     """Of the starting weights as timm states it; None for a file's or new weights."""
-    start = timm.get_pretrained_cfg(config.model.timm_name)
+    start = models.pretrained_cfg(config.model.timm_name)
     return start.license if start and config.model.weights in ("ns", "ap", "pretrained") else None
 
 

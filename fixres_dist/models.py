@@ -17,7 +17,7 @@ from timm.models import register_model, resnet
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from fixres_dist.errors import UserError
+from fixres_dist.errors import UserError, unknown
 
 
 @dataclass(frozen=True)
@@ -41,9 +41,19 @@ class Preprocessing:
         return rows.view(len(x), *x.shape[2:], 3).permute(0, 3, 1, 2)
 
 
+def pretrained_cfg(timm_name: str) -> Any:
+    """timm's configuration of the weights; None for an architecture without any, such as one made for tests."""
+    try:
+        return timm.get_pretrained_cfg(timm_name)
+    except RuntimeError:
+        architecture, _, tag = timm_name.partition(".")
+        tags = [name.partition(".")[2] for name in timm.list_pretrained(architecture)]
+        raise unknown(f"weights tag of {architecture}", tag, tags) from None
+
+
 def preprocessing(timm_name: str) -> Preprocessing:
-    cfg = timm.get_pretrained_cfg(timm_name)
-    if cfg is None:  # an architecture without registered weights, such as one made for tests
+    cfg = pretrained_cfg(timm_name)
+    if cfg is None:
         return Preprocessing((0.485, 0.456, 0.406), (0.229, 0.224, 0.225), 0.875, "bicubic")
     mode = cfg.interpolation if cfg.interpolation in ("bilinear", "bicubic") else "bicubic"
     return Preprocessing(tuple(cfg.mean), tuple(cfg.std), cfg.crop_pct, mode)
@@ -51,7 +61,7 @@ def preprocessing(timm_name: str) -> Preprocessing:
 
 def native_size(timm_name: str) -> int:
     """The resolution that timm's weights were trained at, in pixels."""
-    cfg = timm.get_pretrained_cfg(timm_name)
+    cfg = pretrained_cfg(timm_name)
     return int(cfg.input_size[-1]) if cfg else 224
 
 
@@ -72,7 +82,7 @@ def build(timm_name: str, num_classes: int, seed: int = 0) -> nn.Module:
     A model that timm marks as of fixed input size is built to take others where its class can: a ViT then keeps the
     position embedding of its own grid and resamples it in each forward pass.
     """
-    cfg = timm.get_pretrained_cfg(timm_name) if timm.is_model(timm_name) else None
+    cfg = pretrained_cfg(timm_name) if timm.is_model(timm_name) else None
     dynamic = {"dynamic_img_size": True} if cfg is not None and cfg.fixed_input_size else {}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -161,7 +171,7 @@ def resampled(model: nn.Module, state: dict[str, torch.Tensor]) -> dict[str, tor
 
 def hub_state(timm_name: str) -> dict[str, torch.Tensor]:
     """timm's pretrained weights from the local cache or the hub; UserError names `fetch` when neither has them."""
-    if timm.get_pretrained_cfg(timm_name) is None or not timm.is_model_pretrained(timm_name):
+    if pretrained_cfg(timm_name) is None or not timm.is_model_pretrained(timm_name):
         raise UserError(f"timm has no pretrained weights for {timm_name!r}. Accepted: --weights none, or a file.")
     try:
         return timm.create_model(timm_name, pretrained=True).state_dict()

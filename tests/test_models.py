@@ -88,6 +88,12 @@ def test_names_timm_cannot_build_are_refused() -> None:
         models.build("no_such_model", 5)
 
 
+def test_a_tag_that_timm_does_not_know_is_refused_with_the_nearest() -> None:
+    for ask in (lambda name: models.build(name, 5), models.preprocessing, models.hub_state, models.native_size):
+        with pytest.raises(UserError, match=r"unknown weights tag of resnet50 'a1_in1'. Did you mean 'a1_in1k'\?"):
+            ask("resnet50.a1_in1")
+
+
 def test_preprocessing_is_timms(tmp_path: Path) -> None:
     for name in ("resnet18.a1_in1k", "tf_efficientnet_b8.ap_in1k"):
         spec, cfg = models.preprocessing(name), timm.get_pretrained_cfg(name)
