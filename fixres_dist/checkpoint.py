@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -145,12 +146,12 @@ def prune(folder: Path, best_step: int) -> None:
 
 
 def progress_of(path: Path) -> Progress:
-    return Progress(**json.loads((path / "meta.json").read_text())["progress"])
+    return Progress(**read(path / "meta.json")["progress"])
 
 
 def restore(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, fingerprint: dict[str, Any]) -> Progress:
     """Load a checkpoint; raises UserError naming what differs when it belongs to another run, data set or trunk."""
-    meta = json.loads((path / "meta.json").read_text())
+    meta = read(path / "meta.json")
     kept = meta["fingerprint"]
     differ = [f"{key} was {value}, is {fingerprint[key]}" for key, value in kept.items() if fingerprint[key] != value]
     if differ:
@@ -159,15 +160,27 @@ def restore(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, fing
         )
     load_tensors(path, model)
     parameters = dict(model.named_parameters())
-    for name, value in load_file(path / "optimizer.safetensors").items():
+    for name, value in read(path / "optimizer.safetensors").items():
         key, _, parameter = name.partition(":")
         optimizer.state[parameters[parameter]][key] = value.to(parameters[parameter].device)
     return Progress(**meta["progress"])
+
+
+def read(file: Path) -> Any:
+    """JSON or tensors of a checkpoint; raises UserError for a damaged file, which every start would meet again."""
+    try:
+        return json.loads(file.read_text()) if file.suffix == ".json" else load_file(file)
+    except (FileNotFoundError, ValueError, SafetensorError) as error:
+        older = [path for path in complete(file.parents[1]) if path < file.parent]
+        start = f"step {int(older[-1].name[5:])}" if older else "the start of its stage"
+        raise UserError(
+            f"{file} cannot be read ({error}). Next: rm -r {file.parent}, then the same command: it goes on from {start}."
+        ) from None
 
 
 def load_tensors(path: Path, model: nn.Module) -> None:
     """Copy a checkpoint's tuned tensors into `model`, in place."""
     state = model.state_dict()
     with torch.no_grad():
-        for name, value in load_file(path / "head.safetensors").items():
+        for name, value in read(path / "head.safetensors").items():
             state[name].copy_(value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import threading
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,18 @@ def test_a_checkpoint_of_changed_data_is_refused_by_name(tmp_path: Path) -> None
     assert checkpoint.restore(path, model, optimizer, {"sample lists": ["a", "b"]}) == progress
     with pytest.raises(UserError, match=r"sample lists was \['a', 'b'\], is \['a', 'c'\]"):
         checkpoint.restore(path, model, optimizer, {"sample lists": ["a", "c"]})
+
+
+@pytest.mark.parametrize("name", ["head.safetensors", "optimizer.safetensors", "meta.json"])
+def test_a_damaged_checkpoint_is_named_with_the_way_round_it(tmp_path: Path, name: str) -> None:
+    save(tmp_path, *(checkpoint.Progress(step, "fix") for step in (3, 5)))
+    for path, start in zip(checkpoint.complete(tmp_path)[::-1], ("step 3", "the start of its stage"), strict=True):
+        (path / name).write_bytes(b"")
+        with pytest.raises(UserError) as caught:
+            checkpoint.restore(path, *pair(), {})
+        assert str(caught.value).startswith(f"{path / name} cannot be read (")
+        assert f"Next: rm -r {path}, then the same command: it goes on from {start}." in str(caught.value)
+        shutil.rmtree(path)
 
 
 def test_an_unfinished_checkpoint_is_invisible(tmp_path: Path) -> None:
