@@ -27,7 +27,7 @@ def results(run: RunDir) -> dict[str, Any]:
         return json.loads(run.results.read_text())
     except FileNotFoundError:
         raise UserError(
-            f"run {run.name} has not finished: there is no {run.results}. Next: python launch/status.py {run.name}"
+            f"run {run.name} has not finished: there is no {run.results}. Next: {run.launch('status')}"
         ) from None
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -161,9 +162,10 @@ def extract(args: argparse.Namespace) -> int:
     with opened(config, [subject], args.run, args.split) as live:
         n = extraction.extract(live, split_with(live, subject.weights), args.split, args.out.resolve(), args.dtype)
         if live.ranks.is_main:
-            print(
-                f"{n} rows in {args.out}. Next: python -m fixres_dist evaluate --softmax {args.out}/softmax.npy --data .."
-            )
+            again = ["--softmax", args.out / "softmax.npy", "--split", args.split]
+            again += ["--run", args.run] if args.run else ["--data", config.data.root]
+            again += [*(["--data", args.data] if args.run and args.data else []), *args.overrides]
+            print(f"{n} rows in {args.out}. Next: python -m fixres_dist evaluate {shlex.join(map(str, again))}")
     return EXIT_DONE
 
 

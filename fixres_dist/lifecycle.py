@@ -82,7 +82,7 @@ def settle(run: RunDir, job: str, why: slurm.Stop, what: str) -> str:
     run.event("requeued", reason=reason)
     refused = "" if why.by_slurm else slurm.requeue(job)
     if refused:
-        run.fail(f"{reason} ({what}), and Slurm refused to requeue job {job}: {refused}", resume_command(run))
+        run.fail(f"{reason} ({what}), and Slurm refused to requeue job {job}: {refused}", run.launch("resume"))
         return run.failed.read_text().strip()
     return f"{what}: saved; job {job} is requeued ({reason})."
 
@@ -137,7 +137,7 @@ def failed(run: RunDir, job: str, code: int, max_restarts: int) -> None:
         if not refused:
             return
         why = f"{why}; Slurm refused to requeue job {job}: {refused}"
-    run.fail(why, f"{logs_command(run)}, mend it, then {resume_command(run)}")
+    run.fail(why, f"{run.launch('logs')}, mend it, then {run.launch('resume')}")
 
 
 def count(run: RunDir, reason: str) -> None:
@@ -160,14 +160,6 @@ def culprit(run: RunDir, job: str) -> str:
     # A task that breaks ends by itself, with a code; srun hears of it before or after the one that a signal ended.
     said.sort(key=lambda line: "Exited with" in line)
     return said[0] + (" (by hand, or out of memory)" if said[0].endswith("Killed") else "") if said else ""
-
-
-def resume_command(run: RunDir) -> str:
-    return f"python launch/resume.py {run.name} --runs-dir {run.root.parent}"
-
-
-def logs_command(run: RunDir) -> str:
-    return f"python launch/logs.py {run.name} --runs-dir {run.root.parent}"
 
 
 if __name__ == "__main__":

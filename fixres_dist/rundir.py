@@ -172,7 +172,7 @@ class RunDir:
                 except OSError:
                     if time.monotonic() > deadline:
                         raise Locked(
-                            f"run {self.name} is being worked on by another process. Next: python launch/status.py {self.name}"
+                            f"run {self.name} is being worked on by another process. Next: {self.launch('status')}"
                         ) from None
                     time.sleep(0.2)
             file.truncate(0)

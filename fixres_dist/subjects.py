@@ -105,9 +105,8 @@ def weights_before(run: RunDir) -> Path | None:
 def weights_after(run: RunDir) -> Path:
     exported = run.root / "export" / "model.safetensors"
     if not exported.exists():
-        raise UserError(
-            f"run {run.name} has not finished fixing: there is no {exported}. Next: python launch/status.py {run.name}"
-        )
+        run.config()  # refuses what is no run directory
+        raise UserError(f"run {run.name} has not finished fixing: there is no {exported}. Next: {run.launch('status')}")
     return exported
 
 

@@ -89,7 +89,7 @@ def row(run: RunDir, queue: dict[str, slurm.Queued] | None) -> Row:
                 reason = "; ".join(filter(None, (reason, f"starting on {queue[job].nodes}")))
         elif time.time() - state.get("updated", 0.0) > GRACE_S or not run.is_locked():
             was, word = word, "failed"
-            reason = f"{was}, but job {job} has left the queue{room(run)}. Next: python launch/resume.py {run.name}"
+            reason = f"{was}, but job {job} has left the queue{room(run)}. Next: {run.launch('resume')}"
     elif word in ("running", "stopping") and not job and not run.is_locked():
         word = "failed"
         reason = f"its process is gone{room(run)}. Next, from the last checkpoint: {run.command()}"

@@ -49,16 +49,12 @@ def cancel(run: RunDir) -> int:
         print(f"{run.name} is {state}, so there is nothing to cancel")
         return EXIT_DONE
     if not left:
-        print(
-            f"{run.name} has not left after {WAIT_S:.0f} s. Next: python launch/status.py {run.name}", file=sys.stderr
-        )
+        print(f"{run.name} has not left after {WAIT_S:.0f} s. Next: {run.launch('status')}", file=sys.stderr)
         return EXIT_FAILED
     if run.state().get("state") in watch.UNFINISHED:  # it had not started, or was killed before it could write
         run.update_state(state="cancelled", reason="cancelled; the same command goes on", eta_s=None)
         run.event("cancelled")
-    print(
-        f"{run.name} is {run.state()['state']} at step {max(0, run.saved_step())}. Next: python launch/resume.py {run.name}"
-    )
+    print(f"{run.name} is {run.state()['state']} at step {max(0, run.saved_step())}. Next: {run.launch('resume')}")
     return EXIT_DONE
 
 

@@ -38,7 +38,7 @@ def show(run: RunDir, rank: int, follow: bool) -> int:
         if logs and rank not in ranks:
             raise UserError(f"{run.name} has no rank {rank}; accepted: {ranks[0]} .. {ranks[-1]}.")
         if not logs and (ended or not follow):
-            raise UserError(f"{run.name} has no log yet. Next: python launch/status.py {run.name}")
+            raise UserError(f"{run.name} has no log yet. Next: {run.launch('status')}")
         if not logs and not told_waiting:
             print(f"{run.name} has not started yet: waiting", file=sys.stderr)
             told_waiting = True

@@ -44,7 +44,7 @@ def resume(run: rundir.RunDir, args: argparse.Namespace) -> int:
         if submit.told_already(run, kind):
             return EXIT_DONE
         rundir.write(run.root / "config.yaml", cfg.dump(config))
-        run.event("submitted", cluster=kind, command=f"python launch/resume.py {run.name}")
+        run.event("submitted", cluster=kind, command=run.launch("resume"))
         if kind == "slurm":
             return submit.start_slurm([run], config, 0)
     return submit.start_here(run, config, kind)

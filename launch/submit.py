@@ -236,7 +236,7 @@ def submit(args: argparse.Namespace) -> int:
 
 def told_already(run: rundir.RunDir, kind: str) -> bool:
     """Whether `run` is finished, running or queued, and so needs no submission; says which."""
-    status = f"Next: python launch/status.py {run.name}"
+    status = f"Next: {run.launch('status')}"
     if run.done.exists():
         print(f"{run.name} is finished; its results: {run.results}")
         return True
@@ -268,11 +268,10 @@ def check_model(config: cfg.Config, recipe: recipes.Recipe) -> None:
 
 def start_slurm(runs: list[rundir.RunDir], config: cfg.Config, at_once: int) -> int:
     write_demo(config)
-    where = "" if str(runs[0].root.parent) == "runs" else f" --runs-dir {runs[0].root.parent}"
     for run, job in zip(runs, cluster.submit_slurm(config, runs, at_once), strict=True):
         print(f"submitted {run.name} as job {job}")
-    for command in ("status.py", "logs.py --follow", "cancel.py", "board.py"):
-        print(f"  python launch/{command} {runs[0].name}{where}")
+    for script in ("status", "logs", "cancel", "board"):
+        print(f"  {runs[0].launch(script)}{' --follow' if script == 'logs' else ''}")
     return EXIT_DONE
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 from functools import cache
@@ -219,6 +220,17 @@ def test_a_softmax_file_scores_as_the_model_does(
     assert "exists. Next: give another --out" in refused(capsys, "extract", "--run", finished, "--out", half)
 
 
+def test_the_command_that_extract_prints_runs_as_it_stands(
+    finished: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = ("--model", "test_efficientnet", "--checkpoint", finished / "export" / "model.safetensors", "--res", "64")
+    for out, source in (("a", ("--run", finished)), ("b b", (*file, "--data", photos))):
+        assert call("extract", *source, "--out", tmp_path / out, "--split", "val", *SMALL) == 0
+        printed = shlex.split(capsys.readouterr().out.splitlines()[-1].partition("Next: python -m fixres_dist ")[2])
+        assert call(*printed) == 0
+        assert "n 33" in capsys.readouterr().out
+
+
 def test_files_that_cannot_be_decoded_are_rows_of_nan_and_count_nowhere(
     finished: Path, extracted: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -339,6 +351,12 @@ def test_mistakes_get_one_helpful_message(
         assert "below 32 px, the models' stride" in refused(capsys, name, "--run", finished, "--res", "16", *more)
     assert not (tmp_path / "o").exists()
     assert "sweep for several" in refused(capsys, *evaluate, "--res", "64,96")
+    sweeping = ("sweep", "--run", finished, "--res", "64", "--also")
+    assert "nowhere is no run directory" in refused(capsys, *sweeping, f"c={tmp_path / 'nowhere'}")
+    (tmp_path / "working").mkdir()
+    (tmp_path / "working" / "config.yaml").write_text((finished / "config.yaml").read_text())
+    text = refused(capsys, *sweeping, f"c={tmp_path / 'working'}")
+    assert f"Next: python launch/status.py working --runs-dir {tmp_path}" in text
 
 
 def test_softmax_files_that_do_not_fit_are_refused(
