@@ -10,7 +10,7 @@ from typing import Any
 
 from fixres_dist import config as cfg
 from fixres_dist import evalsets, recipes
-from fixres_dist.errors import EXIT_DONE, UserError
+from fixres_dist.errors import EXIT_DONE, UserError, check_output
 from fixres_dist.rundir import RunDir, write
 from fixres_dist.subjects import (
     add_source,
@@ -63,6 +63,7 @@ def add_parsers(commands: Any) -> None:
 
 def evaluate(args: argparse.Namespace) -> int:
     """A run before and after, or a checkpoint, on the split and every named set; a run keeps the results."""
+    check_output(args.json)
     if args.softmax:
         return evaluate_softmax(args)
     config = source(args, parse_size(args.res))
@@ -173,6 +174,7 @@ def compare(args: argparse.Namespace) -> int:
     from fixres_dist import report
     from fixres_dist.evaluate import Predictions
 
+    check_output(args.json)
     files = [path / "predictions" / "after.npz" if path.is_dir() else path for path in (args.before, args.after)]
     (before, old), (after, new) = (Predictions.read_with_list(file) for file in files)
     if old != new:

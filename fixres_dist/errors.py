@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import difflib
+import errno
+import os
 import sys
 from collections.abc import Callable, Iterable
+from pathlib import Path
 
 from fixres_dist.files import no_room
 
 EXIT_DONE, EXIT_FAILED, EXIT_USER = 0, 1, 2
+REFUSED = (PermissionError, NotADirectoryError, IsADirectoryError, FileExistsError)  # places that were given
 
 
 class UserError(Exception):
@@ -19,17 +23,27 @@ class UserError(Exception):
 
 
 def exit_code(work: Callable[[], int]) -> int:
-    """The exit code of a command: a mistake or a full disk is a line on stderr, all else keeps its traceback."""
+    """The exit code of a command: a mistake, a full disk or a forbidden place is a line on stderr, all else keeps its traceback."""
     try:
         return work()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_USER
     except OSError as error:
-        if not (full := no_room(error)):
+        if full := no_room(error):
+            print(f"error: {full}. Next: make room, then the same command.", file=sys.stderr)
+            return EXIT_FAILED
+        if not (error.filename and (isinstance(error, REFUSED) or error.errno == errno.EROFS)):
             raise
-        print(f"error: {full}. Next: make room, then the same command.", file=sys.stderr)
-        return EXIT_FAILED
+        said = f"{error.strerror}: {error.filename2 or error.filename}"
+        print(f"error: {said}. Accepted: a place that this user may read and write.", file=sys.stderr)
+        return EXIT_USER
+
+
+def check_output(file: Path | None) -> None:
+    """Refuse a file to write to before the work that it is for."""
+    if file and (file.is_dir() or not os.access(file.parent, os.W_OK)):
+        raise UserError(f"{file} cannot be written. Accepted: a file in a folder that is there, and writable.")
 
 
 def unknown(kind: str, value: object, accepted: Iterable[str], hint: str = "") -> UserError:

@@ -86,6 +86,30 @@ def test_gpu_says_what_it_needs(capfd: pytest.CaptureFixture[str]) -> None:
     assert "needs a GPU" in capfd.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["step", "--model", "tf_efficientnet_bo"], "Did you mean 'tf_efficientnet_b"),
+        (["trunk", "--model", "resnet50.a1_in1"], "Did you mean 'a1_in1k'"),
+        (["step", "--batch", "0"], "--batch is 0; accepted: 1 or more."),
+        (["end-to-end", "--data", "/nope"], "no data set at /nope"),
+        (["data", "--data", "/nope"], "no images at /nope/val"),
+        (["data", "--res", "abc"], "--res is 'abc'; accepted: whole numbers"),
+        (["data", "--sources", "foo"], "unknown source 'foo'. Accepted: folder, shards"),
+        (["data", "--transforms", "tst"], "Did you mean 'test'"),
+        (["data", "--loaders", "pill"], "Did you mean 'pil'"),
+        (["step", "--json", "/nope/out.json"], "/nope/out.json cannot be written"),
+    ],
+)
+def test_mistakes_are_one_line_before_anything_is_measured(
+    arguments: list[str], words: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["bench", *arguments]) == 2
+    (line,) = capfd.readouterr().err.strip().splitlines()
+    assert line.startswith("error: ")
+    assert words in line
+
+
 def test_sizes() -> None:
     assert pipeline.parse_size("resnet50.a1_in1k@288x64") == ("resnet50.a1_in1k", 288, 64)
     with pytest.raises(pipeline.UserError, match="MODEL@RESxBATCH"):

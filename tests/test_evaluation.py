@@ -351,6 +351,12 @@ def test_mistakes_get_one_helpful_message(
         assert "below 32 px, the models' stride" in refused(capsys, name, "--run", finished, "--res", "16", *more)
     assert not (tmp_path / "o").exists()
     assert "sweep for several" in refused(capsys, *evaluate, "--res", "64,96")
+    for file in (tmp_path, tmp_path / "nowhere" / "out.json"):
+        assert f"{file} cannot be written" in refused(capsys, *evaluate, "--json", file)
+    (tmp_path / "file").touch()
+    found = refused(capsys, "extract", "--run", finished, "--out", tmp_path / "file" / "out", *SMALL)
+    assert "Not a directory" in found
+    assert "Accepted: a place that this user may read and write." in found
     sweeping = ("sweep", "--run", finished, "--res", "64", "--also")
     assert "nowhere is no run directory" in refused(capsys, *sweeping, f"c={tmp_path / 'nowhere'}")
     (tmp_path / "working").mkdir()

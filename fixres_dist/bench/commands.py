@@ -9,11 +9,15 @@ import os
 from pathlib import Path
 from typing import Any
 
-from fixres_dist.errors import EXIT_DONE, EXIT_FAILED
+from fixres_dist import recipes
+from fixres_dist.data import index
+from fixres_dist.errors import EXIT_DONE, EXIT_FAILED, UserError, check_output, unknown
 from fixres_dist.rundir import write
+from fixres_dist.subjects import parse_sizes
 
 # Ours hand over uint8, since a GPU normalises for nothing; `torch normalised` does it on the CPU, as `pil` has to.
 # `torch alone` decodes and scales, and drops the pictures in the worker: what handing over costs is the difference.
+SOURCES, TRANSFORMS = ("folder", "shards"), ("random_resized_crop", "test_aug", "test")
 LOADERS = ("pil", "torch", "torch normalised", "torch alone", "dali")
 SIZES = "tf_efficientnet_b0@320x256,tf_efficientnet_b4@380x128,tf_efficientnet_b7@600x32,tf_efficientnet_l2@600x16"
 
@@ -54,7 +58,7 @@ def add_data(sub: Any) -> None:
     p = sub.add_parser("data", help=text, description=text)
     p.add_argument("--data", type=Path, help="data set whose val/ is read; default: synthetic 500x375 photographs")
     p.add_argument("--res", default="224,320,600", help="default: 224,320,600")
-    p.add_argument("--transforms", default="random_resized_crop,test_aug,test", help="default: all three")
+    p.add_argument("--transforms", default=",".join(TRANSFORMS), help="default: all three")
     p.add_argument("--sources", default="folder", help="folder, shards, or both; default: folder")
     p.add_argument("--loaders", default=",".join(LOADERS), help=f"default: {','.join(LOADERS)}")
     p.add_argument("--images", type=int, default=320, help="of each turn; default: 320")
@@ -71,8 +75,31 @@ def add_json(p: argparse.ArgumentParser, stage: str) -> None:
     p.set_defaults(func=run, stage=stage)
 
 
+def check(args: argparse.Namespace) -> None:
+    """Refuse before anything is measured what would break on the way."""
+    for name, low in (("batch", 1), ("images", 1), ("repeat", 1), ("epochs", 0), ("workers", 0), ("seconds", 0)):
+        if (value := getattr(args, name, low)) < low:
+            raise UserError(f"--{name} is {value}; accepted: {low} or more.")
+    if "res" in args:
+        parse_sizes(str(args.res))
+    lists = (("source", SOURCES), ("transform", TRANSFORMS), ("loader", LOADERS))
+    for kind, accepted in lists if args.stage == "data" else ():
+        for value in getattr(args, f"{kind}s").split(","):
+            if value not in accepted:
+                raise unknown(kind, value, accepted)
+    if "model" in args and args.model.partition(".")[0] not in (known := recipes.timm_names()):
+        raise unknown("timm model", args.model, sorted(known))
+    if folder := getattr(args, "data", None):
+        if args.stage != "data":
+            index.check_folder(folder)
+        elif not (folder / "val").is_dir():
+            raise UserError(f"no images at {folder / 'val'}. Accepted: --data with a data set that has val/.")
+
+
 def run(args: argparse.Namespace) -> int:
     """Measure, print, write; 1 where a variant failed, which the result names."""
+    check(args)
+    check_output(args.json)
     from fixres_dist.bench import turns
 
     module = {"data": "data", "trunk": "model", "step": "model"}.get(args.stage, "pipeline")

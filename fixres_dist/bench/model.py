@@ -149,6 +149,7 @@ def of_auto(versus: dict[str, dict[str, float]]) -> dict[str, float]:
 
 def prepare(model: str, res: int, batch: int, seconds: float, scratch: Path, folder: Path | None = None) -> Setting:
     """A data set of 1,000 classes and weights whose activations are of order one, as trained ones are."""
+    models.pretrained_cfg(model)  # refuses an unknown weights tag
     if folder is None:
         folder = linked(scratch / "photographs", scratch / "linked", CLASSES, CLASSES)
     setting = Setting(model, res, batch, folder, scratch / "weights.safetensors", seconds)

@@ -184,8 +184,7 @@ def gpu(args: argparse.Namespace) -> dict[str, Any]:
     rows: list[dict[str, Any]] = []
     found: dict[str, dict[str, Any]] = {}
     failed: dict[str, str] = {}
-    for size in args.sizes.split(","):
-        name, res, batch = parse_size(size)
+    for name, res, batch in [parse_size(size) for size in args.sizes.split(",")]:
         with tempfile.TemporaryDirectory() as scratch:
             setting = model.prepare(name, res, batch, args.seconds, Path(scratch), args.data)
             for stage in ("trunk", "step", "end-to-end"):
