@@ -57,7 +57,7 @@ def add_parsers(commands: Any) -> None:
     p.set_defaults(func=compare)
     p = commands.add_parser("fetch", help="put pretrained weights where offline nodes find them")
     p.add_argument("--model", required=True, help="a recipe or a timm model name")
-    p.add_argument("--weights", default="", help="ns or ap for the recipes")
+    p.add_argument("--weights", choices=("ns", "ap", "pretrained"), default="", help="ns or ap for the recipes")
     p.set_defaults(func=fetch)
 
 

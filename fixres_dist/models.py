@@ -17,6 +17,7 @@ from timm.models import register_model, resnet
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from fixres_dist import recipes
 from fixres_dist.errors import UserError, unknown
 
 
@@ -187,7 +188,7 @@ def hub_state(timm_name: str) -> dict[str, torch.Tensor]:
 def read_state(path: Path) -> dict[str, torch.Tensor]:
     """A state dict from safetensors, or from a torch file that holds tensors only (pickled code is refused)."""
     if not path.is_file():
-        raise UserError(f"no weights file {path}. Accepted: ns, ap, pretrained, none, or a .safetensors or .pth file.")
+        raise recipes.no_weights(path)
     try:
         if path.suffix == ".safetensors":
             return load_file(path)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fixres_dist import config as cfg
-from fixres_dist import engine, nvidia_apex
+from fixres_dist import engine, nvidia_apex, recipes
 from fixres_dist.data import demo, index, shards, sources
 from fixres_dist.errors import UserError
 from fixres_dist.recipes import Facts
@@ -50,6 +50,9 @@ def check(config: cfg.Config, world_size: int, dry: bool) -> None:
     if config.data.root not in ("", "demo"):
         index.check_folder(Path(config.data.root))
     sources.denied(config.data.deny_list, "train")
+    weights = config.model.weights
+    if weights not in recipes.WEIGHTS and not Path(weights).is_file():
+        raise recipes.no_weights(weights)
     if not any("container" in argument for argument in config.cluster.srun_args):  # there the worker looks
         nvidia_apex.check(config)
     engine.check(config.run.engine, stages(config, 1)[-1])

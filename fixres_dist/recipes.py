@@ -141,6 +141,10 @@ def find(name: str, weights: str = "") -> Recipe:
     return with_weights(recipe, weights) if weights else recipe
 
 
+def no_weights(file: str | Path) -> UserError:
+    return UserError(f"no weights file {file}. Accepted: ns, ap, pretrained, none, or a .safetensors or .pth file.")
+
+
 def with_absolute_paths(values: dict[str, Any]) -> dict[str, Any]:
     """`values` with its paths as they are meant here: a job starts in the run's code/."""
     changes: dict[str, dict[str, str]] = {}

@@ -170,6 +170,7 @@ def test_wrong_arguments_get_one_helpful_message(tmp_path: Path, photos: Path) -
     assert "accepted: ap, none" in refuse(tmp_path, "--model", "b8", "--weights", "ns", "--data", photos)
     assert "--nodes 2 needs a cluster" in refuse(tmp_path, "--model", "b0", "--nodes", "2", *good)
     assert "no weights file" in refuse(tmp_path, "--model", "b0", "--weights", tmp_path / "no.pth", "--data", photos)
+    assert "nss. Accepted: ns, ap" in refuse(tmp_path, "--model", "b0", "--weights", "nss", "--dry-run")
     assert "no.txt': No such file" in refuse(tmp_path, "--model", "b0", *good, "data.deny_list=no.txt")
     assert "no profile" in refuse(tmp_path, "--model", "b0", "--profile", tmp_path / "no.yaml", *good)
 
@@ -267,7 +268,10 @@ def test_offline_weights_name_the_command_that_fetches_them(tmp_path: Path, phot
     assert json.loads((tmp_path / "runs" / "b0-64" / "state.json").read_text())["state"] == "failed"
 
 
-def test_evaluate_and_sweep_say_what_they_need(tmp_path: Path) -> None:
+def test_evaluate_sweep_and_fetch_say_what_they_need(tmp_path: Path) -> None:
+    done = run("fetch", "--model", "b0", "--weights", "nsx")
+    assert done.returncode == 2
+    assert "choose from" in done.stderr
     done = run("evaluate")
     assert done.returncode == 2
     assert "--run DIR, or --model M --checkpoint FILE" in done.stderr
