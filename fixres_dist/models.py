@@ -224,10 +224,7 @@ def fill(model: nn.Module, state: dict[str, torch.Tensor], origin: str, new_clas
     mismatched = {text.split(" ")[0] for text in wrong}
     if mismatched and mismatched <= names and not missing and not extra:
         if not new_classifier:
-            raise UserError(
-                f"{origin} classifies {classes_of(state, names)} classes, the data set has {classes_of(model.state_dict(), names)}: "
-                "a new classifier has to be trained first. Next: add stage one, --preset own_classes (or pretrain.epochs=10 and the like)"
-            )
+            raise recipes.other_classes(origin, classes_of(state, names), classes_of(model.state_dict(), names))
         state = {name: value for name, value in state.items() if name not in names}
     elif differ := missing + wrong + extra:
         listed = "; ".join(differ[:4]) + (f"; and {len(differ) - 4} more" if len(differ) > 4 else "")
@@ -255,7 +252,12 @@ def classes_of(state: dict[str, torch.Tensor], names: set[str]) -> int:
 
 
 def check_weights(model: nn.Module, weights: str, new_classifier: bool) -> None:
-    """Refuse a weights file of another model; `model` is on the meta device. Nothing to check for the other kinds."""
-    if weights not in ("ns", "ap", "pretrained", "none"):
+    """Refuse weights of another model or of other classes; `model` is on the meta device."""
+    if weights in ("ns", "ap", "pretrained"):
+        own = (getattr(model, "pretrained_cfg", None) or {}).get("num_classes")
+        wanted = classes_of(model.state_dict(), classifier_tensors(model))
+        if own and own != wanted and not new_classifier:
+            raise recipes.other_classes("what timm has", own, wanted)
+    elif weights != "none":
         state = resampled(model, {name: value.to("meta") for name, value in read_state(Path(weights)).items()})
         fill(model, state, weights, new_classifier)

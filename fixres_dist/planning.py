@@ -30,15 +30,20 @@ class Counts:
     source: str
 
 
+def class_count(config: cfg.Config) -> int:
+    root = config.data.root
+    return len(demo.CLASSES if root == "demo" else index.class_names(Path(root) / "train")) if root else IMAGENET[2]
+
+
 def count(config: cfg.Config) -> Counts:
     """Images and classes of the data set; ImageNet-1k's where none is given (a dry run needs no data)."""
     root = Path(config.data.root)
     if config.data.root == "demo":
-        return Counts(demo.N_TRAIN, demo.N_VAL, len(demo.CLASSES), "the built-in example")
+        return Counts(demo.N_TRAIN, demo.N_VAL, class_count(config), "the built-in example")
     if not config.data.root:
         return Counts(*IMAGENET, "ImageNet-1k assumed: no --data given")
     files = [shards.count(root / s) for s in ("train", "val")]
-    return Counts(files[0], files[1], len(index.class_names(root / "train")), str(root))
+    return Counts(files[0], files[1], class_count(config), str(root))
 
 
 def check(config: cfg.Config, world_size: int, dry: bool) -> None:
@@ -53,6 +58,14 @@ def check(config: cfg.Config, world_size: int, dry: bool) -> None:
     weights = config.model.weights
     if weights not in recipes.WEIGHTS and not Path(weights).is_file():
         raise recipes.no_weights(weights)
+    published = config.model.name in {name for name, _ in recipes.published()}
+    if (
+        published
+        and weights in ("ns", "ap", "pretrained")
+        and not config.pretrain
+        and class_count(config) != IMAGENET[2]
+    ):
+        raise recipes.other_classes(config.model.timm_name, IMAGENET[2], class_count(config))
     if not any("container" in argument for argument in config.cluster.srun_args):  # there the worker looks
         nvidia_apex.check(config)
     engine.check(config.run.engine, stages(config, 1)[-1])

@@ -145,6 +145,13 @@ def no_weights(file: str | Path) -> UserError:
     return UserError(f"no weights file {file}. Accepted: ns, ap, pretrained, none, or a .safetensors or .pth file.")
 
 
+def other_classes(origin: str, own: int, wanted: int) -> UserError:
+    return UserError(
+        f"{origin} classifies {own} classes, the data set has {wanted}: a new classifier has to be trained first. "
+        "Next: add stage one, --preset own_classes (or pretrain.epochs=10 and the like)"
+    )
+
+
 def with_absolute_paths(values: dict[str, Any]) -> dict[str, Any]:
     """`values` with its paths as they are meant here: a job starts in the run's code/."""
     changes: dict[str, dict[str, str]] = {}

@@ -225,6 +225,12 @@ def test_weights_of_another_model_are_refused_with_what_differs(tmp_path: Path, 
     text = refuse(tmp_path, "--model", "test_efficientnet", "--res", "64", "--weights", thousand, "--data", photos)
     assert "classifies 10 classes, the data set has 3" in text
     assert "pretrain.epochs" in text
+    for model, more in (("b0", ()), ("test_efficientnet", ()), ("b0", ("--dry-run",))):
+        text = refuse(tmp_path, "--model", model, "--res", "64", "--weights", "pretrained", "--data", photos, *more)
+        assert "classifies 1000 classes, the data set has 3" in text
+        assert "--preset own_classes" in text
+    asked = ["--model", "b0", "--data", photos, "--preset", "own_classes", "--dry-run", "--runs-dir", tmp_path]
+    assert run("submit", *asked).returncode == 0
 
 
 def test_a_run_directory_of_another_configuration_is_refused(tmp_path: Path, photos: Path) -> None:
