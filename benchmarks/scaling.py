@@ -4,7 +4,7 @@
     python benchmarks/scaling.py --page docs/scaling.md
 
 The second also measures what the page quotes: agreement on flags over gloo ranks, a checkpoint's write, imports. The
-third puts the current tables into the page, after a new data_cpu.json for example.
+third puts the current tables and cores into the page, after a new data_cpu.json for example.
 """
 
 from __future__ import annotations
@@ -69,6 +69,11 @@ def decode_ms(res: int) -> float:
     return float(np.interp(res**2, sorted(points), [points[p] for p in sorted(points)]))
 
 
+def decode_cores(facts: Facts) -> float:
+    """That keep one GPU supplied."""
+    return rate(facts) * decode_ms(facts.res) / 1e3
+
+
 def models() -> list[tuple[str, Facts]]:
     """One recipe of each model, smallest first."""
     found = {recipe.name: recipe.facts for recipe in reversed(recipes.every()) if recipe.facts}
@@ -94,7 +99,7 @@ def per_gpu() -> str:
             reduce,
             f"{(2 * size + 2 * statistics) / 1e6:.0f}",
         ]
-        cells += [f"{speed * IMAGE_BYTES / 1e6:,.0f}", f"{speed * decode_ms(facts.res) / 1e3:.1f}"]
+        cells += [f"{speed * IMAGE_BYTES / 1e6:,.0f}", f"{decode_cores(facts):.1f}"]
         rows.append([*cells, f"{kept / 1000:,.0f}", f"{kept * IMAGENET[0] / 1e9:,.0f}"])
     return table(heads, rows)
 
@@ -116,10 +121,15 @@ def at_scale() -> str:
 
 
 def renew(page: Path) -> None:
-    """Put the tables' rows into `page`, in whose order they stand."""
+    """Put the tables' rows into `page`, in whose order they stand, and their cores into its prose."""
     fresh = iter([line for part in (per_gpu(), at_scale()) for line in part.splitlines()[2:]])
-    lines = page.read_text().splitlines()
-    write(page, "".join(f"{next(fresh) if ROW.match(line) else line}\n" for line in lines))
+    cores = {name: f"{decode_cores(facts):.0f}" for name, facts in models()}
+    text = re.sub(
+        r"B0 wants \d+ cores for each GPU and B4 \d+",
+        f"B0 wants {cores['b0']} cores for each GPU and B4 {cores['b4']}",
+        page.read_text(),
+    )
+    write(page, "".join(f"{next(fresh) if ROW.match(line) else line}\n" for line in text.splitlines()))
 
 
 def agree(rank: int, world: int, file: str, rounds: int) -> None:
