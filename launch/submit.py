@@ -76,7 +76,15 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     args = parser().parse_intermixed_args(argv)
-    return exit_code(lambda: list_recipes() if args.list else submit(args))
+    try:
+        code = exit_code(lambda: list_recipes() if args.list else submit(args))
+        sys.stdout.flush()
+    except BrokenPipeError:  # `| head` has read enough
+        if not (args.list or args.dry_run):
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left must not fail at exit
+        code = EXIT_DONE
+    return code
 
 
 def list_recipes() -> int:
@@ -164,6 +172,10 @@ def targets(args: argparse.Namespace, kind: str) -> list[Target]:
         variants = [{"model": model, "weights": weights} for model, weights in rows]
     else:
         variants = [{}]
+    if args.name and ("/" in args.name or args.name in (".", "..")):  # status lists the folders of one runs directory
+        raise UserError(
+            f"--name is {args.name!r}; accepted: a name without slashes. Next: --runs-dir for another folder."
+        )
     choices = []
     for item in args.sweep:
         key, equals, values = item.partition("=")

@@ -67,6 +67,16 @@ def test_the_cards_command_prints_plan_and_sbatch_text(tmp_path: Path) -> None:
     assert not (tmp_path / "runs").exists(), "a dry run writes nothing"
 
 
+@pytest.mark.parametrize("what", ["--list", "--dry-run"])
+def test_a_plan_that_nobody_reads_to_its_end_is_no_error(tmp_path: Path, what: str) -> None:
+    arguments = command("submit", "--model", "b0", what, "--runs-dir", tmp_path)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": environment()}
+    with subprocess.Popen(arguments, **pipes) as process:
+        process.stdout.close()
+        assert process.stderr.read() == ""
+    assert process.returncode == 0
+
+
 def test_the_plan_says_which_engine_runs_and_how_large_its_features_are() -> None:
     asked = ["submit", "--model", "l2", "--res", "600", "--dry-run"]
     for more, words in (
@@ -163,6 +173,7 @@ def test_wrong_arguments_get_one_helpful_message(tmp_path: Path, photos: Path) -
     assert "'abc'; accepted: a whole number" in refuse(tmp_path, "--model", "b0", "--res", "abc", *good)
     assert "no data set at" in refuse(tmp_path, "--model", "b0", "--res", "64", "--data", tmp_path / "nowhere")
     assert "no data set given" in refuse(tmp_path, "--model", "b0", "--res", "64", "--weights", "none")
+    assert "a name without slashes" in refuse(tmp_path, "--model", "b0", *good, "--name", "q/3")
     assert "no --model given" in refuse(tmp_path, "--res", "64", "--data", photos)
     assert "no --res given" in refuse(tmp_path, "--model", "resnet18", *good)
     assert "Did you mean 'tune.epochs'" in refuse(tmp_path, "--model", "b0", "--res", "64", *good, "tune.epoch=2")
@@ -243,6 +254,10 @@ def test_a_run_directory_of_another_configuration_is_refused(tmp_path: Path, pho
     assert "other settings" in text
     assert "tune.base_lr 0.02 -> 0.5" in text
     assert "--name" in text
+    resume = [sys.executable, f"{ROOT}/launch/resume.py", "mine", "--runs-dir", tmp_path / "runs", "tune.base_lr=0.5"]
+    done = subprocess.run(resume, capture_output=True, text=True, env=environment(), cwd=tmp_path, check=False)
+    assert done.returncode == 2, "finished, and not what is asked for"
+    assert "tune.base_lr 0.02 -> 0.5" in done.stderr
     (tmp_path / "runs" / "notes").mkdir()
     (tmp_path / "runs" / "notes" / "todo.txt").write_text("no run")
     assert "is no run directory" in refuse(tmp_path, *good, "--name", "notes", "tune.global_batch=12")
