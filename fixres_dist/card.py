@@ -9,7 +9,6 @@ from typing import Any
 import yaml
 
 from fixres_dist import config as cfg
-from fixres_dist.errors import UserError
 from fixres_dist.rundir import RunDir
 
 RULES = {
@@ -23,12 +22,7 @@ RULES = {
 
 
 def results(run: RunDir) -> dict[str, Any]:
-    try:
-        return json.loads(run.results.read_text())
-    except FileNotFoundError:
-        raise UserError(
-            f"run {run.name} has not finished: there is no {run.results}. Next: {run.launch('status')}"
-        ) from None
+    return json.loads(run.finished(run.results).read_text())
 
 
 def class_names(run: RunDir) -> list[str]:

@@ -175,7 +175,10 @@ def compare(args: argparse.Namespace) -> int:
     from fixres_dist.evaluate import Predictions
 
     check_output(args.json)
-    files = [path / "predictions" / "after.npz" if path.is_dir() else path for path in (args.before, args.after)]
+    files = [
+        RunDir(path).finished(path / "predictions" / "after.npz") if path.is_dir() else path
+        for path in (args.before, args.after)
+    ]
     (before, old), (after, new) = (Predictions.read_with_list(file) for file in files)
     if old != new:
         raise UserError(

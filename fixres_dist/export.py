@@ -146,5 +146,6 @@ def push(folder: Path, repo: str) -> str:
         )
     except Exception as error:  # the client raises a dozen kinds, from DNS to HTTP status
         raise UserError(
-            f"the hub did not take {repo}: {type(error).__name__}: {models.first_line(error)} Next: hf auth login, and again."
+            f"the hub did not take {repo}: {type(error).__name__}: {models.first_line(error).rstrip('.')}. "
+            "Next: the same command on a machine with network, after hf auth login."
         ) from error

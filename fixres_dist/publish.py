@@ -30,7 +30,7 @@ def add_parsers(commands: Any) -> None:
     p.add_argument("--push", metavar="OWNER/NAME", help="hub: upload the folder; nothing is uploaded without it")
     p.set_defaults(func=export)
     p = commands.add_parser("interpolate", help="top-1 between a run's starting head and its fixed one: table, PNG")
-    subjects.add_source(p)
+    subjects.add_source(p, models=False)  # weights before and after
     p.add_argument(
         "--alpha", default="0,0.25,0.5,0.75,1", help="0: the starting head, 1: the fixed; default: %(default)s"
     )
@@ -112,8 +112,6 @@ def interpolate(args: argparse.Namespace) -> int:
     from fixres_dist import figures, models, results
 
     alphas, config = parse_alphas(args.alpha), subjects.source(args, None)
-    if not args.run:
-        raise UserError("interpolate works on a run, which has weights before and after. Next: --run DIR")
     run, before = RunDir(args.run), subjects.subjects(args, config)[0]
     sets = evalsets.named(args.eval_set, "val")
     with subjects.opened(config, [before], args.run, sets=sets) as live:

@@ -110,6 +110,13 @@ class RunDir:
         where = "" if self.root.parent == Path("runs") else f" --runs-dir {shlex.quote(str(self.root.parent))}"
         return f"python launch/{script}.py {shlex.quote(self.name)}{where}"
 
+    def finished(self, file: Path) -> Path:
+        """`file`, which a finished run has; raises UserError before it is there."""
+        if not file.exists():
+            self.config()  # refuses what is no run directory
+            raise UserError(f"run {self.name} has not finished: there is no {file}. Next: {self.launch('status')}")
+        return file
+
     def update_state(self, **changes: Any) -> None:
         """Merge `changes` into state.json."""
         unset = {

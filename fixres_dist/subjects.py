@@ -16,10 +16,13 @@ from fixres_dist.errors import UserError
 from fixres_dist.rundir import RunDir
 
 
-def add_source(p: argparse.ArgumentParser) -> None:
-    p.add_argument("--run", type=Path, help="a run directory")
-    p.add_argument("--model", help="with --checkpoint: a recipe or a timm model name")
-    p.add_argument("--checkpoint", help="weights file of the whole model, or ns, ap, pretrained")
+def add_source(p: argparse.ArgumentParser, models: bool = True) -> None:
+    p.add_argument("--run", type=Path, required=not models, help="a run directory")
+    if models:
+        p.add_argument("--model", help="with --checkpoint: a recipe or a timm model name")
+        p.add_argument("--checkpoint", help="weights file of the whole model, or ns, ap, pretrained")
+    else:
+        p.set_defaults(model=None, checkpoint=None)
     p.add_argument("--data", help="data set; default: the run's")
     p.add_argument("overrides", nargs="*", metavar="section.key=value", help="such as data.resize_rule=timm")
 
@@ -103,11 +106,7 @@ def weights_before(run: RunDir) -> Path | None:
 
 
 def weights_after(run: RunDir) -> Path:
-    exported = run.root / "export" / "model.safetensors"
-    if not exported.exists():
-        run.config()  # refuses what is no run directory
-        raise UserError(f"run {run.name} has not finished fixing: there is no {exported}. Next: {run.launch('status')}")
-    return exported
+    return run.finished(run.root / "export" / "model.safetensors")
 
 
 @contextlib.contextmanager

@@ -267,6 +267,7 @@ def test_two_files_of_predictions_are_compared_or_refused(
         capsys, "compare", before, finished / "evaluations" / "part-64-after.npz"
     )
     assert "holds no predictions" in refused(capsys, "compare", before, tmp_path / "gain.json")
+    assert "run done has not finished: there is no" in refused(capsys, "compare", before, finished)
 
 
 def test_sweep_names_the_best_resolution_and_explains_it(
