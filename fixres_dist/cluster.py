@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 from fixres_dist import config as cfg
 from fixres_dist import slurm, watch
 from fixres_dist.errors import EXIT_DONE, EXIT_FAILED, UserError
+from fixres_dist.files import FULL
 from fixres_dist.preempt import SIGNALS, StopFlag
 from fixres_dist.rundir import RunDir, write
 
@@ -265,21 +266,23 @@ def run_local(run: RunDir, processes: int) -> int:
     if run.done.exists():
         return EXIT_DONE
     state = run.state()
+    said = run.failed.read_text().partition("\n")[0] if run.failed.exists() else ""
     gone = [job.task(rank).paths for rank in range(processes) if not job.task(rank).paths.result_pickle.exists()]
-    if gone and run.failed.exists() and not state.get("final"):  # by the others, who broke because of it
-        said = run.failed.read_text().partition("\n")[0]
-        run.failed.unlink()
-        who = "rank " + ", ".join(str(paths.task_id) for paths in gone)
-        lost = f"{who} left no result, killed by hand or out of memory (log: {gone[0].stdout}); after it: {said}"
-        run.fail(lost, f"again, from the last checkpoint: {run.command()}")
-    if run.failed.exists():
-        print(run.failed.read_text(), file=sys.stderr, end="")
-    elif flag.signal and state.get("state") in watch.UNFINISHED:  # none of them had come so far as to save
+    if flag.signal and state.get("state") in watch.UNFINISHED:  # none of them had come so far as to save
         run.update_state(state="cancelled", reason="cancelled; the same command goes on", eta_s=None)
         run.event("cancelled")
-    elif state.get("state") != "cancelled":
+    elif said.startswith(tuple(FULL.values())) or state.get("final") or state.get("state") == "cancelled":
+        pass  # as it was told; on a full disk a rank cannot leave a result either
+    elif gone or not said:
         lost = f"a process of the run died without a word (exit codes {codes}); its log: {job.paths.stdout.parent}"
-        run.fail(lost, run.command())
+        if gone:
+            ranks = ", ".join(str(paths.task_id) for paths in gone)
+            lost = f"rank {ranks} left no result, killed by hand or out of memory (log: {gone[0].stdout})"
+        if said:  # by the others, who broke because of it
+            lost += f"; after it: {said}"
+            run.failed.unlink()
+        run.fail(lost, f"again, from the last checkpoint: {run.command()}")
+    if run.failed.exists():
         print(run.failed.read_text(), file=sys.stderr, end="")
     return max(codes)
 
