@@ -10,7 +10,7 @@ from typing import Any, get_args
 from fixres_dist import config as cfg
 from fixres_dist import recipes
 from fixres_dist.data import geometry, index, plan, shards, sources
-from fixres_dist.errors import EXIT_DONE, EXIT_FAILED, UserError, unknown
+from fixres_dist.errors import EXIT_DONE, EXIT_FAILED, UserError, check_output, unknown
 
 SPLITS = ("train", "val")
 
@@ -99,8 +99,7 @@ def verify_command(args: argparse.Namespace) -> int:
     from fixres_dist.data import verify
 
     root, found = folder(args), {}
-    if args.deny_list and (args.deny_list.is_dir() or not os.access(args.deny_list.absolute().parent, os.W_OK)):
-        raise UserError(f"--deny-list is {args.deny_list}; accepted: a file in a directory that is there and writable.")
+    check_output(args.deny_list)
     for split in splits(args):
         samples = loaded(args, root, split, "skip", fresh=True)  # it reads every file anyway
         reasons = index.recheck(samples)[1]
