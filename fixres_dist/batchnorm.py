@@ -32,7 +32,7 @@ class Moments:
         if not count:
             raise UserError(
                 "none of the images that the last BN's statistics are measured on (tune.bn_stats_images) could be decoded. "
-                "Next: python -m fixres_dist data verify."
+                "Next: python -m fixres_dist data verify --data DIR"
             )
         mean, square = self.sums[:-1].chunk(2)
         mean = mean / count
