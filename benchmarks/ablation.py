@@ -17,7 +17,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from fixres_dist.rundir import RunDir, git, processor, versions  # noqa: E402
+from fixres_dist.base.environment import git, processor, versions
+from fixres_dist.runs.rundir import RunDir
 
 # policy, transform, BN statistics, epochs averaged
 ROWS = [

@@ -16,7 +16,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from fixres_dist.rundir import git, processor, versions  # noqa: E402
+from fixres_dist.base.environment import git, processor, versions
 
 SIZES = "96,128,160,192,224,256"
 

@@ -21,12 +21,15 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from fixres_dist import config as cfg  # noqa: E402
-from fixres_dist import export, models  # noqa: E402
-from fixres_dist.card import class_names  # noqa: E402
-from fixres_dist.data import demo  # noqa: E402
-from fixres_dist.rundir import RunDir, git, processor, versions  # noqa: E402
-from fixres_dist.subjects import Subject, opened, split_with, weights_after  # noqa: E402
+from fixres_dist.base.environment import git, processor, versions
+from fixres_dist.config.schema import Config
+from fixres_dist.data import demo
+from fixres_dist.evaluation.inputs import Subject, opened, split_with, weights_after
+from fixres_dist.models import weights
+from fixres_dist.models.build import build_model
+from fixres_dist.publishing import export
+from fixres_dist.publishing.model_card import class_names
+from fixres_dist.runs.rundir import RunDir
 
 
 def timms(folder: str, data: Path) -> tuple[torch.Tensor, torch.Tensor]:
@@ -44,14 +47,14 @@ def names(model: Any) -> list[str]:
     return list(model.pretrained_cfg["label_names"])
 
 
-def compare(run: RunDir, config: cfg.Config) -> dict[str, Any]:
+def compare(run: RunDir, config: Config) -> dict[str, Any]:
     after, res = weights_after(run), config.data.res
     with opened(config, [Subject("after", after)], run.root) as live:
         ours = live.evaluate(split_with(live, after), res, config.data.resize_rule)
     with tempfile.TemporaryDirectory() as folder:
-        model = models.build(config.model.timm_name, len(class_names(run)))
-        models.fill(model, models.read_state(after), str(after))
-        export.write_weights(model, Path(folder) / "model.safetensors", config, res)
+        model = build_model(config.model.timm_name, len(class_names(run)))
+        weights.fill(model, weights.read_state(after), str(after))
+        weights.write_weights(model, Path(folder) / "model.safetensors", config, res)
         export.write_config(model, Path(folder) / "config.json", config, res, class_names(run))
         predicted, labels = timms(folder, Path(config.data.root) / "val")
     hits = int((predicted == labels).sum())

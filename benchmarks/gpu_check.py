@@ -27,14 +27,16 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from fixres_dist.base.errors import EXIT_DONE, EXIT_FAILED
+from fixres_dist.base.files import write_text
 from fixres_dist.bench import model, pipeline, turns
 from fixres_dist.bench.data import write_photographs
 from fixres_dist.bench.model import Setting
 from fixres_dist.bench.turns import Variant
-from fixres_dist.data import geometry, index, plan
+from fixres_dist.data import geometry, scan
+from fixres_dist.data.index import Index
+from fixres_dist.data.requests import Pictures, chunks, make_request
 from fixres_dist.data.torch_cpu import Batch
-from fixres_dist.errors import EXIT_DONE, EXIT_FAILED
-from fixres_dist.rundir import write
 
 B0, B4, B7, L2 = (f"tf_efficientnet_{name}" for name in ("b0", "b4", "b7", "l2"))
 GPU_SIZES = {B0: (320, 256), B4: (380, 128), B7: (600, 32), L2: (600, 16)}
@@ -77,7 +79,7 @@ def data(bench: Bench) -> dict[str, Any]:
     """Pixels against the CPU's at several shares of the hardware decoder, images/s and memory by size and threads."""
     count = 16 if bench.args.cpu else 1000
     root = bench.args.data or write_photographs(bench.scratch / "for decoding", min(count, 500))
-    samples = index.load(root, "val")
+    samples = scan.load(root, "val")
     sizes, threads = ((64,), (1,)) if bench.args.cpu else ((224, 320, 600, 800), (4, 8, 16))
     found: dict[str, Any] = {"difference_from_cpu": [], "speed": []}
     for load in (0.0, 0.65, 1.0):
@@ -93,11 +95,11 @@ def data(bench: Bench) -> dict[str, Any]:
     return found
 
 
-def images(samples: index.Index, pictures: plan.Pictures, count: int, settings: Any) -> Iterator[torch.Tensor]:
+def images(samples: Index, pictures: Pictures, count: int, settings: Any) -> Iterator[torch.Tensor]:
     from fixres_dist.data import dali
 
-    parts = plan.chunks(np.arange(count) % len(samples), settings.batch)
-    requests = (plan.request(samples, pictures, part, 0) for part in parts)
+    parts = chunks(np.arange(count) % len(samples), settings.batch)
+    requests = (make_request(samples, pictures, part, 0) for part in parts)
     # Two passes on the CPU as well: the question is what the GPU's decoder does, not how often pixels are rounded.
     for batch in dali.batches(samples, requests, pictures.res, pictures.resize, settings, True):
         yield batch.images
@@ -107,11 +109,11 @@ def device_id() -> int | None:
     return 0 if torch.cuda.is_available() else None
 
 
-def pixel_difference(samples: index.Index, load: float, count: int) -> Iterator[dict[str, float]]:
+def pixel_difference(samples: Index, load: float, count: int) -> Iterator[dict[str, float]]:
     """Grey levels between GPU and CPU pictures; fancy upsampling is on, so a hardware engine that ignores it shows here."""
     from fixres_dist.data import dali
 
-    pictures = plan.Pictures("test_aug", 320, geometry.resize_of("fixefficientnet", 320, 1.0, "bicubic"), 0)
+    pictures = Pictures("test_aug", 320, geometry.resize_of("fixefficientnet", 320, 1.0, "bicubic"), 0)
     ours = images(samples, pictures, count, dali.Settings(64, 8, device_id(), load))
     cpu = images(samples, pictures, count, dali.Settings(64, 8))
     means, largest = [], 0
@@ -122,13 +124,13 @@ def pixel_difference(samples: index.Index, load: float, count: int) -> Iterator[
     yield {"hw_decoder_load": load, "mean": round(float(np.mean(means)), 4), "max": largest, "n": count}
 
 
-def speed(samples: index.Index, res: int, threads: int, load: float, count: int) -> Iterator[dict[str, Any]]:
+def speed(samples: Index, res: int, threads: int, load: float, count: int) -> Iterator[dict[str, Any]]:
     """images/s of training pictures left on the device, without the first batches."""
     from fixres_dist.data import dali
 
     cuda, batch, first = torch.cuda.is_available(), 64 if count > 64 else 8, 8 if count > 64 else 2
     synchronize = torch.cuda.synchronize if cuda else lambda: None
-    pictures = plan.Pictures("test_aug", res, geometry.resize_of("fixefficientnet", res, 1.0, "bicubic"), 0)
+    pictures = Pictures("test_aug", res, geometry.resize_of("fixefficientnet", res, 1.0, "bicubic"), 0)
     before = torch.cuda.mem_get_info()[0] if cuda else 0
     started, seen = 0.0, 0
     settings = dali.Settings(batch, threads, device_id(), load)
@@ -358,7 +360,7 @@ def main() -> int:
             result["rows"] += found.pop("rows", [])
             result["ratios"] |= {name: ratios} if (ratios := found.pop("ratios", None)) else {}
             result["sections"][name] = found
-            write(args.json, json.dumps(result, indent=1) + "\n")
+            write_text(args.json, json.dumps(result, indent=1) + "\n")
             print(f"{name}: {found['seconds']} s {found.get('error') or found.get('failed') or ''}", file=sys.stderr)
     if result["rows"]:
         print(turns.table(result))

@@ -27,10 +27,11 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from fixres_dist import recipes  # noqa: E402
-from fixres_dist.planning import H200_MIB_PER_S, IMAGENET  # noqa: E402
-from fixres_dist.recipes import Facts  # noqa: E402
-from fixres_dist.rundir import processor, versions, write  # noqa: E402
+from fixres_dist.base.environment import processor, versions
+from fixres_dist.base.files import write_text
+from fixres_dist.config import recipes
+from fixres_dist.config.recipes import Facts
+from fixres_dist.training.plan import H200_MIB_PER_S, IMAGENET
 
 POLICY, BATCH = "classifier+bn", 384
 IMAGE_BYTES = 147_897_477_120 / IMAGENET[0]  # ILSVRC2012_img_train.tar
@@ -129,7 +130,7 @@ def renew(page: Path) -> None:
         f"B0 wants {cores['b0']} cores for each GPU and B4 {cores['b4']}",
         page.read_text(),
     )
-    write(page, "".join(f"{next(fresh) if ROW.match(line) else line}\n" for line in text.splitlines()))
+    write_text(page, "".join(f"{next(fresh) if ROW.match(line) else line}\n" for line in text.splitlines()))
 
 
 def agree(rank: int, world: int, file: str, rounds: int) -> None:
@@ -137,15 +138,15 @@ def agree(rank: int, world: int, file: str, rounds: int) -> None:
     import torch
     import torch.distributed as dist
 
-    from fixres_dist import distributed
+    from fixres_dist.training.ranks import Ranks
 
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=world)
-    ranks = distributed.Ranks(rank, world, world, ("here",), torch.device("cpu"))
+    ranks = Ranks(rank, world, world, ("here",), torch.device("cpu"))
     times = []
     for _ in range(rounds):
         started = time.perf_counter()
-        distributed.highest(ranks, [0, 0])
+        ranks.highest([0, 0])
         times.append(1e6 * (time.perf_counter() - started))
     if rank == 0:
         print(json.dumps(times[rounds // 10 :]))
@@ -211,7 +212,7 @@ def main() -> None:
             "load": round(os.getloadavg()[0], 1),
         }
         found = {"command": command, "hardware": hardware, "versions": versions(), **measured(args.rounds)}
-        write(args.measure, json.dumps(found, indent=1) + "\n")
+        write_text(args.measure, json.dumps(found, indent=1) + "\n")
         print(json.dumps(found, indent=1))
 
 

@@ -15,7 +15,7 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from fixres_dist import tuning
+from fixres_dist.models import policies
 
 TEMPLATE = """\
 # Fix{title}: python launch/submit.py --model {model} --res {fix_test_res} --weights {weights} --data DIR --nodes 4
@@ -40,7 +40,7 @@ def measure(timm_name: str, res: int, train_res: int) -> dict[str, object]:
     """Parameters and per-image costs of one forward at `res`; memory of bf16 activations."""
     with torch.device("meta"):
         model = timm.create_model(timm_name, pretrained=False).eval()
-    tuned = tuning.select(model, "last_block").modules
+    tuned = policies.select(model, "last_block").modules
     multiply_adds, traffic, peak = 0, 0, 0
 
     def add(module: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:

@@ -1,46 +1,8 @@
-"""`python -m fixres_dist COMMAND`, also installed as `fixres`. Parsing and printing only; torch is imported by commands."""
+"""`python -m fixres_dist COMMAND`: the same program as `fixres`."""
 
-from __future__ import annotations
-
-import argparse
 import sys
-from pathlib import Path
 
-from fixres_dist import commands, publish, sweep
-from fixres_dist.bench import commands as bench_commands
-from fixres_dist.data import commands as data_commands
-from fixres_dist.errors import EXIT_FAILED, exit_code
-
-
-def train(args: argparse.Namespace) -> int:
-    from fixres_dist import train as worker
-
-    return worker.run(args.run)
-
-
-def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(
-        prog="fixres", description="Work on runs and data sets; runs are submitted by launch/submit.py."
-    )
-    sub = p.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    t = sub.add_parser("train", help="the worker: go on with a run directory (alone, under torchrun, or in a job)")
-    t.add_argument("--run", type=Path, required=True, help="the run directory")
-    t.set_defaults(func=train)
-    commands.add_parsers(sub)
-    sweep.add_parsers(sub)
-    data_commands.add_parsers(sub)
-    publish.add_parsers(sub)
-    bench_commands.add_parsers(sub)
-    return p
-
-
-def main(argv: list[str] | None = None) -> int:
-    args = parser().parse_args(argv)
-    try:
-        return exit_code(lambda: int(args.func(args)))
-    except KeyboardInterrupt:
-        return EXIT_FAILED
-
+from fixres_dist.cli.main import main
 
 if __name__ == "__main__":
     sys.exit(main())

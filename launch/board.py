@@ -12,8 +12,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from fixres_dist import watch
-from fixres_dist.errors import EXIT_DONE, UserError, exit_code
+from fixres_dist.base.errors import EXIT_DONE, UserError, exit_code
+from fixres_dist.cluster import status
 
 
 def main() -> int:
@@ -28,7 +28,7 @@ def main() -> int:
 def board(args: argparse.Namespace) -> int:
     if importlib.util.find_spec("tensorboard") is None:
         raise UserError("tensorboard is not installed. Next: make setup")
-    runs = [watch.find(name, args.runs_dir) for name in args.names] or watch.every(args.runs_dir)
+    runs = [status.find(name, args.runs_dir) for name in args.names] or status.every(args.runs_dir)
     if not runs:
         raise UserError(f"no runs in {args.runs_dir}. Next: --runs-dir DIR")
     # A folder of links: one log directory whose runs carry the run names, and not the other files beside tb/.

@@ -13,9 +13,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from fixres_dist import slurm, watch
-from fixres_dist.errors import EXIT_DONE, EXIT_FAILED, UserError, exit_code
-from fixres_dist.rundir import RunDir
+from fixres_dist.base.errors import EXIT_DONE, EXIT_FAILED, UserError, exit_code
+from fixres_dist.cluster import slurm, status
+from fixres_dist.runs.rundir import RunDir
 
 WAIT_S = 120.0  # Slurm kills what has not left after KillWait, 30 s by default
 
@@ -25,11 +25,11 @@ def main() -> int:
     p.add_argument("names", nargs="+", metavar="NAME")
     p.add_argument("--runs-dir", type=Path, default=Path("runs"))
     args = p.parse_args()
-    return exit_code(lambda: max([cancel(run) for run in [watch.find(name, args.runs_dir) for name in args.names]]))
+    return exit_code(lambda: max([cancel(run) for run in [status.find(name, args.runs_dir) for name in args.names]]))
 
 
 def cancel(run: RunDir) -> int:
-    job, owner = watch.slurm_job(run), run.root.owner()
+    job, owner = status.slurm_job(run), run.root.owner()
     queued = slurm.queue([owner]) if job else {}
     if queued is None:
         raise UserError(f"{run.name} is job {job}, but squeue does not answer. Next: a login node of the cluster.")
@@ -45,13 +45,13 @@ def cancel(run: RunDir) -> int:
         os.kill(int(pid), signal.SIGTERM)  # its ranks agree on the signal
         left = wait(lambda: not run.is_locked())
     else:
-        state = watch.rows([run])[0].state
+        state = status.rows([run])[0].state
         print(f"{run.name} is {state}, so there is nothing to cancel")
         return EXIT_DONE
     if not left:
         print(f"{run.name} has not left after {WAIT_S:.0f} s. Next: {run.launch('status')}", file=sys.stderr)
         return EXIT_FAILED
-    if run.state().get("state") in watch.UNFINISHED:  # it had not started, or was killed before it could write
+    if run.state().get("state") in status.UNFINISHED:  # it had not started, or was killed before it could write
         run.update_state(state="cancelled", reason="cancelled; the same command goes on", eta_s=None)
         run.event("cancelled")
     print(f"{run.name} is {run.state()['state']} at step {max(0, run.saved_step())}. Next: {run.launch('resume')}")

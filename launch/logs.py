@@ -9,9 +9,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from fixres_dist import watch
-from fixres_dist.errors import EXIT_DONE, UserError, exit_code
-from fixres_dist.rundir import RunDir
+from fixres_dist.base.errors import EXIT_DONE, UserError, exit_code
+from fixres_dist.cluster import status
+from fixres_dist.runs.rundir import RunDir
 
 
 def main() -> int:
@@ -22,7 +22,7 @@ def main() -> int:
     p.add_argument("--runs-dir", type=Path, default=Path("runs"))
     args = p.parse_args()
     try:
-        return exit_code(lambda: show(watch.find(args.name, args.runs_dir), args.rank, args.follow))
+        return exit_code(lambda: show(status.find(args.name, args.runs_dir), args.rank, args.follow))
     except (KeyboardInterrupt, BrokenPipeError):
         return EXIT_DONE
 
@@ -32,8 +32,8 @@ def show(run: RunDir, rank: int, follow: bool) -> int:
     shown: dict[Path, int] = {}
     told_waiting = False
     while True:
-        ended = watch.rows([run])[0].state not in watch.UNFINISHED
-        logs = watch.logs(run)
+        ended = status.rows([run])[0].state not in status.UNFINISHED
+        logs = status.logs(run)
         ranks = sorted({number for number, _ in logs})
         if logs and rank not in ranks:
             raise UserError(f"{run.name} has no rank {rank}; accepted: {ranks[0]} .. {ranks[-1]}.")

@@ -12,9 +12,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from fixres_dist import cluster, planning, recipes, rundir, watch
-from fixres_dist import config as cfg
-from fixres_dist.errors import EXIT_DONE, UserError, exit_code
+from fixres_dist.base.errors import EXIT_DONE, UserError, exit_code
+from fixres_dist.base.files import write_text
+from fixres_dist.base.json_lines import read_lines
+from fixres_dist.cluster import jobs, status
+from fixres_dist.config import reading, recipes
+from fixres_dist.config.schema import Config
+from fixres_dist.runs import rundir
+from fixres_dist.training import plan
 from launch import submit
 
 
@@ -26,24 +31,24 @@ def main() -> int:
     p.add_argument("--runs-dir", type=Path, default=Path("runs"))
     p.add_argument("overrides", nargs="*", metavar="section.key=value", help="such as cluster.exclude=n7")
     args = p.parse_intermixed_args()
-    return exit_code(lambda: resume(watch.find(args.name, args.runs_dir), args))
+    return exit_code(lambda: resume(status.find(args.name, args.runs_dir), args))
 
 
 def resume(run: rundir.RunDir, args: argparse.Namespace) -> int:
     nodes = [f"cluster.nodes={args.nodes}"] if args.nodes else []
-    values = cfg.merge(cfg.plain(run.config()), cfg.overrides([*nodes, *args.overrides]))
-    config = cfg.parse(cfg.Config, recipes.with_absolute_paths(values))
+    values = reading.merge(reading.plain(run.config()), reading.overrides([*nodes, *args.overrides]))
+    config = reading.parse(Config, recipes.with_absolute_paths(values))
     least, most = config.cluster.node_range()
-    planning.check(config, least * config.cluster.gpus_per_node if least == most else 1, dry=False)
+    plan.check(config, least * config.cluster.gpus_per_node if least == most else 1, dry=False)
     rundir.check(run.root, config)
-    submitted = [e for e in rundir.read_lines(run.root / "events.jsonl") if e["event"] == "submitted"]
-    kind = args.cluster or (submitted[-1]["cluster"] if submitted else cluster.default_cluster())
-    if kind == "slurm" and not cluster.ask_slurm(cluster.sbatch_text(config, run)):
+    submitted = [e for e in read_lines(run.root / "events.jsonl") if e["event"] == "submitted"]
+    kind = args.cluster or (submitted[-1]["cluster"] if submitted else jobs.default_cluster())
+    if kind == "slurm" and not jobs.ask_slurm(jobs.sbatch_text(config, run)):
         raise UserError("Slurm does not answer here. Next: a login node of the cluster, or --cluster local.")
     with run.lock(".submit.lock", wait_s=60):
         if submit.told_already(run, kind):
             return EXIT_DONE
-        rundir.write(run.root / "config.yaml", cfg.dump(config))
+        write_text(run.root / "config.yaml", reading.dump(config))
         run.event("submitted", cluster=kind, command=run.launch("resume"))
         if kind == "slurm":
             return submit.start_slurm([run], config, 0)

@@ -10,8 +10,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from fixres_dist import watch
-from fixres_dist.errors import EXIT_DONE, exit_code
+from fixres_dist.base.errors import EXIT_DONE, exit_code
+from fixres_dist.cluster import status
 
 
 def main() -> int:
@@ -30,14 +30,14 @@ def main() -> int:
 
 def show(args: argparse.Namespace) -> int:
     while True:
-        runs = [watch.find(name, args.runs_dir) for name in args.names] or watch.every(args.runs_dir)
-        rows = watch.rows(runs)
+        runs = [status.find(name, args.runs_dir) for name in args.names] or status.every(args.runs_dir)
+        rows = status.rows(runs)
         if args.json:
             print(json.dumps([row.as_dict() for row in rows], indent=1), flush=True)
         else:
             clear = "\033[2J\033[H" if args.watch and sys.stdout.isatty() else ""
-            print(clear + watch.table(rows) if rows else f"no runs in {args.runs_dir}", flush=True)
-        if not args.watch or not any(row.state in watch.UNFINISHED for row in rows):
+            print(clear + status.table(rows) if rows else f"no runs in {args.runs_dir}", flush=True)
+        if not args.watch or not any(row.state in status.UNFINISHED for row in rows):
             return EXIT_DONE
         time.sleep(max(1.0, args.every))
 

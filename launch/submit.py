@@ -13,9 +13,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from fixres_dist import cluster, planning, recipes, rundir, slurm
-from fixres_dist import config as cfg
-from fixres_dist.errors import EXIT_DONE, UserError, exit_code
+from fixres_dist.base.errors import EXIT_DONE, UserError, exit_code
+from fixres_dist.base.files import write_text
+from fixres_dist.cluster import jobs, local, slurm
+from fixres_dist.config import reading, recipes
+from fixres_dist.config.schema import Config
+from fixres_dist.runs import rundir
+from fixres_dist.training import plan
+from fixres_dist.training.job import TrainJob
 
 EXAMPLES = """\
 examples:
@@ -102,7 +107,7 @@ def list_recipes() -> int:
     return EXIT_DONE
 
 
-def configure(args: argparse.Namespace, kind: str) -> tuple[cfg.Config, recipes.Recipe]:
+def configure(args: argparse.Namespace, kind: str) -> tuple[Config, recipes.Recipe]:
     """Defaults < recipe < preset < profile < flags < section.key=value."""
     name = args.model or ("demo" if args.data == "demo" else None)
     if name is None:
@@ -110,11 +115,11 @@ def configure(args: argparse.Namespace, kind: str) -> tuple[cfg.Config, recipes.
     recipe = recipes.find(name, args.weights)
     values = recipe.values
     for preset in args.preset:
-        values = cfg.merge(values, recipes.preset(preset))
+        values = reading.merge(values, recipes.preset(preset))
     if args.profile:
         if not args.profile.is_file():
             raise UserError(f"no profile {args.profile}. Accepted: a YAML file such as slurm/profiles/generic.yaml.")
-        values = cfg.merge(values, cfg.read_yaml(args.profile.read_text()) or {})
+        values = reading.merge(values, reading.read_yaml(args.profile.read_text()) or {})
     flags: dict[str, dict[str, str]] = {"data": {}, "cluster": {}}
     if args.res is not None:
         flags["data"]["res"] = args.res
@@ -125,15 +130,15 @@ def configure(args: argparse.Namespace, kind: str) -> tuple[cfg.Config, recipes.
     if args.gpus_per_node is not None:
         flags["cluster"]["gpus_per_node"] = args.gpus_per_node
     elif kind != "slurm":
-        flags["cluster"]["gpus_per_node"] = str(max(1, cluster.local_gpus()) if kind == "local" else 1)
-    values = cfg.merge(cfg.merge(values, flags), cfg.overrides(args.overrides))
+        flags["cluster"]["gpus_per_node"] = str(max(1, local.local_gpus()) if kind == "local" else 1)
+    values = reading.merge(reading.merge(values, flags), reading.overrides(args.overrides))
     if "res" not in values["data"]:
         raise UserError(
             f"no --res given, and nothing is published for {name}. Next: --res 288, say: above its training resolution."
         )
     if recipe.facts and values.get("pretrain"):
         values["pretrain"].setdefault("res", recipe.facts.train_res)
-    config = cfg.parse(cfg.Config, recipes.with_absolute_paths(values))
+    config = reading.parse(Config, recipes.with_absolute_paths(values))
     if kind != "slurm" and config.cluster.nodes != "1":
         raise UserError(
             f"--nodes {config.cluster.nodes} needs a cluster; --cluster {kind} is this machine alone. Next: --cluster slurm"
@@ -151,7 +156,7 @@ class Target:
     """One run that the command asks for."""
 
     run: rundir.RunDir
-    config: cfg.Config
+    config: Config
     recipe: recipes.Recipe
 
     @property
@@ -159,8 +164,8 @@ class Target:
         return self.config.cluster.node_range()[0] * self.config.cluster.gpus_per_node
 
     def plan(self) -> list[str]:
-        counts = planning.count(self.config)
-        return planning.lines(self.config, self.recipe.facts, counts, self.run.root, self.world_size)
+        counts = plan.count(self.config)
+        return plan.lines(self.config, self.recipe.facts, counts, self.run.root, self.world_size)
 
 
 def targets(args: argparse.Namespace, kind: str) -> list[Target]:
@@ -197,25 +202,25 @@ def targets(args: argparse.Namespace, kind: str) -> list[Target]:
 
 
 def submit(args: argparse.Namespace) -> int:
-    kind = args.cluster or cluster.default_cluster()
+    kind = args.cluster or jobs.default_cluster()
     if args.at_once < 0:
         raise UserError(f"--at-once is {args.at_once}; accepted: 0 (all) or more.")
     todo = targets(args, "slurm" if args.dry_run and args.cluster is None else kind)
     for target in todo:
         least, most = target.config.cluster.node_range()
-        planning.check(target.config, target.world_size if least == most else 1, dry=args.dry_run)
+        plan.check(target.config, target.world_size if least == most else 1, dry=args.dry_run)
         rundir.check(target.run.root, target.config)
         if not (args.dry_run or target.run.done.exists() or target.run.is_locked()):
             check_model(target.config, target.recipe)
-    text = cluster.sbatch_text(todo[0].config, *(t.run for t in todo), at_once=args.at_once) if not args.prepare else ""
+    text = jobs.sbatch_text(todo[0].config, *(t.run for t in todo), at_once=args.at_once) if not args.prepare else ""
     if args.dry_run:
         print("\n".join(todo[0].plan()))
         print("".join(f"and        {target.run.root}\n" for target in todo[1:]), end="")
         print(f"\n# what sbatch would get\n{text}")
-        said = cluster.ask_slurm(text) if cluster.default_cluster() == "slurm" else ""
+        said = jobs.ask_slurm(text) if jobs.default_cluster() == "slurm" else ""
         print(f"\n# Slurm says: {said or 'nothing here (sbatch --test-only got no answer)'}")
         return EXIT_DONE
-    if kind == "slurm" and not args.prepare and not cluster.ask_slurm(text):
+    if kind == "slurm" and not args.prepare and not jobs.ask_slurm(text):
         raise UserError(
             "Slurm does not answer here (sbatch --test-only). Next: a login node of the cluster, or --cluster local."
         )
@@ -232,7 +237,7 @@ def submit(args: argparse.Namespace) -> int:
         print("\n".join(todo[0].plan()), flush=True)
         if args.prepare:
             for target in todo:
-                print(f"Next: sbatch {cluster.sbatch_options(target.config)} slurm/train.sbatch {target.run.root}")
+                print(f"Next: sbatch {jobs.sbatch_options(target.config)} slurm/train.sbatch {target.run.root}")
             return EXIT_DONE
         for target in todo:
             target.run.event("submitted", cluster=kind, command=" ".join(command))
@@ -262,46 +267,48 @@ def told_already(run: rundir.RunDir, kind: str) -> bool:
     return job in queued
 
 
-def check_model(config: cfg.Config, recipe: recipes.Recipe) -> None:
+def check_model(config: Config, recipe: recipes.Recipe) -> None:
     """What no recipe vouches for is tried on the meta device here rather than in the queue; this imports torch."""
     if config.model.weights in recipes.WEIGHTS and recipe.facts:
         return
     import torch
 
-    from fixres_dist import models, tuning
+    from fixres_dist.models import weights
+    from fixres_dist.models.build import build_model, check_resolutions
+    from fixres_dist.models.split import parts_of
 
     with torch.device("meta"):
-        model = models.build(config.model.timm_name, planning.count(config).classes)
-    models.check_resolutions(model, config.resolutions())
+        model = build_model(config.model.timm_name, plan.count(config).classes)
+    check_resolutions(model, config.resolutions())
     for stage in config.stage_settings():
-        tuning.split(model, stage.policy)
-    models.check_weights(model, config.model.weights, config.pretrain is not None)
+        parts_of(model, stage.policy)
+    weights.check_weights(model, config.model.weights, config.pretrain is not None)
 
 
-def start_slurm(runs: list[rundir.RunDir], config: cfg.Config, at_once: int) -> int:
+def start_slurm(runs: list[rundir.RunDir], config: Config, at_once: int) -> int:
     write_demo(config)
-    for run, job in zip(runs, cluster.submit_slurm(config, runs, at_once), strict=True):
+    for run, job in zip(runs, jobs.submit_slurm(config, runs, TrainJob, at_once), strict=True):
         print(f"submitted {run.name} as job {job}")
     for script in ("status", "logs", "cancel", "board"):
         print(f"  {runs[0].launch(script)}{' --follow' if script == 'logs' else ''}")
     return EXIT_DONE
 
 
-def write_demo(config: cfg.Config) -> None:
+def write_demo(config: Config) -> None:
     if config.data.root == "demo":
         from fixres_dist.data import sources  # written here, where its progress bar can be seen
 
         sources.folder("demo", config.data.cache)
 
 
-def start_here(run: rundir.RunDir, config: cfg.Config, kind: str) -> int:
+def start_here(run: rundir.RunDir, config: Config, kind: str) -> int:
     write_demo(config)
-    rundir.write(run.root / "submission.sh", cluster.sbatch_text(config, run))
+    write_text(run.root / "submission.sh", jobs.sbatch_text(config, run))
     if kind == "inline":
-        from fixres_dist import train
+        from fixres_dist.training import worker
 
-        return train.run(run.root)
-    return cluster.run_local(run, config.cluster.gpus_per_node)
+        return worker.run(run.root)
+    return local.run_local(run, config.cluster.gpus_per_node, TrainJob)
 
 
 if __name__ == "__main__":

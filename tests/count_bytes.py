@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from fixres_dist import train
+from fixres_dist.training import worker
 
 MOVING = ("all_reduce", "reduce", "broadcast", "all_gather", "gather", "scatter", "all_gather_into_tensor")
 MOVING += ("reduce_scatter", "reduce_scatter_tensor", "all_to_all", "all_to_all_single", "send", "recv")
@@ -34,7 +34,7 @@ def caller() -> str:
     while frame is not None:
         module = frame.f_globals.get("__name__", "")
         if frame.f_code.co_name == "gradients" or (
-            module.startswith("fixres_dist.") and module != "fixres_dist.distributed"
+            module.startswith("fixres_dist.") and module != "fixres_dist.training.ranks"
         ):
             return frame.f_code.co_name
         frame = frame.f_back
@@ -70,7 +70,7 @@ def main(folder: Path, counts: Path) -> int:
         self.register_comm_hook(None, gradients)
 
     DistributedDataParallel.__init__ = with_hook  # type: ignore[method-assign]
-    return train.run(folder)
+    return worker.run(folder)
 
 
 if __name__ == "__main__":

@@ -11,8 +11,10 @@ import torchvision.transforms.functional as F
 from numpy.typing import NDArray
 from PIL import Image
 
-from fixres_dist.data import dali, index, plan, torch_cpu
+from fixres_dist.data import dali, torch_cpu
 from fixres_dist.data.geometry import View
+from fixres_dist.data.index import Index
+from fixres_dist.data.requests import Pictures, Request
 
 torch.set_num_threads(1)  # as the loader's workers have it
 Pixels = NDArray[np.int16]
@@ -65,7 +67,7 @@ def expected(image: Image.Image, view: View, res: int, interpolation: str) -> Pi
     return np.asarray(image, np.int16)
 
 
-def reference(samples: index.Index, request: plan.Request, pictures: plan.Pictures) -> Pixels:
+def reference(samples: Index, request: Request, pictures: Pictures) -> Pixels:
     made = []
     for sample, view in zip(request.samples.tolist(), request.views, strict=True):
         with Image.open(io.BytesIO(samples.read(sample).tobytes())) as image:
@@ -73,12 +75,12 @@ def reference(samples: index.Index, request: plan.Request, pictures: plan.Pictur
     return np.stack(made)
 
 
-def torch_batches(samples: index.Index, requests: list[plan.Request], pictures: plan.Pictures) -> list[torch_cpu.Batch]:
+def torch_batches(samples: Index, requests: list[Request], pictures: Pictures) -> list[torch_cpu.Batch]:
     return list(torch_cpu.batches(samples, requests, pictures.res, pictures.resize.interpolation, 0))
 
 
 def dali_batches(
-    samples: index.Index, requests: list[plan.Request], pictures: plan.Pictures, two_passes: bool | None = None
+    samples: Index, requests: list[Request], pictures: Pictures, two_passes: bool | None = None
 ) -> list[torch_cpu.Batch]:
     largest = max(1, *(len(r.samples) for r in requests))
     settings = dali.Settings(largest, 2)

@@ -15,13 +15,15 @@ import pytest
 import torch
 from PIL import Image
 
-from fixres_dist import config as cfg
-from fixres_dist.data import geometry, index, loading, plan, sources
+from fixres_dist.base.errors import UserError
+from fixres_dist.config.schema import Data
+from fixres_dist.data import backends, geometry, scan, sources
+from fixres_dist.data.index import Index
+from fixres_dist.data.requests import Pictures, Request, make_request
 from fixres_dist.data.torch_cpu import Batch
-from fixres_dist.errors import UserError
 
 PHOTO = p.photograph(120, 160, 7)
-Backend = Callable[[index.Index, list[plan.Request], plan.Pictures], list[Batch]]
+Backend = Callable[[Index, list[Request], Pictures], list[Batch]]
 both_backends = pytest.mark.parametrize("backend", [p.torch_batches, p.dali_batches], ids=["torch", "dali"])
 
 
@@ -76,24 +78,24 @@ DECODING_FAILS = {
 }
 
 
-def folder(root: Path, name: str, data: bytes | None) -> tuple[index.Index, int]:
+def folder(root: Path, name: str, data: bytes | None) -> tuple[Index, int]:
     """Six good photographs and, in their middle, `data`; the index with unreadable headers left in, and its position."""
     (root / "train" / "a").mkdir(parents=True)
     for i in range(6):
         (root / "train" / "a" / f"{i}.jpg").write_bytes(p.encode(p.photograph(100 + 9 * i, 130, i)))
     if data is not None:
         (root / "train" / "a" / name).write_bytes(data)
-    found = index.load_all(root, "train")
+    found = scan.load_all(root, "train")
     return found, found.find(f"a/{name}") or 0
 
 
-def one_batch(backend: Backend, found: index.Index, samples: list[int], transform: str = "test_aug") -> Batch:
-    pictures = plan.Pictures(transform, 96, geometry.resize_of("fixefficientnet", 96, 1.0, "bicubic"), 0)
-    (batch,) = backend(found, [plan.request(found, pictures, np.array(samples, np.int64), 0)], pictures)
+def one_batch(backend: Backend, found: Index, samples: list[int], transform: str = "test_aug") -> Batch:
+    pictures = Pictures(transform, 96, geometry.resize_of("fixefficientnet", 96, 1.0, "bicubic"), 0)
+    (batch,) = backend(found, [make_request(found, pictures, np.array(samples, np.int64), 0)], pictures)
     return batch
 
 
-def neighbours_unharmed(backend: Backend, found: index.Index, batch: Batch) -> None:
+def neighbours_unharmed(backend: Backend, found: Index, batch: Batch) -> None:
     """The good photographs are bit for bit what they are without the odd one."""
     good = [sample for sample in range(len(found)) if sample in batch.samples.tolist()]
     alone = one_batch(backend, found, good)
@@ -107,8 +109,8 @@ def test_decoded_like_pil(tmp_path: Path, kind: str, backend: Backend) -> None:
     found, odd = folder(tmp_path, "3b.jpg", DECODES_LIKE_PIL[kind])
     batch = one_batch(backend, found, list(range(7)), "test")
     assert (batch.skipped, batch.samples.tolist()) == ((), list(range(7)))
-    pictures = plan.Pictures("test", 96, geometry.resize_of("fixefficientnet", 96, 1.0, "bicubic"), 0)
-    want = p.reference(found, plan.request(found, pictures, np.array([odd]), 0), pictures)
+    pictures = Pictures("test", 96, geometry.resize_of("fixefficientnet", 96, 1.0, "bicubic"), 0)
+    want = p.reference(found, make_request(found, pictures, np.array([odd]), 0), pictures)
     difference = np.abs(batch.images[odd].permute(1, 2, 0).numpy() - want[0])
     # A two-pixel strip is nothing but border, and beyond a border DALI repeats pixels where PIL gives the rest more weight.
     assert difference.max() <= 6
@@ -147,8 +149,8 @@ def test_bytes_broken_in_the_middle_decode_as_in_pil(tmp_path: Path, backend: Ba
     found, odd = folder(tmp_path, "3b.jpg", JPEG[:middle] + bytes(64) + JPEG[middle + 64 :])
     batch = one_batch(backend, found, list(range(7)), "test")
     assert not batch.skipped
-    pictures = plan.Pictures("test", 96, geometry.resize_of("fixefficientnet", 96, 1.0, "bicubic"), 0)
-    want = p.reference(found, plan.request(found, pictures, np.array([odd]), 0), pictures)
+    pictures = Pictures("test", 96, geometry.resize_of("fixefficientnet", 96, 1.0, "bicubic"), 0)
+    want = p.reference(found, make_request(found, pictures, np.array([odd]), 0), pictures)
     assert np.abs(batch.images[odd].permute(1, 2, 0).numpy() - want[0]).max() <= 3
 
 
@@ -173,16 +175,16 @@ def test_bad_files_do_not_shift_later_batches(tmp_path: Path, backend: Backend) 
     found, _ = folder(tmp_path, "x.jpg", None)
     for bad in (0, 5):
         found.path(bad).write_bytes(found.path(bad).read_bytes()[:-700])
-    pictures = plan.Pictures("test", 64, geometry.resize_of("fixres", 64, 1.0, "bilinear"), 0)
+    pictures = Pictures("test", 64, geometry.resize_of("fixres", 64, 1.0, "bilinear"), 0)
     order = [[0, 1], [2, 3], [4, 1], [2], [5, 3], [1, 4], [], [3], [4, 5]]
-    requests = [plan.request(found, pictures, np.array(part, np.int64), 0) for part in order]
+    requests = [make_request(found, pictures, np.array(part, np.int64), 0) for part in order]
     batches = backend(found, requests, pictures)
     assert [batch.samples.tolist() for batch in batches] == [[s for s in part if s not in (0, 5)] for part in order]
     assert [[b.sample for b in batch.skipped] for batch in batches] == [
         [s for s in part if s in (0, 5)] for part in order
     ]
     single = {
-        s: backend(found, [plan.request(found, pictures, np.array([s]), 0)], pictures)[0].images for s in (1, 2, 3, 4)
+        s: backend(found, [make_request(found, pictures, np.array([s]), 0)], pictures)[0].images for s in (1, 2, 3, 4)
     }
     for batch in batches:
         for row, sample in enumerate(batch.samples.tolist()):
@@ -215,7 +217,7 @@ def test_a_file_without_permission(tmp_path: Path, backend: Backend) -> None:
     open_to_all(tmp_path)
     found.path(odd).chmod(0)
     with as_an_ordinary_user():
-        assert index.look(found.path(odd)).reason == "Permission denied"
+        assert scan.look(found.path(odd)).reason == "Permission denied"
         batch = one_batch(backend, found, list(range(7)))
     assert [tuple(bad) for bad in batch.skipped] == [(odd, "Permission denied")]
     neighbours_unharmed(backend, found, batch)
@@ -227,7 +229,7 @@ def test_a_directory_without_permission_is_a_user_error(tmp_path: Path) -> None:
     (tmp_path / "train" / "b").chmod(0)
     open_to_all(tmp_path)
     with as_an_ordinary_user(), pytest.raises(UserError, match=r"cannot list .*train/b: Permission denied"):
-        index.load(tmp_path, "train", tmp_path / "cache")
+        scan.load(tmp_path, "train", tmp_path / "cache")
     (tmp_path / "train" / "b").chmod(0o755)
 
 
@@ -240,13 +242,13 @@ def test_links_are_followed_and_loops_are_not(tmp_path: Path) -> None:
     (train / "a" / "itself").symlink_to(train / "a" / "itself")
     (train / "a" / "up").symlink_to(train)
     (train / "a" / "dangling.jpg").symlink_to(tmp_path / "nowhere.jpg")
-    found = index.load_all(tmp_path, "train")
+    found = scan.load_all(tmp_path, "train")
     assert [found.name(i) for i in range(len(found))] == [
         *(f"a/{i}.jpg" for i in range(6)),
         "a/dangling.jpg",
         "a/linked/far.jpg",
     ]
-    _, reasons = index.recheck(found)
+    _, reasons = scan.recheck(found)
     assert reasons == {6: "No such file or directory"}
 
 
@@ -254,7 +256,7 @@ def test_a_pipe_named_like_an_image_blocks_nothing(tmp_path: Path) -> None:
     folder(tmp_path, "x.jpg", None)
     os.mkfifo(tmp_path / "train" / "a" / "pipe.jpg")
     with pytest.raises(UserError, match=r"pipe\.jpg: not a regular file"):
-        index.load(tmp_path, "train")
+        scan.load(tmp_path, "train")
 
 
 @both_backends
@@ -264,7 +266,7 @@ def test_a_pipe_named_like_an_image_blocks_nothing(tmp_path: Path) -> None:
 def test_names_that_are_not_utf8_or_very_long(tmp_path: Path, name: bytes, backend: Backend) -> None:
     found, odd = folder(tmp_path, os.fsdecode(name), JPEG)
     assert os.fsencode(found.name(odd)) == b"a/" + name
-    assert index.load_all(tmp_path, "train").fingerprint == found.fingerprint
+    assert scan.load_all(tmp_path, "train").fingerprint == found.fingerprint
     batch = one_batch(backend, found, list(range(7)))
     assert (len(batch.images), batch.skipped) == (7, ())
 
@@ -273,13 +275,13 @@ def test_names_that_are_not_utf8_or_very_long(tmp_path: Path, name: bytes, backe
 def test_stop_names_the_file_and_the_next_command(tmp_path: Path, name: str) -> None:
     found, odd = folder(tmp_path, "3b.jpg", JPEG[:-700])
     resize = geometry.resize_of("fixres", 64, 1.0, "bilinear")
-    request = plan.request(found, plan.Pictures("test", 64, resize, 0), np.arange(7), 0)
+    request = make_request(found, Pictures("test", 64, resize, 0), np.arange(7), 0)
     seen: list[str] = []
 
     def load(on_bad: str) -> list[Batch]:
-        settings = cfg.Data(backend=name, on_bad=on_bad)  # type: ignore[arg-type]
+        settings = Data(backend=name, on_bad=on_bad)  # type: ignore[arg-type]
         note = lambda index, bad: seen.append(index.name(bad.sample))  # noqa: E731
-        return list(loading.batches(found, [request], 64, resize, settings, torch.device("cpu"), 0, 7, note))
+        return list(backends.batches(found, [request], 64, resize, settings, torch.device("cpu"), 0, 7, note))
 
     with pytest.raises(UserError) as caught:
         load("stop")

@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 import torch
 
-from fixres_dist.__main__ import main
+from fixres_dist.base.errors import UserError
 from fixres_dist.bench import data, model, pipeline, turns
 from fixres_dist.bench.turns import Turn, Variant
+from fixres_dist.cli.main import main
 
 Bench = Callable[..., dict[str, Any]]
 ROW = {"name", "images_per_second", "cpu_ms_per_image", "peak_memory_mib", "n"}
@@ -112,7 +113,7 @@ def test_mistakes_are_one_line_before_anything_is_measured(
 
 def test_sizes() -> None:
     assert pipeline.parse_size("resnet50.a1_in1k@288x64") == ("resnet50.a1_in1k", 288, 64)
-    with pytest.raises(pipeline.UserError, match="MODEL@RESxBATCH"):
+    with pytest.raises(UserError, match="MODEL@RESxBATCH"):
         pipeline.parse_size("b0@320")
 
 

@@ -15,11 +15,15 @@ from conftest import killed_when, run, tiny
 from PIL import Image, ImageOps
 from safetensors.torch import load_file
 
-from fixres_dist import caching, train
-from fixres_dist import config as cfg
-from fixres_dist.data import index
-from fixres_dist.preempt import StopFlag
-from fixres_dist.rundir import RunDir, prepare, read_lines
+from fixres_dist.base.json_lines import read_lines
+from fixres_dist.base.signals import StopFlag
+from fixres_dist.config import reading
+from fixres_dist.config.schema import Config
+from fixres_dist.data import scan
+from fixres_dist.runs.rundir import RunDir, prepare
+from fixres_dist.training import worker
+from fixres_dist.training.cache import build, rule
+from fixres_dist.training.session import Session
 
 
 @pytest.fixture(autouse=True)
@@ -39,8 +43,8 @@ def trained(runs: Path, name: str, photos: Path, *more: str, flag: StopFlag | No
         *("tune.global_batch=12", "tune.base_lr=0.02", "tune.epochs=2", "run.batch_per_device=12", "run.log_every=1"),
         *("run.precision=fp32", "run.memory_format=channels_last", "run.engine=stream", f"run.feature_cache={runs}/f"),
     ]
-    here = prepare(runs / name, cfg.parse(cfg.Config, cfg.overrides([*items, *more])), ["test"])
-    code = train.run(here.root, flag or StopFlag())
+    here = prepare(runs / name, reading.parse(Config, reading.overrides([*items, *more])), ["test"])
+    code = worker.run(here.root, flag or StopFlag())
     assert code == 0 or flag
     return here
 
@@ -87,10 +91,10 @@ def test_features_after_the_neck_where_memory_holds_them(
     tmp_path: Path, photos: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Four times the size; where narrow ones are written already they are used; and the head is the same."""
-    monkeypatch.setattr(caching, "IN_MEMORY", 0.0)
+    monkeypatch.setattr(build, "IN_MEMORY", 0.0)
     narrow = trained(tmp_path, "narrow", photos, "run.engine=cached")
     before = segments(tmp_path)
-    monkeypatch.setattr(caching, "IN_MEMORY", 0.25)
+    monkeypatch.setattr(build, "IN_MEMORY", 0.25)
     used = trained(tmp_path, "used", photos, "run.engine=cached", "tune.base_lr=0.01")
     assert segments(tmp_path) == before
     wide = trained(tmp_path, "wide", photos, "run.engine=cached", f"run.feature_cache={tmp_path}/g")
@@ -99,7 +103,7 @@ def test_features_after_the_neck_where_memory_holds_them(
     assert chosen == ["narrow", "narrow", "wide"]
     sizes = [sum(file.stat().st_size for file in (tmp_path / name).rglob("*.rows")) for name in "fg"]
     assert 3.5 < sizes[1] / sizes[0] < 4.5
-    monkeypatch.setattr(caching.engine, "free_bytes", lambda folder: int(2 * sizes[0]))
+    monkeypatch.setattr(rule, "free_bytes", lambda folder: int(2 * sizes[0]))
     small = trained(tmp_path, "small", photos, "run.engine=cached", f"run.feature_cache={tmp_path}/h")
     assert '"features": "narrow"' in (small.root / "choices.json").read_text(), "the disk has no room for wide ones"
     assert furthest(narrow.root, wide.root) < 1e-6
@@ -112,8 +116,8 @@ def test_later_runs_write_nothing_and_do_not_run_the_trunk(
     written = segments(tmp_path)
     assert len(written) == 3, "two segments of train, one of val"
     calls: list[int] = []
-    pictures = train.Session.pictures
-    monkeypatch.setattr(train.Session, "pictures", lambda *a: calls.append(1) or pictures(*a))
+    pictures = Session.pictures
+    monkeypatch.setattr(Session, "pictures", lambda *a: calls.append(1) or pictures(*a))
     other = ["tune.policy=classifier+bn_stats", "tune.base_lr=0.1", "tune.epochs=1", "tune.bn_stats_images=5"]
     for more in (other, [*other, "run.batch_per_device=5", "tune.bn_stats=ema"]):
         second = trained(tmp_path, f"second{len(more)}", photos, *more, "run.engine=auto")
@@ -171,7 +175,7 @@ def test_a_picture_that_can_be_decoded_again_has_features_again(tmp_path: Path, 
     for directory in (data / "train").iterdir():
         os.utime(directory, (1e9, 1e9))
     whole, torn = (photos / "train" / "birch" / "007.jpg"), data / "train" / "birch" / "007.jpg"
-    index.load_all(data, "train")
+    scan.load_all(data, "train")
     torn.write_bytes(whole.read_bytes()[:-400])
     cached = ["run.engine=cached", "run.batch_per_device=4", "data.on_bad=skip"]
     assert json.loads(trained(tmp_path, "torn", data, *cached).results.read_text())["skipped"] == 1

@@ -13,12 +13,14 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from fixres_dist import checkpoint, models, tuning
-from fixres_dist.errors import UserError
+from fixres_dist.base.errors import UserError
+from fixres_dist.models import policies
+from fixres_dist.models.build import build_model
+from fixres_dist.runs import checkpoint
 
 
 def pair() -> tuple[nn.Module, torch.optim.SGD]:
-    model = models.build("test_efficientnet", 3)
+    model = build_model("test_efficientnet", 3)
     optimizer = torch.optim.SGD(model.get_submodule("classifier").parameters(), lr=0.1, momentum=0.9)
     for parameter in optimizer.param_groups[0]["params"]:
         parameter.grad = torch.ones_like(parameter)
@@ -129,7 +131,7 @@ def test_a_checkpoint_of_l2_is_small(policy: str, below_mib: float) -> None:
     """Bytes of the tuned tensors and their momenta; on the meta device nothing is allocated."""
     with torch.device("meta"):
         model = timm.create_model("tf_efficientnet_l2", num_classes=1000)
-    tuned = tuning.select(model, policy)
+    tuned = policies.select(model, policy)
     state = model.state_dict()
     sizes = [state[name].numel() * state[name].element_size() for name in tuned.tensors + tuned.parameters]
     assert sum(sizes) < below_mib * 2**20

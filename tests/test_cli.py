@@ -14,10 +14,12 @@ import torch
 from conftest import ROOT, command, environment, run, tiny
 from safetensors.torch import save_file
 
-from fixres_dist import cluster, models
-from fixres_dist import config as cfg
-from fixres_dist.errors import UserError
-from fixres_dist.rundir import RunDir
+from fixres_dist.base.errors import UserError
+from fixres_dist.cluster import jobs
+from fixres_dist.config import reading
+from fixres_dist.config.schema import Config
+from fixres_dist.models.build import build_model
+from fixres_dist.runs.rundir import RunDir
 
 NO_TORCH = """
 import runpy, sys
@@ -115,9 +117,9 @@ def test_the_example_needs_no_model_whatever_the_profile(tmp_path: Path) -> None
 
 def test_sbatch_text_is_the_recorded_one() -> None:
     """Every option of a submission, in one place to read; a change of it is made on purpose."""
-    config = cfg.parse(
-        cfg.Config,
-        cfg.overrides(
+    config = reading.parse(
+        Config,
+        reading.overrides(
             [
                 *(
                     "model.name=b0",
@@ -132,7 +134,7 @@ def test_sbatch_text_is_the_recorded_one() -> None:
             ]
         ),
     )
-    text = cluster.sbatch_text(config, RunDir(Path("/runs/b0-320"))).replace(sys.executable, "PYTHON")
+    text = jobs.sbatch_text(config, RunDir(Path("/runs/b0-320"))).replace(sys.executable, "PYTHON")
     recorded = Path(__file__).parent / "recorded.sbatch"
     if os.environ.get("RECORD"):
         recorded.write_text(text)
@@ -140,7 +142,7 @@ def test_sbatch_text_is_the_recorded_one() -> None:
 
 
 def test_slurm_times() -> None:
-    assert [cluster.minutes(t) for t in ("90", "1:30", "24:00:00", "2-0", "1-12:30", "0:0:30")] == [
+    assert [jobs.minutes(t) for t in ("90", "1:30", "24:00:00", "2-0", "1-12:30", "0:0:30")] == [
         90,
         2,
         1440,
@@ -149,7 +151,7 @@ def test_slurm_times() -> None:
         1,
     ]
     with pytest.raises(UserError, match="soon"):
-        cluster.minutes("soon")
+        jobs.minutes("soon")
 
 
 def refuse(tmp_path: Path, *arguments: object) -> str:
@@ -227,12 +229,12 @@ def test_what_is_no_data_set_is_refused_before_submission(tmp_path: Path, photos
 
 def test_weights_of_another_model_are_refused_with_what_differs(tmp_path: Path, photos: Path) -> None:
     file = tmp_path / "other.safetensors"
-    save_file({k: v.clone() for k, v in models.build("resnet18", 3).state_dict().items()}, file)
+    save_file({k: v.clone() for k, v in build_model("resnet18", 3).state_dict().items()}, file)
     text = refuse(tmp_path, "--model", "test_efficientnet", "--res", "64", "--weights", file, "--data", photos)
     assert "does not fit EfficientNet" in text
     assert "conv_stem.weight is missing" in text
     thousand = tmp_path / "thousand.pth"
-    torch.save(models.build("test_efficientnet", 10).state_dict(), thousand)
+    torch.save(build_model("test_efficientnet", 10).state_dict(), thousand)
     text = refuse(tmp_path, "--model", "test_efficientnet", "--res", "64", "--weights", thousand, "--data", photos)
     assert "classifies 10 classes, the data set has 3" in text
     assert "pretrain.epochs" in text

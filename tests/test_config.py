@@ -2,12 +2,13 @@ from __future__ import annotations
 
 import pytest
 
-from fixres_dist import config as cfg
-from fixres_dist.errors import UserError
+from fixres_dist.base.errors import UserError
+from fixres_dist.config import reading
+from fixres_dist.config.schema import Config
 
 
-def parsed(*items: str) -> cfg.Config:
-    return cfg.parse(cfg.Config, cfg.overrides(list(items)))
+def parsed(*items: str) -> Config:
+    return reading.parse(Config, reading.overrides(list(items)))
 
 
 def test_written_and_read_again_it_is_equal() -> None:
@@ -19,7 +20,7 @@ def test_written_and_read_again_it_is_equal() -> None:
             "cluster.srun_args=[--container-image=a:b]",
         ),
     )
-    assert cfg.load(cfg.dump(config)) == config
+    assert reading.load(reading.dump(config)) == config
     assert config.tune.base_lr == 1e-3
     assert config.cluster.time == "24:00:00", "YAML 1.1 reads this as 86400"
     assert config.cluster.env == {"NCCL_SOCKET_IFNAME": "ib0"}
@@ -58,9 +59,12 @@ def test_what_does_not_fit_is_refused_with_help(item: str, words: list[str]) -> 
 def test_identity_leaves_out_what_may_change_between_starts() -> None:
     a = parsed("model.name=b0", "cluster.nodes=4", "run.log_every=3", "data.workers=2")
     b = parsed("model.name=b0", "cluster.nodes=1-4", "run.log_every=5", "data.workers=auto", "data.root=/elsewhere")
-    assert cfg.identity(a) == cfg.identity(b)
+    assert reading.identity(a) == reading.identity(b)
     c = parsed("model.name=b0", "tune.base_lr=0.5", "run.seed=1")
-    assert cfg.differences(cfg.identity(a), cfg.identity(c)) == ["tune.base_lr 0.001 -> 0.5", "run.seed 0 -> 1"]
+    assert reading.differences(reading.identity(a), reading.identity(c)) == [
+        "tune.base_lr 0.001 -> 0.5",
+        "run.seed 0 -> 1",
+    ]
 
 
 def test_learning_rate_rule_is_the_originals() -> None:
@@ -76,4 +80,4 @@ def test_policy_all_keeps_ordinary_batch_statistics() -> None:
 
 def test_stage_one_can_be_dropped() -> None:
     base = {"pretrain": {"epochs": "3"}}
-    assert cfg.parse(cfg.Config, cfg.merge(base, cfg.overrides(["pretrain=none"]))).pretrain is None
+    assert reading.parse(Config, reading.merge(base, reading.overrides(["pretrain=none"]))).pretrain is None

@@ -6,7 +6,8 @@ import pytest
 import torch
 from test_folding import lived_in
 
-from fixres_dist import cpu_layers, models
+from fixres_dist.models import cpu_layers
+from fixres_dist.models.build import build_model
 
 
 @pytest.mark.parametrize(
@@ -16,7 +17,7 @@ from fixres_dist import cpu_layers, models
 def test_the_same_function_at_even_and_odd_sizes(name: str, count: int) -> None:
     """tf_ models pad as TensorFlow does: a map of 97 pixels is padded evenly, one of 96 is not."""
     torch.manual_seed(0)
-    model = lived_in(models.build(name, 5)).eval()
+    model = lived_in(build_model(name, 5)).eval()
     changed = copy.deepcopy(model)
     assert cpu_layers.use(changed) == count
     for height, width in ((96, 96), (97, 97), (96, 97), (130, 66)):

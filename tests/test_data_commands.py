@@ -13,9 +13,11 @@ import pytest
 from conftest import write_photos
 from PIL import Image
 
-from fixres_dist.__main__ import main
-from fixres_dist.data import geometry, index, plan, sources
-from fixres_dist.data.commands import verify_command
+from fixres_dist.base.errors import UserError
+from fixres_dist.cli.data import verify_command
+from fixres_dist.cli.main import main
+from fixres_dist.data import geometry, scan, sources
+from fixres_dist.data.requests import Pictures, make_request
 
 
 @pytest.fixture
@@ -40,7 +42,7 @@ def test_verify_finds_bad_files_and_the_deny_list_leaves_them_out(
     val = sources.load(data, "val", deny_list=str(deny))
     assert (len(train), len(val)) == (17, 12)
     assert "ash/002.jpg" not in [train.name(i) for i in range(17)]
-    whole = index.load(data, "train")
+    whole = scan.load(data, "train")
     kept = [i for i in range(18) if whole.name(i) != "ash/002.jpg"]
     assert [train.name(i) for i in range(17)] == [whole.name(i) for i in kept]
     assert train.sizes.tolist() == whole.sizes[kept].tolist()
@@ -61,7 +63,7 @@ def test_shard_and_train_from_shards(data: Path, tmp_path: Path, capsys: pytest.
     assert "train: 18 images in 4 shards, 4 written now" in capsys.readouterr().out
     assert main(command) == 0
     assert "train: 18 images in 4 shards, 0 written now" in capsys.readouterr().out
-    index.check_folder(tmp_path / "shards")
+    scan.check_folder(tmp_path / "shards")
     assert json.loads((tmp_path / "shards" / "val" / "classes.json").read_text()) == ["ash", "birch", "cedar"]
     for split in ("train", "val"):
         assert sources.load(tmp_path / "shards", split).fingerprint == sources.load(data, split).fingerprint
@@ -74,8 +76,8 @@ def test_show_writes_what_the_model_sees(data: Path, tmp_path: Path, backend: st
     more = ["--transform", "test_aug", "--resize-rule", "fixres", "--seed", "3", "--epoch", "2", "--backend", backend]
     assert main(["data", "show", *arguments, *more]) == 0
     samples = sources.load(data, "train")
-    pictures = plan.Pictures("test_aug", 64, geometry.resize_of("fixres", 64, 1.0, "bilinear"), 6)
-    want = p.reference(samples, plan.request(samples, pictures, np.array([0, 5]), 2), pictures)
+    pictures = Pictures("test_aug", 64, geometry.resize_of("fixres", 64, 1.0, "bilinear"), 6)
+    want = p.reference(samples, make_request(samples, pictures, np.array([0, 5]), 2), pictures)
     for sample, expected in zip((0, 5), want, strict=True):
         png = np.asarray(Image.open(out / f"{sample}.png"), np.int16)
         assert np.abs(png - expected).mean() <= 0.25
@@ -126,19 +128,19 @@ def test_a_file_replaced_in_place_is_found_by_a_fresh_index_and_by_verify(
 
 def test_verify_refuses_a_deny_list_that_cannot_be_written_before_it_decodes(data: Path, tmp_path: Path) -> None:
     for place in (tmp_path, tmp_path / "nowhere" / "bad.txt"):
-        with pytest.raises(sources.UserError, match=f"{place} cannot be written"):
+        with pytest.raises(UserError, match=f"{place} cannot be written"):
             verify_command(Namespace(data=str(data), cache="", split="val", workers=1, deny_list=place))
 
 
 def test_a_deny_list_that_leaves_nothing_is_refused(data: Path, tmp_path: Path) -> None:
-    deny, samples = tmp_path / "all.txt", index.load_all(data, "train")
+    deny, samples = tmp_path / "all.txt", scan.load_all(data, "train")
     deny.write_text("\n".join(["train/", *(f"train/{samples.name(k)}" for k in range(len(samples)))]))
-    with pytest.raises(sources.UserError, match=rf"no image is left in .*train: data\.deny_list={deny} names all"):
+    with pytest.raises(UserError, match=rf"no image is left in .*train: data\.deny_list={deny} names all"):
         sources.load(data, "train", deny_list=str(deny))
 
 
 def test_a_missing_deny_list_is_refused(data: Path) -> None:
-    with pytest.raises(sources.UserError, match=r"data\.deny_list is 'nowhere\.txt'"):
+    with pytest.raises(UserError, match=r"data\.deny_list is 'nowhere\.txt'"):
         sources.load(data, "train", deny_list="nowhere.txt")
 
 
@@ -146,13 +148,13 @@ def test_only_changed_directories_are_read_again(data: Path, tmp_path: Path, mon
     for folder in (data / "train", *(data / "train").iterdir()):
         os.utime(folder, (1e9, 1e9))
     read: list[str] = []
-    real = index.look
-    monkeypatch.setattr(index, "look", lambda path: read.append(path.parent.name) or real(path))  # type: ignore[func-returns-value]
-    index.load(data, "train", tmp_path / "cache")
+    real = scan.look
+    monkeypatch.setattr(scan, "look", lambda path: read.append(path.parent.name) or real(path))  # type: ignore[func-returns-value]
+    scan.load(data, "train", tmp_path / "cache")
     assert len(read) == 18
     read.clear()
     (data / "train" / "birch" / "new.jpg").write_bytes(p.encode(p.photograph(30, 40, 0)))
-    again = index.load(data, "train", tmp_path / "cache")
+    again = scan.load(data, "train", tmp_path / "cache")
     assert read == ["birch"] * 7
     assert again.sizes[again.find("birch/new.jpg")].tolist() == [30, 40]  # type: ignore[index]
-    assert again.fingerprint == index.load(data, "train", tmp_path / "fresh").fingerprint
+    assert again.fingerprint == scan.load(data, "train", tmp_path / "fresh").fingerprint

@@ -6,23 +6,24 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fixres_dist import config as cfg
-from fixres_dist import evalsets
+from fixres_dist.base.errors import UserError
+from fixres_dist.config import reading
+from fixres_dist.config.schema import Config
+from fixres_dist.data import class_maps
 from fixres_dist.data.index import Index
-from fixres_dist.errors import UserError
 
 HERE = Path("set")
 
 
 def test_folders_are_classes_by_name_or_by_number() -> None:
     wordnet = [f"n{k:08d}" for k in range(12)]
-    assert evalsets.class_map(wordnet, wordnet, HERE) == tuple(range(12))
-    assert evalsets.class_map(["n00000009", "n00000002"], wordnet, HERE) == (9, 2)
+    assert class_maps.class_map(wordnet, wordnet, HERE) == tuple(range(12))
+    assert class_maps.class_map(["n00000009", "n00000002"], wordnet, HERE) == (9, 2)
     lexicographic = sorted(str(k) for k in range(12))
     assert lexicographic[:4] == ["0", "1", "10", "11"]
-    assert evalsets.class_map(lexicographic, wordnet, HERE) == (0, 1, 10, 11, 2, 3, 4, 5, 6, 7, 8, 9)
-    assert evalsets.class_map(["007"], wordnet, HERE) == (7,)
-    assert evalsets.class_map(["10", "2"], lexicographic, HERE) == (2, 4), "names win: this model was trained on them"
+    assert class_maps.class_map(lexicographic, wordnet, HERE) == (0, 1, 10, 11, 2, 3, 4, 5, 6, 7, 8, 9)
+    assert class_maps.class_map(["007"], wordnet, HERE) == (7,)
+    assert class_maps.class_map(["10", "2"], lexicographic, HERE) == (2, 4), "names win: this model was trained on them"
 
 
 @pytest.mark.parametrize(
@@ -37,21 +38,21 @@ def test_folders_are_classes_by_name_or_by_number() -> None:
 )
 def test_class_maps_that_do_not_fit_are_refused_by_name(folders: list[str], said: str) -> None:
     with pytest.raises(UserError, match=said):
-        evalsets.class_map(folders, [f"n{k:08d}" for k in range(12)], HERE)
+        class_maps.class_map(folders, [f"n{k:08d}" for k in range(12)], HERE)
 
 
 def test_the_models_classes_come_from_the_run_the_training_folders_or_the_split(tmp_path: Path) -> None:
     data, run = tmp_path / "data", tmp_path / "run"
-    config = cfg.parse(cfg.Config, {"data": {"root": str(data)}})
+    config = reading.parse(Config, {"data": {"root": str(data)}})
     for k in range(11):
         (data / "val" / str(k)).mkdir(parents=True)
-    assert evalsets.trained_classes(config, None, "val") == tuple(str(k) for k in range(11)), "ImageNet-V2's order"
+    assert class_maps.trained_classes(config, None, "val") == tuple(str(k) for k in range(11)), "ImageNet-V2's order"
     for name in ("2", "10"):
         (data / "train" / name).mkdir(parents=True)
-    assert evalsets.trained_classes(config, None, "val") == ("10", "2"), "as an ImageFolder is trained on"
+    assert class_maps.trained_classes(config, None, "val") == ("10", "2"), "as an ImageFolder is trained on"
     run.mkdir()
     (run / "class_index.json").write_text(json.dumps({"0": "tench", "1": "goldfish"}))
-    assert evalsets.trained_classes(config, run, "val") == ("tench", "goldfish")
+    assert class_maps.trained_classes(config, run, "val") == ("tench", "goldfish")
 
 
 def test_real_labels_go_by_file_name_where_no_numbers_are(tmp_path: Path) -> None:
@@ -67,4 +68,4 @@ def test_real_labels_go_by_file_name_where_no_numbers_are(tmp_path: Path) -> Non
         np.zeros(3, np.uint32),
     )
     (tmp_path / "real.json").write_text(json.dumps([[3], [7], [9, 0]]))
-    assert evalsets.real_labels(tmp_path / "real.json", index, 10) == [[7], [3], [9, 0]]
+    assert class_maps.real_labels(tmp_path / "real.json", index, 10) == [[7], [3], [9, 0]]

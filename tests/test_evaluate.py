@@ -8,18 +8,21 @@ import numpy as np
 import pytest
 import torch
 
-from fixres_dist import evaluate
-from fixres_dist.data import index, plan
+from fixres_dist.base.errors import UserError
 from fixres_dist.data.geometry import resize_of
+from fixres_dist.data.index import Index
+from fixres_dist.data.requests import Pictures, Request, every_sample, make_request, whole_batches
 from fixres_dist.data.torch_cpu import Bad, Batch
-from fixres_dist.distributed import Ranks
-from fixres_dist.errors import UserError
+from fixres_dist.evaluation.measures import by_size, top1_of_parts
+from fixres_dist.training.predict import predict
+from fixres_dist.training.predictions import Predictions, calibration, paired_gain
+from fixres_dist.training.ranks import Ranks
 
 ALONE = Ranks(0, 1, 1, ("here",), torch.device("cpu"))
-PICTURES = plan.Pictures("test", 64, resize_of("fixefficientnet", 64, 0.875, "bicubic"), 0)
+PICTURES = Pictures("test", 64, resize_of("fixefficientnet", 64, 0.875, "bicubic"), 0)
 
 
-def batches(requests: Iterator[plan.Request], labels: np.ndarray) -> Iterator[Batch]:
+def batches(requests: Iterator[Request], labels: np.ndarray) -> Iterator[Batch]:
     for request in requests:
         n = len(request.samples)
         yield Batch(
@@ -27,9 +30,9 @@ def batches(requests: Iterator[plan.Request], labels: np.ndarray) -> Iterator[Ba
         )
 
 
-def made(n: int) -> index.Index:
+def made(n: int) -> Index:
     sizes = np.full((n, 2), 100, np.int32)
-    return index.Index(
+    return Index(
         Path("x"), ("a", "b"), b"", np.zeros(n, np.int64), np.zeros(n, np.int32), sizes, np.zeros(n, np.uint32)
     )
 
@@ -37,10 +40,10 @@ def made(n: int) -> index.Index:
 def test_counts_against_a_table() -> None:
     scores = torch.tensor([[9.0, 0, 0, 0, 0, 0, 0], [0, 1, 2, 3, 4, 5, 6], [6, 5, 4, 3, 2, 1, 0]])
     labels = np.array([0, 2, 6])
-    (found,) = evaluate.predict(
+    (found,) = predict(
         lambda batch: [scores[batch.samples]],
         made(3),
-        batches(plan.every_sample(made(3), PICTURES, 2, 0, 1), labels),
+        batches(every_sample(made(3), PICTURES, 2, 0, 1), labels),
         ALONE,
     )
     assert found.predicted.tolist() == [0, 6, 0]
@@ -57,13 +60,13 @@ def test_counts_against_a_table() -> None:
     }
 
 
-def some(n: int, classes: int = 4, seed: int = 0) -> evaluate.Predictions:
+def some(n: int, classes: int = 4, seed: int = 0) -> Predictions:
     """Predictions as a model might make them; every tenth image could not be decoded."""
     rng = np.random.default_rng(seed)
     predicted = rng.integers(0, classes, n).astype(np.int32)
     predicted[::10] = -1
     hits = (rng.random(n) < 0.6) & (predicted >= 0)
-    return evaluate.Predictions(predicted, hits, hits, rng.random(n, np.float32), rng.random(n, np.float32))
+    return Predictions(predicted, hits, hits, rng.random(n, np.float32), rng.random(n, np.float32))
 
 
 def test_calibration_error_against_a_loop_over_bins() -> None:
@@ -75,20 +78,20 @@ def test_calibration_error_against_a_loop_over_bins() -> None:
         inside = (confidence > k / 15) & (confidence <= (k + 1) / 15)
         if inside.any():
             expected += inside.mean() * abs(hits[inside].mean() - confidence[inside].mean())
-    measured = evaluate.calibration(found)
+    measured = calibration(found)
     assert measured["ece"] == pytest.approx(100 * expected, abs=1e-3)
     assert measured["mean_confidence"] == pytest.approx(100 * confidence.mean(), abs=1e-3)
-    sure = evaluate.Predictions(*(a[1:10] for a in vars(found).values()))
-    assert evaluate.calibration(sure)["ece"] >= 0
+    sure = Predictions(*(a[1:10] for a in vars(found).values()))
+    assert calibration(sure)["ece"] >= 0
     right = np.ones(9, bool)
-    perfect = evaluate.Predictions(sure.predicted, right, right, sure.loss, right.astype(np.float32))
-    assert evaluate.calibration(perfect) == {"ece": 0.0, "mean_confidence": 100.0}
+    perfect = Predictions(sure.predicted, right, right, sure.loss, right.astype(np.float32))
+    assert calibration(perfect) == {"ece": 0.0, "mean_confidence": 100.0}
 
 
 def test_parts_of_a_split_against_masks() -> None:
     before, after = some(200, seed=1), some(200, seed=2)
     labels = np.arange(200) % 3
-    rows = evaluate.top1_of_parts(labels, {"before": before, "after": after}, 4)
+    rows = top1_of_parts(labels, {"before": before, "after": after}, 4)
     for k in range(3):
         for label, p in (("before", before), ("after", after)):
             kept = (labels == k) & p.counted
@@ -96,26 +99,26 @@ def test_parts_of_a_split_against_masks() -> None:
         assert rows[k]["n"] == kept.sum()
     assert rows[3] == {"n": 0, "before": None, "after": None}
     sizes = np.where(np.arange(200) < 150, np.arange(200.0), np.nan)
-    fifths = evaluate.by_size(sizes, {"after": after})
+    fifths = by_size(sizes, {"after": after})
     assert (fifths[0]["from_px"], fifths[0]["to_px"]) == (0.0, 29.8)
     assert sum(row["n"] for row in fifths) == after.counted[:150].sum()
     kept = after.counted & (sizes >= fifths[3]["from_px"]) & (sizes < fifths[3]["to_px"])
     assert fifths[3]["after"] == pytest.approx(100 * after.correct1[kept].mean(), abs=1e-3)
-    assert [row["n"] for row in evaluate.by_size(np.full(200, 7.0), {"after": after})] == [after.counted.sum()]
+    assert [row["n"] for row in by_size(np.full(200, 7.0), {"after": after})] == [after.counted.sum()]
 
 
 def test_predictions_of_older_runs_are_read_and_gains_count_what_both_decoded(tmp_path: Path) -> None:
     found = some(40)
     kept = {key: value for key, value in vars(found).items() if key != "confidence"}
     np.savez_compressed(tmp_path / "old.npz", sample_list=np.frombuffer(b"abc", np.uint8), **kept)
-    old, sample_list = evaluate.Predictions.read_with_list(tmp_path / "old.npz")
+    old, sample_list = Predictions.read_with_list(tmp_path / "old.npz")
     assert sample_list == "abc"
-    assert evaluate.calibration(old) == {}
+    assert calibration(old) == {}
     assert old.summary() == found.summary()
     other = some(40, seed=3)
     other.predicted[5] = -1
     both = found.counted & other.counted
-    gain, interval = evaluate.paired_gain(found.correct1[both], other.correct1[both])
+    gain, interval = paired_gain(found.correct1[both], other.correct1[both])
     assert other.gain_over(old) == {"delta_top1": gain, "delta_ci95": list(interval)}
 
 
@@ -124,7 +127,7 @@ def test_ranks_share_101_files_without_padding(world_size: int) -> None:
     found = [
         s
         for rank in range(world_size)
-        for r in plan.every_sample(made(101), PICTURES, 8, rank, world_size)
+        for r in every_sample(made(101), PICTURES, 8, rank, world_size)
         for s in r.samples
     ]
     assert sorted(found) == list(range(101))
@@ -132,20 +135,20 @@ def test_ranks_share_101_files_without_padding(world_size: int) -> None:
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 17])
 def test_batches_cut_from_the_split_are_the_same_at_any_world_size(world_size: int) -> None:
-    parts = [list(plan.whole_batches(made(101), PICTURES, 8, rank, world_size)) for rank in range(world_size)]
+    parts = [list(whole_batches(made(101), PICTURES, 8, rank, world_size)) for rank in range(world_size)]
     found = [request.samples.tolist() for part in parts for request in part]
     assert found == [list(range(k, min(101, k + 8))) for k in range(0, 101, 8)]
     assert max(map(len, parts)) - min(map(len, parts)) <= 1
 
 
 def test_a_missed_or_repeated_image_is_an_error() -> None:
-    def twice() -> Iterator[plan.Request]:
-        yield from plan.every_sample(made(4), PICTURES, 4, 0, 1)
-        yield plan.request(made(4), PICTURES, np.array([1]), 0)
+    def twice() -> Iterator[Request]:
+        yield from every_sample(made(4), PICTURES, 4, 0, 1)
+        yield make_request(made(4), PICTURES, np.array([1]), 0)
 
-    for requests in (twice(), iter(list(plan.every_sample(made(4), PICTURES, 2, 0, 1))[:1])):
+    for requests in (twice(), iter(list(every_sample(made(4), PICTURES, 2, 0, 1))[:1])):
         with pytest.raises(RuntimeError, match="each should be seen once"):
-            evaluate.predict(
+            predict(
                 lambda b: [torch.zeros(len(b.samples), 3)], made(4), batches(requests, np.zeros(4, np.int64)), ALONE
             )
 
@@ -155,18 +158,18 @@ def test_an_evaluation_without_one_readable_image_is_refused() -> None:
         Batch(torch.zeros(0, 3, 2, 2), *(torch.zeros(0, dtype=torch.int64),) * 2, (Bad(0, "torn"), Bad(1, "torn")))
     ]
     with pytest.raises(UserError, match=r"none of the 2 images of x .*data verify --data \."):
-        evaluate.predict(lambda b: [torch.zeros(len(b.samples), 3)], made(2), iter(nothing), ALONE)
+        predict(lambda b: [torch.zeros(len(b.samples), 3)], made(2), iter(nothing), ALONE)
 
 
 def test_the_interval_of_one_image_is_all_there_is() -> None:
-    assert evaluate.paired_gain(np.array([False]), np.array([True])) == (100.0, (-100.0, 100.0))
+    assert paired_gain(np.array([False]), np.array([True])) == (100.0, (-100.0, 100.0))
 
 
 def test_paired_interval() -> None:
     """Two images of a hundred are gained, one is lost: mean 1 point, the interval from the differences' spread."""
     before, after = np.zeros(100, bool), np.zeros(100, bool)
     before[0], after[1:3] = True, True
-    gain, (low, high) = evaluate.paired_gain(before, after)
+    gain, (low, high) = paired_gain(before, after)
     spread = np.std([-1] + [1, 1] + [0] * 97, ddof=1)
     assert gain == 1.0
     assert (high - low) / 2 == pytest.approx(100 * 1.96 * spread / 10, abs=1e-3)
@@ -178,6 +181,6 @@ def test_paired_interval_covers_the_truth_about_95_times_in_100() -> None:
         before = rng.random(500) < 0.7
         flips = rng.random(500)
         after = np.where(before, flips > 0.05, flips < 0.3)  # true gain: 0.3 * 0.3 - 0.7 * 0.05 = 5.5 points
-        _, (low, high) = evaluate.paired_gain(before, after)
+        _, (low, high) = paired_gain(before, after)
         covered += low <= 5.5 <= high
     assert 0.92 <= covered / 400 <= 0.98

@@ -19,10 +19,14 @@ from PIL import Image
 from safetensors.torch import save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from fixres_dist import __main__, activations, models, recipes, sweep
-from fixres_dist import config as cfg
-from fixres_dist.data import index as indexes
-from fixres_dist.evaluate import Predictions, paired_gain
+from fixres_dist.cli.main import main
+from fixres_dist.cli.sweep import bests
+from fixres_dist.config import reading, recipes
+from fixres_dist.config.schema import Config
+from fixres_dist.data import scan
+from fixres_dist.evaluation import activations
+from fixres_dist.models.build import build_model, gmacs, preprocessing
+from fixres_dist.training.predictions import Predictions, paired_gain
 
 torch.set_num_threads(1)  # as the processes of torchrun have it: the same kernels, the same bytes
 CLASSES = ("ash", "birch", "cedar")
@@ -32,7 +36,7 @@ SMALL = ("data.workers=0", "run.batch_per_device=4")
 @cache
 def weights(seed: int) -> dict[str, torch.Tensor]:
     """New weights with the BatchNorms' statistics of noise, so that logits differ from image to image without saturating."""
-    model = models.build("test_efficientnet", 3, seed)
+    model = build_model("test_efficientnet", 3, seed)
     generator = torch.Generator().manual_seed(seed)
     model.train()
     for module in model.modules():
@@ -51,7 +55,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory, photos: Path) -> Path:
     (run / "export").mkdir(parents=True)
     model = {"name": "test_efficientnet", "timm_name": "test_efficientnet", "weights": "none"}
     values = {"model": model, "data": {"root": str(photos), "res": 64}, "pretrain": {"res": 64}}
-    (run / "config.yaml").write_text(cfg.dump(cfg.parse(cfg.Config, values)))
+    (run / "config.yaml").write_text(reading.dump(reading.parse(Config, values)))
     (run / "class_index.json").write_text(json.dumps(dict(enumerate(CLASSES))))
     save_file(weights(0), run / "pretrained.safetensors")
     save_file(weights(1), run / "export" / "model.safetensors")
@@ -66,7 +70,7 @@ def extracted(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def call(*arguments: object) -> int:
-    return __main__.main([str(a) for a in arguments])
+    return main([str(a) for a in arguments])
 
 
 def result(tmp_path: Path, *arguments: object) -> dict[str, Any]:
@@ -154,7 +158,7 @@ def test_real_labels_follow_imagenets_numbers(finished: Path, photos: Path, tmp_
     given = ["--data", tmp_path / "data", "--labels", tmp_path / "real.json", "--predictions", tmp_path / "p.npz"]
     found = result(tmp_path, "--run", finished, *given)
     after = Predictions.read(tmp_path / "p.npz")
-    in_order = indexes.load(tmp_path / "data", "val", tmp_path / "cache")
+    in_order = scan.load(tmp_path / "data", "val", tmp_path / "cache")
     numbers = [int(in_order.name(k)[-13:-5]) for k in range(33)]
     hits = [p in lists[n - 1] for p, n in zip(after.predicted, numbers, strict=True) if lists[n - 1]]
     assert found["real"]["n"] == len(hits) == 32
@@ -168,7 +172,7 @@ def test_apparent_sizes_come_from_the_file_beside_the_split(finished: Path, phot
     names = [f"val/{name}/{i:03d}.jpg" for name in CLASSES for i in range(11)]
     lines = [f"{name},{0.1 + 0.01 * k}" for k, name in enumerate(names)][:-3]
     (data / "sizes.csv").write_text("name,short_side_fraction\n" + "\n".join(lines))
-    crop = models.preprocessing("test_efficientnet").crop_pct
+    crop = preprocessing("test_efficientnet").crop_pct
     found = result(tmp_path, "--run", finished, "--data", data, "--predictions", tmp_path / "p.npz")
     after = Predictions.read(tmp_path / "p.npz").correct1
     rows = found["by_size"]
@@ -301,18 +305,18 @@ def test_sweep_names_the_best_resolution_and_explains_it(
 def test_the_best_under_a_limit() -> None:
     table = {"after": {224: {"top1": 70.0}, 256: {"top1": 71.0}, 288: {"top1": 71.0}}}
     costs = {r: {"gmacs": r / 100, "images_per_second": 1000.0 - r} for r in (224, 256, 288)}
-    assert sweep.bests(table, costs, None, None) == {"best_res": {"after": 256}}, "the smaller of equals"
-    assert sweep.bests(table, costs, 2.5, None)["limit"]["best_res"] == {"after": 224}
-    assert sweep.bests(table, costs, None, 744.0)["limit"]["best_res"] == {"after": 256}
-    assert sweep.bests(table, costs, 1.0, None)["limit"]["best_res"] == {"after": None}
+    assert bests(table, costs, None, None) == {"best_res": {"after": 256}}, "the smaller of equals"
+    assert bests(table, costs, 2.5, None)["limit"]["best_res"] == {"after": 224}
+    assert bests(table, costs, None, 744.0)["limit"]["best_res"] == {"after": 256}
+    assert bests(table, costs, 1.0, None)["limit"]["best_res"] == {"after": None}
 
 
 def test_multiply_adds_are_those_of_the_recipes() -> None:
     for name in ("demo", "b0"):
         facts = recipes.find(name).facts
         assert facts is not None
-        model = models.build(recipes.find(name).values["model"]["timm_name"], 1000)
-        assert models.gmacs(model, facts.res) == pytest.approx(facts.multiply_adds_g, rel=0.01)
+        model = build_model(recipes.find(name).values["model"]["timm_name"], 1000)
+        assert gmacs(model, facts.res) == pytest.approx(facts.multiply_adds_g, rel=0.01)
 
 
 def test_activation_statistics_against_loops() -> None:
@@ -345,7 +349,7 @@ def test_mistakes_get_one_helpful_message(
         capsys, "evaluate", "--model", "resnet18", "--checkpoint", "none", "--data", photos, "--only", "before"
     )
     other = tmp_path / "resnet.safetensors"
-    save_file({k: v.clone() for k, v in models.build("resnet18", 3).state_dict().items()}, other)
+    save_file({k: v.clone() for k, v in build_model("resnet18", 3).state_dict().items()}, other)
     source = ("--model", "test_efficientnet", "--checkpoint", other, "--data", photos, "--res", "64")
     assert "does not fit EfficientNet" in refused(capsys, "evaluate", *source)
     for name, more in (("evaluate", ()), ("sweep", ()), ("extract", ("--out", tmp_path / "o"))):

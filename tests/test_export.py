@@ -19,13 +19,15 @@ from conftest import run as call
 from conftest import tiny, write_photos
 from PIL import Image
 
-from fixres_dist import __main__ as cli
-from fixres_dist import card, export, models
+from fixres_dist.base.errors import UserError
+from fixres_dist.cli.main import main
 from fixres_dist.data.geometry import resize_of
-from fixres_dist.errors import UserError
-from fixres_dist.evaluate import Predictions
-from fixres_dist.rundir import RunDir
-from fixres_dist.subjects import Subject, opened, split_with
+from fixres_dist.evaluation.inputs import Subject, opened, split_with
+from fixres_dist.models import weights
+from fixres_dist.models.build import build_model, preprocessing
+from fixres_dist.publishing import export, model_card
+from fixres_dist.runs.rundir import RunDir
+from fixres_dist.training.predictions import Predictions
 
 CLASSES = ["ash", "birch", "cedar"]
 State = dict[str, torch.Tensor]
@@ -42,7 +44,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> RunDir:
 
 
 def exported(run: RunDir, out: Path, *arguments: object) -> Path:
-    assert cli.main(["export", "--run", str(run.root), "--out", str(out), *map(str, arguments)]) == 0
+    assert main(["export", "--run", str(run.root), "--out", str(out), *map(str, arguments)]) == 0
     return out
 
 
@@ -53,7 +55,7 @@ def same(a: State, b: State) -> bool:
 @pytest.mark.parametrize(("form", "file"), [("safetensors", "model.safetensors"), ("torch", "model.pth")])
 def test_timm_loads_file_and_folder_as_they_are(run: RunDir, tmp_path: Path, form: str, file: str) -> None:
     out = exported(run, tmp_path / "out", "--format", form)
-    fixed = models.read_state(run.root / "export" / "model.safetensors")
+    fixed = weights.read_state(run.root / "export" / "model.safetensors")
     by_file = timm.create_model("test_efficientnet", num_classes=3, checkpoint_path=out / file)
     by_folder = timm.create_model(f"local-dir:{out}", pretrained=True)
     assert same(by_file.state_dict(), fixed)
@@ -88,7 +90,7 @@ def test_timms_own_evaluation_of_the_export_predicts_the_same(run: RunDir, tmp_p
 @pytest.mark.parametrize("rule", ["fixefficientnet", "fixres", "fixres_height", "timm"])
 def test_timm_scales_to_the_size_of_the_rule(run: RunDir, rule: str) -> None:
     config = replace(run.config(), data=replace(run.config().data, resize_rule=rule))
-    spec = models.preprocessing(config.model.timm_name)
+    spec = preprocessing(config.model.timm_name)
     for res in range(32, 1025):
         settings, exact = export.timm_transform(config, res)
         expected = resize_of(rule, res, spec.crop_pct, spec.interpolation)
@@ -100,11 +102,11 @@ def test_timm_scales_to_the_size_of_the_rule(run: RunDir, rule: str) -> None:
 def test_a_rule_timm_cannot_express_is_said_aloud(
     run: RunDir, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config, found = run.config(), card.results(run)
+    config, found = run.config(), model_card.results(run)
     monkeypatch.setattr(
         RunDir, "config", lambda self: replace(config, data=replace(config.data, resize_rule="fixres_height"))
     )
-    monkeypatch.setattr(card, "results", lambda run: {**found, "resize_rule": "fixres_height"})
+    monkeypatch.setattr(model_card, "results", lambda run: {**found, "resize_rule": "fixres_height"})
     out = exported(run, tmp_path / "out")
     assert "timm cannot express data.resize_rule=fixres_height" in capsys.readouterr().err
     assert "timm's configuration cannot express this" in (out / "README.md").read_text()
@@ -129,15 +131,15 @@ def test_the_licence_is_that_of_the_starting_weights(run: RunDir) -> None:
     assert export.licence(config) is None
     started = replace(config, model=replace(config.model, timm_name="tf_efficientnet_b0.ns_jft_in1k", weights="ns"))
     assert export.licence(started) == "apache-2.0"
-    assert "which timm gives as apache-2.0" in card.text(run, ["model.safetensors"], export.licence(started))
+    assert "which timm gives as apache-2.0" in model_card.text(run, ["model.safetensors"], export.licence(started))
 
 
 def test_alpha_zero_and_one_are_the_two_heads_exactly(run: RunDir, tmp_path: Path) -> None:
     config = run.config()
-    before = models.build("test_efficientnet", 3, config.run.seed).state_dict()
-    after = models.read_state(run.root / "export" / "model.safetensors")
+    before = build_model("test_efficientnet", 3, config.run.seed).state_dict()
+    after = weights.read_state(run.root / "export" / "model.safetensors")
     made = {
-        alpha: models.read_state(exported(run, tmp_path / str(alpha), "--alpha", alpha) / "model.safetensors")
+        alpha: weights.read_state(exported(run, tmp_path / str(alpha), "--alpha", alpha) / "model.safetensors")
         for alpha in (0, 0.25, 1)
     }
     assert same(made[0], before)
@@ -156,7 +158,7 @@ def test_the_curve_between_the_heads_ends_in_before_and_after(run: RunDir, tmp_p
     assert "model-index" not in (out / "README.md").read_text()
     part = write_photos(tmp_path / "part", 1, 4, ("birch", "cedar")) / "val"
     command = ["interpolate", "--run", str(run.root), "--alpha", "0,0.5,1", "--eval-set", f"part={part}"]
-    assert cli.main(command) == 0
+    assert main(command) == 0
     curves = json.loads((run.root / "alpha.json").read_text())["curves"]
     assert [(row["alpha"], row["n"]) for row in curves["part"]] == [(0.0, 8), (0.5, 8), (1.0, 8)]
     rows = curves["val"]
@@ -174,11 +176,11 @@ def test_the_curve_between_the_heads_ends_in_before_and_after(run: RunDir, tmp_p
 
 def test_a_curve_needs_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
-        cli.main(["interpolate", "--data", str(tmp_path)])
+        main(["interpolate", "--data", str(tmp_path)])
     assert stop.value.code == 2
     assert "required: --run" in capsys.readouterr().err
     with pytest.raises(SystemExit):
-        cli.main(["interpolate", "--help"])
+        main(["interpolate", "--help"])
     assert "--checkpoint" not in capsys.readouterr().out
 
 
@@ -198,13 +200,13 @@ def test_onnx_logits_at_any_batch_size(run: RunDir, tmp_path: Path) -> None:
 
 def test_onnx_refuses_a_size_that_the_model_does_not_take(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="the model does not take 72 px"):
-        export.write_onnx(models.build("vit_tiny_patch16_224", 3), tmp_path / "m.onnx", 72)
+        export.write_onnx(build_model("vit_tiny_patch16_224", 3), tmp_path / "m.onnx", 72)
 
 
 def test_onnx_that_is_off_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(export, "ONNX_TOLERANCE", 0.0)
     with pytest.raises(RuntimeError, match=r"logits of m\.onnx are off by"):
-        export.write_onnx(models.build("test_efficientnet", 3), tmp_path / "m.onnx", 64)
+        export.write_onnx(build_model("test_efficientnet", 3), tmp_path / "m.onnx", 64)
     assert not list(tmp_path.iterdir())
 
 
@@ -259,7 +261,7 @@ def test_a_hub_out_of_reach_is_the_users_to_mend(
 
     monkeypatch.setattr(huggingface_hub, "HfApi", Unreachable)
     command = ["export", "--run", str(run.root), "--format", "hub", "--out", str(tmp_path), "--push", "me/x"]
-    assert cli.main(command) == 2
+    assert main(command) == 2
     assert (
         "the hub did not take me/x: OSError: no route to host. Next: the same command on a machine"
         in capsys.readouterr().err
@@ -282,7 +284,7 @@ def test_refusals_name_the_way_out(
 ) -> None:
     monkeypatch.chdir(run.root)
     untouched = (run.root / "export" / "model.safetensors").read_bytes()
-    assert cli.main(["export", "--run", ".", *arguments]) == 2
+    assert main(["export", "--run", ".", *arguments]) == 2
     assert says in capsys.readouterr().err
     assert (run.root / "export" / "model.safetensors").read_bytes() == untouched
     assert sorted(path.name for path in (run.root / "export").iterdir()) == ["model.safetensors"]

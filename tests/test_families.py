@@ -12,9 +12,11 @@ from conftest import run, tiny
 from safetensors.torch import load_file
 from test_tuning import BN_BUFFERS, one_step
 
-from fixres_dist import models, tuning
-from fixres_dist.errors import UserError
-from fixres_dist.rundir import RunDir
+from fixres_dist.base.errors import UserError
+from fixres_dist.models import policies, weights
+from fixres_dist.models.build import build_model, check_resolutions, own_size, preprocessing
+from fixres_dist.models.split import parts_of
+from fixres_dist.runs.rundir import RunDir
 
 POLICIES = ("classifier", "classifier+bn_stats", "classifier+bn", "classifier+bn+conv_head", "last_block")
 # Per family: classifier, last norm, the convolution before it, and the last block with all that follows it; an empty
@@ -50,7 +52,7 @@ LARGE = {
 
 def meta(name: str) -> torch.nn.Module:
     with torch.device("meta"):
-        return models.build(name, 5)
+        return build_model(name, 5)
 
 
 def expected(row: tuple[str, str, str, str], policy: str) -> tuple[list[str], str] | None:
@@ -74,9 +76,9 @@ def test_tuned_modules_by_structure(name: str) -> None:
         model, wanted = meta(name), expected(row, policy)
         if wanted is None:
             with pytest.raises(UserError, match=rf"{type(model).__name__}.*Next: tune.policy=classifier"):
-                tuning.select(model, policy)
+                policies.select(model, policy)
             continue
-        tuned = tuning.select(model, policy)
+        tuned = policies.select(model, policy)
         assert (list(tuned.modules), tuned.last_bn) == wanted, policy
         frozen = wanted[1] if policy == "classifier+bn_stats" else None
         assert set(tuned.parameters) == {
@@ -87,7 +89,7 @@ def test_tuned_modules_by_structure(name: str) -> None:
 
 @pytest.mark.parametrize("name", list(SMALL))
 def test_exactly_those_change_in_a_step(name: str) -> None:
-    built = models.build(name, 5)
+    built = build_model(name, 5)
     for p in built.parameters():  # scales that start at zero would stop the gradient
         p.data += 0.1 * (p.dim() == 1)
     before = built.state_dict()
@@ -95,7 +97,7 @@ def test_exactly_those_change_in_a_step(name: str) -> None:
         if expected(SMALL[name], policy) is None:
             continue
         model = copy.deepcopy(built)
-        parts = tuning.split(model, policy)
+        parts = parts_of(model, policy)
         assert {n for n, p in model.named_parameters() if p.requires_grad} == set(parts.tuned.parameters)
         one_step(parts, "exact")
         changed = {n for n, v in model.state_dict().items() if not torch.equal(v, before[n])}
@@ -104,12 +106,12 @@ def test_exactly_those_change_in_a_step(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["mobilenetv3_small_050", "densenet121", "convnext_atto", "test_vit"])
 def test_trunk_and_head_are_the_model_at_another_resolution(name: str) -> None:
-    model = models.build(name, 5)
+    model = build_model(name, 5)
     images = torch.randn(2, 3, 96, 96)
     with torch.no_grad():
         logits = model(images)
         for policy in ("classifier+bn", "last_block"):
-            parts = tuning.split(model, policy)
+            parts = parts_of(model, policy)
             assert parts.trunk is not None
             torch.testing.assert_close(parts.head(*parts.trunk(images)), logits)
 
@@ -125,26 +127,26 @@ def test_what_no_policy_can_tune_is_refused_with_the_reason() -> None:
         ("pvt_v2_b0", "classifier+bn", "more than image features"),
     ):
         with pytest.raises(UserError, match=words):
-            tuning.split(meta(name), policy)
+            parts_of(meta(name), policy)
 
 
 def test_the_widest_resnext_is_built_and_not_its_namesake() -> None:
     """timm has the weights' entry of 32x48d and no builder; its old name for it builds 32x8d."""
     with torch.device("meta"):
-        count = sum(p.numel() for p in models.build("resnext101_32x48d", 1000).parameters())
+        count = sum(p.numel() for p in build_model("resnext101_32x48d", 1000).parameters())
     assert abs(count / 1e6 - 829) < 1  # README of the original repository
-    assert models.preprocessing("resnext101_32x48d.fb_wsl_ig1b_ft_in1k").mean == (0.485, 0.456, 0.406)
+    assert preprocessing("resnext101_32x48d.fb_wsl_ig1b_ft_in1k").mean == (0.485, 0.456, 0.406)
     assert timm.is_model_pretrained("resnext101_32x48d.fb_wsl_ig1b_ft_in1k")
 
 
 def test_vit_at_another_resolution_is_timms_own() -> None:
     """One set of weights: resampled in the forward pass here, when loading in timm."""
-    model = models.build("test_vit", 5, seed=3)
+    model = build_model("test_vit", 5, seed=3)
     torch.nn.init.normal_(model.pos_embed)
     other = timm.create_model("test_vit", num_classes=5, img_size=96).eval()
-    state = models.resampled(other, model.state_dict())
+    state = weights.resampled(other, model.state_dict())
     assert state["pos_embed"].shape == (1, 37, 64)
-    models.fill(other, state, "resampled")
+    weights.fill(other, state, "resampled")
     images = torch.randn(2, 3, 96, 96)
     with torch.no_grad():
         torch.testing.assert_close(model(images), other(images))
@@ -157,9 +159,9 @@ def test_resolutions_that_do_not_fit_are_refused_with_the_nearest_that_does() ->
         ("maxvit_tiny_tf_224", 256, "cannot change freely. Accepted near it: 224"),
     ):
         with pytest.raises(UserError, match=words):
-            models.check_resolutions(meta(name), [models.own_size(meta(name)), res])
-    models.check_resolutions(meta("tf_efficientnet_b0"), [33, 420, 472])
-    models.check_resolutions(meta("swin_tiny_patch4_window7_224"), [224, 288])
+            check_resolutions(meta(name), [own_size(meta(name)), res])
+    check_resolutions(meta("tf_efficientnet_b0"), [33, 420, 472])
+    check_resolutions(meta("swin_tiny_patch4_window7_224"), [224, 288])
 
 
 def test_a_vit_is_fixed_and_swept_at_sizes_not_its_own(tmp_path: Path, photos: Path) -> None:
@@ -173,7 +175,7 @@ def test_a_vit_is_fixed_and_swept_at_sizes_not_its_own(tmp_path: Path, photos: P
     assert done.returncode == 0, done.stdout + done.stderr
     assert "training norm, head (" in done.stdout
     assert "no layer whose statistics are measured" in done.stdout
-    start = models.build("test_vit", 3, seed=0).state_dict()
+    start = build_model("test_vit", 3, seed=0).state_dict()
     fixed = load_file(RunDir(tmp_path / "runs" / "vit").root / "export" / "model.safetensors")
     assert {n for n, v in fixed.items() if not torch.equal(v, start[n])} == {
         *("norm.weight", "norm.bias", "head.weight", "head.bias")

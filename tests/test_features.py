@@ -3,25 +3,32 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from fixres_dist import caching, engine, features
-from fixres_dist import config as cfg
-from fixres_dist.data import geometry, index, plan
-from fixres_dist.errors import UserError
-from fixres_dist.schedule import Stage, stages
+from fixres_dist.base.errors import UserError
+from fixres_dist.config import reading
+from fixres_dist.config.schema import Config
+from fixres_dist.data import geometry
+from fixres_dist.data.index import Index
+from fixres_dist.data.requests import Pictures, make_request
+from fixres_dist.training.cache import rule
+from fixres_dist.training.cache.build import share
+from fixres_dist.training.cache.store import Store, begin_writing, open_store
+from fixres_dist.training.stages import Stage, stages
 
 N = 40
-PICTURES = plan.Pictures("test_flip", 64, geometry.resize_of("fixefficientnet", 64, 0.875, "bicubic"), 7)
+PICTURES = Pictures("test_flip", 64, geometry.resize_of("fixefficientnet", 64, 0.875, "bicubic"), 7)
 
 
-def made() -> index.Index:
+def made() -> Index:
     sizes, labels = np.full((N, 2), 100, np.int32), np.arange(N, dtype=np.int32) % 3
-    return index.Index(Path("x"), ("a", "b", "c"), b"", np.zeros(N, np.int64), labels, sizes, np.zeros(N, np.uint32))
+    return Index(Path("x"), ("a", "b", "c"), b"", np.zeros(N, np.int64), labels, sizes, np.zeros(N, np.uint32))
 
 
 def trunk_output(dtype: torch.dtype, flip: int) -> tuple[torch.Tensor, ...]:
@@ -30,10 +37,10 @@ def trunk_output(dtype: torch.dtype, flip: int) -> tuple[torch.Tensor, ...]:
     return tuple(torch.randn(N, *shape, generator=generator).to(dtype) for shape in ((6, 3, 2), (5,)))
 
 
-def written(folder: Path, dtype: torch.dtype, views: int, bad: tuple[int, ...] = ()) -> features.Store:
+def written(folder: Path, dtype: torch.dtype, views: int, bad: tuple[int, ...] = ()) -> Store:
     every = [trunk_output(dtype, flip) for flip in range(views)]
-    store = features.store(folder, {"key": str(dtype)}, N, views, every[0])
-    features.begin(store, {"key": str(dtype)})
+    store = open_store(folder, {"key": str(dtype)}, N, views, every[0])
+    begin_writing(store, {"key": str(dtype)})
     for span in ((0, 16), (16, 32), (32, N)):
         batches = []
         for first in range(span[0], span[1], 5):
@@ -50,7 +57,7 @@ def test_rows_come_back_bit_by_bit_in_any_order(tmp_path: Path, dtype: torch.dty
     assert store.missing() == []
     pictures = dataclasses.replace(PICTURES, transform="test_flip" if views == 2 else "test")
     orders = [np.array([39, 0, 16, 15, 31, 32]), np.arange(N), np.array([], np.int64)]
-    requests = [plan.request(made(), pictures, samples, 3) for samples in orders]
+    requests = [make_request(made(), pictures, samples, 3) for samples in orders]
     found = list(store.batches(made(), iter(requests)))
     flips = set()
     for rows, request in zip(found, requests, strict=True):
@@ -65,10 +72,10 @@ def test_rows_come_back_bit_by_bit_in_any_order(tmp_path: Path, dtype: torch.dty
 
 def test_a_sample_without_a_picture_has_no_row(tmp_path: Path) -> None:
     store = written(tmp_path, torch.float32, 2, bad=(0, 15, 39))
-    (rows,) = store.batches(made(), [plan.request(made(), PICTURES, np.array([39, 14, 0, 38]), 0)])
+    (rows,) = store.batches(made(), [make_request(made(), PICTURES, np.array([39, 14, 0, 38]), 0)])
     assert rows.samples.tolist() == [14, 38]
     assert [bad.sample for bad in rows.skipped] == [39, 0]
-    view = plan.request(made(), PICTURES, np.array([38]), 0).views[0]
+    view = make_request(made(), PICTURES, np.array([38]), 0).views[0]
     assert torch.equal(rows.images[1][1], trunk_output(torch.float32, view.flip)[1][38])
 
 
@@ -85,33 +92,33 @@ def test_damage_is_found_and_only_that_is_missing(tmp_path: Path, capsys: pytest
     assert "length is wrong" in said
     assert "checksum is wrong" in said
     with pytest.raises(FileNotFoundError, match="no features of the samples"):
-        next(store.batches(made(), [plan.request(made(), PICTURES, np.arange(3), 0)]))
+        next(store.batches(made(), [make_request(made(), PICTURES, np.arange(3), 0)]))
 
 
 def test_an_interrupted_segment_is_invisible(tmp_path: Path) -> None:
     store = written(tmp_path, torch.float32, 1)
     store.path((16, 32)).unlink()
 
-    def torn() -> features.Iterator:
+    def torn() -> Iterator[Any]:
         yield np.arange(16, 20), [tuple(tensor[16:20] for tensor in trunk_output(torch.float32, 0))]
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         store.write((16, 32), torn())
     assert store.missing() == [(16, 32)]
-    features.begin(store, {})
+    begin_writing(store, {})
     assert not [path for path in store.folder.iterdir() if path.name.startswith(".0")]
 
 
 def test_another_key_is_another_folder(tmp_path: Path) -> None:
-    one, other = (features.store(tmp_path, {"res": res}, N, 1, (torch.zeros(1, 4),)).folder for res in (64, 96))
+    one, other = (open_store(tmp_path, {"res": res}, N, 1, (torch.zeros(1, 4),)).folder for res in (64, 96))
     assert one != other
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 8])
 def test_ranks_share_what_is_missing(world_size: int) -> None:
     gaps = [(5, 9), (20, 47), (90, 91)]
-    shares = [caching.share(gaps, rank, world_size, 6) for rank in range(world_size)]
+    shares = [share(gaps, rank, world_size, 6) for rank in range(world_size)]
     covered = [sample for spans in shares for first, stop in spans for sample in range(first, stop)]
     assert covered == [*range(5, 9), *range(20, 47), 90]
     assert all(0 < stop - first <= 6 for spans in shares for first, stop in spans)
@@ -120,11 +127,11 @@ def test_ranks_share_what_is_missing(world_size: int) -> None:
 
 
 def fixing(*items: str) -> Stage:
-    config = cfg.parse(cfg.Config, cfg.overrides(["data.train_transform=test", *items]))
+    config = reading.parse(Config, reading.overrides(["data.train_transform=test", *items]))
     return stages(config, 1000)[-1]
 
 
-ROOM, NONE = (engine.Need(1100, 100, free, Path("/f")) for free in (1000, 50))
+ROOM, NONE = (rule.Need(1100, 100, free, Path("/f")) for free in (1000, 50))
 
 
 @pytest.mark.parametrize(
@@ -139,12 +146,12 @@ ROOM, NONE = (engine.Need(1100, 100, free, Path("/f")) for free in (1000, 50))
         (["tune.epochs=11", "tune.policy=all"], ROOM, "stream", "no frozen trunk"),
     ],
 )
-def test_auto_chooses_and_says_why(items: list[str], need: engine.Need, chosen: str, why: str) -> None:
+def test_auto_chooses_and_says_why(items: list[str], need: rule.Need, chosen: str, why: str) -> None:
     stage = fixing(*items)
-    found = engine.choose("auto", stage, engine.streamed_pictures(stage, 100, 2), need)
+    found = rule.choose("auto", stage, rule.streamed_pictures(stage, 100, 2), need)
     assert found[0] == chosen
     assert why in found[1]
-    assert engine.choose("stream", stage, 10**6, need)[0] == "stream"
+    assert rule.choose("stream", stage, 10**6, need)[0] == "stream"
 
 
 @pytest.mark.parametrize(
@@ -155,8 +162,8 @@ def test_auto_chooses_and_says_why(items: list[str], need: engine.Need, chosen: 
         ([], NONE, ["0.0 MiB in /f", "run.feature_cache=DIR", "tune.policy=classifier", "run.engine=stream"]),
     ],
 )
-def test_cached_is_refused_with_what_would_work(items: list[str], need: engine.Need, words: list[str]) -> None:
+def test_cached_is_refused_with_what_would_work(items: list[str], need: rule.Need, words: list[str]) -> None:
     with pytest.raises(UserError) as caught:
-        engine.choose("cached", fixing(*items), 10**6, need)
+        rule.choose("cached", fixing(*items), 10**6, need)
     for word in words:
         assert word in str(caught.value)

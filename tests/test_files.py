@@ -13,12 +13,14 @@ import pytest
 import torch
 from conftest import run, tiny
 
-from fixres_dist import checkpoint, train, watch
-from fixres_dist.errors import exit_code
-from fixres_dist.features import Store
-from fixres_dist.files import no_room, whole
-from fixres_dist.preempt import StopFlag
-from fixres_dist.rundir import RunDir
+from fixres_dist.base.errors import exit_code
+from fixres_dist.base.files import no_room, whole
+from fixres_dist.base.signals import StopFlag
+from fixres_dist.cluster import status
+from fixres_dist.runs import checkpoint
+from fixres_dist.runs.rundir import RunDir
+from fixres_dist.training import worker
+from fixres_dist.training.cache.store import Store
 
 SAFETENSORS = "Error while serializing: I/O error: No space left on device (os error 28)"  # what it raises has no errno
 
@@ -130,22 +132,22 @@ def test_failed_names_the_file_and_the_command(prepared: RunDir, monkeypatch: py
     def full(*_: object) -> int:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(prepared.checkpoints))
 
-    monkeypatch.setattr(train, "work", full)
+    monkeypatch.setattr(worker, "work", full)
     with pytest.raises(OSError, match="No space left"):
-        train.run(prepared.root, StopFlag())
+        worker.run(prepared.root, StopFlag())
     why, following = prepared.failed.read_text().splitlines()
     assert why == f"no space is left on the disk: {prepared.checkpoints}"
     assert following.startswith("Next: make room, then python launch/submit.py --model test_efficientnet")
-    (row,) = watch.rows([prepared])
+    (row,) = status.rows([prepared])
     assert f"{prepared.checkpoints}. Next: make room" in row.reason
 
 
 def test_status_sees_a_disk_too_full_for_failed(prepared: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
     prepared.update_state(state="running")
-    (row,) = watch.rows([prepared])
+    (row,) = status.rows([prepared])
     command = (prepared.root / "command.txt").read_text().strip()
     assert row.reason == f"its process is gone. Next, from the last checkpoint: {command}"
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=4096))
-    (row,) = watch.rows([prepared])
+    (row,) = status.rows([prepared])
     assert row.state == "failed"
     assert f"its process is gone; 0.0 MiB are free where {prepared.root} is: make room first. Next" in row.reason

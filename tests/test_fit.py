@@ -11,13 +11,16 @@ from typing import Any
 import pytest
 import torch
 
-from fixres_dist import config as cfg
-from fixres_dist import fit, models, planning, precision, recipes
-from fixres_dist.distributed import Ranks
-from fixres_dist.errors import UserError
-from fixres_dist.schedule import stages
-from fixres_dist.session import Session, tell
-from fixres_dist.tuning import set_modes, split
+from fixres_dist.base.errors import UserError
+from fixres_dist.config import reading, recipes
+from fixres_dist.config.schema import Config
+from fixres_dist.models import precision
+from fixres_dist.models.build import build_model, preprocessing
+from fixres_dist.models.split import parts_of, set_modes
+from fixres_dist.training import auto_batch, plan
+from fixres_dist.training.ranks import Ranks
+from fixres_dist.training.session import Session, tell
+from fixres_dist.training.stages import stages
 
 
 @pytest.mark.parametrize("limit", [0, 1, 2, 3, 7, 8, 37, 63, 64, 65, 100, 1000])
@@ -29,7 +32,7 @@ def test_the_largest_batch_is_found_to_an_eighth(limit: int, cap: int) -> None:
         tried.append(n)
         return n <= limit
 
-    found = fit.largest_that_fits(fits, cap)
+    found = auto_batch.largest_that_fits(fits, cap)
     best = min(limit, cap)
     assert found <= best
     assert found >= best - best // 8 - (best > 8)
@@ -40,12 +43,12 @@ def test_the_largest_batch_is_found_to_an_eighth(limit: int, cap: int) -> None:
 
 
 def session(*items: str) -> Session:
-    config = cfg.parse(cfg.Config, cfg.overrides(["tune.global_batch=96", *items]))
+    config = reading.parse(Config, reading.overrides(["tune.global_batch=96", *items]))
     ranks = Ranks(0, 1, 1, ("n1",), torch.device("cuda", 0))
-    model = models.build("test_efficientnet", 3)
+    model = build_model("test_efficientnet", 3)
     arithmetic = precision.Arithmetic("fp32", torch.device("cpu"))
-    preprocessing = models.preprocessing("test_efficientnet")
-    return Session(config, ranks, model, preprocessing, {}, (), {}, arithmetic, torch.contiguous_format, tell)
+    spec = preprocessing("test_efficientnet")
+    return Session(config, ranks, model, spec, {}, (), {}, arithmetic, torch.contiguous_format, tell)
 
 
 @pytest.fixture
@@ -57,7 +60,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         tried.append(arguments[-1])
         return arguments[-1] <= 40
 
-    monkeypatch.setattr(fit, "step_fits", fits)
+    monkeypatch.setattr(auto_batch, "step_fits", fits)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "pretended")
     return tried
 
@@ -66,31 +69,31 @@ def test_it_is_measured_once_and_kept_with_the_run(tmp_path: Path, gpu: list[int
     file = tmp_path / "choices.json"
     live = replace(session(), kept=file)
     (stage,) = stages(live.config, 1000)
-    parts = split(live.model, "classifier+bn")
-    first = fit.with_batch(live, stage, parts).config
+    parts = parts_of(live.model, "classifier+bn")
+    first = auto_batch.with_batch(live, stage, parts).config
     assert 36 <= int(first.run.batch_per_device) <= 40
-    assert cfg.identity(first) == cfg.identity(live.config), "the run stays the same run"
+    assert reading.identity(first) == reading.identity(live.config), "the run stays the same run"
     asked = len(gpu)
-    assert fit.with_batch(live, stage, parts).config == first
+    assert auto_batch.with_batch(live, stage, parts).config == first
     assert len(gpu) == asked, "a resume measures nothing"
     kept = {"largest that fits": first.run.batch_per_device, "of use": 130}
     assert json.loads(file.read_text()) == {"batch per device, fix at 224 px, 1 x pretended": kept}
     given = session("run.batch_per_device=7")
-    assert fit.with_batch(given, stage, parts) is given
+    assert auto_batch.with_batch(given, stage, parts) is given
 
 
 def test_nothing_fits(gpu: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fit, "step_fits", lambda *_: False)
+    monkeypatch.setattr(auto_batch, "step_fits", lambda *_: False)
     live = session()
     with pytest.raises(UserError, match=r"not even one image of 224 px.*smaller --res"):
-        fit.with_batch(live, stages(live.config, 1000)[0], split(live.model, "classifier+bn"))
+        auto_batch.with_batch(live, stages(live.config, 1000)[0], parts_of(live.model, "classifier+bn"))
 
 
 def predicted(*items: str, model: str = "b4") -> float:
     recipe = recipes.find(model)
-    config = cfg.parse(cfg.Config, cfg.merge(recipe.values, cfg.overrides(list(items))))
+    config = reading.parse(Config, reading.merge(recipe.values, reading.overrides(list(items))))
     assert recipe.facts
-    return planning.memory_gib(config, recipe.facts, planning.Counts(*planning.IMAGENET, ""), 8)
+    return plan.memory_gib(config, recipe.facts, plan.Counts(*plan.IMAGENET, ""), 8)
 
 
 def test_predicted_memory_follows_what_a_step_keeps() -> None:
@@ -107,8 +110,8 @@ def test_predicted_memory_follows_what_a_step_keeps() -> None:
 
 
 def test_a_prediction_is_told_with_its_error() -> None:
-    assert planning.beside(3.0, 2.0) == {"predicted": 3.0, "measured": 2.0, "error_percent": 50.0}
-    assert planning.beside(None, 2.0) is None
+    assert plan.beside(3.0, 2.0) == {"predicted": 3.0, "measured": 2.0, "error_percent": 50.0}
+    assert plan.beside(None, 2.0) is None
 
 
 def test_trying_a_batch_moves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -121,14 +124,14 @@ def test_trying_a_batch_moves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     live = session("tune.policy=all", "data.res=64")
     live = replace(live, ranks=replace(live.ranks, device=torch.device("cpu")))
     (stage,) = stages(live.config, 1000)
-    parts = split(live.model, "all")
+    parts = parts_of(live.model, "all")
     set_modes(parts, "ema")
     before = {name: value.clone() for name, value in live.model.state_dict().items()}
-    assert fit.step_fits(live, stage, parts, 3)
+    assert auto_batch.step_fits(live, stage, parts, 3)
     reserved["bytes"] = 90
-    assert not fit.step_fits(live, stage, parts, 3)
+    assert not auto_batch.step_fits(live, stage, parts, 3)
     monkeypatch.setattr(parts.head, "forward", lambda *_: (_ for _ in ()).throw(torch.cuda.OutOfMemoryError()))
-    assert not fit.step_fits(live, stage, parts, 3)
+    assert not auto_batch.step_fits(live, stage, parts, 3)
     assert all(torch.equal(value, before[name]) for name, value in live.model.state_dict().items())
     assert all(p.grad is None for p in live.model.parameters())
     assert parts.model.training, "the modes are those of training again"

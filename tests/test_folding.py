@@ -4,7 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from fixres_dist import folding, models, tuning
+from fixres_dist.models import folding
+from fixres_dist.models.build import build_model
+from fixres_dist.models.split import parts_of
 
 
 def lived_in(model: nn.Module) -> nn.Module:
@@ -27,9 +29,9 @@ def lived_in(model: nn.Module) -> nn.Module:
     ("name", "count"), [("test_efficientnet", 12), ("tf_efficientnet_b0", 48), ("resnet18", 19), ("densenet121", 59)]
 )
 def test_folding_is_exact_and_leaves_the_model_alone(name: str, count: int) -> None:
-    model = lived_in(models.build(name, 5))
+    model = lived_in(build_model(name, 5))
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    parts = tuning.split(model, "classifier+bn")
+    parts = parts_of(model, "classifier+bn")
     assert parts.trunk is not None
     trunk, folded = folding.folded(parts.trunk, 64)
     assert folded == count

@@ -7,21 +7,22 @@ import timm
 import torch
 from safetensors.torch import save_file
 
-from fixres_dist import models
-from fixres_dist.errors import UserError
+from fixres_dist.base.errors import UserError
+from fixres_dist.models import weights
+from fixres_dist.models.build import build_model, native_size, preprocessing
 
 NAME = "test_efficientnet"
 
 
 def state(classes: int = 5, seed: int = 1) -> dict[str, torch.Tensor]:
-    return {k: v.clone() for k, v in models.build(NAME, classes, seed).state_dict().items()}
+    return {k: v.clone() for k, v in build_model(NAME, classes, seed).state_dict().items()}
 
 
 def test_new_weights_follow_the_seed_and_leave_the_random_state_alone() -> None:
     torch.manual_seed(9)
     first = torch.rand(1)
     torch.manual_seed(9)
-    a, b, c = models.build(NAME, 5, 1), models.build(NAME, 5, 1), models.build(NAME, 5, 2)
+    a, b, c = build_model(NAME, 5, 1), build_model(NAME, 5, 1), build_model(NAME, 5, 2)
     assert torch.equal(torch.rand(1), first)
     assert all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
     assert not torch.equal(a.conv_stem.weight, c.conv_stem.weight)
@@ -38,8 +39,8 @@ def test_files_load_in_the_forms_people_have(tmp_path: Path, form: str) -> None:
         torch.save({"model": {f"module.{k}": v for k, v in wanted.items()}}, file)
     else:
         torch.save({"state_dict": wanted, "epoch": 3} if form == "state_dict" else wanted, file)
-    model = models.build(NAME, 5, 7)
-    models.load_weights(model, NAME, str(file), new_classifier=False)
+    model = build_model(NAME, 5, 7)
+    weights.load_weights(model, NAME, str(file), new_classifier=False)
     assert all(torch.equal(v, wanted[k]) for k, v in model.state_dict().items())
 
 
@@ -49,10 +50,10 @@ def test_partial_coverage_is_refused_and_leaves_the_model_alone(tmp_path: Path) 
     broken["conv_head.weight"] = broken["conv_head.weight"][:3]
     broken["extra"] = torch.zeros(1)
     save_file(broken, tmp_path / "w.safetensors")
-    model = models.build(NAME, 5, 7)
+    model = build_model(NAME, 5, 7)
     before = {k: v.clone() for k, v in model.state_dict().items()}
     with pytest.raises(UserError) as caught:
-        models.load_weights(model, NAME, str(tmp_path / "w.safetensors"), new_classifier=False)
+        weights.load_weights(model, NAME, str(tmp_path / "w.safetensors"), new_classifier=False)
     for text in ("bn2.weight is missing", "conv_head.weight is [3, 64, 1, 1]", "extra is not in the model"):
         assert text in str(caught.value)
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
@@ -60,11 +61,11 @@ def test_partial_coverage_is_refused_and_leaves_the_model_alone(tmp_path: Path) 
 
 def test_another_number_of_classes_needs_stage_one(tmp_path: Path) -> None:
     save_file(state(classes=10), tmp_path / "w.safetensors")
-    model = models.build(NAME, 5, 7)
+    model = build_model(NAME, 5, 7)
     own = model.classifier.weight.clone()
     with pytest.raises(UserError, match="classifies 10 classes, the data set has 5"):
-        models.load_weights(model, NAME, str(tmp_path / "w.safetensors"), new_classifier=False)
-    models.load_weights(model, NAME, str(tmp_path / "w.safetensors"), new_classifier=True)
+        weights.load_weights(model, NAME, str(tmp_path / "w.safetensors"), new_classifier=False)
+    weights.load_weights(model, NAME, str(tmp_path / "w.safetensors"), new_classifier=True)
     assert torch.equal(model.classifier.weight, own)
     assert torch.equal(model.conv_stem.weight, state(classes=10)["conv_stem.weight"])
 
@@ -74,29 +75,29 @@ def test_torn_files_are_refused(tmp_path: Path, content: bytes) -> None:
     for name in ("w.pth", "w.safetensors"):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(UserError, match=str(tmp_path / name)):
-            models.read_state(tmp_path / name)
+            weights.read_state(tmp_path / name)
 
 
 def test_a_pickle_that_holds_code_is_not_opened(tmp_path: Path) -> None:
-    torch.save({"model": models.build(NAME, 5)}, tmp_path / "w.pth")
+    torch.save({"model": build_model(NAME, 5)}, tmp_path / "w.pth")
     with pytest.raises(UserError, match="more than tensors"):
-        models.read_state(tmp_path / "w.pth")
+        weights.read_state(tmp_path / "w.pth")
 
 
 def test_names_timm_cannot_build_are_refused() -> None:
     with pytest.raises(UserError, match="timm cannot build"):
-        models.build("no_such_model", 5)
+        build_model("no_such_model", 5)
 
 
 def test_a_tag_that_timm_does_not_know_is_refused_with_the_nearest() -> None:
-    for ask in (lambda name: models.build(name, 5), models.preprocessing, models.hub_state, models.native_size):
+    for ask in (lambda name: build_model(name, 5), preprocessing, weights.hub_state, native_size):
         with pytest.raises(UserError, match=r"unknown weights tag of resnet50 'a1_in1'. Did you mean 'a1_in1k'\?"):
             ask("resnet50.a1_in1")
 
 
 def test_preprocessing_is_timms(tmp_path: Path) -> None:
     for name in ("resnet18.a1_in1k", "tf_efficientnet_b8.ap_in1k"):
-        spec, cfg = models.preprocessing(name), timm.get_pretrained_cfg(name)
+        spec, cfg = preprocessing(name), timm.get_pretrained_cfg(name)
         assert (spec.mean, spec.std, spec.crop_pct, spec.interpolation) == (
             cfg.mean,
             cfg.std,
@@ -108,7 +109,7 @@ def test_preprocessing_is_timms(tmp_path: Path) -> None:
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_normalising_keeps_the_layout_and_the_bits(layout: torch.memory_format) -> None:
     images = torch.randint(256, (2, 3, 5, 7), dtype=torch.uint8).contiguous(memory_format=layout)
-    spec = models.preprocessing("tf_efficientnet_b0")
+    spec = preprocessing("tf_efficientnet_b0")
     mean, std = (255 * torch.tensor(v).view(3, 1, 1) for v in (spec.mean, spec.std))
     found = spec.normalised(images)
     assert torch.equal(found, (images.float() - mean) / std)

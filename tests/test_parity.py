@@ -10,7 +10,9 @@ import pytest
 import torch
 from PIL import Image
 
-from fixres_dist.data import dali, geometry, index, pixels, plan
+from fixres_dist.data import dali, geometry, pixels, scan
+from fixres_dist.data.index import Index
+from fixres_dist.data.requests import Pictures, make_request
 
 RULES = ("fixefficientnet", "fixres", "fixres_height", "timm")
 # 108 photographs; every rule and transform at 224, fewer at the larger sizes, where a picture takes PIL 30 ms.
@@ -28,16 +30,16 @@ COMBINATIONS = [
 
 
 @pytest.fixture(scope="module")
-def samples(tmp_path_factory: pytest.TempPathFactory) -> index.Index:
-    return index.load(p.write_folder(tmp_path_factory.mktemp("parity"), 108), "train")
+def samples(tmp_path_factory: pytest.TempPathFactory) -> Index:
+    return scan.load(p.write_folder(tmp_path_factory.mktemp("parity"), 108), "train")
 
 
 @pytest.mark.parametrize(("res", "rule", "transform"), COMBINATIONS)
-def test_same_pictures_as_pil_and_torchvision(samples: index.Index, res: int, rule: str, transform: str) -> None:
-    pictures = plan.Pictures(transform, res, geometry.resize_of(rule, res, 0.9, "bicubic"), 5)
+def test_same_pictures_as_pil_and_torchvision(samples: Index, res: int, rule: str, transform: str) -> None:
+    pictures = Pictures(transform, res, geometry.resize_of(rule, res, 0.9, "bicubic"), 5)
     first = 12 * COMBINATIONS.index((res, rule, transform)) % 108
     count = 12 if res < 400 else 6
-    request = plan.request(samples, pictures, np.arange(first, first + count) % 108, 1)
+    request = make_request(samples, pictures, np.arange(first, first + count) % 108, 1)
     want = p.reference(samples, request, pictures)
     for name, batches, mean, largest in (  # in grey levels of 255
         ("torch", p.torch_batches(samples, [request], pictures), 0, 0),
@@ -49,11 +51,11 @@ def test_same_pictures_as_pil_and_torchvision(samples: index.Index, res: int, ru
         assert difference.max() <= largest, name
 
 
-def test_flips_and_shifts_are_the_same_in_both_backends(samples: index.Index) -> None:
+def test_flips_and_shifts_are_the_same_in_both_backends(samples: Index) -> None:
     """The wrong side, or a window a pixel off, would be worlds away: these photographs change from pixel to pixel."""
     for transform in ("test_aug", "random_resized_crop"):
-        pictures = plan.Pictures(transform, 96, geometry.resize_of("fixres", 96, 1.0, "bilinear"), 0)
-        request = plan.request(samples, pictures, np.arange(108), 3)
+        pictures = Pictures(transform, 96, geometry.resize_of("fixres", 96, 1.0, "bilinear"), 0)
+        request = make_request(samples, pictures, np.arange(108), 3)
         assert 30 < sum(view.flip for view in request.views) < 78
         ours, theirs = (p.pixels(f(samples, [request], pictures)) for f in (p.torch_batches, p.dali_batches))
         per_picture = np.abs(ours - theirs).mean((1, 2, 3))
@@ -76,20 +78,20 @@ def test_dalis_jitter_is_the_torch_backends() -> None:
             assert made.is_contiguous(memory_format=torch.channels_last)
 
 
-def test_batches_of_any_size_and_none(samples: index.Index) -> None:
-    pictures = plan.Pictures("test", 64, geometry.resize_of("fixres", 64, 1.0, "bilinear"), 0)
+def test_batches_of_any_size_and_none(samples: Index) -> None:
+    pictures = Pictures("test", 64, geometry.resize_of("fixres", 64, 1.0, "bilinear"), 0)
     parts = [[0, 1, 2], [], [3], [], [], [4, 5, 6, 7], []]
-    requests = [plan.request(samples, pictures, np.array(part, np.int64), 0) for part in parts]
+    requests = [make_request(samples, pictures, np.array(part, np.int64), 0) for part in parts]
     for batches in (p.torch_batches(samples, requests, pictures), p.dali_batches(samples, requests, pictures)):
         assert [batch.samples.tolist() for batch in batches] == parts
         assert [tuple(batch.images.shape) for batch in batches] == [(len(part), 3, 64, 64) for part in parts]
         assert [batch.labels.tolist() for batch in batches] == [samples.labels[part].tolist() for part in parts]
 
 
-def test_a_batch_outlives_the_next_one(samples: index.Index) -> None:
+def test_a_batch_outlives_the_next_one(samples: Index) -> None:
     """DALI uses its buffers again; what was handed out must not change."""
-    pictures = plan.Pictures("test", 64, geometry.resize_of("fixres", 64, 1.0, "bilinear"), 0)
-    requests = [plan.request(samples, pictures, np.array([k, k + 1]), 0) for k in range(0, 16, 2)]
+    pictures = Pictures("test", 64, geometry.resize_of("fixres", 64, 1.0, "bilinear"), 0)
+    requests = [make_request(samples, pictures, np.array([k, k + 1]), 0) for k in range(0, 16, 2)]
     kept = p.dali_batches(samples, requests, pictures)
     again = [p.dali_batches(samples, [request], pictures)[0] for request in requests]
     assert all(torch.equal(a.images, b.images) for a, b in zip(kept, again, strict=True))
@@ -102,10 +104,10 @@ def test_exif_orientation_is_ignored(tmp_path: Path) -> None:
     exif[0x0112] = 6
     (folder / "turned.jpg").write_bytes(p.encode(p.photograph(90, 130, 0), exif=exif))
     (folder / "upright.jpg").write_bytes(p.encode(p.photograph(90, 130, 0)))
-    found = index.load(tmp_path, "train")
+    found = scan.load(tmp_path, "train")
     assert found.sizes.tolist() == [[90, 130]] * 2
-    pictures = plan.Pictures("test", 64, geometry.resize_of("fixres", 64, 1.0, "bilinear"), 0)
-    request = plan.request(found, pictures, np.arange(2), 0)
+    pictures = Pictures("test", 64, geometry.resize_of("fixres", 64, 1.0, "bilinear"), 0)
+    request = make_request(found, pictures, np.arange(2), 0)
     for made in (
         p.pixels(p.torch_batches(found, [request], pictures)),
         p.pixels(p.dali_batches(found, [request], pictures)),

@@ -11,14 +11,17 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fixres_dist import models, pooling, tuning
+from fixres_dist.models import pooled_head
+from fixres_dist.models.build import build_model
+from fixres_dist.models.pooled_head import PooledHead
+from fixres_dist.models.split import Parts, parts_of, set_modes
 
 CLASSES = 7
 
 
-def split(name: str, policy: str = "classifier+bn") -> tuning.Split:
+def split(name: str, policy: str = "classifier+bn") -> Parts:
     """With statistics and affine as of a trained BN, away from 0 and 1."""
-    model = models.build(name, CLASSES)
+    model = build_model(name, CLASSES)
     generator = torch.Generator().manual_seed(0)
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
@@ -28,17 +31,17 @@ def split(name: str, policy: str = "classifier+bn") -> tuning.Split:
             ):
                 assert value is not None
                 value.copy_(low + (high - low) * torch.rand(value.shape, generator=generator))
-    parts = tuning.split(model, policy)
-    tuning.set_modes(parts, "exact")
+    parts = parts_of(model, policy)
+    set_modes(parts, "exact")
     return parts
 
 
-def map_of(parts: tuning.Split, n: int) -> torch.Tensor:
+def map_of(parts: Parts, n: int) -> torch.Tensor:
     channels = parts.model.get_submodule("bn2").num_features
     return 3 * torch.randn(n, int(channels), 5, 4, generator=torch.Generator().manual_seed(1)) + 1  # type: ignore[arg-type]
 
 
-def gradients(parts: tuning.Split, head: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+def gradients(parts: Parts, head: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     parts.model.zero_grad()
     logits = head(x)
     F.cross_entropy(logits, torch.arange(len(x)) % CLASSES, reduction="sum").backward()
@@ -53,9 +56,11 @@ def test_logits_and_gradients_are_the_plain_heads(
 ) -> None:
     parts = split("test_efficientnet", policy)
     x = map_of(parts, n).contiguous(memory_format=memory_format)
-    monkeypatch.setattr(pooling, "PIECE_BYTES", 2 * 4 * x[:1].numel() + 1)  # two images a piece, and one that is left
-    quick = pooling.pooled(parts)
-    assert isinstance(quick, pooling.PooledHead)
+    monkeypatch.setattr(
+        pooled_head, "PIECE_BYTES", 2 * 4 * x[:1].numel() + 1
+    )  # two images a piece, and one that is left
+    quick = pooled_head.pooled_head(parts)
+    assert isinstance(quick, PooledHead)
     logits, found = gradients(parts, quick, x)
     wanted_logits, wanted = gradients(parts, parts.head, x)
     torch.testing.assert_close(logits, wanted_logits, rtol=1e-5, atol=1e-5)
@@ -68,9 +73,9 @@ def test_logits_and_gradients_are_the_plain_heads(
 def test_a_norm_that_takes_its_batchs_statistics_runs_as_it_is() -> None:
     parts, again = (split("test_efficientnet", "classifier+bn_stats") for _ in range(2))
     for one in (parts, again):
-        tuning.set_modes(one, "ema")
+        set_modes(one, "ema")
     x = map_of(parts, 5)
-    assert torch.equal(pooling.pooled(parts)(x), again.head(x))
+    assert torch.equal(pooled_head.pooled_head(parts)(x), again.head(x))
     for name, value in parts.model.named_buffers():
         assert torch.equal(value, again.model.get_buffer(name)), name
     assert not torch.equal(parts.model.bn2.running_mean, split("test_efficientnet").model.bn2.running_mean)  # type: ignore[arg-type, union-attr]
@@ -85,7 +90,7 @@ def test_what_is_kept_for_the_backward_pass_is_a_row_per_image() -> None:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        pooling.pooled(parts)(x)
+        pooled_head.pooled_head(parts)(x)
     assert max(kept) < x.numel() / 2
     kept.clear()
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
@@ -105,8 +110,8 @@ def test_what_is_kept_for_the_backward_pass_is_a_row_per_image() -> None:
     ],
 )
 def test_other_heads_stay_as_they_are(name: str, policy: str) -> None:
-    parts = tuning.split(models.build(name, CLASSES), policy)
-    assert pooling.pooled(parts) is parts.head
+    parts = parts_of(build_model(name, CLASSES), policy)
+    assert pooled_head.pooled_head(parts) is parts.head
 
 
 FAULTS = """

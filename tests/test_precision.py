@@ -15,16 +15,18 @@ import torch
 from conftest import ROOT, command, environment, run, tiny
 from torch import nn
 
-from fixres_dist import config as cfg
-from fixres_dist import nvidia_apex, planning, precision
-from fixres_dist.errors import UserError
-from fixres_dist.rundir import read_lines
+from fixres_dist.base.errors import UserError
+from fixres_dist.base.json_lines import read_lines
+from fixres_dist.config import reading
+from fixres_dist.config.schema import Config
+from fixres_dist.models import nvidia_apex, precision
+from fixres_dist.training import plan
 
 CPU = torch.device("cpu")
 
 
-def config(*items: str) -> cfg.Config:
-    return cfg.parse(cfg.Config, cfg.overrides(["model.name=b0", *items]))
+def config(*items: str) -> Config:
+    return reading.parse(Config, reading.overrides(["model.name=b0", *items]))
 
 
 @pytest.mark.parametrize(
@@ -47,11 +49,11 @@ def test_what_the_installed_apex_lacks_is_refused_before_submission(
     elif nvidia_apex.find().path:
         pytest.skip("an apex is installed here")
     with pytest.raises(UserError) as caught:
-        planning.check(config(setting), 1, dry=True)
+        plan.check(config(setting), 1, dry=True)
     for word in words:
         assert word in str(caught.value)
     assert "apex" not in sys.modules, "found without importing it: apex imports torch"
-    planning.check(config(setting, "cluster.srun_args=[--container-image=x]"), 1, dry=True)  # there the worker looks
+    plan.check(config(setting, "cluster.srun_args=[--container-image=x]"), 1, dry=True)  # there the worker looks
 
 
 def test_what_is_there_is_accepted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -59,12 +61,12 @@ def test_what_is_there_is_accepted(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     found = nvidia_apex.find()
     assert (found.is_nvidia, found.has_amp, found.has_kernels, found.version) == (True, True, True, "commit 6424da3b01")
     for precision_name in ("apex-O1", "apex-O2"):
-        planning.check(config(f"run.precision={precision_name}", "run.optimizer=apex"), 1, dry=True)
+        plan.check(config(f"run.precision={precision_name}", "run.optimizer=apex"), 1, dry=True)
     for more, word in (("run.compile=true", "compiled"), ("pretrain.epochs=1", "stage one")):
         with pytest.raises(UserError, match=word):
-            planning.check(config("run.precision=apex-O1", more), 1, dry=True)
+            plan.check(config("run.precision=apex-O1", more), 1, dry=True)
     with pytest.raises(UserError, match="fp32 copies"):
-        planning.check(config("run.precision=apex-O2", "tune.policy=all"), 1, dry=True)
+        plan.check(config("run.precision=apex-O2", "tune.policy=all"), 1, dry=True)
 
 
 def test_the_command_refuses_with_exit_code_two(tmp_path: Path) -> None:

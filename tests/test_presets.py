@@ -11,25 +11,30 @@ import torch.nn.functional as F
 from conftest import run, write_photos
 from safetensors.torch import load_file
 
-from fixres_dist import config as cfg
-from fixres_dist import models, recipes, rundir, train
-from fixres_dist.data import geometry, index, order, plan, torch_cpu
-from fixres_dist.errors import UserError
-from fixres_dist.preempt import StopFlag
-from fixres_dist.schedule import stages
+from fixres_dist.base.errors import UserError
+from fixres_dist.base.json_lines import read_lines
+from fixres_dist.base.signals import StopFlag
+from fixres_dist.config import reading, recipes
+from fixres_dist.config.schema import Config
+from fixres_dist.data import geometry, order, scan, torch_cpu
+from fixres_dist.data.requests import Pictures, every_sample
+from fixres_dist.models.build import build_model
+from fixres_dist.runs import checkpoint, rundir
+from fixres_dist.training import worker
+from fixres_dist.training.stages import stages
 
 NAME = "test_efficientnet"
 
 
-def started(root: Path, data: Path, preset: str, *items: str) -> cfg.Config:
+def started(root: Path, data: Path, preset: str, *items: str) -> Config:
     """A run of the smallest model under `preset`, prepared and not yet worked on."""
-    base = cfg.merge(recipes.find(NAME, "none").values, recipes.preset(preset))
+    base = reading.merge(recipes.find(NAME, "none").values, recipes.preset(preset))
     exact = [
         "run.precision=fp32",
         "run.memory_format=channels_last",
     ]  # a probe of formats may choose another for each run
     keys = ["data.res=64", f"data.root={data}", "data.workers=0", "run.eval_every=0", *exact, *items]
-    config = cfg.parse(cfg.Config, cfg.merge(base, cfg.overrides(keys)))
+    config = reading.parse(Config, reading.merge(base, reading.overrides(keys)))
     rundir.prepare(root, config, ["test"])
     return config
 
@@ -39,9 +44,9 @@ def test_as_coded_is_the_original_protocol(tmp_path: Path) -> None:
     data = write_photos(tmp_path / "photos", 4, 1)
     items = ("tune.epochs=32", "tune.global_batch=6", "tune.base_lr=0.4", "run.log_every=1")
     config = started(tmp_path / "run", data, "as_coded", *items)
-    assert train.run(tmp_path / "run", StopFlag()) == 0
+    assert worker.run(tmp_path / "run", StopFlag()) == 0
 
-    model = models.build(NAME, 3, config.run.seed)
+    model = build_model(NAME, 3, config.run.seed)
     for p in model.parameters():
         p.requires_grad_(False)
     for p in model.classifier.parameters():
@@ -50,9 +55,9 @@ def test_as_coded_is_the_original_protocol(tmp_path: Path) -> None:
     model.bn2.train()
     optimizer = torch.optim.SGD(model.parameters(), lr=8.0 * 0.4 * 6 / 512, momentum=0.9, weight_decay=1e-4)
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, step_size=30)
-    found = index.load(data, "train", tmp_path)
-    pictures = plan.Pictures("test", 64, geometry.Resize(int(256 / 224 * 64), True, "bilinear"), 0)
-    (batch,) = torch_cpu.batches(found, plan.every_sample(found, pictures, 12, 0, 1), 64, "bilinear", workers=0)
+    found = scan.load(data, "train", tmp_path)
+    pictures = Pictures("test", 64, geometry.Resize(int(256 / 224 * 64), True, "bilinear"), 0)
+    (batch,) = torch_cpu.batches(found, every_sample(found, pictures, 12, 0, 1), 64, "bilinear", workers=0)
     mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
     images = (batch.images / 255 - mean) / std
     losses = []
@@ -67,7 +72,7 @@ def test_as_coded_is_the_original_protocol(tmp_path: Path) -> None:
         scheduler.step()
 
     ours = load_file(tmp_path / "run" / "export" / "model.safetensors")
-    start = models.build(NAME, 3, config.run.seed).state_dict()
+    start = build_model(NAME, 3, config.run.seed).state_dict()
     assert float((ours["classifier.weight"] - start["classifier.weight"]).abs().max()) > 1e-2
     assert float((ours["bn2.running_mean"] - start["bn2.running_mean"]).abs().max()) > 1e-2
     for name, value in model.state_dict().items():
@@ -78,9 +83,9 @@ def test_as_coded_is_the_original_protocol(tmp_path: Path) -> None:
 
 
 def test_presets_change_what_they_say_and_nothing_else() -> None:
-    base = cfg.parse(cfg.Config, recipes.find("b0").values)
+    base = reading.parse(Config, recipes.find("b0").values)
     coded, published, own = (
-        cfg.parse(cfg.Config, cfg.merge(recipes.find("b0").values, recipes.preset(name)))
+        reading.parse(Config, reading.merge(recipes.find("b0").values, recipes.preset(name)))
         for name in ("as_coded", "as_published", "own_classes")
     )
     assert (coded.tune.policy, coded.tune.bn_stats, coded.data.train_transform, coded.data.resize_rule) == (
@@ -102,7 +107,7 @@ def test_presets_change_what_they_say_and_nothing_else() -> None:
 def test_own_classes_in_one_command(tmp_path: Path, photos: Path) -> None:
     """Weights of ten classes on a data set of three: stage one at the weights' resolution, then the fix; and again."""
     weights = tmp_path / "ten.pth"
-    torch.save(models.build(NAME, 10, 5).state_dict(), weights)
+    torch.save(build_model(NAME, 10, 5).state_dict(), weights)
     arguments = (
         *("submit", "--model", NAME, "--res", "64", "--weights", weights, "--data", photos, "--runs-dir", tmp_path),
         *(
@@ -155,18 +160,18 @@ def test_averaged_weights_are_the_mean_of_the_last_epochs_and_survive_a_stop(tmp
         def signal(self, value: int) -> None:
             pass
 
-    save = train.checkpoint.Writer.save
+    save = checkpoint.Writer.save
 
     def keep(self, model, names, optimizer, progress, fingerprint):  # type: ignore[no-untyped-def]
         kept[progress.step] = model.classifier.weight.detach().clone()
         save(self, model, names, optimizer, progress, fingerprint)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train.checkpoint.Writer, "save", keep)
-        assert train.run(tmp_path / "plain", StopFlag()) == 0
-    assert train.run(tmp_path / "mean", StopFlag()) == 0
-    assert train.run(tmp_path / "stopped", Watched(stop_at=8)) == 1
-    assert train.run(tmp_path / "stopped", StopFlag()) == 0
+        patch.setattr(checkpoint.Writer, "save", keep)
+        assert worker.run(tmp_path / "plain", StopFlag()) == 0
+    assert worker.run(tmp_path / "mean", StopFlag()) == 0
+    assert worker.run(tmp_path / "stopped", Watched(stop_at=8)) == 1
+    assert worker.run(tmp_path / "stopped", StopFlag()) == 0
     mean, again = (load_file(tmp_path / n / "export" / "model.safetensors") for n in ("mean", "stopped"))
     expected = torch.stack([kept[step] for step in (6, 9, 12)]).mean(0)  # three steps an epoch
     torch.testing.assert_close(mean["classifier.weight"], expected, rtol=1e-6, atol=1e-7)
@@ -177,8 +182,8 @@ def test_averaged_weights_are_the_mean_of_the_last_epochs_and_survive_a_stop(tmp
 def test_repeated_samples_are_recorded_in_views_of_their_own(tmp_path: Path, photos: Path) -> None:
     items = ("pretrain.repeats=3", "pretrain.epochs=2", "pretrain.res=32", "pretrain.global_batch=42")
     started(tmp_path / "run", photos, "own_classes", *items, "tune.epochs=0", "run.record_samples=true")
-    assert train.run(tmp_path / "run", StopFlag()) == 0
-    lines = rundir.read_lines(tmp_path / "run" / "samples" / "rank_0.jsonl")
+    assert worker.run(tmp_path / "run", StopFlag()) == 0
+    lines = read_lines(tmp_path / "run" / "samples" / "rank_0.jsonl")
     assert [line["step"] for line in lines] == [0, 1, 2, 3]
     for epoch in (lines[:2], lines[2:]):
         samples = [s for line in epoch for s in line["samples"]]
@@ -188,7 +193,7 @@ def test_repeated_samples_are_recorded_in_views_of_their_own(tmp_path: Path, pho
 
 
 def test_resnet_50_from_scratch_has_the_originals_steps_and_rates() -> None:
-    config = cfg.parse(cfg.Config, recipes.find("r50").values)
+    config = reading.parse(Config, recipes.find("r50").values)
     first, second = stages(config, 1_281_167)
     assert first.stop == pytest.approx(120 * 5005, rel=1e-3)
     rates = [first.learning_rate(int(share * first.stop)) for share in (0.0, 0.24, 0.26, 0.49, 0.51, 0.76)]

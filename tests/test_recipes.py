@@ -12,10 +12,16 @@ import timm
 import torch
 from conftest import write_photos
 
-from fixres_dist import config as cfg
-from fixres_dist import models, recipes, rundir, train, trunk, tuning
-from fixres_dist.errors import UserError
-from fixres_dist.preempt import StopFlag
+from fixres_dist.base.errors import UserError
+from fixres_dist.base.json_lines import read_lines
+from fixres_dist.base.signals import StopFlag
+from fixres_dist.config import reading, recipes
+from fixres_dist.config.schema import Config
+from fixres_dist.models import fast_trunk, policies
+from fixres_dist.models.build import build_model, preprocessing
+from fixres_dist.models.split import parts_of
+from fixres_dist.runs import rundir
+from fixres_dist.training import worker
 
 
 def writer() -> ModuleType:
@@ -31,7 +37,7 @@ def test_all_rows_of_both_tables_are_there() -> None:
     found = recipes.every()
     assert len(found) == 18
     for recipe in found:
-        config = cfg.parse(cfg.Config, recipe.values)
+        config = reading.parse(Config, recipe.values)
         row = recipe.published
         assert row is not None
         assert config.data.res == int(row["fix_test_res"])
@@ -56,18 +62,18 @@ def test_facts_in_the_recipes_are_what_the_script_measures(name: str, weights: s
 def test_planned_parameter_counts_are_the_models(policy: str) -> None:
     facts = recipes.find("b0").facts
     assert facts is not None
-    model = models.build("tf_efficientnet_b0", 7)
-    parts = tuning.split(model, policy)
+    model = build_model("tf_efficientnet_b0", 7)
+    parts = parts_of(model, policy)
     assert facts.trainable(policy, 7) == sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert facts.total(7) == sum(p.numel() for p in model.parameters())
     assert parts.tuned.parameters
     if parts.trunk is not None:
-        kept = trunk.split_neck(parts.trunk)[0](torch.zeros(1, 3, 96, 96))
+        kept = fast_trunk.split_neck(parts.trunk)[0](torch.zeros(1, 3, 96, 96))
         assert 2 * sum(feature.numel() for feature in kept) / 1024 == pytest.approx(facts.kept_kib(policy, 96))
 
 
 def test_advprop_and_noisy_student_have_their_own_preprocessing() -> None:
-    ap, ns = (models.preprocessing(f"tf_efficientnet_b0.{tag}") for tag in ("ap_in1k", "ns_jft_in1k"))
+    ap, ns = (preprocessing(f"tf_efficientnet_b0.{tag}") for tag in ("ap_in1k", "ns_jft_in1k"))
     assert ap.mean == ap.std == (0.5, 0.5, 0.5)
     assert ns.mean == (0.485, 0.456, 0.406)
 
@@ -107,8 +113,8 @@ def test_tuned_modules_in_a_plan_are_the_models() -> None:
         assert recipe.facts is not None
         for policy in ("classifier", "classifier+bn", "classifier+bn+conv_head", "last_block"):
             with torch.device("meta"):
-                model = models.build(recipe.values["model"]["timm_name"], 5)
-            assert recipe.facts.tuned(policy) == ", ".join(tuning.select(model, policy).modules)
+                model = build_model(recipe.values["model"]["timm_name"], 5)
+            assert recipe.facts.tuned(policy) == ", ".join(policies.select(model, policy).modules)
     assert recipe.facts.tuned("classifier+bn_stats") == "classifier and statistics of bn2"
 
 
@@ -131,17 +137,17 @@ def test_every_recipe_builds_at_its_resolution_and_runs_two_steps(
     recipe: recipes.Recipe, four: Path, tmp_path: Path
 ) -> None:
     """On the meta device at the published size; then two real steps and both evaluations at 64 px."""
-    config = cfg.parse(cfg.Config, recipe.values)
+    config = reading.parse(Config, recipe.values)
     with torch.device("meta"):
-        parts = tuning.split(models.build(config.model.timm_name, 1000), config.tune.policy)
+        parts = parts_of(build_model(config.model.timm_name, 1000), config.tune.policy)
         features = parts.trunk(torch.zeros(1, 3, config.data.res, config.data.res))
         assert parts.head(*features).shape == (1, 1000)
         assert features[0].shape[-1] == -(-config.data.res // 32)
     keys = [f"data.root={four}", "data.res=64", "data.workers=0", "model.weights=none", "tune.global_batch=2"]
-    config = cfg.parse(cfg.Config, cfg.merge(recipe.values, cfg.overrides([*keys, "run.log_every=1"])))
+    config = reading.parse(Config, reading.merge(recipe.values, reading.overrides([*keys, "run.log_every=1"])))
     rundir.prepare(tmp_path / "run", config, ["test"])
-    assert train.run(tmp_path / "run", StopFlag()) == 0
-    lines = rundir.read_lines(tmp_path / "run" / "metrics.jsonl")
+    assert worker.run(tmp_path / "run", StopFlag()) == 0
+    lines = read_lines(tmp_path / "run" / "metrics.jsonl")
     assert [line["step"] for line in lines if "grad_norm" in line] == [1, 2]
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert math.isfinite(results["before"]["loss"])

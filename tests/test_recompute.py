@@ -7,15 +7,18 @@ import torch
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from fixres_dist import batchnorm, models, tuning
-from fixres_dist import config as cfg
-from fixres_dist.errors import UserError
+from fixres_dist.base.errors import UserError
+from fixres_dist.config import reading
+from fixres_dist.config.schema import Config
+from fixres_dist.models import batchnorm
+from fixres_dist.models.build import build_model
+from fixres_dist.models.split import checkpoint_activations, parts_of, set_modes
 
 
 def step(recompute: bool, images: torch.Tensor) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], int]:
     """(gradients, tensors after the backward pass, bytes kept for it) of the whole network in training mode."""
-    parts = tuning.split(models.build("test_efficientnet", 3), "all", recompute)
-    tuning.set_modes(parts, "ema")
+    parts = parts_of(build_model("test_efficientnet", 3), "all", recompute)
+    set_modes(parts, "ema")
     kept: dict[int, int] = {}
 
     def note(tensor: torch.Tensor) -> torch.Tensor:
@@ -42,17 +45,17 @@ def test_the_same_step_with_less_memory() -> None:
 
 
 def test_a_later_stage_computes_once() -> None:
-    model = models.build("test_efficientnet", 3)
-    assert tuning.split(model, "all", True).recomputes
-    fixed = tuning.split(model, "classifier+bn", True)
+    model = build_model("test_efficientnet", 3)
+    assert parts_of(model, "all", True).recomputes
+    fixed = parts_of(model, "classifier+bn", True)
     assert not fixed.recomputes
     assert not model.grad_checkpointing, "a trunk without gradients keeps nothing anyway"
 
 
 def test_what_cannot_is_refused() -> None:
     with pytest.raises(UserError, match=r"frozen blocks.*tune.policy=all"):
-        cfg.parse(cfg.Config, cfg.overrides(["run.activation_checkpointing=true"]))
-    cfg.parse(cfg.Config, cfg.overrides(["run.activation_checkpointing=true", "pretrain.epochs=1"]))
+        reading.parse(Config, reading.overrides(["run.activation_checkpointing=true"]))
+    reading.parse(Config, reading.overrides(["run.activation_checkpointing=true", "pretrain.epochs=1"]))
     with pytest.raises(UserError, match="timm cannot do it for Linear"):
-        tuning.checkpoint_activations(nn.Linear(2, 2), True)
-    tuning.checkpoint_activations(nn.Linear(2, 2), False)
+        checkpoint_activations(nn.Linear(2, 2), True)
+    checkpoint_activations(nn.Linear(2, 2), False)

@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from fixres_dist import __main__ as cli
-from fixres_dist import comparison, recipes
-from fixres_dist import config as cfg
-from fixres_dist.rundir import RunDir
+from fixres_dist.cli.main import main
+from fixres_dist.config import reading, recipes
+from fixres_dist.config.schema import Config
+from fixres_dist.publishing import report
+from fixres_dist.runs.rundir import RunDir
 
 RESULTS: dict[str, Any] = {
     "n": 50000,
@@ -29,10 +30,10 @@ RESULTS: dict[str, Any] = {
 def made(root: Path, model: str, res: int, weights: str = "", finished: bool = True, **values: Any) -> RunDir:
     """A run directory as a run of `model` leaves it, with RESULTS' numbers."""
     recipe = recipes.find(model, weights)
-    config = cfg.parse(cfg.Config, cfg.merge(recipe.values, {"data": {"root": "/data/imagenet", "res": res}}))
+    config = reading.parse(Config, reading.merge(recipe.values, {"data": {"root": "/data/imagenet", "res": res}}))
     root.mkdir(parents=True)
     run = RunDir(root)
-    (root / "config.yaml").write_text(cfg.dump(config))
+    (root / "config.yaml").write_text(reading.dump(config))
     run.update_state(
         state="done" if finished else "failed", step=7, total_steps=20, reason=None if finished else "disk full"
     )
@@ -58,7 +59,7 @@ def test_a_run_stands_beside_its_published_numbers(tmp_path: Path, capsys: pytes
     )
     (run.root / "evaluations" / "val-320.json").write_text(json.dumps({**RESULTS, "set": "val", "res": 320}))
     out = tmp_path / "report"
-    assert cli.main(["report", str(run.root), "--out", str(out)]) == 0
+    assert main(["report", str(run.root), "--out", str(out)]) == 0
     text = (out / "report.md").read_text()
     row = next(line for line in text.splitlines() if line.startswith("| b0-320"))
     assert [cell.strip() for cell in row.split("|")[1:-1]] == [
@@ -73,7 +74,7 @@ def test_a_run_stands_beside_its_published_numbers(tmp_path: Path, capsys: pytes
     assert "alpha.png" not in text
     assert Image.open(out / "report.png").size == (1560, 600)
     capsys.readouterr()
-    assert cli.main(["report", str(run.root), "--json"]) == 0
+    assert main(["report", str(run.root), "--json"]) == 0
     (found,) = json.loads(capsys.readouterr().out)["runs"]
     assert (found["parameters_m"], found["delta_ci95"], found["evaluations"][0]["delta_top1"]) == (
         5.289,
@@ -84,28 +85,28 @@ def test_a_run_stands_beside_its_published_numbers(tmp_path: Path, capsys: pytes
 
 def test_a_run_that_has_not_finished_is_listed_with_its_state(tmp_path: Path) -> None:
     runs = [made(tmp_path / "a", "b0", 320), made(tmp_path / "b", "b4", 512, "ap", finished=False)]
-    assert cli.main(["report", *(str(run.root) for run in runs), "--out", str(tmp_path)]) == 0
+    assert main(["report", *(str(run.root) for run in runs), "--out", str(tmp_path)]) == 0
     assert "| b | failed | 7 of 20 | disk full |" in (tmp_path / "report.md").read_text()
 
 
 def test_other_models_and_other_weights_are_counted(tmp_path: Path) -> None:
     """resnet50 as everybody counts it: 25.6 M parameters; 4.1 G multiply-adds at 224."""
-    row = comparison.row(made(tmp_path / "r", "resnet50", 224))
+    row = report.row(made(tmp_path / "r", "resnet50", 224))
     assert (row["parameters_m"], row["multiply_adds_g"], row["published"]) == (25.557, 4.089, None)
-    scaled = comparison.row(made(tmp_path / "b4", "b4", 256, "ap"))
+    scaled = report.row(made(tmp_path / "b4", "b4", 256, "ap"))
     assert scaled["multiply_adds_g"] == pytest.approx(recipes.find("b4", "ap").facts.multiply_adds_g / 4, abs=1e-3)  # type: ignore[union-attr]
 
 
 def test_counting_agrees_with_the_recipes_facts(tmp_path: Path) -> None:
     """The same model by its timm name has no recipe's facts and is counted."""
     name = "tf_efficientnet_b0.ns_jft_in1k"
-    rows = [comparison.row(made(tmp_path / model, model, 320)) for model in ("b0", name)]
+    rows = [report.row(made(tmp_path / model, model, 320)) for model in ("b0", name)]
     keys = ("parameters_m", "multiply_adds_g", "train_res")
     assert [rows[0][key] for key in keys] == [rows[1][key] for key in keys] == [5.289, 0.785, 224]
 
 
 def test_the_published_curves_are_the_tables() -> None:
-    curves = comparison.published_curves()
+    curves = report.published_curves()
     assert {name: len(points) for name, points in curves.items()} == {
         "Noisy Student": 9,
         "Noisy Student, fixed": 9,
@@ -122,11 +123,11 @@ def test_a_report_among_the_runs_is_left_out_of_the_next_one(
     """`report runs/*`, twice."""
     run = made(tmp_path / "b0-320", "b0", 320)
     (tmp_path / "a report").mkdir()
-    assert cli.main(["report", str(tmp_path / "a report"), str(run.root)]) == 0
+    assert main(["report", str(tmp_path / "a report"), str(run.root)]) == 0
     assert capsys.readouterr().err == f"left out, no run directories: {tmp_path / 'a report'}\n"
     assert "| b0-320 | tf_efficientnet_b0" in (tmp_path / "report" / "report.md").read_text()
 
 
 def test_what_is_no_run_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["report", str(tmp_path)]) == 2
+    assert main(["report", str(tmp_path)]) == 2
     assert "is no run directory" in capsys.readouterr().err

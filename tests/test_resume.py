@@ -10,8 +10,8 @@ import torch
 from conftest import killed_when, run, tiny
 from safetensors.torch import load_file
 
-from fixres_dist import models
-from fixres_dist.rundir import read_lines
+from fixres_dist.base.json_lines import read_lines
+from fixres_dist.models.build import build_model
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -106,7 +106,7 @@ def test_any_world_size_gives_the_same_head(tmp_path: Path, photos: Path) -> Non
     for name, value in heads[0].items():
         for other in heads[1:]:
             torch.testing.assert_close(other[name], value, rtol=0, atol=1e-5)
-    start = models.build("test_efficientnet", 3, seed=0).state_dict()
+    start = build_model("test_efficientnet", 3, seed=0).state_dict()
     for name in ("classifier.weight", "bn2.weight", "bn2.running_var"):
         assert float((heads[0][name] - start[name]).abs().max()) > 1e-4, (
             f"{name} has not moved, so equality says nothing"

@@ -4,12 +4,13 @@ import math
 
 import pytest
 
-from fixres_dist import config as cfg
-from fixres_dist.schedule import batch_per_device, stages
+from fixres_dist.config import reading
+from fixres_dist.config.schema import Config
+from fixres_dist.training.stages import batch_per_device, stages
 
 
-def configured(*items: str) -> cfg.Config:
-    return cfg.parse(cfg.Config, cfg.overrides(list(items)))
+def configured(*items: str) -> Config:
+    return reading.parse(Config, reading.overrides(list(items)))
 
 
 def test_step_schedule_is_the_originals() -> None:

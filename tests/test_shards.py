@@ -13,8 +13,10 @@ import pictures as p
 import pytest
 import torch
 
-from fixres_dist.data import geometry, index, order, plan, shards, sources
-from fixres_dist.errors import UserError
+from fixres_dist.base.errors import UserError
+from fixres_dist.data import geometry, order, shards, sources
+from fixres_dist.data.index import Index
+from fixres_dist.data.requests import Pictures, every_sample, make_request, train_steps
 
 
 @pytest.fixture(scope="module")
@@ -48,8 +50,8 @@ def test_the_same_samples_from_folder_and_shards(data: Path, sharded: Path) -> N
     )
     assert (a.fingerprint, a.contents) == (b.fingerprint, b.contents)
     assert all(np.array_equal(a.read(i), b.read(i)) for i in range(101))
-    pictures = plan.Pictures("test_aug", 32, geometry.resize_of("fixres", 32, 1.0, "bilinear"), 0)
-    request = plan.request(a, pictures, np.arange(101), 4)
+    pictures = Pictures("test_aug", 32, geometry.resize_of("fixres", 32, 1.0, "bilinear"), 0)
+    request = make_request(a, pictures, np.arange(101), 4)
     for backend in (p.torch_batches, p.dali_batches):
         assert torch.equal(backend(a, [request], pictures)[0].images, backend(b, [request], pictures)[0].images)
 
@@ -108,9 +110,9 @@ def test_a_shard_torn_during_the_run_costs_its_lost_samples_only(sharded: Path) 
         if number == 1 and offset + size > shard.stat().st_size
     ]
     assert lost
-    pictures = plan.Pictures("test", 32, geometry.resize_of("fixres", 32, 1.0, "bilinear"), 0)
+    pictures = Pictures("test", 32, geometry.resize_of("fixres", 32, 1.0, "bilinear"), 0)
     for backend in (p.torch_batches, p.dali_batches):
-        (batch,) = backend(samples, [plan.request(samples, pictures, np.arange(101), 0)], pictures)
+        (batch,) = backend(samples, [make_request(samples, pictures, np.arange(101), 0)], pictures)
         assert [bad.sample for bad in batch.skipped] == lost
         assert "the shard ends" in batch.skipped[0].reason
 
@@ -224,14 +226,12 @@ def test_what_a_killed_start_left_is_removed(data: Path, tmp_path: Path) -> None
     ]
 
 
-def steps_seen(
-    backend: object, samples: index.Index, first: int, world: int, transform: str
-) -> list[tuple[object, ...]]:
+def steps_seen(backend: object, samples: Index, first: int, world: int, transform: str) -> list[tuple[object, ...]]:
     """(step, sample, view) of every rank from step `first` on, with the pictures' sums: what training would be fed."""
-    pictures = plan.Pictures(transform, 32, geometry.resize_of("fixres", 32, 1.0, "bilinear"), 9)
+    pictures = Pictures(transform, 32, geometry.resize_of("fixres", 32, 1.0, "bilinear"), 9)
     seen: list[tuple[object, ...]] = []
     for rank in range(world):
-        steps = list(plan.train_steps(samples, pictures, 20, 6, first, 9, rank, world))
+        steps = list(train_steps(samples, pictures, 20, 6, first, 9, rank, world))
         requests = [request for step in steps for request in step]
         batches = iter(backend(samples, requests, pictures))  # type: ignore[operator]
         for number, step in enumerate(steps):
@@ -263,10 +263,10 @@ def test_any_resume_world_size_and_source_sees_the_same(data: Path, sharded: Pat
 @pytest.mark.parametrize("backend", [p.torch_batches, p.dali_batches], ids=["torch", "dali"])
 def test_evaluation_sees_101_files_on_3_ranks_once_each(data: Path, backend: object) -> None:
     samples = sources.load(data, "val")
-    pictures = plan.Pictures("test", 32, geometry.resize_of("fixres", 32, 1.0, "bilinear"), 0)
+    pictures = Pictures("test", 32, geometry.resize_of("fixres", 32, 1.0, "bilinear"), 0)
     seen: list[int] = []
     for rank in range(3):
-        requests = list(plan.every_sample(samples, pictures, 8, rank, 3))
+        requests = list(every_sample(samples, pictures, 8, rank, 3))
         seen += [s for batch in backend(samples, requests, pictures) for s in batch.samples.tolist()]  # type: ignore[operator]
     assert seen == list(range(101))
 

@@ -11,8 +11,9 @@ import pytest
 from conftest import run, tiny
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from fixres_dist import rundir
-from fixres_dist.evaluate import Predictions
+from fixres_dist.base.json_lines import read_lines
+from fixres_dist.runs import rundir
+from fixres_dist.training.predictions import Predictions
 
 
 @pytest.fixture(scope="module")
@@ -34,11 +35,11 @@ def test_skipped_files_count_nowhere_at_any_world_size(damaged: Path, tmp_path: 
         here = rundir.RunDir(tmp_path / f"on{ranks}")
         results = json.loads(here.results.read_text())
         assert (results["skipped"], results["n"], results["after"].keys()) == (3, 32, {"top1", "top5", "loss"})
-        lines = [line for file in (here.root / "skipped").iterdir() for line in rundir.read_lines(file)]
+        lines = [line for file in (here.root / "skipped").iterdir() for line in read_lines(file)]
         assert {line["name"] for line in lines} == {"train/ash/003.jpg", "train/birch/007.jpg", "val/cedar/002.jpg"}
-        steps = [line for line in rundir.read_lines(here.metrics) if "learning_rate" in line]
+        steps = [line for line in read_lines(here.metrics) if "learning_rate" in line]
         assert sum(line["skipped"] for line in steps) == 2
-        seen = [line["samples"] for file in (here.root / "samples").iterdir() for line in rundir.read_lines(file)]
+        seen = [line["samples"] for file in (here.root / "samples").iterdir() for line in read_lines(file)]
         assert sorted(sample for part in seen for sample in part) == [s for s in range(84) if s not in (3, 28 + 7)]
         events = EventAccumulator(str(here.root / "tb"))
         events.Reload()

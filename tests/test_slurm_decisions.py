@@ -11,9 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from fixres_dist import cluster, lifecycle, slurm, watch
-from fixres_dist import config as cfg
-from fixres_dist.rundir import RunDir, write
+from fixres_dist.base.files import write_text
+from fixres_dist.cluster import jobs, requeue, slurm, status
+from fixres_dist.config import reading
+from fixres_dist.config.schema import Config
+from fixres_dist.runs.rundir import RunDir
 
 RUNNING = {"JobState": "RUNNING", "Restarts": "0", "PreemptTime": "None", "EndTime": "Unknown", "Reason": "None"}
 
@@ -62,7 +64,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunDir:
     monkeypatch.setenv("SLURM_JOB_ID", "5")
     run = RunDir(tmp_path / "runs" / "r")
     run.root.mkdir(parents=True)
-    write(run.root / "config.yaml", cfg.dump(cfg.parse(cfg.Config, {"cluster": {"max_restarts": "2"}})))
+    write_text(run.root / "config.yaml", reading.dump(reading.parse(Config, {"cluster": {"max_restarts": "2"}})))
     run.update_state(job_id="5", state="running")
     return run
 
@@ -84,13 +86,13 @@ def test_a_failure_is_retried_only_with_progress_and_within_the_limit(
     programs(tmp_path / "bin", monkeypatch, scontrol=shows("RUNNING"))
     for step, failures in ((0, 1), (40, 2)):
         saved(run, step)
-        lifecycle.ended(run, 1)
+        requeue.ended(run, 1)
         assert run.state()["state"] == "requeued"
         assert run.state()["restarts"]["failure"] == failures
-        lifecycle.begin(run, 2, ["n1"])
+        requeue.begin(run, 2, ["n1"])
     saved(run, 80)
-    lifecycle.broke(run, "ValueError: bad luck", "")
-    lifecycle.ended(run, 1)
+    requeue.broke(run, "ValueError: bad luck", "")
+    requeue.ended(run, 1)
     assert (tmp_path / "bin" / "scontrol.requeued").read_text().split() == ["5", "5"]
     told = run.failed.read_text()
     assert (
@@ -110,9 +112,9 @@ def test_the_task_that_was_killed_is_named_before_those_that_broke_because_of_it
         "slurmstepd: error: *** JOB 5 ON n1 CANCELLED AT 2026-01-02T03:04:05 DUE TO JOB REQUEUE ***\n"
         f"{broken}srun: error: n1: task 1: Killed\nsrun: error: n1: task 0: Terminated\n"
     )
-    assert lifecycle.culprit(run, "5") == "n1: task 1: Killed (by hand, or out of memory)"
+    assert requeue.culprit(run, "5") == "n1: task 1: Killed (by hand, or out of memory)"
     log.write_text(f"{broken}srun: error: n1: task 0: Exited with exit code 2\n")
-    assert lifecycle.culprit(run, "5") == "n2: tasks 2-3: Exited with exit code 1"
+    assert requeue.culprit(run, "5") == "n2: tasks 2-3: Exited with exit code 1"
 
 
 @pytest.mark.parametrize(("preempted", "counted"), [("None", "failure"), ("2026-01-02T03:04:05", "preempted")])
@@ -122,8 +124,8 @@ def test_a_rank_that_breaks_in_a_job_that_slurm_requeued(
     """A node is lost: Slurm may notice before the ranks do. Without a preemption that is a failure."""
     shown = f"JobId=5 JobState=COMPLETING Reason=None Restarts=1 PreemptTime={preempted}"
     programs(tmp_path / "bin", monkeypatch, scontrol=f'[ $1 = requeue ] && echo $2 >> "$0.requeued" || echo "{shown}"')
-    lifecycle.broke(run, "RuntimeError: connection closed by peer", "")
-    lifecycle.ended(run, 1)
+    requeue.broke(run, "RuntimeError: connection closed by peer", "")
+    requeue.ended(run, 1)
     assert run.state()["state"] == "requeued"
     assert {reason: n for reason, n in run.state()["restarts"].items() if n} == {counted: 1}
     assert not (tmp_path / "bin" / "scontrol.requeued").exists(), "Slurm has done it"
@@ -132,9 +134,9 @@ def test_a_rank_that_breaks_in_a_job_that_slurm_requeued(
 def test_no_progress_is_no_retry(run: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     programs(tmp_path / "bin", monkeypatch, scontrol=shows("RUNNING"))
     saved(run, 40)
-    lifecycle.ended(run, 1)
-    lifecycle.begin(run, 2, ["n1"])
-    lifecycle.ended(run, 1)
+    requeue.ended(run, 1)
+    requeue.begin(run, 2, ["n1"])
+    requeue.ended(run, 1)
     assert "no progress since the failure before, so no retry" in run.failed.read_text()
     assert run.state()["restarts"]["failure"] == 1
 
@@ -144,7 +146,7 @@ def test_a_failing_rank_of_a_cancelled_job_does_not_bring_it_back(
 ) -> None:
     programs(tmp_path / "bin", monkeypatch, scontrol=shows("COMPLETING"))
     saved(run, 40)
-    lifecycle.ended(run, 143)
+    requeue.ended(run, 143)
     assert run.state()["state"] == "cancelled"
     assert not (tmp_path / "bin" / "scontrol.requeued").exists()
 
@@ -153,10 +155,10 @@ def test_in_a_container_the_batch_script_asks_and_requeues(
     run: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     programs(tmp_path / "bin", monkeypatch)  # the ranks have no scontrol
-    assert "the batch script asks Slurm why" in lifecycle.stopped(run, signal.SIGUSR2, 40, 30)
+    assert "the batch script asks Slurm why" in requeue.stopped(run, signal.SIGUSR2, 40, 30)
     assert run.state()["state"] == "stopping"
     programs(tmp_path / "bin", monkeypatch, scontrol=shows("RUNNING"))
-    lifecycle.ended(run, 0)
+    requeue.ended(run, 0)
     assert run.state()["state"] == "requeued"
     assert run.state()["restarts"] == {"preempted": 1, "timeout": 0, "failure": 0}
     assert (tmp_path / "bin" / "scontrol.requeued").read_text() == "5\n"
@@ -167,7 +169,7 @@ def test_a_refused_requeue_is_a_failure_with_the_next_command(
 ) -> None:
     refuses = shows("RUNNING").replace('echo $2 >> "$0.requeued"', "{ echo disabled for job 5 >&2; exit 1; }")
     programs(tmp_path / "bin", monkeypatch, scontrol=refuses)
-    lifecycle.stopped(run, signal.SIGTERM, 40, 30)
+    requeue.stopped(run, signal.SIGTERM, 40, 30)
     assert run.state()["state"] == "failed"
     assert "Slurm refused to requeue job 5: disabled for job 5" in run.failed.read_text()
     assert "python launch/resume.py r" in run.failed.read_text()
@@ -177,7 +179,7 @@ def test_a_twin_does_not_judge_the_run(run: RunDir, tmp_path: Path, monkeypatch:
     programs(tmp_path / "bin", monkeypatch, scontrol=shows("RUNNING"))
     monkeypatch.setenv("SLURM_JOB_ID", "6")
     before = run.state()
-    lifecycle.ended(run, 2)
+    requeue.ended(run, 2)
     assert run.state() == before
 
 
@@ -186,17 +188,17 @@ def test_status_explains_the_requeue_hold_and_vanished_jobs(
 ) -> None:
     run.update_state(state="requeued", reason="preempted: SIGUSR2 at step 40", step=40, total_steps=80, updated=0.0)
     programs(tmp_path / "bin", monkeypatch, squeue="echo x >> $0.calls; echo '5|PENDING|BeginTime|'")
-    (row,) = watch.rows([run])
+    (row,) = status.rows([run])
     assert (row.state, row.percent) == ("requeued", 50.0)
     assert "held for about two minutes after a requeue, then it starts by itself (BeginTime)" in row.reason
-    watch.rows([run, run, run])
+    status.rows([run, run, run])
     assert (tmp_path / "bin" / "squeue.calls").read_text() == "x\nx\n", "one call for all runs"
     programs(tmp_path / "bin", monkeypatch, squeue="exit 0")
-    (row,) = watch.rows([run])
+    (row,) = status.rows([run])
     assert row.state == "failed"
     assert "job 5 has left the queue. Next: python launch/resume.py r" in row.reason
     programs(tmp_path / "bin", monkeypatch, squeue="exit 1")
-    (row,) = watch.rows([run])
+    (row,) = status.rows([run])
     assert row.state == "requeued"
     assert "squeue does not answer" in row.reason
 
@@ -213,7 +215,7 @@ def test_submission_is_not_influenced_by_the_job_it_is_made_from(monkeypatch: py
     )
     for name in (*leaking, "SLURM_CONF", "RANKING"):
         monkeypatch.setenv(name, "1")
-    with cluster.clean_environment():
+    with jobs.clean_environment():
         assert not set(leaking) & set(os.environ)
         assert {"SLURM_CONF", "RANKING", "PATH"} <= set(os.environ)
     assert set(leaking) <= set(os.environ)

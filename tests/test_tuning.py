@@ -9,8 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fixres_dist import batchnorm, models, tuning
-from fixres_dist.errors import UserError
+from fixres_dist.base.errors import UserError
+from fixres_dist.models import batchnorm
+from fixres_dist.models.build import build_model
+from fixres_dist.models.split import Parts, frozen_digest, parts_of, set_modes
 
 BN_BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
 EFFICIENTNET = {
@@ -42,11 +44,11 @@ def parameters_below(model: nn.Module, modules: list[str], prefixes: list[str]) 
     }
 
 
-def one_step(parts: tuning.Split, bn_stats: str) -> None:
+def one_step(parts: Parts, bn_stats: str) -> None:
     """One SGD step on noise, the statistics measured on it first where they are to be exact."""
     torch.manual_seed(1)
     images, labels = torch.randn(6, 3, 64, 64) * 2 + 0.5, torch.arange(6) % 5
-    tuning.set_modes(parts, bn_stats)
+    set_modes(parts, bn_stats)
     inputs = (images,)
     if parts.trunk is not None:
         with torch.no_grad():
@@ -69,11 +71,11 @@ def one_step(parts: tuning.Split, bn_stats: str) -> None:
 def test_exactly_the_tuned_tensors_train_and_change(
     name: str, policy: str, modules: list[str], prefixes: list[str], last_bn: str | None, bn_stats: str
 ) -> None:
-    model = models.build(name, 5)
+    model = build_model(name, 5)
     for p in model.parameters():  # affine weights away from 1 and 0, so that a change shows
         p.data += 0.01
     before = copy.deepcopy(model.state_dict())
-    parts = tuning.split(model, policy)
+    parts = parts_of(model, policy)
     expected = parameters_below(model, modules, prefixes)
     assert {n for n, p in model.named_parameters() if p.requires_grad} == expected
     assert set(parts.tuned.parameters) == expected
@@ -88,11 +90,11 @@ def test_exactly_the_tuned_tensors_train_and_change(
 
 @pytest.mark.parametrize("name", ["test_efficientnet", "resnet18"])
 def test_policy_all_trains_and_changes_everything(name: str) -> None:
-    model = models.build(name, 5)
+    model = build_model(name, 5)
     for p in model.parameters():  # ResNets start the last BN of a block at zero, which stops the gradient before it
         p.data += 0.01
     before = copy.deepcopy(model.state_dict())
-    parts = tuning.split(model, "all")
+    parts = parts_of(model, "all")
     assert parts.trunk is None
     one_step(parts, "ema")
     assert all(p.requires_grad for p in model.parameters())
@@ -102,10 +104,10 @@ def test_policy_all_trains_and_changes_everything(name: str) -> None:
 @pytest.mark.parametrize("policy", list(EFFICIENTNET))
 @pytest.mark.parametrize("name", ["test_efficientnet", "resnet18", "tf_efficientnet_b0"])
 def test_trunk_and_head_are_the_model(name: str, policy: str) -> None:
-    model = models.build(name, 7)
+    model = build_model(name, 7)
     images = torch.randn(2, 3, 96, 64)
     expected = model(images).detach()
-    parts = tuning.split(model, policy)
+    parts = parts_of(model, policy)
     assert parts.trunk is not None
     features = parts.trunk(images)
     assert torch.equal(parts.head(*features), expected)
@@ -116,7 +118,7 @@ def test_trunk_and_head_are_the_model(name: str, policy: str) -> None:
 
 def test_setting_requires_grad_on_a_module_is_a_silent_no_op() -> None:
     """What the original code does with conv_head; the reason why tuning sets it on parameters."""
-    model = models.build("test_efficientnet", 5)
+    model = build_model("test_efficientnet", 5)
     for p in model.parameters():
         p.requires_grad_(False)
     model.conv_head.requires_grad = True
@@ -124,14 +126,14 @@ def test_setting_requires_grad_on_a_module_is_a_silent_no_op() -> None:
 
 
 def test_modes_after_an_evaluation() -> None:
-    parts = tuning.split(models.build("test_efficientnet", 5), "classifier+bn")
+    parts = parts_of(build_model("test_efficientnet", 5), "classifier+bn")
     parts.model.train()
-    tuning.set_modes(parts, "ema")
+    set_modes(parts, "ema")
     training = [
         n for n, m in parts.model.named_modules() if m.training and isinstance(m, nn.modules.batchnorm._BatchNorm)
     ]
     assert training == ["bn2"]
-    tuning.set_modes(parts, "exact")
+    set_modes(parts, "exact")
     assert not any(m.training for m in parts.model.modules())
 
 
@@ -152,12 +154,12 @@ def test_statistics_over_ranks_equal_ordinary_batch_norm(monkeypatch: pytest.Mon
     """With one rank the sum over ranks is the identity: values, gradients and running statistics must be torch's."""
     monkeypatch.setattr(batchnorm.dist, "all_reduce", lambda x: x)
     torch.manual_seed(0)
-    models_ = [models.build("test_efficientnet", 5) for _ in range(2)]
+    models_ = [build_model("test_efficientnet", 5) for _ in range(2)]
     models_[1].load_state_dict(models_[0].state_dict())
     images, losses = torch.randn(6, 3, 64, 64), []
     for k, model in enumerate(models_):
-        parts = tuning.split(model, "all")
-        tuning.set_modes(parts, "ema")
+        parts = parts_of(model, "all")
+        set_modes(parts, "ema")
         if k:
             batchnorm.share_batch_statistics(parts)
         loss = parts.head(images).square().mean()
@@ -174,9 +176,9 @@ def test_a_step_whose_images_were_all_skipped_leaves_statistics_and_weights_alon
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(batchnorm.dist, "all_reduce", lambda x: x)
-    model = models.build("test_efficientnet", 5)
-    parts = tuning.split(model, "all")
-    tuning.set_modes(parts, "ema")
+    model = build_model("test_efficientnet", 5)
+    parts = parts_of(model, "all")
+    set_modes(parts, "ema")
     batchnorm.share_batch_statistics(parts)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     parts.head(torch.zeros(0, 3, 64, 64)).sum().backward()
@@ -196,12 +198,12 @@ def test_statistics_of_no_image_are_refused_and_of_one_value_have_no_variance() 
 
 
 def test_digest_sees_one_changed_frozen_element_and_no_tuned_one() -> None:
-    model = models.build("test_efficientnet", 5)
-    parts = tuning.split(model, "classifier+bn")
-    first = tuning.frozen_digest(parts)
+    model = build_model("test_efficientnet", 5)
+    parts = parts_of(model, "classifier+bn")
+    first = frozen_digest(parts)
     with torch.no_grad():
         model.classifier.weight += 1
-    assert tuning.frozen_digest(parts) == first
+    assert frozen_digest(parts) == first
     with torch.no_grad():
         model.conv_stem.weight[0, 0, 0, 0] += 1e-6
-    assert tuning.frozen_digest(parts) != first
+    assert frozen_digest(parts) != first

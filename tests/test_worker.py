@@ -19,10 +19,15 @@ from conftest import command, environment, killed_when, run, tiny
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from fixres_dist import checkpoint, distributed, preempt, rundir, session
-from fixres_dist import config as cfg
-from fixres_dist.data import geometry, index, plan, torch_cpu
-from fixres_dist.errors import UserError
+from fixres_dist.base.errors import UserError
+from fixres_dist.base.json_lines import keep_lines, read_lines
+from fixres_dist.base.signals import SIGNALS, StopFlag
+from fixres_dist.config import reading
+from fixres_dist.data import geometry, scan, torch_cpu
+from fixres_dist.data.requests import Pictures, make_request
+from fixres_dist.runs import checkpoint, rundir
+from fixres_dist.training.ranks import variables
+from fixres_dist.training.session import keep_compiled_code
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +43,7 @@ def test_the_run_directory_is_complete(finished: Path) -> None:
     expected += "results.json samples export DONE class_index.json predictions pretrained.safetensors"
     assert set(expected.split()) <= {p.name for p in finished.iterdir()}
     assert not list(finished.rglob(".code.*"))
-    config = cfg.load((finished / "config.yaml").read_text())
+    config = reading.load((finished / "config.yaml").read_text())
     assert config == rundir.RunDir(finished).config()
     state = json.loads((finished / "state.json").read_text())
     keys = {
@@ -58,7 +63,7 @@ def test_the_run_directory_is_complete(finished: Path) -> None:
     }
     assert set(state) == keys
     assert (state["state"], state["step"], state["total_steps"]) == ("done", 21, 21)
-    assert [line["event"] for line in rundir.read_lines(finished / "events.jsonl")][:2] == ["submitted", "started"]
+    assert [line["event"] for line in read_lines(finished / "events.jsonl")][:2] == ["submitted", "started"]
     results = json.loads((finished / "results.json").read_text())
     keys = "model timm_name weights res policy transform resize_rule n before after delta_top1 delta_ci95 images_seen seconds "
     assert set((keys + "world_size hardware versions").split()) <= set(results)
@@ -68,7 +73,7 @@ def test_the_run_directory_is_complete(finished: Path) -> None:
 
 
 def test_events_tell_what_starting_and_saving_cost(finished: Path) -> None:
-    events = rundir.read_lines(finished / "events.jsonl")
+    events = read_lines(finished / "events.jsonl")
     (first,) = [dict(line) for line in events if line["event"] == "first step"]
     assert first.pop("event")
     assert first.pop("time")
@@ -84,10 +89,10 @@ def test_events_tell_what_starting_and_saving_cost(finished: Path) -> None:
 
 def test_compiled_code_is_kept_where_a_restart_finds_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", f"{tempfile.gettempdir()}/torchinductor_someone")
-    session.keep_compiled_code(tmp_path)
+    keep_compiled_code(tmp_path)
     assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "inductor")
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/fast/disk")
-    session.keep_compiled_code(tmp_path)
+    keep_compiled_code(tmp_path)
     assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == "/fast/disk"
 
 
@@ -155,7 +160,7 @@ def test_a_stop_signal_saves_and_the_same_command_goes_on(
     arguments = tiny(tmp_path, "asked", photos, 2, "tune.epochs=4")
     folder = tmp_path / "asked"
     lines = folder / "samples" / "rank_0.jsonl"
-    assert killed_when(arguments, lambda: len(rundir.read_lines(lines)) >= 3, number, alone) == 1
+    assert killed_when(arguments, lambda: len(read_lines(lines)) >= 3, number, alone) == 1
     assert not rundir.RunDir(folder).is_locked(), "the command ends after its ranks"
     state = json.loads((folder / "state.json").read_text())
     assert state["state"] == "cancelled"
@@ -172,7 +177,7 @@ def test_a_killed_rank_of_a_local_run_is_told_before_those_that_broke_because_of
     folder, killed = tmp_path / "killed", []
 
     def kill_rank() -> bool:
-        if len(rundir.read_lines(folder / "samples" / "rank_0.jsonl")) < 3:
+        if len(read_lines(folder / "samples" / "rank_0.jsonl")) < 3:
             return False
         job = rundir.RunDir(folder).state()["job_id"].removeprefix("local-")
         marks = {f"SUBMITIT_LOCAL_JOB_ID={job}", "SUBMITIT_LOCAL_GLOBALID=1"}
@@ -272,14 +277,14 @@ def test_the_first_failure_is_the_one_that_is_told(tmp_path: Path) -> None:
 def test_lines_beyond_the_checkpoint_are_dropped_and_torn_ones_ignored(tmp_path: Path) -> None:
     file = tmp_path / "metrics.jsonl"
     file.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"st')
-    rundir.keep_lines(file, lambda line: line["step"] <= 2)
-    assert rundir.read_lines(file) == [{"step": 1}, {"step": 2}]
+    keep_lines(file, lambda line: line["step"] <= 2)
+    assert read_lines(file) == [{"step": 1}, {"step": 2}]
 
 
 def test_stop_signals_are_remembered_and_not_acted_on() -> None:
-    kept = {number: signal.getsignal(number) for number in preempt.SIGNALS}
+    kept = {number: signal.getsignal(number) for number in SIGNALS}
     try:
-        flag = preempt.StopFlag().install()
+        flag = StopFlag().install()
         os.kill(os.getpid(), signal.SIGUSR2)
         os.kill(os.getpid(), signal.SIGTERM)
         assert flag.signal == signal.SIGUSR2
@@ -315,7 +320,7 @@ def test_who_am_i_under_every_launcher() -> None:
         "LOCAL_WORLD_SIZE": "2",
         "MASTER_PORT": "7",
     }
-    assert distributed.variables(torchrun)[:4] == (3, 4, 1, 2)
+    assert variables(torchrun)[:4] == (3, 4, 1, 2)
     slurm = {
         "SLURM_PROCID": "5",
         "SLURM_NTASKS": "8",
@@ -324,25 +329,23 @@ def test_who_am_i_under_every_launcher() -> None:
         "SLURM_JOB_ID": "7",
         "SLURM_STEP_ID": "0",
     }
-    assert distributed.variables(slurm)[:4] == (5, 8, 1, 4)
-    assert distributed.variables(slurm)[4] != distributed.variables({**slurm, "SLURM_RESTART_COUNT": "1"})[4]
+    assert variables(slurm)[:4] == (5, 8, 1, 4)
+    assert variables(slurm)[4] != variables({**slurm, "SLURM_RESTART_COUNT": "1"})[4]
     local = {
         "SUBMITIT_LOCAL_JOB_ID": "9",
         "SUBMITIT_LOCAL_GLOBALID": "1",
         "SUBMITIT_LOCAL_NTASKS": "2",
         "SUBMITIT_LOCAL_LOCALID": "1",
     }
-    assert distributed.variables(local)[:4] == (1, 2, 1, 2)
-    assert distributed.variables({"SLURM_JOB_ID": "1"}) == (0, 1, 0, 1, "alone"), (
-        "a shell inside an allocation is no task"
-    )
+    assert variables(local)[:4] == (1, 2, 1, 2)
+    assert variables({"SLURM_JOB_ID": "1"}) == (0, 1, 0, 1, "alone"), "a shell inside an allocation is no task"
 
 
 def test_pictures_are_those_of_pil_and_torchvision(photos: Path, tmp_path: Path) -> None:
     """Decode, scale and crop of every training photo against PIL: the usual loader's pixels."""
-    found = index.load(photos, "train", tmp_path)
+    found = scan.load(photos, "train", tmp_path)
     resize = geometry.resize_of("fixefficientnet", 64, 0.875, "bicubic")
-    requests = [plan.request(found, plan.Pictures("test", 64, resize, 0), torch.arange(84).numpy(), 0)]
+    requests = [make_request(found, Pictures("test", 64, resize, 0), torch.arange(84).numpy(), 0)]
     (batch,) = torch_cpu.batches(found, requests, 64, "bicubic", workers=0)
     worst, total = 0, 0.0
     for i in range(84):

@@ -19,10 +19,12 @@ from typing import Any
 
 import numpy as np
 
-from fixres_dist.allocator import keep_freed_memory
+from fixres_dist.base.errors import UserError
+from fixres_dist.base.memory import keep_freed_memory
 from fixres_dist.bench import turns
-from fixres_dist.data import geometry, index, order, plan, shards
-from fixres_dist.errors import UserError
+from fixres_dist.data import geometry, order, scan, shards
+from fixres_dist.data.index import Index
+from fixres_dist.data.requests import Pictures, chunks, make_request
 
 BATCH = 32
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -53,7 +55,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as scratch:
         folder = args.data or write_photographs(Path(scratch) / "photographs", 160)
         if "shards" in args.sources:
-            shards.write_shards(index.load(folder, "val"), Path(scratch) / "shards" / "val", 1000)
+            shards.write_shards(scan.load(folder, "val"), Path(scratch) / "shards" / "val", 1000)
         roots = {"folder": folder, "shards": Path(scratch) / "shards"}
         for case in cases:
             variants = {
@@ -76,7 +78,7 @@ def measure(loader: str, case: Case, root: Path, images: int, workers: int) -> I
     torch.set_num_threads(1)
     if loader != "pil":
         keep_freed_memory()  # as a run on a CPU does
-    samples = shards.load(root, "val") if case.source == "shards" else index.load(root, "val")
+    samples = shards.load(root, "val") if case.source == "shards" else scan.load(root, "val")
     chosen = np.arange(images) % len(samples)
     while True:
         before, started = turns.cpu_seconds(), time.monotonic()
@@ -94,17 +96,17 @@ def measure(loader: str, case: Case, root: Path, images: int, workers: int) -> I
         yield turns.Turn(images, took, used, peak)
 
 
-def start(loader: str, case: Case, samples: index.Index, chosen: Any, workers: int) -> Iterator[Any]:
+def start(loader: str, case: Case, samples: Index, chosen: Any, workers: int) -> Iterator[Any]:
     """The batches [n, 3, res, res] of one loader, in this process."""
-    from fixres_dist import models
     from fixres_dist.data import torch_cpu
+    from fixres_dist.models.build import Preprocessing
 
     resize = geometry.resize_of("fixefficientnet", case.res, 1.0, "bicubic")
-    pictures = plan.Pictures(case.transform, case.res, resize, 0)
+    pictures = Pictures(case.transform, case.res, resize, 0)
     if loader == "pil":
         yield from pil_loader(case, samples, chosen, workers)
         return
-    requests = (plan.request(samples, pictures, part, 0) for part in plan.chunks(chosen, BATCH))
+    requests = (make_request(samples, pictures, part, 0) for part in chunks(chosen, BATCH))
     if loader == "dali":
         from fixres_dist.data import dali
 
@@ -112,7 +114,7 @@ def start(loader: str, case: Case, samples: index.Index, chosen: Any, workers: i
     else:
         finish = drop if loader == "torch alone" else torch_cpu.as_is
         batches = torch_cpu.batches(samples, requests, case.res, resize.interpolation, workers, finish)
-    spec = models.Preprocessing(MEAN, STD, 1.0, resize.interpolation)
+    spec = Preprocessing(MEAN, STD, 1.0, resize.interpolation)
     for batch in batches:
         yield spec.normalised(batch.images) if loader == "torch normalised" else batch.images
 
@@ -121,7 +123,7 @@ def drop(batch: Any) -> Any:
     return batch._replace(images=batch.images[:0].clone())
 
 
-def pil_loader(case: Case, samples: index.Index, chosen: Any, workers: int) -> Iterator[Any]:
+def pil_loader(case: Case, samples: Index, chosen: Any, workers: int) -> Iterator[Any]:
     """What training scripts do: DataLoader workers, PIL, torchvision's transforms, ToTensor, Normalize, collate."""
     import torch
     from PIL import Image
@@ -188,8 +190,8 @@ def at_scale(scratch: Path) -> dict[str, float]:
     sizes = np.full((IMAGENET, 2), 400, np.int32)
     ends = np.cumsum([len(name) for name in names], dtype=np.int64)
     classes = tuple(f"n{k:08d}" for k in range(1000))
-    index.keep(
-        index.Index(scratch, classes, b"".join(names), ends, labels, sizes, np.arange(IMAGENET, dtype=np.uint32)),
+    scan.keep(
+        Index(scratch, classes, b"".join(names), ends, labels, sizes, np.arange(IMAGENET, dtype=np.uint32)),
         {"directories": [], "scanned_ns": 0},
         kept,
     )
@@ -209,7 +211,7 @@ def at_scale(scratch: Path) -> dict[str, float]:
 def load_index(kept: Path) -> Iterator[tuple[float, float, float]]:
     """(CPU seconds, peak MiB of the process, MiB more than before) of loading an index and its fingerprint."""
     before, started = turns.memory_mib(peak=True), time.process_time()
-    cached = index.read_cached(kept)
+    cached = scan.read_cached(kept)
     if cached is None:
         raise UserError(f"cannot read {kept}")
     _ = cached[0].fingerprint

@@ -21,14 +21,19 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import nn
 
-from fixres_dist import config as cfg
-from fixres_dist import distributed, models, precision, stepping, tuning
 from fixres_dist.bench import data, turns
 from fixres_dist.bench.turns import Turn, Variant
+from fixres_dist.config import reading
+from fixres_dist.config.schema import Config
 from fixres_dist.data.torch_cpu import Batch
-from fixres_dist.meter import Meter
-from fixres_dist.schedule import Stage, stages
-from fixres_dist.session import Session, open_session
+from fixres_dist.models import policies, precision
+from fixres_dist.models.build import build_model, pretrained_cfg
+from fixres_dist.models.split import Parts, parts_of, set_modes
+from fixres_dist.training.ranks import join
+from fixres_dist.training.session import Session, open_session
+from fixres_dist.training.stages import Stage, stages
+from fixres_dist.training.step import backward, distribute
+from fixres_dist.training.throughput import Meter
 
 CLASSES = 1000
 
@@ -52,7 +57,7 @@ class Setting:
     def name(self) -> str:
         return f"{self.precision} {self.memory_format}" + " compiled" * bool(self.compile)
 
-    def config(self) -> cfg.Config:
+    def config(self) -> Config:
         run = {"precision": self.precision, "memory_format": self.memory_format, "batch_per_device": self.batch}
         values = {
             "model": {"name": self.model, "timm_name": self.model, "weights": str(self.weights)},
@@ -60,7 +65,7 @@ class Setting:
             "tune": {"global_batch": self.batch, "epochs": 10**6},  # the loop never ends by itself
             "run": run if self.compile is None else {**run, "compile": self.compile},
         }
-        return cfg.parse(cfg.Config, values)
+        return reading.parse(Config, values)
 
 
 class Work(NamedTuple):
@@ -149,7 +154,7 @@ def of_auto(versus: dict[str, dict[str, float]]) -> dict[str, float]:
 
 def prepare(model: str, res: int, batch: int, seconds: float, scratch: Path, folder: Path | None = None) -> Setting:
     """A data set of 1,000 classes and weights whose activations are of order one, as trained ones are."""
-    models.pretrained_cfg(model)  # refuses an unknown weights tag
+    pretrained_cfg(model)  # refuses an unknown weights tag
     if folder is None:
         folder = linked(scratch / "photographs", scratch / "linked", CLASSES, CLASSES)
     setting = Setting(model, res, batch, folder, scratch / "weights.safetensors", seconds)
@@ -172,7 +177,7 @@ def linked(photographs: Path, root: Path, classes: int, images: int) -> Path:
 
 def write_weights(name: str, classes: int, file: Path) -> Iterator[None]:
     """New weights with BatchNorm statistics that were measured: with drawn ones activations vanish or overflow."""
-    model = models.build(name, classes)
+    model = build_model(name, classes)
     for module in model.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             module.momentum = None  # the plain average
@@ -189,13 +194,13 @@ def variant(build: Build, setting: Setting) -> Iterator[Turn]:
 
 
 def opened(setting: Setting) -> Session:
-    return open_session(setting.config(), distributed.start(setting.folder, setting.keep_memory), splits=("train",))
+    return open_session(setting.config(), join(setting.folder, setting.keep_memory), splits=("train",))
 
 
 def resolved(setting: Setting) -> Iterator[Setting]:
     """`setting` with what the product makes of `auto` on this machine."""
     live = opened(setting)
-    fast = live.with_fast_trunk(tuning.split(live.model, live.config.tune.policy)).trunk
+    fast = live.with_fast_trunk(parts_of(live.model, live.config.tune.policy)).trunk
     layout = getattr(fast, "memory_format", live.memory_format)
     name = "channels_last" if layout is torch.channels_last else "contiguous"
     compiled = bool(getattr(fast, "compiled", live.config.run.compile))
@@ -211,14 +216,14 @@ def pictures(live: Session, setting: Setting) -> tuple[torch.Tensor, torch.Tenso
 
 
 def unfolded(live: Session, setting: Setting) -> Work:
-    return forward(live, setting, tuning.split(live.model, live.config.tune.policy))
+    return forward(live, setting, parts_of(live.model, live.config.tune.policy))
 
 
 def trunk(live: Session, setting: Setting) -> Work:
-    return forward(live, setting, live.with_fast_trunk(tuning.split(live.model, live.config.tune.policy)))
+    return forward(live, setting, live.with_fast_trunk(parts_of(live.model, live.config.tune.policy)))
 
 
-def forward(live: Session, setting: Setting, parts: tuning.Split) -> Work:
+def forward(live: Session, setting: Setting, parts: Parts) -> Work:
     images, _ = pictures(live, setting)
     return Work(lambda: len(live.inputs(parts, images)[0]))
 
@@ -232,18 +237,18 @@ def step(live: Session, setting: Setting) -> Work:
 def stepper(live: Session) -> Callable[[int, Iterator[Any]], int]:
     """The product's optimizer step, of (step, micro-batches); returns its images."""
     stage = fixing(live)
-    parts = live.with_fast_trunk(tuning.split(live.model, stage.tune.policy))
-    tuning.set_modes(parts, stage.tune.bn_stats)
+    parts = live.with_fast_trunk(parts_of(live.model, stage.tune.policy))
+    set_modes(parts, stage.tune.bn_stats)
     tuned = [p for p in live.model.parameters() if p.requires_grad]
     optimizer = precision.sgd("torch", tuned, stage.tune.momentum, stage.tune.weight_decay)
     for group in optimizer.param_groups:
         group["lr"] = stage.learning_rate(0)
     scale = precision.LossScale(live.arithmetic, optimizer, parts.head if parts.trains_blocks else None)
-    head, meter = stepping.distribute(live, stage, parts), Meter()
+    head, meter = distribute(live, stage, parts), Meter()
 
     def one(step: int, batches: Iterator[Any]) -> int:
         optimizer.zero_grad()
-        samples = stepping.backward(live, stage, parts, head, scale, step, batches, meter)
+        samples = backward(live, stage, parts, head, scale, step, batches, meter)
         scale.step()
         return len(samples)
 
@@ -256,7 +261,7 @@ def fixing(live: Session) -> Stage:
 
 def original(live: Session, setting: Setting) -> Work:
     """The published code's step: only the classifier trains, the last BN uses its batch, autograd sees the network."""
-    tuned = tuning.select(live.model, "classifier+bn_stats")
+    tuned = policies.select(live.model, "classifier+bn_stats")
     for name, parameter in live.model.named_parameters():
         parameter.requires_grad_(name in tuned.parameters)
     live.model.eval()

@@ -23,15 +23,17 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from fixres_dist import config as cfg
+from fixres_dist.base.errors import UserError
 from fixres_dist.bench import model, turns
 from fixres_dist.bench.model import Setting, Work
 from fixres_dist.bench.turns import Variant
-from fixres_dist.data import plan, torch_cpu
-from fixres_dist.errors import UserError
-from fixres_dist.meter import Meter
-from fixres_dist.rundir import RunDir
-from fixres_dist.session import Session
+from fixres_dist.config import reading
+from fixres_dist.config.schema import Config
+from fixres_dist.data import torch_cpu
+from fixres_dist.data.requests import Pictures, train_steps
+from fixres_dist.runs.rundir import RunDir
+from fixres_dist.training.session import Session
+from fixres_dist.training.throughput import Meter
 
 CLASSES = 16  # of the runs with and without cache: their evaluations see one image of each
 
@@ -89,8 +91,8 @@ def end_to_end(live: Session, setting: Setting) -> Work:
 def loaded(live: Session, meter: Meter) -> Iterator[Any]:
     """The batches of a run's optimizer steps, one after the other."""
     stage = model.fixing(live)
-    pictures, size = plan.Pictures(stage.transform, stage.res, live.resize(stage.res), 0), stage.tune.global_batch
-    requests = plan.train_steps(live.train, pictures, size, size, 0, stage.stop, 0, 1)
+    pictures, size = Pictures(stage.transform, stage.res, live.resize(stage.res), 0), stage.tune.global_batch
+    requests = train_steps(live.train, pictures, size, size, 0, stage.stop, 0, 1)
     return meter.waiting(live.batches(live.train, itertools.chain.from_iterable(requests), stage.res))
 
 
@@ -151,9 +153,9 @@ def train_run(
             "log_every": -(-steps // 4),  # lines to take the speed from
         },
     }
-    config = cfg.parse(cfg.Config, cfg.merge(cfg.plain(setting.config()), changes))
+    config = reading.parse(Config, reading.merge(reading.plain(setting.config()), changes))
     here.root.mkdir(parents=True)
-    (here.root / "config.yaml").write_text(cfg.dump(config))
+    (here.root / "config.yaml").write_text(reading.dump(config))
     command = [sys.executable, "-m", "fixres_dist", "train", "--run", str(here.root)]
     print(f"{args.epochs} epochs of {args.images} images, {engine}", file=sys.stderr)
     with open(here.root / "log.txt", "w") as log:

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
-from fixres_dist.rundir import processor, versions
+from fixres_dist.base.environment import processor, versions
 
 PRELOADED = ("fixres_dist.bench.model", "fixres_dist.bench.pipeline")  # imported once, by the server that forks
 

@@ -25,7 +25,7 @@ from nvidia.dali.plugin.pytorch import feed_ndarray
 from fixres_dist.data import headers
 from fixres_dist.data.geometry import Resize, View, vertical_first
 from fixres_dist.data.index import Index
-from fixres_dist.data.plan import Request
+from fixres_dist.data.requests import Request
 from fixres_dist.data.torch_cpu import Bad, Batch, Undecodable, load, rows
 
 READ_AHEAD = 2  # requests being read beyond those in the pipeline

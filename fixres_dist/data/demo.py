@@ -22,8 +22,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFilter
 
-from fixres_dist.errors import UserError
-from fixres_dist.files import whole
+from fixres_dist.base.errors import UserError
+from fixres_dist.base.files import whole
 
 Array = NDArray[np.floating[Any]]
 Colour = tuple[int, int, int]

@@ -16,14 +16,14 @@ from typing import Any
 
 import numpy as np
 
-from fixres_dist.data import index as indexes
+from fixres_dist.base.errors import UserError
+from fixres_dist.base.files import sync, whole, write_text
 from fixres_dist.data import order
+from fixres_dist.data import scan as folders
 from fixres_dist.data.headers import Seen, look_at
-from fixres_dist.data.index import Index, Progress
+from fixres_dist.data.index import Index
 from fixres_dist.data.listing import EXTENSIONS, class_names, walk
-from fixres_dist.errors import UserError
-from fixres_dist.files import sync, whole
-from fixres_dist.rundir import write
+from fixres_dist.data.scan import Progress
 
 CLASSES, INDEX = "classes.json", "index.npz"
 MOST_CLASSES = 1 << 24
@@ -60,8 +60,8 @@ def write_shards(index: Index, out: Path, samples_per_shard: int, progress: Prog
         raise UserError(f"{out} is not empty and was not written by this command. Next: give another --out.")
     for left in out.glob(".*.tar.*"):  # of a start that was killed
         left.unlink(missing_ok=True)
-    write(mark, plan)
-    write(out / CLASSES, json.dumps(index.classes))
+    write_text(mark, plan)
+    write_text(out / CLASSES, json.dumps(index.classes))
     n, made = len(index), 0
     for number, start in enumerate(range(0, n, samples_per_shard)):
         stop = min(n, start + samples_per_shard)
@@ -114,11 +114,11 @@ def load(
     folder = root / split
     tars = sorted(folder.glob("*.tar"))
     sizes = [[path.name, path.stat().st_size] for path in tars]
-    written = max(indexes.mtime(path) or 0 for path in (*tars, folder / CLASSES))
-    kept = indexes.cache_file(folder, cache)
+    written = max(folders.mtime(path) or 0 for path in (*tars, folder / CLASSES))
+    kept = folders.cache_file(folder, cache)
     for candidate in () if fresh else (kept, folder / INDEX):
-        cached = indexes.read_cached(candidate)
-        if cached and cached[1].get("shards") == sizes and (indexes.mtime(candidate) or 0) >= written:
+        cached = folders.read_cached(candidate)
+        if cached and cached[1].get("shards") == sizes and (folders.mtime(candidate) or 0) >= written:
             return replace(cached[0], folder=folder)
     return scan(folder, kept, progress)
 
@@ -153,7 +153,7 @@ def scan(folder: Path, kept: Path, progress: Progress | None) -> Index:
         tuple(shard.name for shard in shards),
         np.array([row[3] for row in rows], np.int64).reshape(-1, 3),
     )
-    indexes.keep(index, {"shards": [[shard.name, shard.stat().st_size] for shard in shards]}, kept)
+    folders.keep(index, {"shards": [[shard.name, shard.stat().st_size] for shard in shards]}, kept)
     return index
 
 

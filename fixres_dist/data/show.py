@@ -9,16 +9,17 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from fixres_dist.config import Data
-from fixres_dist.data import loading, plan
+from fixres_dist.config.schema import Data
+from fixres_dist.data import backends
 from fixres_dist.data.index import Index
+from fixres_dist.data.requests import Pictures, Request, make_request
 
 GAP = 8  # white pixels between two pictures
 
 
 def show(
     index: Index,
-    pictures: plan.Pictures,
+    pictures: Pictures,
     samples: list[int],
     epoch: int,
     settings: Data,
@@ -30,9 +31,9 @@ def show(
     `<sample>_train_test.png`; returns what was written."""
     out.mkdir(parents=True, exist_ok=True)
     chosen = np.array(samples, np.int64)
-    seen = decoded(index, plan.request(index, pictures, chosen, epoch), pictures, settings)
-    test = plan.Pictures("test", pictures.res, pictures.resize, 0)
-    tested = decoded(index, plan.request(index, test, chosen, epoch), test, settings)
+    seen = decoded(index, make_request(index, pictures, chosen, epoch), pictures, settings)
+    test = Pictures("test", pictures.res, pictures.resize, 0)
+    tested = decoded(index, make_request(index, test, chosen, epoch), test, settings)
     written: list[Path] = []
     for sample, picture, other in zip(samples, seen, tested, strict=True):
         written += [out / f"{sample}.png", out / f"{sample}.npy"]
@@ -50,10 +51,10 @@ def column(values: tuple[float, ...]) -> torch.Tensor:
     return torch.tensor(values).view(3, 1, 1)
 
 
-def decoded(index: Index, request: plan.Request, pictures: plan.Pictures, settings: Data) -> NDArray[np.uint8]:
+def decoded(index: Index, request: Request, pictures: Pictures, settings: Data) -> NDArray[np.uint8]:
     """uint8 [n, res, res, 3]; a file that cannot be decoded is a UserError."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    found = loading.batches(
+    found = backends.batches(
         index, [request], pictures.res, pictures.resize, settings, device, 0, len(request.samples), lambda *_: None
     )
     return next(iter(found)).images.permute(0, 2, 3, 1).cpu().numpy()

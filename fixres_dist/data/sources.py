@@ -8,15 +8,17 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from fixres_dist.data import demo, index, shards
-from fixres_dist.errors import UserError
+from fixres_dist.base.environment import cache_folder
+from fixres_dist.base.errors import UserError
+from fixres_dist.data import demo, scan, shards
+from fixres_dist.data.index import Index
 
 
 def folder(root: str, cache: str = "") -> Path:
     """The directory of a data set; `demo` is generated on first use (half a minute), always the same images."""
     if root != "demo":
         return Path(root)
-    target = index.cache_folder(cache) / "demo"
+    target = cache_folder(cache) / "demo"
     with Bar("writing the built-in example") as bar:
         demo.write_demo(target, progress=bar)
     return target
@@ -30,27 +32,27 @@ def load(
     deny_list: str = "",
     on_bad: str = "stop",
     fresh: bool = False,
-) -> index.Index:
+) -> Index:
     """The index of one split, of folders or of shards, less the deny list; with a progress bar while headers are read,
     which is all of them if `fresh`.
 
     With `on_bad: stop` files whose header cannot be read are refused, with `skip` they stay in, to be skipped at their
     turn: so the order of the others does not depend on them.
     """
-    folder, kept = root / split, index.cache_folder(cache)
+    folder, kept = root / split, cache_folder(cache)
     if not folder.is_dir():
         found = ", ".join(sorted(p.name for p in root.iterdir() if p.is_dir())[:6]) if root.is_dir() else ""
         raise UserError(
             f"no split {split!r} in {root} (found: {found or 'no directories'}). Accepted: one of its folders."
         )
     with Bar(f"reading {split} headers", show) as bar:
-        read = shards.load if shards.is_sharded(folder) else index.load_all
+        read = shards.load if shards.is_sharded(folder) else scan.load_all
         found_all = read(root, split, kept, bar, fresh)
     left = found_all.without(denied(deny_list, split))
     if not len(left):
         denies = f"data.deny_list={deny_list} names all {len(found_all)} of them" if len(found_all) else "it is empty"
         raise UserError(f"no image is left in {folder}: {denies}. Accepted: one image or more.")
-    return index.checked(left, on_bad)
+    return scan.checked(left, on_bad)
 
 
 def denied(deny_list: str, split: str) -> list[str]:

@@ -24,12 +24,12 @@ from PIL import Image, UnidentifiedImageError
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 from torchvision.io import ImageReadMode, decode_jpeg
 
-from fixres_dist.allocator import release_freed_memory
+from fixres_dist.base.memory import release_freed_memory
+from fixres_dist.base.signals import ignore_stop_signals
 from fixres_dist.data import headers
 from fixres_dist.data.geometry import View, vertical_first
 from fixres_dist.data.index import Index
-from fixres_dist.data.plan import Request
-from fixres_dist.preempt import ignore_stop_signals
+from fixres_dist.data.requests import Request
 
 
 class Bad(NamedTuple):
@@ -178,8 +178,6 @@ def batches(
 ) -> Iterator[Batch]:
     """The batch of every request, in their order, `workers` processes ahead of the caller; `finish` runs in them."""
     if workers:
-        from fixres_dist.data import pixels  # noqa: F401  (compiled once, here, and not in every worker)
-
         release_freed_memory()
     loader = DataLoader(
         Pictures(index, res, interpolation),

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import torch
 
-from fixres_dist.data.index import Index, Progress
+from fixres_dist.base.files import whole
+from fixres_dist.data.index import Index
+from fixres_dist.data.scan import Progress
 from fixres_dist.data.torch_cpu import Bad, Undecodable, load, start_worker
-from fixres_dist.files import whole
 
 CHUNK = 64  # samples a worker takes at a time
 

@@ -1,0 +1,72 @@
+"""Where a result comes from: versions, processor, host, git commit; and where caches are kept. No torch."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+RECORDED = (
+    "torch",
+    "torchvision",
+    "timm",
+    "submitit",
+    "tensorboard",
+    "nvidia-dali-cuda130",
+    "numpy",
+    "numba",
+    "pillow",
+    "safetensors",
+)
+
+
+def versions() -> dict[str, str | None]:
+    """Of Python and the packages that a result depends on; None for one that is not installed."""
+    found: dict[str, str | None] = {"python": platform.python_version()}
+    for name in RECORDED:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = None
+    return found
+
+
+def processor() -> str:
+    """The CPU's name, for results that depend on it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def environment() -> dict[str, Any]:
+    """Versions, host and the checkout's commit and diff, so that a result can be traced to its code."""
+    checkout = Path(__file__).parents[2]
+    return {
+        "versions": versions(),
+        "host": socket.gethostname(),
+        "platform": platform.platform(),
+        "executable": sys.executable,
+        "git": {"commit": git(checkout, "rev-parse", "HEAD"), "diff": git(checkout, "diff", "HEAD")},
+    }
+
+
+def git(checkout: Path, *arguments: str) -> str | None:
+    if not (checkout / ".git").exists():
+        return None
+    try:
+        done = subprocess.run(["git", "-C", str(checkout), *arguments], capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def cache_folder(setting: str = "") -> Path:
+    """Where indexes and the built-in example are kept: `data.cache`, $FIXRES_CACHE, or ~/.cache/fixres_dist."""
+    return Path(setting or os.environ.get("FIXRES_CACHE") or "~/.cache/fixres_dist").expanduser()

@@ -1,0 +1,61 @@
+"""The one exception a user is meant to see, the help it carries, and the exit codes of commands."""
+
+from __future__ import annotations
+
+import difflib
+import errno
+import os
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from fixres_dist.base.files import no_room
+
+EXIT_DONE, EXIT_FAILED, EXIT_USER = 0, 1, 2
+REFUSED = (PermissionError, NotADirectoryError, IsADirectoryError, FileExistsError)  # places that were given
+
+
+class UserError(Exception):
+    """A mistake the user can mend: one message with the value seen, what is accepted and the next command.
+
+    Commands print it without a traceback and exit with 2.
+    """
+
+
+def exit_code(work: Callable[[], int]) -> int:
+    """The exit code of a command: a mistake, a full disk or a forbidden place is a line on stderr, all else keeps its traceback."""
+    try:
+        return work()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_USER
+    except OSError as error:
+        if full := no_room(error):
+            print(f"error: {full}. Next: make room, then the same command.", file=sys.stderr)
+            return EXIT_FAILED
+        if not (error.filename and (isinstance(error, REFUSED) or error.errno == errno.EROFS)):
+            raise
+        said = f"{error.strerror}: {error.filename2 or error.filename}"
+        print(f"error: {said}. Accepted: a place that this user may read and write.", file=sys.stderr)
+        return EXIT_USER
+
+
+def check_output(file: Path | None) -> None:
+    """Refuse a file to write to before the work that it is for."""
+    if file and (file.is_dir() or not os.access(file.parent, os.W_OK)):
+        raise UserError(f"{file} cannot be written. Accepted: a file in a folder that is there, and writable.")
+
+
+def unknown(kind: str, value: object, accepted: Iterable[str], hint: str = "") -> UserError:
+    """A refusal of `value` that names the nearest accepted spelling first.
+
+    Matching ignores case, so `B0` is answered with `b0`.
+    """
+    names = list(accepted)
+    folded = {name.lower(): name for name in names}
+    near = [folded[match] for match in difflib.get_close_matches(str(value).lower(), folded, n=1, cutoff=0.5)]
+    text = f"unknown {kind} {str(value)!r}."
+    if near:
+        text += f" Did you mean {near[0]!r}?"
+    text += f" Accepted: {', '.join(names)}." if 0 < len(names) <= 24 else ""
+    return UserError(f"{text} {hint}".rstrip())

@@ -1,0 +1,183 @@
+"""`python -m fixres_dist data index | verify | shard | demo | show`: prepare a data set, and look at it."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+from typing import Any, get_args
+
+from fixres_dist.base.errors import EXIT_DONE, EXIT_FAILED, UserError, check_output, unknown
+from fixres_dist.config import recipes
+from fixres_dist.config.schema import Data, ResizeRule, Transform
+from fixres_dist.data import geometry, scan, shards, sources
+from fixres_dist.data.index import Index
+from fixres_dist.data.requests import Pictures
+
+SPLITS = ("train", "val")
+
+
+def add_parsers(subparsers: Any) -> None:
+    data = subparsers.add_parser(
+        "data", help="prepare a data set: index, verify, shard, demo; show what a model will see"
+    )
+    sub = data.add_subparsers(dest="data_command", required=True, metavar="COMMAND")
+
+    p = add(sub, "index", "read every header once, so that jobs start at once", index_command)
+    p.add_argument("--fresh", action="store_true", help="read all headers again, whatever is cached")
+
+    p = add(sub, "verify", "decode every file, and list the ones that cannot be", verify_command)
+    p.add_argument("--deny-list", type=Path, help="write them here; runs leave them out with data.deny_list=FILE")
+    p.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes; default: one per CPU")
+
+    p = add(
+        sub, "shard", "write tar shards in WebDataset layout; a second run goes on with what is missing", shard_command
+    )
+    p.add_argument("--out", type=Path, required=True, help="where the shards go: OUT/train, OUT/val")
+    p.add_argument("--samples-per-shard", type=int, default=5000, help="default: 5000, about 600 MB of ImageNet")
+    p.add_argument("--deny-list", default="", help="leave these out, as `data verify` lists them")
+
+    p = sub.add_parser("demo", help="write the built-in example, a small data set of real JPEG files")
+    p.add_argument("--out", type=Path, help="default: where --data demo looks for it")
+    p.set_defaults(func=demo_command)
+
+    p = add(sub, "show", "the pictures that the model will see: DIR/<sample>.png and .npy", show_command, splits="val")
+    p.add_argument("--res", type=int, required=True, help="pixels")
+    p.add_argument("--samples", required=True, help="positions in the split, such as 0,5,9")
+    p.add_argument("--out", type=Path, required=True, metavar="DIR")
+    p.add_argument("--transform", default="test", help=f"{', '.join(get_args(Transform))}; default: test")
+    p.add_argument("--resize-rule", default="", help=f"{', '.join(get_args(ResizeRule))}; default: the model's recipe")
+    p.add_argument("--backend", default="auto", help="auto, dali or torch; default: auto")
+    p.add_argument("--model", default="b0", help="its mean, std and interpolation; default: b0")
+    p.add_argument("--seed", type=int, default=0, help="run.seed; default: 0")
+    p.add_argument("--epoch", type=int, default=0, help="default: 0")
+
+
+def add(sub: Any, name: str, text: str, function: Any, splits: str = "train,val") -> argparse.ArgumentParser:
+    p = sub.add_parser(name, help=text, description=text)
+    p.add_argument("--data", required=True, help="directory with train/ and val/, or demo")
+    p.add_argument("--split", default=splits, help=f"default: {splits}")
+    p.add_argument("--cache", default="", help="where indexes are kept; default: $FIXRES_CACHE or ~/.cache/fixres_dist")
+    p.set_defaults(func=function)
+    return p
+
+
+def folder(args: argparse.Namespace) -> Path:
+    root = sources.folder(args.data, args.cache)
+    if not root.is_dir():
+        raise UserError(f"no data set at {root}. Accepted: a directory with train/ and val/, or demo.")
+    return root
+
+
+def splits(args: argparse.Namespace) -> list[str]:
+    return [name for name in args.split.split(",") if name]
+
+
+def loaded(
+    args: argparse.Namespace, root: Path, split: str, on_bad: str, deny_list: str = "", fresh: bool = False
+) -> Index:
+    return sources.load(root, split, args.cache, True, deny_list, on_bad, fresh)
+
+
+def index_command(args: argparse.Namespace) -> int:
+    root = folder(args)
+    for split in splits(args):
+        found = loaded(args, root, split, "skip", fresh=args.fresh)
+        bad = scan.recheck(found)[1]
+        where = f"{len(found.shards)} shards" if found.shards else "folders"
+        print(f"{split}: {len(found)} images, {len(found.classes)} classes, {where}, fingerprint {found.fingerprint}")
+        for sample, reason in bad.items():
+            print(f"  {found.where(sample)}: {reason}")
+        if bad:
+            print(
+                f"{len(bad)} cannot be read. Next: python -m fixres_dist data verify --data {args.data} --deny-list bad.txt"
+            )
+    return EXIT_DONE
+
+
+def verify_command(args: argparse.Namespace) -> int:
+    from fixres_dist.data import verify
+
+    root, found = folder(args), {}
+    check_output(args.deny_list)
+    for split in splits(args):
+        samples = loaded(args, root, split, "skip", fresh=True)  # it reads every file anyway
+        reasons = scan.recheck(samples)[1]
+        with sources.Bar(f"decoding {split}") as bar:
+            bad = verify.verify(samples, args.workers, bar)
+        found[split] = [(samples.name(b.sample), reasons.get(b.sample, b.reason)) for b in bad]
+        print(f"{split}: {len(samples)} images, {len(bad)} cannot be decoded")
+        for b in bad:
+            print(f"  {samples.where(b.sample)}: {reasons.get(b.sample, b.reason)}")
+    if args.deny_list:
+        verify.write_deny_list(args.deny_list, found)
+        print(f"Next: submit with data.deny_list={args.deny_list.resolve()}")
+    elif any(found.values()):
+        print(
+            f"Next: the same command with --deny-list bad.txt, then submit with data.deny_list={Path('bad.txt').resolve()}"
+        )
+    return EXIT_FAILED if any(found.values()) and not args.deny_list else EXIT_DONE
+
+
+def shard_command(args: argparse.Namespace) -> int:
+    if args.samples_per_shard < 1:
+        raise UserError(f"--samples-per-shard is {args.samples_per_shard}; accepted: 1 or more.")
+    root = folder(args)
+    for split in splits(args):
+        samples = loaded(args, root, split, "stop", args.deny_list)
+        if samples.shards:
+            raise UserError(f"{root / split} is sharded already. Accepted: folders of images.")
+        with sources.Bar(f"writing {split} shards") as bar:
+            made = shards.write_shards(samples, args.out / split, args.samples_per_shard, bar)
+        total = -(-len(samples) // args.samples_per_shard)
+        print(f"{split}: {len(samples)} images in {total} shards, {made} written now")
+    print(f"Next: submit with --data {args.out}")
+    return EXIT_DONE
+
+
+def demo_command(args: argparse.Namespace) -> int:
+    if args.out:
+        from fixres_dist.data import demo
+
+        with sources.Bar("writing the built-in example") as bar:
+            demo.write_demo(args.out, progress=bar)
+    print(f"the built-in example is in {args.out or sources.folder('demo')}")
+    return EXIT_DONE
+
+
+def show_command(args: argparse.Namespace) -> int:
+    for kind, value, accepted in (
+        ("transform", args.transform, get_args(Transform)),
+        ("resize rule", args.resize_rule or "timm", get_args(ResizeRule)),
+        ("backend", args.backend, ("auto", "dali", "torch")),
+    ):
+        if value not in accepted:
+            raise unknown(kind, value, accepted)
+    root = folder(args)
+    samples = loaded(args, root, args.split, "skip")
+    chosen = positions(args.samples, len(samples), args.split)
+    from fixres_dist.data import show
+    from fixres_dist.models.build import preprocessing
+
+    recipe = recipes.find(args.model).values
+    data = recipe.get("data", {})
+    spec = preprocessing(recipe["model"]["timm_name"])
+    rule = args.resize_rule or data.get("resize_rule", "timm")
+    resize = geometry.resize_of(rule, args.res, spec.crop_pct, spec.interpolation)
+    settings = Data(res=args.res, backend=args.backend)
+    pictures = Pictures(args.transform, args.res, resize, 2 * args.seed)  # the fixing stage's, see schedule.stages
+    written = show.show(samples, pictures, chosen, args.epoch, settings, spec.mean, spec.std, args.out)
+    print(
+        f"{len(chosen)} pictures ({args.transform}, {rule}, {args.res} px) in {args.out}: {', '.join(p.name for p in written)}"
+    )
+    return EXIT_DONE
+
+
+def positions(text: str, n: int, split: str) -> list[int]:
+    try:
+        chosen = [int(part) for part in text.split(",")]
+    except ValueError:
+        raise UserError(f"--samples is {text!r}; accepted: numbers such as 0,5,9.") from None
+    if wrong := [k for k in chosen if not 0 <= k < n]:
+        raise UserError(f"--samples names {wrong[0]}, and {split} has {n} images; accepted: 0 to {n - 1}.")
+    return chosen

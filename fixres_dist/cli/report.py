@@ -1,0 +1,33 @@
+"""`fixres report`"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+
+from fixres_dist.base.errors import EXIT_DONE
+from fixres_dist.base.files import write_text
+from fixres_dist.runs.rundir import RunDir
+
+
+def report(args: argparse.Namespace) -> int:
+    """One row for each finished run, beside what was published for its model; the state of the others."""
+    from fixres_dist.publishing import figures, report
+
+    runs = [RunDir(root) for root in args.runs if (root / "config.yaml").is_file()]
+    if not runs:
+        RunDir(args.runs[0]).config()  # refuses what is no run directory
+    if others := [str(root) for root in args.runs if RunDir(root) not in runs]:  # as a report that runs/* names too
+        print(f"left out, no run directories: {', '.join(others)}", file=sys.stderr)
+    rows = [report.row(run) for run in runs if run.results.exists()]
+    if args.json:
+        print(json.dumps({"runs": rows, "unfinished": report.unfinished(runs)}, indent=1))
+        return EXIT_DONE
+    out = args.out or runs[0].root.parent / "report"
+    text = report.markdown(runs, rows, out)
+    out.mkdir(parents=True, exist_ok=True)
+    write_text(out / "report.md", text)
+    figures.published_plot(report.published_curves(), rows, out / "report.png")
+    print(f"{text}\n{out / 'report.md'}")
+    return EXIT_DONE

@@ -1,0 +1,130 @@
+"""Several ranks on this machine, followed to their end."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fixres_dist.base.errors import EXIT_DONE, EXIT_FAILED
+from fixres_dist.base.files import FULL
+from fixres_dist.base.signals import SIGNALS, StopFlag
+from fixres_dist.cluster import status
+from fixres_dist.cluster.jobs import Job
+from fixres_dist.runs.rundir import RunDir
+
+if TYPE_CHECKING:
+    import submitit
+
+
+NO_TIMEOUT_MIN = 60 * 24 * 365  # submitit's local executor insists on a limit
+
+
+def local_gpus() -> int:
+    """GPUs of this machine, counted without a driver library."""
+    return len(list(Path("/dev").glob("nvidia[0-9]*")))
+
+
+def run_local(run: RunDir, processes: int, job: Job) -> int:
+    """`processes` ranks on this machine, followed to their end; returns the exit code.
+
+    A stop signal to this process or to all of them makes the ranks save and leave; submitit's controller must not
+    end meanwhile.
+    """
+    import submitit
+
+    executor = submitit.LocalExecutor(run.root.resolve() / "submitit" / "%j")
+    executor.update_parameters(
+        tasks_per_node=processes,
+        gpus_per_node=processes if local_gpus() else 0,
+        timeout_min=NO_TIMEOUT_MIN,
+        stderr_to_stdout=True,
+    )
+    if processes > 1 and "OMP_NUM_THREADS" not in os.environ:
+        os.environ["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // processes))
+    task = job(str(run.root.resolve()))  # before the change of directory: --runs-dir may be relative
+    with ignored_signals(), contextlib.chdir(run.code):
+        started = executor.submit(task)
+    flag = StopFlag().install()
+    run.update_state(job_id=f"local-{started.job_id}")
+    follow(run, started, flag)
+    with contextlib.suppress(OSError):
+        executor.folder.rmdir()  # submitit leaves an empty folder named %j beside the job's
+    codes = []
+    for rank in range(processes):
+        try:
+            codes.append(int(started.task(rank).result()))
+        except Exception:  # submitit raises several kinds for a task that left no result; FAILED has the reason
+            codes.append(EXIT_FAILED)
+    if run.done.exists():
+        return EXIT_DONE
+    state = run.state()
+    said = run.failed.read_text().partition("\n")[0] if run.failed.exists() else ""
+    gone = [
+        started.task(rank).paths for rank in range(processes) if not started.task(rank).paths.result_pickle.exists()
+    ]
+    if flag.signal and state.get("state") in status.UNFINISHED:  # none of them had come so far as to save
+        run.update_state(state="cancelled", reason="cancelled; the same command goes on", eta_s=None)
+        run.event("cancelled")
+    elif said.startswith(tuple(FULL.values())) or state.get("final") or state.get("state") == "cancelled":
+        pass  # as it was told; on a full disk a rank cannot leave a result either
+    elif gone or not said:
+        lost = f"a process of the run died without a word (exit codes {codes}); its log: {started.paths.stdout.parent}"
+        if gone:
+            ranks = ", ".join(str(paths.task_id) for paths in gone)
+            lost = f"rank {ranks} left no result, killed by hand or out of memory (log: {gone[0].stdout})"
+        if said:  # by the others, who broke because of it
+            lost += f"; after it: {said}"
+            run.failed.unlink()
+        run.fail(lost, f"again, from the last checkpoint: {run.command()}")
+    if run.failed.exists():
+        print(run.failed.read_text(), file=sys.stderr, end="")
+    return max(codes)
+
+
+@contextlib.contextmanager
+def ignored_signals() -> Iterator[None]:
+    """Children started inside inherit the ignored signals; the training ranks install their own handlers."""
+    kept = {number: signal.signal(number, signal.SIG_IGN) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in kept.items():
+            signal.signal(number, handler)
+
+
+def follow(run: RunDir, job: submitit.Job[int], flag: StopFlag) -> None:
+    """Copy rank 0's log to this terminal until the job ends; a stop signal is handed on."""
+    log = Path(str(job.paths.stdout).replace("%t", "0"))
+    position, told, asked = 0, False, False
+    while True:
+        ended = job.done()
+        position = copy_new(log, position)
+        if ended:
+            return
+        if flag.signal and not told:
+            again = "; Ctrl-C again leaves them alone" if flag.signal == signal.SIGINT else ""
+            with contextlib.suppress(OSError):  # a terminal that has hung up
+                print(f"stopping {run.name}: its ranks save and leave{again}", flush=True)
+            told = True
+        if told and not asked and run.is_locked():  # rank 0 has met the others, so all of them remember signals
+            os.kill(int(job.job_id), signal.SIGTERM)  # submitit's controller, our child, hands it on
+            asked = True
+        time.sleep(0.2)
+
+
+def copy_new(log: Path, position: int) -> int:
+    try:
+        with open(log) as file:
+            file.seek(position)
+            text = file.read()
+            sys.stdout.write("".join(x for x in text.splitlines(keepends=True) if not x.startswith("submitit INFO")))
+            sys.stdout.flush()
+            return file.tell()
+    except OSError:  # no log yet, or nobody reads us any more: the ranks go on
+        return position

@@ -1,0 +1,203 @@
+"""TODO"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from fixres_dist.base.errors import UserError
+
+ResizeRule = Literal["fixefficientnet", "fixres", "fixres_height", "timm"]
+Transform = Literal["test", "test_flip", "test_aug", "random_resized_crop"]
+Policy = Literal["classifier", "classifier+bn_stats", "classifier+bn", "classifier+bn+conv_head", "last_block", "all"]
+
+
+def at_least(section: Any, name: str, low: float) -> None:
+    value = getattr(section, name)
+    if value != "auto" and value < low:
+        raise UserError(f"{name} is {value}; accepted: {low} or more.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    name: str = ""  # recipe (b0 .. b8, l2, demo) or any timm model name
+    timm_name: str = ""  # what timm builds; follows from name and weights
+    weights: str = "pretrained"  # ns | ap | pretrained | none | a file (safetensors, or a plain torch state dict)
+    num_classes: int = 0  # 0: as many as the data set has
+
+    def __post_init__(self) -> None:
+        at_least(self, "num_classes", 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    root: str = ""  # directory with train/ and val/, a folder per class in each; or demo, the built-in example
+    res: int = 224  # test resolution in pixels: the one that is fixed, and evaluated
+    resize_rule: ResizeRule = (
+        "timm"  # how an image becomes res x res when testing (docs/method.md); train uses the same
+    )
+    train_transform: Transform = "test_aug"  # what the fixing stage sees
+    backend: Literal["auto", "dali", "torch"] = "auto"  # decoder and resizer; auto: dali on a GPU, torch on a CPU
+    on_bad: Literal["stop", "skip"] = "stop"  # a file that cannot be decoded: stop and name it, or do without it
+    deny_list: str = ""  # file of images to leave out, as `data verify --deny-list` writes it
+    hw_decoder_load: float = 0.65  # share of the JPEGs that the GPU's decoding engine takes (dali)
+    preallocate_width: int = (
+        0  # of the largest photograph, for the GPU decoder's buffers; 0: they grow as needed (dali)
+    )
+    preallocate_height: int = 0
+    workers: int | Literal["auto"] = "auto"  # loader processes per rank; auto: the CPUs this rank may use; 0: none
+    cache: str = ""  # where scanned indexes and features are kept; empty: $FIXRES_CACHE or ~/.cache/fixres_dist
+
+    def __post_init__(self) -> None:
+        at_least(self, "res", 32)
+        for name in ("workers", "preallocate_width", "preallocate_height"):
+            at_least(self, name, 0)
+        if not 0 <= self.hw_decoder_load <= 1:
+            raise UserError(f"hw_decoder_load is {self.hw_decoder_load}; accepted: 0 to 1.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tune:
+    policy: Policy = "classifier+bn"  # what trains (tuning.py); the default is what the paper says
+    bn_stats: Literal["exact", "ema"] = "exact"  # the last BN's statistics: measured once, or by momentum
+    bn_stats_images: int = 50_000  # samples that exact statistics are measured on
+    epochs: int = 1
+    global_batch: int = 384  # images per optimizer step over all ranks; divides over 1-4, 6, 8, 12, 16, 24, 32 .. GPUs
+    base_lr: float = 1e-3  # before lr_rule
+    lr_rule: Literal["fixres", "none"] = "fixres"  # fixres: base_lr * 8 * global_batch / 512, as the original code does
+    repeats: int = 1  # views of each drawn sample in an epoch (repeated augmentation); an epoch keeps n draws
+    schedule: Literal["step", "cosine"] = "step"  # step: / 10 every decay_epochs; cosine: to zero at the stage's end
+    decay_epochs: int = 30
+    warmup_epochs: float = 0.0  # linear, from zero
+    momentum: float = 0.9
+    weight_decay: float = 1e-4
+    label_smoothing: float = 0.1  # training loss only; the note gives no value, 0.1 is our choice
+    average_epochs: int = 0  # end with the mean of the tuned weights after each of the last N epochs; 0: the last ones
+
+    def __post_init__(self) -> None:
+        for name in ("global_batch", "bn_stats_images", "repeats", "decay_epochs"):
+            at_least(self, name, 1)
+        for name in ("epochs", "warmup_epochs", "average_epochs"):
+            at_least(self, name, 0)
+        if self.average_epochs > self.epochs:
+            raise UserError(f"average_epochs is {self.average_epochs} of {self.epochs} epochs; accepted: 0 .. epochs.")
+        if self.average_epochs and self.policy == "all":
+            raise UserError(
+                "average_epochs needs a frozen trunk: with policy all every BN's statistics would be wrong."
+            )
+        for name in ("base_lr", "weight_decay"):
+            at_least(self, name, 0)
+        for name in ("momentum", "label_smoothing"):
+            if not 0 <= getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}; accepted: 0 <= {name} < 1.")
+        if self.policy == "all" and self.bn_stats == "exact":
+            # Every BN trains, so no single layer's statistics can be measured beforehand.
+            object.__setattr__(self, "bn_stats", "ema")
+
+    def peak_learning_rate(self) -> float:
+        """The learning rate that the schedule starts from (original: lr = 8 * base_lr * batch / 512)."""
+        return self.base_lr * 8 * self.global_batch / 512 if self.lr_rule == "fixres" else self.base_lr
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pretrain(Tune):
+    """Stage one: ordinary training at the training resolution, before the fixing stage."""
+
+    policy: Policy = "all"
+    bn_stats: Literal["exact", "ema"] = "ema"
+    res: int = 224  # training resolution in pixels
+    train_transform: Transform = "random_resized_crop"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least(self, "res", 32)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    seed: int = 0  # of the order, the augmentation and new weights
+    # Of the frozen trunk, whose head is fp32, and of all of it under last_block and all; apex-*: by apex.amp, where there is one
+    precision: Literal["auto", "fp32", "tf32", "bf16", "fp16", "apex-O1", "apex-O2"] = "auto"
+    optimizer: Literal["torch", "apex"] = (
+        "torch"  # SGD by torch, or NVIDIA apex's FusedSGD: the same updates to rounding
+    )
+    activation_checkpointing: bool = False  # tune.policy=all: blocks run twice instead of keeping what gradients need
+    memory_format: Literal["auto", "channels_last", "contiguous"] = "auto"  # auto: a short probe of the frozen trunk
+    compile: bool | Literal["auto"] = "auto"  # torch.compile the frozen trunk; auto: on a GPU, if the probe says so
+    engine: Literal["auto", "stream", "cached"] = (
+        "auto"  # stream: decode and run the trunk every epoch; cached: once (engine.py)
+    )
+    feature_cache: str = ""  # directory of the cached engine's files, seen by all ranks; empty: features/ in data.cache
+    batch_per_device: int | Literal["auto"] = "auto"  # images per forward of a rank; auto: chosen from the resolution
+    log_every: int = 10  # optimizer steps
+    save_every_s: float = 300.0
+    eval_every: int = 1  # epochs; 0: only before and after
+    record_samples: bool = False  # samples/rank_K.jsonl: which sample, in which view, at which step
+
+    def __post_init__(self) -> None:
+        for name, low in (("log_every", 1), ("save_every_s", 0), ("eval_every", 0), ("batch_per_device", 1)):
+            at_least(self, name, low)
+        if not 0 <= self.seed < 2**63:
+            raise UserError(f"seed is {self.seed}; accepted: 0 .. 2**63 - 1.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cluster:
+    nodes: str = "1"  # a number, or MIN-MAX: start with what there is
+    gpus_per_node: int = 8  # ranks per node; on a node without GPUs: processes
+    cpus_per_task: int = 8
+    mem: str = "0"  # per node, Slurm's units; 0: all of it
+    time: str = "24:00:00"  # Slurm's format; the job saves, requeues and goes on, so this bounds a start, not the run
+    partition: str = ""
+    account: str = ""
+    qos: str = ""
+    constraint: str = ""
+    exclude: str = ""
+    signal_delay_s: int = 120  # warning before the time limit; must cover one step and one save
+    max_restarts: int = 20  # after failures; preemptions and time limits are not counted
+    env: Mapping[str, str] = field(default_factory=dict)  # exported in the job, e.g. NCCL_SOCKET_IFNAME
+    setup: tuple[str, ...] = ()  # shell lines before srun, e.g. module load
+    srun_args: tuple[str, ...] = ()  # e.g. --container-image=..., --container-mounts=...
+
+    def __post_init__(self) -> None:
+        self.node_range()
+        for name, low in (("gpus_per_node", 1), ("cpus_per_task", 1), ("signal_delay_s", 1), ("max_restarts", 0)):
+            at_least(self, name, low)
+
+    def node_range(self) -> tuple[int, int]:
+        """(fewest, most) nodes."""
+        low, _, high = self.nodes.partition("-")
+        try:
+            least, most = int(low), int(high or low)
+        except ValueError:
+            least, most = 0, 0
+        if not 1 <= least <= most:
+            raise UserError(f"nodes is {self.nodes!r}; accepted: a number from 1, or MIN-MAX such as 1-4.")
+        return least, most
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    model: Model = Model()
+    data: Data = Data()
+    tune: Tune = Tune()
+    pretrain: Pretrain | None = None
+    run: Run = Run()
+    cluster: Cluster = Cluster()
+
+    def __post_init__(self) -> None:
+        policies = [section.policy for section in (self.pretrain, self.tune) if section]
+        if self.run.activation_checkpointing and "all" not in policies:
+            raise UserError(
+                f"activation_checkpointing with policy {policies[-1]}: no gradient runs through the frozen blocks, so nothing of "
+                "theirs is kept. Next: run.activation_checkpointing=false, or tune.policy=all"
+            )
+
+    def stage_settings(self) -> tuple[Tune, ...]:
+        """Of the stages, in order."""
+        return (self.pretrain, self.tune) if self.pretrain else (self.tune,)
+
+    def resolutions(self) -> tuple[int, ...]:
+        """Of the stages, in order, in pixels."""
+        return (self.pretrain.res, self.data.res) if self.pretrain else (self.data.res,)

@@ -1,0 +1,133 @@
+"""Data sets beside the one trained on: which of the model's classes their folders are, ReaL labels, object sizes. No torch."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fixres_dist.base.errors import UserError
+from fixres_dist.config.schema import Config
+from fixres_dist.data import sources
+from fixres_dist.data.geometry import Resize, scaled
+from fixres_dist.data.index import Index
+from fixres_dist.data.listing import class_names
+
+SIZES = "sizes.csv"
+
+
+def trained_classes(config: Config, run: Path | None, split: str) -> tuple[str, ...]:
+    """The model's class names in the order of its logits: from the run, else the data set's train/, else the split.
+
+    Without train/, folders that are numbers stand in the order of the numbers (ImageNet-V2); otherwise by name.
+    """
+    if run and (kept := run / "class_index.json").is_file():
+        return tuple(json.loads(kept.read_text()).values())
+    root = sources.folder(config.data.root, config.data.cache)
+    if (root / "train").is_dir():
+        return tuple(class_names(root / "train"))
+    if not (root / split).is_dir():
+        return ()  # opening the split says what is wrong
+    names = class_names(root / split)
+    return tuple(sorted(names, key=int) if all(name.isdecimal() for name in names) else names)
+
+
+def class_map(folders: Sequence[str], trained: Sequence[str], where: Path) -> tuple[int, ...]:
+    """The model's class of each folder: by class name, or by number where the folders are numbers and no names.
+
+    Raises UserError naming the folders that are no class of the model.
+    """
+    position: dict[str, int] = {name: k for k, name in enumerate(trained)}
+    if not set(folders) <= set(trained) and all(name.isdecimal() for name in folders):
+        position = {name: int(name) for name in folders if int(name) < len(trained)}
+    unknown = [name for name in folders if name not in position]
+    if unknown:
+        listed = ", ".join(unknown[:6]) + (f" and {len(unknown) - 6} more" if len(unknown) > 6 else "")
+        raise UserError(
+            f"{where} has {len(unknown)} class folder(s) of {len(folders)} that the model does not know: {listed}. "
+            f"Accepted: names of its {len(trained)} classes ({', '.join(trained[:3])}, ..), "
+            f"or their numbers 0 to {len(trained) - 1}."
+        )
+    found = tuple(position[name] for name in folders)
+    if len(set(found)) < len(found):
+        raise UserError(f"{where} has two folders for one class of the model. Accepted: one folder per class.")
+    return found
+
+
+def named_sets(items: Sequence[str], split: str) -> dict[str, Path]:
+    """`NAME=DIR` as given to --eval-set; the names become file names."""
+    found: dict[str, Path] = {}
+    for item in items:
+        name, _, folder = item.partition("=")
+        if not folder or not re.fullmatch(r"[\w.-]+", name):
+            raise UserError(f"--eval-set is {item!r}; accepted: NAME=DIR, such as imagenet-v2=/data/imagenetv2.")
+        if name == split or name in found:
+            raise UserError(f"--eval-set {name!r} stands for two sets. Next: give each a name of its own.")
+        if not Path(folder).is_dir():
+            raise UserError(f"--eval-set {name} is at {folder}, which is no directory. Accepted: a folder per class.")
+        found[name] = Path(folder).absolute()
+    return found
+
+
+def real_labels(path: Path, index: Index, classes: int) -> list[list[int]]:
+    """The ReaL labels (arXiv 2006.07159) of every sample of `index`: all classes that are right; empty: not counted.
+
+    The file is a list of lists in the order of ILSVRC2012_val_00000001 and on; other names go by file name, sorted.
+    """
+    try:
+        given = json.loads(path.read_text())
+        if not all(isinstance(k, int) for labels in given for k in labels):
+            raise ValueError("it holds something else than numbers")
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"--labels {path}: {error}. Accepted: real.json, a list of lists of class numbers.") from None
+    if (top := max((k for labels in given for k in labels), default=0)) >= classes:
+        raise UserError(f"--labels {path} names class {top}, the model has {classes}. Accepted: 0 to {classes - 1}.")
+    names = [index.name(sample).rpartition("/")[2] for sample in range(len(index))]
+    numbers = [re.match(r"ILSVRC2012_val_(\d{8})\.", name) for name in names]
+    if all(numbers):
+        places = [int(found[1]) - 1 for found in numbers if found]
+    elif len(set(names)) < len(names):
+        raise UserError(
+            f"--labels {path} needs an order, and file names of {index.folder} stand in several class folders. "
+            "Accepted: ImageNet's own names, or names that stand once."
+        )
+    else:
+        order = sorted(range(len(names)), key=names.__getitem__)
+        places = [0] * len(names)
+        for place, sample in enumerate(order):
+            places[sample] = place
+    if (len(given) != len(names) and not all(numbers)) or max(places) >= len(given):
+        raise UserError(f"--labels {path} has {len(given)} entries, {index.folder} has {len(names)} images.")
+    if not any(given[place] for place in places):
+        raise UserError(
+            f"--labels {path} has no label for any image of {index.folder}. Accepted: the file of this split."
+        )
+    return [given[place] for place in places]
+
+
+def apparent_sizes(index: Index, resize: Resize) -> NDArray[np.float64] | None:
+    """Object sizes in pixels of the resized picture, NaN where unknown; None for a data set without sizes.csv.
+
+    sizes.csv stands beside the split's folder: `val/class/file.jpg,0.61`, the object's extent over the short side.
+    """
+    file = index.folder.parent / SIZES
+    if not file.is_file():
+        return None
+    found = np.full(len(index), np.nan)
+    samples = {f"{index.folder.name}/{index.name(sample)}": sample for sample in range(len(index))}
+    with open(file, newline="") as lines:
+        for row in csv.reader(lines):
+            try:
+                name, fraction = row[0], float(row[1])
+            except (IndexError, ValueError):
+                if row[:1] != ["name"]:
+                    raise UserError(f"{file} holds {row!r}; accepted: NAME,FRACTION of the short side.") from None
+                continue
+            if name in samples:
+                found[samples[name]] = fraction
+    return found * [min(scaled(int(h), int(w), resize)) for h, w in np.maximum(index.sizes, 1)]

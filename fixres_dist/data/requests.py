@@ -1,0 +1,84 @@
+"""Which samples in which views a rank loads, request by request; both backends serve the same requests."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fixres_dist.data import geometry, order
+from fixres_dist.data.index import Index
+
+
+class Request(NamedTuple):
+    """One forward pass of one rank: at most `batch_per_device` pictures, possibly none."""
+
+    samples: NDArray[np.int64]
+    views: list[geometry.View]
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """How images of a split become res x res pictures."""
+
+    transform: str  # test | test_flip | test_aug | random_resized_crop
+    res: int
+    resize: geometry.Resize
+    seed: int
+
+
+def make_request(
+    index: Index, pictures: Pictures, samples: NDArray[np.int64], epoch: int | NDArray[np.int64]
+) -> Request:
+    sizes = np.maximum(index.sizes[samples], 1)  # 0: the header could not be read; the backend will skip it
+    p = pictures
+    return Request(samples, geometry.train_views(p.transform, sizes, samples, p.res, p.resize, p.seed, epoch))
+
+
+def chunks(samples: NDArray[np.int64], size: int) -> list[NDArray[np.int64]]:
+    """Parts of at most `size`; one empty part for no samples, since every rank takes part in every step."""
+    return [samples[i : i + size] for i in range(0, len(samples), size)] or [samples]
+
+
+def train_steps(
+    index: Index,
+    pictures: Pictures,
+    global_batch: int,
+    batch_per_device: int,
+    first: int,
+    stop: int,
+    rank: int,
+    world_size: int,
+    repeats: int = 1,
+) -> Iterator[list[Request]]:
+    """For each optimizer step `first` .. `stop - 1` of a stage, this rank's requests. Starting late costs nothing."""
+    for step in range(first, stop):
+        samples, views = order.train_draws(len(index), pictures.seed, step, global_batch, rank, world_size, repeats)
+        parts = zip(chunks(samples, batch_per_device), chunks(views, batch_per_device), strict=True)
+        yield [make_request(index, pictures, part, keys) for part, keys in parts]
+
+
+def first_samples(
+    index: Index, pictures: Pictures, count: int, batch_per_device: int, rank: int, world_size: int
+) -> Iterator[Request]:
+    """This rank's part of the first `count` samples of the first epoch's order: what exact statistics are measured on."""
+    start, stop = order.rank_part(0, min(count, len(index)), rank, world_size)
+    for part in range(start, stop, batch_per_device):
+        positions = np.arange(part, min(stop, part + batch_per_device))
+        yield make_request(index, pictures, order.positions_to_samples(len(index), pictures.seed, 0, positions), 0)
+
+
+def whole_batches(index: Index, pictures: Pictures, batch: int, rank: int, world_size: int) -> Iterator[Request]:
+    """This rank's part of the split's batches: which samples share one does not depend on the world size."""
+    for k in range(*order.rank_part(0, -(-len(index) // batch), rank, world_size)):
+        yield make_request(index, pictures, np.arange(k * batch, min(len(index), (k + 1) * batch)), 0)
+
+
+def every_sample(index: Index, pictures: Pictures, batch: int, rank: int, world_size: int) -> Iterator[Request]:
+    """This rank's part of the split in file order: over all ranks every sample exactly once, none padded."""
+    start, stop = order.rank_part(0, len(index), rank, world_size)
+    for part in range(start, stop, batch):
+        yield make_request(index, pictures, np.arange(part, min(stop, part + batch)), 0)

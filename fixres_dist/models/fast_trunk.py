@@ -1,0 +1,168 @@
+"""The frozen trunk as it runs: BatchNorms folded in fp32, weights in the precision's format, in the fastest arrangement.
+
+Which memory format is faster, and whether compiling pays, depends on model, size and device (published timings have
+channels-last win by 17 % and lose by 21 % on one GPU), so `auto` tries. The model itself and its tensors stay as they are.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Sequence
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from fixres_dist.config.schema import Run
+from fixres_dist.models import cpu_layers, folding
+from fixres_dist.models.split import cut
+
+FORMATS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
+CLEARLY = 1.1  # how much faster than the usual arrangement another one must be: noise is not to decide
+PROBE_S = 0.5  # seconds that rounds of the probe go on for, of at least 5 and at most 20
+COMPILE_PAYS_S = 1200.0  # seconds of eager work from which on compiling, minutes for the largest models, is tried
+
+
+class Arrangement(NamedTuple):
+    memory_format: str
+    compile: bool
+
+    def __str__(self) -> str:
+        return self.memory_format + (" compiled" if self.compile else "")
+
+
+class FastTrunk(nn.Module):
+    """`neck(*body(x))` is the trunk. Between the two stands what is smallest to keep (`split_neck`): its features, or, if it
+    is `widened`, after both, which is more to keep and nothing to compute."""
+
+    narrow = True
+
+    def __init__(self, body: nn.Module, neck: nn.Module | None, dtype: torch.dtype, how: Arrangement) -> None:
+        super().__init__()
+        self.dtype, self.how = dtype, how
+        self.memory_format, self.compiled = FORMATS[how.memory_format], how.compile
+        self.body = body.to(memory_format=self.memory_format)
+        self.neck = neck.to(memory_format=self.memory_format) if neck is not None else None
+        if how.compile:
+            # dynamic=False: a second size would otherwise be traced symbolically, which takes minutes with SAME padding.
+            # CUDA graphs take the launch costs away; their outputs are overwritten by the next run, hence `features`' clone.
+            cuda = next(body.parameters()).device.type == "cuda"
+            mode = "reduce-overhead" if cuda else None
+            self.body = cast(nn.Module, torch.compile(self.body, dynamic=False, mode=mode))
+
+    def eager(self) -> FastTrunk:
+        """The same modules, not compiled."""
+        if not self.compiled:
+            return self
+        return FastTrunk(self.body._orig_mod, self.neck, self.dtype, self.how._replace(compile=False))  # type: ignore[arg-type]
+
+    def widened(self) -> FastTrunk:
+        """The same modules, whose features are what crosses into the head."""
+        wide = copy.copy(self)
+        wide.narrow = False
+        return wide
+
+    def features(self, images: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """fp32 [n, 3, res, res] to what the cached engine keeps, in the trunk's number format."""
+        found = self.body(images.to(self.dtype, memory_format=self.memory_format))
+        found = tuple(f.clone() for f in found) if self.compiled else found
+        return found if self.narrow else self.widen(found)
+
+    def finish(self, features: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        """From `features`, read back in any layout, to what crosses into the head."""
+        return self.widen(features) if self.narrow else tuple(features)
+
+    def widen(self, features: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        if self.neck is None:
+            return tuple(features)
+        laid = (f.contiguous(memory_format=self.memory_format) if f.dim() == 4 else f for f in features)
+        return self.neck(*laid)
+
+    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return self.finish(self.features(images))
+
+
+def prepared(trunk: nn.Module, dtype: torch.dtype, res: int = 64) -> nn.Module:
+    """A copy with BatchNorms folded, then cast. BatchNorms that no convolution takes in keep fp32: their inputs may be narrow.
+
+    `res`: pixels of the pictures that folding is checked on.
+    """
+    own, count = folding.folded(trunk, res)
+    own = own if count else copy.deepcopy(own)
+    if next(own.parameters()).device.type == "cpu":
+        cpu_layers.use(own)
+    own = own.to(dtype)
+    for module in own.modules():
+        if isinstance(module, _BatchNorm):
+            module.float()
+    return own
+
+
+def split_neck(trunk: nn.Module) -> tuple[nn.Module, nn.Module | None]:
+    """(body, neck): the neck is a last convolution that only widens (EfficientNet's conv_head: four times the channels).
+
+    Features before it are that much smaller to keep, and one small convolution makes up for it.
+    """
+    graph = cast(fx.GraphModule, trunk).graph
+    output = next(node for node in graph.nodes if node.op == "output")
+    for node in output.all_input_nodes:
+        conv = trunk.get_submodule(node.target) if node.op == "call_module" else None
+        widens = isinstance(conv, nn.Conv2d) and conv.in_channels < conv.out_channels and set(conv.stride) == {1}
+        if widens and list(node.users) == [output]:
+            return cut(trunk, (node.target,))
+    return trunk, None
+
+
+def arranged(trunk: nn.Module, dtype: torch.dtype, how: Arrangement) -> FastTrunk:
+    """`trunk` as `prepared` made it, laid out and compiled as `how` says; its modules are moved, not copied."""
+    return FastTrunk(*split_neck(trunk), dtype, how)
+
+
+def candidates(settings: Run, device: torch.device) -> list[Arrangement]:
+    """What `auto` chooses from, the usual one first."""
+    usual = ["channels_last", "contiguous"] if device.type == "cpu" else ["contiguous", "channels_last"]
+    formats = usual if settings.memory_format == "auto" else [settings.memory_format]
+    if settings.compile is True:
+        return [Arrangement(formats[0], True)]  # the compiler lays out by itself
+    found = [Arrangement(name, False) for name in formats]
+    if settings.compile == "auto" and device.type == "cuda":
+        found.append(Arrangement(formats[0], True))
+    return found
+
+
+@torch.no_grad()
+def probe(
+    trunk: nn.Module, dtype: torch.dtype, choices: list[Arrangement], images: torch.Tensor, pictures: int
+) -> dict[str, Any]:
+    """The fastest of `choices` for fp32 `images`, and milliseconds per image of each; `pictures` are waiting for this rank.
+
+    Rounds alternate and the fastest of each counts, so that whatever else the machine does falls on all alike.
+    """
+    best: dict[Arrangement, float] = {}
+    for compiling in (False, True):
+        tried = [how for how in choices if how.compile is compiling]
+        if compiling and best and min(best.values()) * pictures < COMPILE_PAYS_S * len(images):
+            break
+        trunks = {how: arranged(copy.deepcopy(trunk), dtype, how) for how in tried}
+        for fast in trunks.values():
+            fast(images)
+        started = time.monotonic()
+        for k in range(20):
+            if not tried or (k >= 5 and time.monotonic() - started > PROBE_S):
+                break
+            for how, fast in trunks.items():
+                best[how] = min(best.get(how, float("inf")), seconds(fast, images))
+    usual = choices[0]
+    chosen = min(best, key=lambda how: best[how] if how == usual else best[how] * CLEARLY)
+    per_image = {str(how): round(1000 * s / len(images), 4) for how, s in best.items()}
+    return {"memory_format": chosen.memory_format, "compile": chosen.compile, "ms_per_image": per_image}
+
+
+def seconds(trunk: nn.Module, images: torch.Tensor) -> float:
+    started = time.perf_counter()
+    trunk(images)
+    if images.device.type == "cuda":
+        torch.cuda.synchronize(images.device)
+    return time.perf_counter() - started

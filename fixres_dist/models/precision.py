@@ -1,0 +1,143 @@
+"""Number formats: how the trunk, or the whole network where gradients reach it, is computed; a frozen trunk's head is fp32.
+
+Two implementations, torch's autocast and GradScaler and NVIDIA's apex.amp, behind the same three things: `low`, the
+context of low-precision work, `fp32`, the context of the rest, and `LossScale`. apex is imported here only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from fixres_dist.base.errors import UserError
+from fixres_dist.models import nvidia_apex
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def resolve(setting: str, device: torch.device) -> str:
+    """`auto`: bf16 where the hardware computes in it, else fp16 on a GPU and fp32 on a CPU."""
+    if setting != "auto":
+        return setting
+    if device.type == "cpu":
+        able = torch.cpu.get_capabilities()
+        return "bf16" if able.get("avx512_bf16") or able.get("amx_bf16") else "fp32"
+    return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+
+
+@contextlib.contextmanager
+def refusal(setting: str, instead: str) -> Iterator[None]:
+    """apex raises whatever it runs into (no GPU, a torch of another time); here it becomes a UserError."""
+    try:
+        yield
+    except Exception as error:
+        raise UserError(f"{setting}: apex refuses ({type(error).__name__}: {error}). Next: {instead}") from error
+
+
+class Arithmetic:
+    """`name` is what really runs: fp32, tf32, bf16, fp16, apex-O1 or apex-O2."""
+
+    def __init__(self, name: str, device: torch.device) -> None:
+        self.name, self.device = name, device
+        # By the older names: torch.export reads them, and torch 2.15 refuses that once `fp32_precision` is set for convolutions.
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = name == "tf32"
+        self.amp: Any = None
+        self.level = ""
+        self.patched = False  # O1 replaces functions of torch in this process, once
+        if name.startswith("apex-"):
+            with refusal(f"run.precision={name}", nvidia_apex.NEAREST[name]):
+                from apex import amp
+            self.amp, self.level = amp, name.removeprefix("apex-")
+
+    def initialize(self, *model_and_optimizer: Any) -> Any:
+        """What amp.initialize makes of them at this level."""
+        self.patched = True
+        with refusal(f"run.precision={self.name}", nvidia_apex.NEAREST[self.name]):
+            return self.amp.initialize(*model_and_optimizer, opt_level=self.level, verbosity=0)
+
+    def frozen(self, trunk: nn.Module) -> nn.Module:
+        """`trunk` as it runs without gradients: under O2 a copy in fp16 with fp32 BatchNorms, otherwise as it is."""
+        return self.initialize(copy.deepcopy(trunk)) if self.level == "O2" else trunk
+
+    @contextlib.contextmanager
+    def low(self) -> Iterator[None]:
+        if self.level == "O1" and not self.patched:
+            self.initialize(nn.Identity())  # without an optimizer: only torch's functions matter here
+        with torch.autocast(self.device.type, DTYPES[self.name]) if self.name in DTYPES else contextlib.nullcontext():
+            yield
+
+    @contextlib.contextmanager
+    def fp32(self) -> Iterator[None]:
+        """Where O1's patched functions must not cast: the head of a frozen trunk, its statistics, folding."""
+        with self.amp.disable_casts() if self.level == "O1" and self.patched else contextlib.nullcontext():
+            yield
+
+
+class LossScale:
+    """Backward pass and optimizer step of `low_head`, whose gradients are low-precision ones: scaled against fp16's
+    underflow, steps whose gradients overflow left out. Plain without one (None), and in bf16, which does not underflow.
+    """
+
+    def __init__(self, arithmetic: Arithmetic, optimizer: torch.optim.Optimizer, low_head: nn.Module | None) -> None:
+        self.optimizer, self.amp, self.skipped, self.before = optimizer, None, 0, 1.0
+        if arithmetic.amp and low_head is not None:
+            self.amp = arithmetic.amp
+            arithmetic.initialize(low_head, optimizer)  # O1 changes both in place
+        fp16 = arithmetic.name == "fp16" and low_head is not None
+        self.scaler = torch.amp.GradScaler(arithmetic.device.type, enabled=fp16)
+
+    def backward(self, loss: torch.Tensor, last: bool) -> None:
+        """`last`: of the micro-batches that a step accumulates; after it the gradients are unscaled."""
+        if last:
+            self.before = self.value
+        if self.amp:
+            # Delayed before the last one: apex would set the earlier sums aside, and DDP would not add them up over ranks.
+            with self.amp.scale_loss(loss, self.optimizer, delay_unscale=not last) as scaled:
+                scaled.backward()
+            return
+        self.scaler.scale(loss).backward()
+        if last:
+            self.scaler.unscale_(self.optimizer)
+
+    def step(self) -> bool:
+        """Whether the step was taken: one whose gradients overflowed is left out, and the scale falls."""
+        if self.amp:
+            self.optimizer.step()
+        else:
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+        skipped = self.value < self.before
+        self.skipped += skipped
+        return not skipped
+
+    def metrics(self) -> dict[str, float]:
+        return {"loss_scale": self.value, "skipped_steps": self.skipped} if self.amp or self.scaler.is_enabled() else {}
+
+    @property
+    def value(self) -> float:
+        return float(self.amp.state_dict()["loss_scaler0"]["loss_scale"]) if self.amp else self.scaler.get_scale()
+
+    def state(self) -> dict[str, Any]:
+        """For the checkpoint: the scale follows from the overflows so far, so a resume without it would not be exact."""
+        return {"skipped": self.skipped, "scaler": (self.amp or self.scaler).state_dict()}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        if state and state["scaler"]:
+            self.skipped = state["skipped"]
+            (self.amp or self.scaler).load_state_dict(state["scaler"])
+
+
+def sgd(implementation: str, parameters: list[nn.Parameter], momentum: float, decay: float) -> torch.optim.Optimizer:
+    """SGD with momentum, by torch or by apex in one fused kernel: the same updates to rounding, and the same state."""
+    options: dict[str, Any] = {"lr": 0.0, "momentum": momentum, "weight_decay": decay}
+    if implementation == "torch":
+        return torch.optim.SGD(parameters, **options)
+    with refusal("run.optimizer=apex", "run.optimizer=torch"):
+        from apex.optimizers import FusedSGD
+
+        return FusedSGD(parameters, **options)

@@ -1,0 +1,163 @@
+"""Weights files: read, write, and fill a model completely or refuse."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+import safetensors
+import timm
+import timm.layers
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from fixres_dist.base.errors import UserError
+from fixres_dist.base.files import whole
+from fixres_dist.config import reading, recipes
+from fixres_dist.config.schema import Config
+from fixres_dist.models.build import classifier_name, pretrained_cfg
+
+
+def load_weights(model: nn.Module, timm_name: str, weights: str, new_classifier: bool) -> None:
+    """Fill `model` with `weights` (ns | ap | pretrained | none | a file).
+
+    `new_classifier`: keep the model's own new classifier where the weights have another number of classes (stage one
+    will train it); otherwise that is refused, as everything is that leaves a tensor unfilled.
+    """
+    if weights == "none":
+        return
+    if weights in ("ns", "ap", "pretrained"):
+        state, origin = hub_state(timm_name), f"timm's weights for {timm_name}"
+    else:
+        state, origin = read_state(Path(weights)), weights
+    fill(model, resampled(model, state), origin, new_classifier)
+
+
+def resampled(model: nn.Module, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """`state` with its position embedding [1, tokens, width] on the model's grid: weights of a ViT at another size."""
+    own, given = getattr(model, "pos_embed", None), state.get("pos_embed")
+    if own is None or given is None or own.shape == given.shape or own.shape[::2] != given.shape[::2]:
+        return state
+    grid, prefix = model.patch_embed.grid_size, getattr(model, "num_prefix_tokens", 0)  # type: ignore[union-attr]
+    embedded = timm.layers.resample_abs_pos_embed(given, grid, num_prefix_tokens=prefix)
+    return {**state, "pos_embed": embedded}
+
+
+def hub_state(timm_name: str) -> dict[str, torch.Tensor]:
+    """timm's pretrained weights from the local cache or the hub; UserError names `fetch` when neither has them."""
+    if pretrained_cfg(timm_name) is None or not timm.is_model_pretrained(timm_name):
+        raise UserError(f"timm has no pretrained weights for {timm_name!r}. Accepted: --weights none, or a file.")
+    try:
+        return timm.create_model(timm_name, pretrained=True).state_dict()
+    except Exception as error:  # the hub client raises a dozen kinds, from DNS to HTTP status
+        where = os.environ.get("HF_HOME", "~/.cache/huggingface")
+        raise UserError(
+            f"the weights of {timm_name} are not in {where} and the hub cannot be reached ({type(error).__name__}). "
+            f"On a machine with network: python -m fixres_dist fetch --model {timm_name}; then share that folder "
+            "and set HF_HOME to it (cluster.env='{HF_HOME: DIR}')."
+        ) from error
+
+
+def read_state(path: Path) -> dict[str, torch.Tensor]:
+    """A state dict from safetensors, or from a torch file that holds tensors only (pickled code is refused)."""
+    if not path.is_file():
+        raise recipes.no_weights(path)
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, safetensors.SafetensorError, ValueError, EOFError) as error:
+        raise UserError(f"{path} is no readable weights file: {first_line(error)}") from None
+    except Exception as error:  # pickle.UnpicklingError and its like
+        raise UserError(f"{path} holds more than tensors and is not opened: {first_line(error)}") from None
+    for key in ("state_dict", "model"):  # how training scripts nest it
+        if isinstance(state, dict) and isinstance(state.get(key), dict):
+            state = state[key]
+    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        raise UserError(f"{path} holds no state dict; accepted: a mapping of names to tensors.")
+    return {name.removeprefix("module."): value for name, value in state.items()}
+
+
+def first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def fill(model: nn.Module, state: dict[str, torch.Tensor], origin: str, new_classifier: bool = False) -> None:
+    """Load `state` when it covers every tensor of `model` with its shape; otherwise refuse and list what differs."""
+    optional = "num_batches_tracked"  # counts nobody reads; some converters leave them out
+    own = {name: value.shape for name, value in model.state_dict().items() if not name.endswith(optional)}
+    wrong = [
+        f"{n} is {list(state[n].shape)}, the model wants {list(s)}"
+        for n, s in own.items()
+        if n in state and state[n].shape != s
+    ]
+    missing = [f"{n} is missing" for n in own if n not in state]
+    extra = [f"{n} is not in the model" for n in state if n not in own and not n.endswith(optional)]
+    names = classifier_tensors(model)
+    mismatched = {text.split(" ")[0] for text in wrong}
+    if mismatched and mismatched <= names and not missing and not extra:
+        if not new_classifier:
+            raise recipes.other_classes(origin, classes_of(state, names), classes_of(model.state_dict(), names))
+        state = {name: value for name, value in state.items() if name not in names}
+    elif differ := missing + wrong + extra:
+        listed = "; ".join(differ[:4]) + (f"; and {len(differ) - 4} more" if len(differ) > 4 else "")
+        raise UserError(
+            f"{origin} does not fit {type(model).__name__} ({len(own)} tensors, {len(differ)} differ): {listed}."
+        )
+    model.load_state_dict(state, strict=False)
+
+
+def classifier_tensors(model: nn.Module) -> set[str]:
+    prefix = classifier_name(model)
+    return {f"{prefix}.{name}" for name in model.get_submodule(prefix).state_dict()}
+
+
+def classes_of(state: dict[str, torch.Tensor], names: set[str]) -> int:
+    return next(int(state[name].shape[0]) for name in sorted(names) if name in state)
+
+
+def check_weights(model: nn.Module, weights: str, new_classifier: bool) -> None:
+    """Refuse weights of another model or of other classes; `model` is on the meta device."""
+    if weights in ("ns", "ap", "pretrained"):
+        own = (getattr(model, "pretrained_cfg", None) or {}).get("num_classes")
+        wanted = classes_of(model.state_dict(), classifier_tensors(model))
+        if own and own != wanted and not new_classifier:
+            raise recipes.other_classes("what timm has", own, wanted)
+    elif weights != "none":
+        state = resampled(model, {name: value.to("meta") for name, value in read_state(Path(weights)).items()})
+        fill(model, state, weights, new_classifier)
+
+
+def digest(tensors: dict[str, torch.Tensor]) -> str:
+    """Of names and bytes, whatever the order and the memory format."""
+    found = hashlib.sha256()
+    for name, value in sorted(tensors.items()):
+        found.update(name.encode())
+        found.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return found.hexdigest()[:16]
+
+
+def write_weights(model: nn.Module, file: Path, config: Config, res: int) -> None:
+    """A plain state dict, by rename: `timm.create_model(name, num_classes=N, checkpoint_path=file)` reads it.
+
+    safetensors with the model and its resolution in the header, or for `.pth` what torch.save writes.
+    """
+    file.parent.mkdir(parents=True, exist_ok=True)
+    state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
+    with whole(file) as part:
+        part.touch()
+        mode = part.stat().st_mode  # as the umask has it; safetensors makes its files private
+        if file.suffix == ".pth":
+            with part.open("wb") as stream:  # given a name, torch.save hides what the system said
+                torch.save(state, stream)
+        else:
+            meta = {
+                "timm_name": config.model.timm_name,
+                "res": str(res),
+                "model": json.dumps(reading.plain(config)["model"]),
+            }
+            save_file(state, part, {**meta, "format": "pt"})
+        part.chmod(mode)

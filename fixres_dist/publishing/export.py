@@ -1,0 +1,127 @@
+"""The whole model as others load it: weights and configuration for timm, ONNX, and a push to the hub."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from fixres_dist.base.errors import UserError
+from fixres_dist.base.files import whole
+from fixres_dist.config.schema import Config
+from fixres_dist.data import geometry
+from fixres_dist.models import weights
+from fixres_dist.models.build import preprocessing, pretrained_cfg
+
+ONNX_TOLERANCE = 1e-4  # relative to the largest logit; rounding alone stays below 1e-5
+HUB_FILES = ("README.md", "config.json", "model.safetensors")
+
+
+def interpolated(
+    before: dict[str, torch.Tensor], after: dict[str, torch.Tensor], alpha: float
+) -> dict[str, torch.Tensor]:
+    """(1 - alpha) · before + alpha · after, tensor by tensor: exactly `before` at 0, exactly `after` at 1.
+
+    What tuning left alone is equal in both and stays as it is. BN means and variances are interpolated like weights:
+    linearly, which is not the variance of a mixture. Counters (integers) have no between: those of `after`.
+    """
+    if alpha == 0:
+        return dict(before)
+    return {
+        name: torch.lerp(before[name], end, alpha) if end.is_floating_point() else end for name, end in after.items()
+    }
+
+
+def timm_transform(config: Config, res: int) -> tuple[dict[str, Any], bool]:
+    """(timm's settings for this evaluation, whether timm then makes the same picture).
+
+    timm scales the shorter side to floor(input_size / crop_pct) and cuts the centre: every rule but `fixres_height`,
+    for which these are the settings of `fixres`.
+    """
+    spec, rule = preprocessing(config.model.timm_name), config.data.resize_rule
+    resize = geometry.resize_of(rule, res, spec.crop_pct, spec.interpolation)
+    crop_pct = {"fixefficientnet": 1.0, "timm": spec.crop_pct}.get(rule, 224 / 256)
+    settings = {
+        "input_size": (3, res, res),
+        "crop_pct": crop_pct,
+        "crop_mode": "center",
+        "interpolation": resize.interpolation,
+        "mean": spec.mean,
+        "std": spec.std,
+    }
+    return settings, not resize.by_height
+
+
+def write_config(model: nn.Module, file: Path, config: Config, res: int, classes: list[str]) -> None:
+    """config.json in timm's hub form: `timm.create_model("local-dir:FOLDER", pretrained=True)` builds the model from it,
+    and `timm.data.resolve_data_config` finds this evaluation's transform."""
+    from timm.models._hub import save_config_for_hf
+
+    own: Any = model
+    stale = ("tag", "test_input_size", "test_crop_pct", "pool_size", "test_pool_size")  # of the starting weights
+    settings, _ = timm_transform(config, res)
+    own.pretrained_cfg = {**own.pretrained_cfg, **dict.fromkeys(stale), **settings, "num_classes": len(classes)}
+    own.pretrained_cfg["license"] = licence(config)
+    with whole(file) as part:
+        save_config_for_hf(own, part, model_config={"label_names": classes})
+
+
+def licence(config: Config) -> str | None:
+    """Of the starting weights as timm states it; None for a file's or new weights."""
+    start = pretrained_cfg(config.model.timm_name)
+    return start.license if start and config.model.weights in ("ns", "ap", "pretrained") else None
+
+
+@torch.no_grad()
+def write_onnx(model: nn.Module, file: Path, res: int) -> float:
+    """One graph for pictures [n, 3, res, res] of any n (`tf_` models bake their SAME padding for one size).
+
+    Returns the largest difference between onnxruntime's logits and torch's, relative to the largest logit. Raises
+    RuntimeError above ONNX_TOLERANCE, UserError for a size the model does not take; no file is left behind then.
+    """
+    try:
+        import onnxruntime
+        import onnxscript  # noqa: F401  (torch's exporter needs it)
+    except ImportError as error:
+        raise UserError(f"ONNX needs {error.name}. Next: pip install -e .[export]") from None
+    model = model.cpu().float().eval()
+    images = torch.randn(3, 3, res, res, generator=torch.Generator().manual_seed(0))
+    try:
+        expected = model(images)
+    except (AssertionError, RuntimeError) as error:
+        raise UserError(f"the model does not take {res} px: {weights.first_line(error)}") from None
+    with whole(file) as part:
+        batch = ({0: "batch"},)
+        torch.onnx.export(
+            model, (images,), part, input_names=["images"], output_names=["logits"], dynamic_shapes=batch,
+            dynamo=True, external_data=False, verbose=False,
+        )  # fmt: skip
+        session = onnxruntime.InferenceSession(part, providers=["CPUExecutionProvider"])
+        worst = 0.0
+        for n in (3, 1):
+            (logits,) = session.run(["logits"], {"images": images[:n].numpy()})
+            worst = max(worst, float((torch.from_numpy(logits) - expected[:n]).abs().max() / expected.abs().max()))
+        if not worst <= ONNX_TOLERANCE:
+            raise RuntimeError(f"logits of {file.name} are off by {worst:.1e} of the largest; at most {ONNX_TOLERANCE}")
+    return worst
+
+
+def push(folder: Path, repo: str) -> str:
+    """Upload HUB_FILES of `folder` to the hub's model `repo`, made if it is new; returns the commit's address."""
+    from huggingface_hub import HfApi
+
+    try:
+        api = HfApi(library_name="fixres_dist")
+        name = api.create_repo(repo, exist_ok=True).repo_id
+        return str(
+            api.upload_folder(
+                repo_id=name, folder_path=folder, allow_patterns=list(HUB_FILES), commit_message="Add model"
+            )
+        )
+    except Exception as error:  # the client raises a dozen kinds, from DNS to HTTP status
+        raise UserError(
+            f"the hub did not take {repo}: {type(error).__name__}: {weights.first_line(error).rstrip('.')}. "
+            "Next: the same command on a machine with network, after hf auth login."
+        ) from error

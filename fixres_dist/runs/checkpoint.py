@@ -1,0 +1,186 @@
+"""Checkpoints: the tuned tensors, the optimizer, the step, and the fingerprint of all that must match.
+
+A directory step_00001200/ is complete or invisible (written beside, then renamed). Tensors are safetensors, the rest
+JSON: reading one runs no code. World size is not part of it.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from fixres_dist.base.errors import UserError
+from fixres_dist.base.files import sync, whole
+
+KEPT = 2  # newest ones; the best stays too
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What a run knows beyond its tensors; everything else follows from the step."""
+
+    step: int  # optimizer steps done over both stages
+    stage: str
+    seconds: float = 0.0  # worked on training, over all starts
+    best_top1: float = -1.0  # of the evaluations while this stage trains
+    best_step: int = -1
+    loss_scale: dict[str, Any] = field(default_factory=dict)  # precision.LossScale.state
+
+    def with_top1(self, top1: float) -> Progress:
+        return replace(self, best_top1=top1, best_step=self.step) if top1 > self.best_top1 else self
+
+
+@dataclass(frozen=True)
+class Tensors:
+    """What a checkpoint holds of the tuned tensors and the optimizer, copied to the CPU: training may go on."""
+
+    head: dict[str, torch.Tensor]
+    optimizer: dict[
+        str, torch.Tensor
+    ]  # momentum_buffer:NAME of every parameter, average:NAME where weights are averaged
+
+    @classmethod
+    def of(cls, model: nn.Module, names: tuple[str, ...], optimizer: torch.optim.Optimizer) -> Tensors:
+        state = model.state_dict()
+        owners: dict[Any, str] = {parameter: name for name, parameter in model.named_parameters()}
+        kept = {
+            f"{key}:{owners[p]}": value
+            for p, state in optimizer.state.items()
+            for key, value in state.items()
+            if value is not None
+        }
+        return cls(
+            *(
+                {n: t.detach().to("cpu", copy=True).contiguous() for n, t in tensors.items()}
+                for tensors in ({name: state[name] for name in names}, kept)
+            )
+        )
+
+
+class Writer:
+    """Saves behind the loop's back: `save` returns once the tensors are copied, one thread does the files.
+
+    An error of that thread is raised by the next `save` or `wait`. Leaving the `with` waits, so a run's lock is not
+    given back under a save. Once a checkpoint is on disk, `saved` is told (in the thread) its step and `stall_ms`, how
+    long the caller was held up: by the copy, and by the save before if that was not through.
+    """
+
+    def __init__(self, folder: Path, saved: Callable[..., None]) -> None:
+        self.folder, self.saved = folder, saved
+        self.thread = ThreadPoolExecutor(1, "checkpoint")
+        self.pending: Future[None] | None = None
+
+    def __enter__(self) -> Writer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.thread.shutdown(wait=True)
+
+    def save(
+        self,
+        model: nn.Module,
+        names: tuple[str, ...],
+        optimizer: torch.optim.Optimizer,
+        progress: Progress,
+        fingerprint: dict[str, Any],
+    ) -> None:
+        """Write step_NNNNNNNN/; rank 0 only."""
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()  # work that was queued before is no part of the stall
+        started = time.perf_counter()
+        self.wait()
+        tensors = Tensors.of(model, names, optimizer)
+        stall_ms = 1e3 * (time.perf_counter() - started)
+
+        def work() -> None:
+            write(self.folder, tensors, progress, fingerprint)
+            self.saved(step=progress.step, stall_ms=round(stall_ms, 1))
+
+        self.pending = self.thread.submit(work)
+
+    def wait(self) -> None:
+        """Until the save in hand is on disk."""
+        pending, self.pending = self.pending, None
+        if pending:
+            pending.result()
+
+
+def write(folder: Path, tensors: Tensors, progress: Progress, fingerprint: dict[str, Any]) -> None:
+    """step_NNNNNNNN/ below `folder`, whole or not at all, without what is no longer kept."""
+    final = folder / f"step_{progress.step:08d}"
+    with whole(final) as part:
+        part.mkdir(parents=True)
+        save_file(tensors.head, part / "head.safetensors")
+        save_file(tensors.optimizer, part / "optimizer.safetensors")
+        (part / "meta.json").write_text(
+            json.dumps({"progress": asdict(progress), "fingerprint": fingerprint}, indent=1)
+        )
+        for file in part.iterdir():
+            sync(file)
+    sync(folder)
+    prune(folder, progress.best_step)
+
+
+def complete(folder: Path) -> list[Path]:
+    """The checkpoints below `folder`, oldest first."""
+    return sorted(path.parent for path in folder.glob("step_*/meta.json"))
+
+
+def prune(folder: Path, best_step: int) -> None:
+    for path in complete(folder)[:-KEPT]:
+        if path.name != f"step_{best_step:08d}":
+            shutil.rmtree(path, ignore_errors=True)
+    for path in folder.glob(".step_*"):  # left by a kill in the middle of a save
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def progress_of(path: Path) -> Progress:
+    return Progress(**read(path / "meta.json")["progress"])
+
+
+def restore(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, fingerprint: dict[str, Any]) -> Progress:
+    """Load a checkpoint; raises UserError naming what differs when it belongs to another run, data set or trunk."""
+    meta = read(path / "meta.json")
+    kept = meta["fingerprint"]
+    differ = [f"{key} was {value}, is {fingerprint[key]}" for key, value in kept.items() if fingerprint[key] != value]
+    if differ:
+        raise UserError(
+            f"{path} cannot be resumed: {'; '.join(differ)}. Put back what changed, or start under another --name."
+        )
+    load_tensors(path, model)
+    parameters = dict(model.named_parameters())
+    for name, value in read(path / "optimizer.safetensors").items():
+        key, _, parameter = name.partition(":")
+        optimizer.state[parameters[parameter]][key] = value.to(parameters[parameter].device)
+    return Progress(**meta["progress"])
+
+
+def read(file: Path) -> Any:
+    """JSON or tensors of a checkpoint; raises UserError for a damaged file, which every start would meet again."""
+    try:
+        return json.loads(file.read_text()) if file.suffix == ".json" else load_file(file)
+    except (FileNotFoundError, ValueError, SafetensorError) as error:
+        older = [path for path in complete(file.parents[1]) if path < file.parent]
+        start = f"step {int(older[-1].name[5:])}" if older else "the start of its stage"
+        raise UserError(
+            f"{file} cannot be read ({error}). Next: rm -r {file.parent}, then the same command: it goes on from {start}."
+        ) from None
+
+
+def load_tensors(path: Path, model: nn.Module) -> None:
+    """Copy a checkpoint's tuned tensors into `model`, in place."""
+    state = model.state_dict()
+    with torch.no_grad():
+        for name, value in read(path / "head.safetensors").items():
+            state[name].copy_(value)

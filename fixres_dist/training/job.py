@@ -1,0 +1,34 @@
+"""What every task of a job calls. Imports no torch: the stop signals are handled before torch's seconds of importing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fixres_dist.base.signals import StopFlag
+from fixres_dist.cluster import slurm
+
+if TYPE_CHECKING:
+    import submitit
+
+
+class TrainJob:
+    """Importable and stateless, so that a requeue runs it again from the snapshot. `folder`: of the run."""
+
+    def __init__(self, folder: str) -> None:
+        self.folder = folder
+
+    def __call__(self) -> int:
+        flag = StopFlag().install()  # over submitit's handlers
+        from fixres_dist.training import worker
+
+        code = worker.run(Path(self.folder), flag)
+        if slurm.own_job():
+            # No Exception: submitit then writes no result, where a stopped rank's would read as a success or an error.
+            raise SystemExit(code)
+        return code
+
+    def checkpoint(self) -> submitit.helpers.DelayedSubmission:
+        import submitit
+
+        return submitit.helpers.DelayedSubmission(self)

@@ -1,0 +1,159 @@
+"""Ranks: who am I, how do we meet, and the three collectives the loop uses.
+
+Works under submitit (which exports SLURM_* or SUBMITIT_LOCAL_*), torchrun, plain srun, and alone. The ranks meet
+through a file in the run directory, which every node sees: rank 0 binds a free port and publishes address and port
+under a key unique to this start. So no node name has to resolve, and no two jobs can clash on a port.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import socket
+import subprocess
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from fixres_dist.base import memory
+from fixres_dist.base.errors import UserError
+from fixres_dist.base.files import write_text
+
+MEET_TIMEOUT_S = 600.0  # nodes of one job can start minutes apart
+COLLECTIVE_TIMEOUT_S = 1800.0
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among its peers. `control` is a CPU group for flags and counts, so that they never wait for a GPU."""
+
+    rank: int
+    world_size: int
+    local_size: int
+    nodes: tuple[str, ...]
+    device: torch.device
+    control: Any = None  # a process group; None is the default one
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def barrier(self) -> None:
+        if self.world_size > 1:
+            dist.barrier(group=self.control)
+
+    def total(self, values: torch.Tensor) -> torch.Tensor:
+        """Sum over ranks of a CPU tensor, in place."""
+        if self.world_size > 1:
+            dist.all_reduce(values, group=self.control)
+        return values
+
+    def highest(self, values: list[int]) -> list[int]:
+        """Element-wise maximum over ranks: how they agree on flags at a step boundary."""
+        if self.world_size == 1:
+            return values
+        shared = torch.tensor(values)
+        dist.all_reduce(shared, op=dist.ReduceOp.MAX, group=self.control)
+        return [int(v) for v in shared]
+
+    def from_main(self, value: Any) -> Any:
+        """Rank 0's `value` (small, picklable by torch) on every rank."""
+        if self.world_size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0, group=self.control)
+        return box[0]
+
+    def stop(self) -> None:
+        if self.world_size > 1 and dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def variables(environ: Mapping[str, str]) -> tuple[int, int, int, int, str]:
+    """(rank, world size, local rank, ranks on this node, key of this start) from the launcher's variables."""
+    if "TORCHELASTIC_RUN_ID" in environ:
+        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+        key = f"torchrun-{environ['TORCHELASTIC_RUN_ID']}-{environ['MASTER_PORT']}-{environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
+    elif "SUBMITIT_LOCAL_JOB_ID" in environ:
+        names = ("SUBMITIT_LOCAL_GLOBALID", "SUBMITIT_LOCAL_NTASKS", "SUBMITIT_LOCAL_LOCALID", "SUBMITIT_LOCAL_NTASKS")
+        key = f"local-{environ['SUBMITIT_LOCAL_JOB_ID']}"
+    elif "SLURM_PROCID" in environ and "SLURM_STEP_ID" in environ:
+        rank, world, local = (int(environ[name]) for name in ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"))
+        key = f"slurm-{environ['SLURM_JOB_ID']}-{environ['SLURM_STEP_ID']}-{environ.get('SLURM_RESTART_COUNT', 0)}"
+        return rank, world, local, -(-world // int(environ["SLURM_NNODES"])), key
+    else:
+        return 0, 1, 0, 1, "alone"
+    rank, world, local, size = (int(environ.get(name, 1)) for name in names)
+    return rank, world, local, size, key
+
+
+def join(run_folder: Path, keep_memory: bool = True) -> Ranks:
+    """Join the other ranks of this start; a single process needs no process group.
+
+    `keep_memory`: on a CPU, use freed memory again (allocator.py); False leaves the process as it is.
+    """
+    rank, world, local, local_size, key = variables(os.environ)
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        # Never set CUDA_VISIBLE_DEVICES here: two jobs on one node were given different devices by Slurm.
+        device = torch.device("cuda", local % torch.cuda.device_count())
+        torch.cuda.set_device(device)
+    elif keep_memory:
+        memory.keep_freed_memory()
+    node = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+    if world == 1:
+        return Ranks(0, 1, 1, (node,), device)
+    store = meet(run_folder / "rendezvous" / f"{key}.json", rank, world, many_nodes=world > local_size)
+    timeout = datetime.timedelta(seconds=COLLECTIVE_TIMEOUT_S)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
+    control: Any = dist.new_group(backend="gloo", timeout=timeout) if backend == "nccl" else None
+    found: list[Any] = [None] * world
+    dist.all_gather_object(found, node, group=control)
+    return Ranks(rank, world, local_size, tuple(dict.fromkeys(found)), device, control)
+
+
+def meet(file: Path, rank: int, world: int, many_nodes: bool) -> dist.TCPStore:
+    timeout = datetime.timedelta(seconds=MEET_TIMEOUT_S)
+    if rank == 0:
+        store = dist.TCPStore("0.0.0.0", 0, world, is_master=True, timeout=timeout, wait_for_workers=False)
+        file.parent.mkdir(exist_ok=True)
+        write_text(file, json.dumps({"address": own_address() if many_nodes else "127.0.0.1", "port": store.port}))
+        return store
+    deadline = time.monotonic() + MEET_TIMEOUT_S
+    while file.name not in (
+        os.listdir(file.parent) if file.parent.exists() else ()
+    ):  # listing defeats NFS's name cache
+        if time.monotonic() > deadline:
+            raise UserError(
+                f"rank {rank} waited {MEET_TIMEOUT_S:.0f} s for rank 0 to publish {file}; is the run directory shared by all nodes?"
+            )
+        time.sleep(0.05)
+    found = json.loads(file.read_text())
+    return dist.TCPStore(
+        found["address"], found["port"], world, is_master=False, timeout=timeout, wait_for_workers=False
+    )
+
+
+def own_address() -> str:
+    """An address at which other nodes reach this one: MASTER_ADDR if set, what Slurm knows, the host name's, in that order."""
+    if os.environ.get("MASTER_ADDR"):
+        return os.environ["MASTER_ADDR"]
+    node = os.environ.get("SLURMD_NODENAME", "")
+    if node:
+        try:
+            shown = subprocess.run(
+                ["scontrol", "show", "node", node, "-o"], capture_output=True, text=True, timeout=20
+            ).stdout
+            address = dict(item.partition("=")[::2] for item in shown.split()).get("NodeAddr", "")
+            if address:
+                return socket.gethostbyname(address)
+        except (OSError, subprocess.TimeoutExpired):
+            pass  # containers lack scontrol; the host name is next
+    return socket.gethostbyname(socket.gethostname())

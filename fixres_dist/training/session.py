@@ -1,0 +1,269 @@
+"""A model, its data and its device, opened once: what training, evaluation and the resolution sweep share."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from fixres_dist.base.environment import cache_folder
+from fixres_dist.base.errors import UserError
+from fixres_dist.base.files import write_text
+from fixres_dist.config.schema import Config
+from fixres_dist.data import backends, class_maps, geometry, sources, torch_cpu
+from fixres_dist.data.index import Index
+from fixres_dist.data.requests import Pictures, Request, every_sample
+from fixres_dist.models import fast_trunk, folding, nvidia_apex, precision, weights
+from fixres_dist.models.build import Preprocessing, build_model, check_resolutions, preprocessing, small_size
+from fixres_dist.models.split import Parts, frozen_digest
+from fixres_dist.training.cache.store import Loaded, Store
+from fixres_dist.training.predict import predict
+from fixres_dist.training.predictions import Predictions
+from fixres_dist.training.ranks import Ranks
+from fixres_dist.training.stages import batch_per_device
+
+PROBE_IMAGES = 16  # at most, on a CPU; a GPU is probed with a whole batch
+
+
+@dataclass(frozen=True)
+class Session:
+    config: Config
+    ranks: Ranks
+    model: nn.Module
+    spec: Preprocessing
+    splits: dict[str, Index]  # train and val; where a model is just evaluated, the split and the sets asked for
+    classes: tuple[str, ...]  # of the model, in the order of its logits
+    columns: dict[str, tuple[int, ...]]  # of each split: the model's class of each of its folders
+    arithmetic: precision.Arithmetic
+    # Of a model that trains as a whole, and its pictures; a frozen trunk has its own.
+    memory_format: torch.memory_format
+    on_skip: backends.OnSkip  # what is done about an image that cannot be decoded, under data.on_bad: skip
+    kept: Path | None = None  # file of what was decided for the run (`decided`)
+
+    @property
+    def train(self) -> Index:
+        return self.splits["train"]
+
+    @property
+    def val(self) -> Index:
+        return self.splits["val"]
+
+    def resize(self, res: int) -> geometry.Resize:
+        return geometry.resize_of(self.config.data.resize_rule, res, self.spec.crop_pct, self.spec.interpolation)
+
+    def batches(
+        self, index: Index, requests: Iterable[Request], res: int, store: Store | None = None
+    ) -> Iterator[Loaded]:
+        """The pictures of every request, or what the trunk made of them where there is a `store`."""
+        if store:
+            return backends.watched(index, store.batches(index, requests), self.config.data.on_bad, self.on_skip)
+        return self.pictures(index, requests, res)
+
+    def pictures(self, index: Index, requests: Iterable[Request], res: int) -> Iterator[torch_cpu.Batch]:
+        settings, device, size = self.config.data, self.ranks.device, batch_per_device(self.config, res)
+        workers = torch_cpu.worker_count(settings.workers, self.ranks.local_size)
+        return backends.batches(index, requests, res, self.resize(res), settings, device, workers, size, self.on_skip)
+
+    def to_device(self, images: torch.Tensor, memory_format: torch.memory_format | None = None) -> torch.Tensor:
+        """uint8 pictures to normalised fp32 [n, 3, res, res] on this rank's device."""
+        images = images.to(self.ranks.device, non_blocking=True)
+        return self.spec.normalised(images).contiguous(memory_format=memory_format or self.memory_format)
+
+    def decided(self, name: str, decide: Callable[[], dict[str, Any]], together: bool = False) -> dict[str, Any]:
+        """What rank 0 decides, the same on all ranks; kept with the run, so that its next start goes on in the same way.
+
+        `together`: every rank calls `decide`, whose answers are equal because the ranks agree within it.
+        """
+        known = json.loads(self.kept.read_text()) if self.ranks.is_main and self.kept and self.kept.exists() else {}
+        value = self.ranks.from_main(known.get(name))
+        if value:
+            return value
+        if together or self.ranks.is_main:
+            value = decide()
+        if self.kept and self.ranks.is_main:
+            write_text(self.kept, json.dumps({**known, name: value}, indent=1) + "\n")
+            print(f"{name}: {', '.join(f'{key} {v}' for key, v in value.items())}", flush=True)
+        return self.ranks.from_main(value)
+
+    def with_fast_trunk(self, parts: Parts, res: int = 0) -> Parts:
+        """The same function with the frozen trunk folded, cast and arranged (trunk.py); probed at `res`, or at data.res."""
+        if parts.trunk is None:
+            return parts
+        small = small_size(parts.model)
+        if self.arithmetic.amp:  # apex casts for itself
+            with self.arithmetic.fp32():
+                own, _ = folding.folded(parts.trunk, small)
+            return replace(parts, trunk=self.arithmetic.frozen(own))
+        res, dtype = res or self.config.data.res, precision.DTYPES.get(self.arithmetic.name, torch.float32)
+        own = fast_trunk.prepared(parts.trunk, dtype, small)
+        choices = fast_trunk.candidates(self.config.run, self.ranks.device)
+        how = choices[0]
+        if len(choices) > 1:
+            size = batch_per_device(self.config, res)
+            size = size if self.ranks.device.type == "cuda" else min(size, PROBE_IMAGES)
+            images = torch.zeros(size, 3, res, res, device=self.ranks.device)
+            todo = sum(map(len, self.splits.values())) * max(1, self.config.tune.epochs) // self.ranks.world_size
+            name = f"trunk at {res} px ({' | '.join(map(str, choices))})"
+            found = self.decided(name, lambda: fast_trunk.probe(own, dtype, choices, images, todo))
+            how = fast_trunk.Arrangement(found["memory_format"], found["compile"])
+        return replace(parts, trunk=fast_trunk.arranged(own, dtype, how))
+
+    def full(self, n: int, res: int) -> int:
+        """The batch size that `n` pictures are filled up to for a compiled trunk: an epoch's last batch is no new graph."""
+        size = batch_per_device(self.config, res)
+        parts = (-(-stage.global_batch // self.ranks.world_size) for stage in self.config.stage_settings())
+        return min((s for s in (*(min(part, size) for part in parts), size) if s >= n), default=n)
+
+    @torch.no_grad()
+    def features(self, fast: fast_trunk.FastTrunk, images: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """What the cached engine keeps of uint8 pictures, in the trunk's own number format."""
+        n, res = len(images), images.shape[-1]
+        if fast.compiled:
+            images = F.pad(images, (0, 0, 0, 0, 0, 0, 0, self.full(n, res) - n))
+        found = fast.features(self.to_device(images if len(images) else black(images), fast.memory_format))
+        return tuple(f[:n] for f in found)
+
+    @torch.no_grad()
+    def inputs(self, parts: Parts, images: torch.Tensor | tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        """What the head takes, in fp32 without autograd: for uint8 pictures, or for their `features` as they were kept."""
+        if isinstance(parts.trunk, fast_trunk.FastTrunk):
+            found = images if isinstance(images, tuple) else self.features(parts.trunk, images)
+            device = self.ranks.device
+            found = parts.trunk.finish([f.to(device, non_blocking=True) for f in found])
+        elif isinstance(images, tuple):
+            raise TypeError("kept features belong to a trunk made by Session.with_fast_trunk")
+        elif parts.trunk is None:
+            return (self.to_device(images),)
+        else:
+            x = self.to_device(images)
+            with self.arithmetic.low():
+                found = tuple(f[: len(x)] for f in parts.trunk(x if len(x) else black(x)))
+        return tuple(feature.float() for feature in found)
+
+    def logits(self, parts: Parts, head: nn.Module, inputs: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        """fp32 [n, classes]. A head is fp32, but in low precision like a trunk where whole blocks of it train."""
+        with self.arithmetic.low() if parts.trains_blocks else self.arithmetic.fp32():
+            if parts.trunk is None and not parts.tuned.buffers and not len(inputs[0]):
+                return head(black(inputs[0]))[:0].float()
+            return head(*inputs).float()
+
+    def evaluate(
+        self, parts: Parts, res: int, note: str, split: str = "val", store: Store | None = None
+    ) -> Predictions:
+        """Every image of the split once over all ranks; leaves the model in eval mode."""
+        return self.evaluate_all([parts], res, note, split, store)[0]
+
+    def evaluate_all(
+        self, models: list[Parts], res: int, note: str, split: str = "val", store: Store | None = None
+    ) -> list[Predictions]:
+        """Several models in one pass over the images, in the arithmetic of training; a trunk they share runs once.
+
+        Logits are restricted to the split's classes (the protocol of ImageNet-A and -R); predictions are the model's.
+        """
+        index, columns = self.splits[split], torch.tensor(self.columns[split], device=self.ranks.device)
+        for parts in models:
+            parts.model.eval()
+            parts.head.eval()
+        several = len(models) > 1  # a digest reads every weight
+        trunks = [frozen_digest(m) if m.trunk is not None and several else str(k) for k, m in enumerate(models)]
+
+        def logits(batch: Loaded) -> list[torch.Tensor]:
+            features = {
+                name: self.inputs(parts, batch.images) for name, parts in dict(zip(trunks, models, strict=True)).items()
+            }
+            # Cloned: a head may work in place, and another one may take the same features.
+            return [
+                self.logits(parts, parts.head, tuple(f.clone() for f in features[name]))[:, columns]
+                for name, parts in zip(trunks, models, strict=True)
+            ]
+
+        batches = self.batches(index, self.requests(every_sample, index, res), res, store)
+        found = predict(logits, index, batches, self.ranks, len(models), note)
+        return [p.of_classes(self.columns[split]) for p in found]
+
+    def requests(self, which: Callable[..., Iterator[Request]], index: Index, res: int) -> Iterator[Request]:
+        """This rank's requests for the split as it is tested."""
+        pictures, size = Pictures("test", res, self.resize(res), 0), batch_per_device(self.config, res)
+        return which(index, pictures, size, self.ranks.rank, self.ranks.world_size)
+
+
+def black(images: torch.Tensor) -> torch.Tensor:
+    """One picture for a rank that has none, where nothing remembers it: the reshapes of a ViT refuse an empty batch."""
+    return images.new_zeros(1, *images.shape[1:])
+
+
+def tell(index: Index, bad: torch_cpu.Bad) -> None:
+    print(f"skipped {index.where(bad.sample)}: {bad.reason}", flush=True)
+
+
+def open_session(
+    config: Config,
+    ranks: Ranks,
+    load_weights: bool = True,
+    on_skip: backends.OnSkip = tell,
+    splits: tuple[str, ...] = ("train", "val"),
+    sets: Mapping[str, Path] | None = None,
+    trained: tuple[str, ...] = (),
+    kept: Path | None = None,
+    mark: Callable[[str], None] = lambda phase: None,
+) -> Session:
+    """Index the data and build the model; rank 0 goes first where something is written.
+
+    `sets`: more folders of class folders, by name. `trained`: the model's classes where they are not the first split's.
+    `load_weights=False` leaves the model as drawn from the seed, for one whose whole model stands in a file of its own.
+    `mark` is told of each part that is through.
+    """
+    nvidia_apex.check(config)  # again: a container, or another node, may hold another apex
+    data, indexes = config.data, {}
+    keep_compiled_code(cache_folder(data.cache))
+    for turn in (True, False):
+        if ranks.is_main is turn:
+            root = sources.folder(data.root, data.cache)
+            for split, folder in ({split: root / split for split in splits} | dict(sets or {})).items():
+                indexes[split] = sources.load(
+                    folder.parent, folder.name, data.cache, ranks.is_main, data.deny_list, data.on_bad
+                )
+        ranks.barrier()
+    mark("index")
+    name, classes = config.model.timm_name, trained or indexes[splits[0]].classes
+    if config.model.num_classes not in (0, len(classes)):
+        raise UserError(
+            f"model.num_classes is {config.model.num_classes}; the data set has {len(classes)} classes. Accepted: 0, or that number."
+        )
+    columns = {split: class_maps.class_map(index.classes, classes, index.folder) for split, index in indexes.items()}
+    model = build_model(name, len(classes), config.run.seed)
+    check_resolutions(model, config.resolutions())
+    if load_weights:
+        weights.load_weights(model, name, config.model.weights, new_classifier=config.pretrain is not None)
+    chosen = precision.resolve(config.run.precision, ranks.device)
+    layout = memory_format(config, ranks.device)
+    model = model.to(device=ranks.device).to(memory_format=layout)
+    mark("model")
+    arithmetic = precision.Arithmetic(chosen, ranks.device)
+    spec = preprocessing(name)
+    return Session(config, ranks, model, spec, indexes, classes, columns, arithmetic, layout, on_skip, kept)
+
+
+def keep_compiled_code(cache: Path) -> None:
+    """torch.compile's results go beside the indexes, where every node finds them: a restart compiles nothing again."""
+    name = "TORCHINDUCTOR_CACHE_DIR"
+    own = f"{tempfile.gettempdir()}/torchinductor_"  # importing torch has set its default; a person's setting stands
+    if os.environ.get(name, own).startswith(own):
+        os.environ[name] = str(cache.absolute() / "inductor")
+
+
+def memory_format(config: Config, device: torch.device) -> torch.memory_format:
+    """Of the model itself. `auto`: channels-last on CPUs, and on GPUs where gradients reach the trunk; what is frozen is
+    arranged by trunk.py."""
+    policies = {config.tune.policy, *([config.pretrain.policy] if config.pretrain else [])}
+    auto = device.type == "cpu" or bool(policies & {"all", "last_block"})
+    last = {"channels_last": True, "contiguous": False}.get(config.run.memory_format, auto)
+    return torch.channels_last if last else torch.contiguous_format

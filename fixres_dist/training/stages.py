@@ -1,0 +1,76 @@
+"""Steps, stages and learning rates as functions of the configuration and the number of images. No torch: plans use it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from fixres_dist.config.schema import Config, Tune
+from fixres_dist.data import order
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stretch of optimizer steps [first, stop) with one policy, resolution and transform, on `n` images."""
+
+    name: str  # pretrain | fix
+    tune: Tune
+    res: int
+    transform: str
+    first: int
+    n: int
+    seed: int  # of its order and augmentation: the stages must not repeat each other's
+
+    @property
+    def per_epoch(self) -> int:
+        return order.steps_per_epoch(self.n, self.tune.global_batch)
+
+    @property
+    def stop(self) -> int:
+        return self.first + self.tune.epochs * self.per_epoch
+
+    def batch_size(self, step: int) -> int:
+        """Images of optimizer step `step` over all ranks; an epoch's last step may have fewer."""
+        return min(self.tune.global_batch, self.n - (step - self.first) % self.per_epoch * self.tune.global_batch)
+
+    def averages(self, done: int) -> int:
+        """How many epoch ends the average of the weights holds after `done` steps, the one at `done` included."""
+        epochs, rest = divmod(done - self.first, self.per_epoch)
+        return max(0, epochs - self.tune.epochs + self.tune.average_epochs) if rest == 0 else 0
+
+    def images_until(self, step: int) -> int:
+        epochs, k = divmod(step - self.first, self.per_epoch)
+        return epochs * self.n + k * self.tune.global_batch
+
+    def learning_rate(self, step: int) -> float:
+        """A function of the step, so there is no schedule state to save."""
+        tune, k = self.tune, step - self.first
+        peak, warmup = tune.peak_learning_rate(), tune.warmup_epochs * self.per_epoch
+        if k < warmup:
+            return peak * (k + 1) / warmup
+        if tune.schedule == "step":
+            return peak * 0.1 ** (k // self.per_epoch // tune.decay_epochs)
+        done = (k - warmup) / max(1.0, tune.epochs * self.per_epoch - warmup)
+        return peak * 0.5 * (1 + math.cos(math.pi * done))
+
+
+def stages(config: Config, n: int) -> list[Stage]:
+    """The stages of a run on `n` training images, in order; optimizer steps are counted through."""
+    found: list[Stage] = []
+    if config.pretrain:
+        p = config.pretrain
+        found.append(Stage("pretrain", p, p.res, p.train_transform, 0, n, 2 * config.run.seed + 1))
+    first = found[0].stop if found else 0
+    return [
+        *found,
+        Stage("fix", config.tune, config.data.res, config.data.train_transform, first, n, 2 * config.run.seed),
+    ]
+
+
+def batch_per_device(config: Config, res: int) -> int:
+    """Images per forward of a rank; `auto` keeps the pixels of a forward about constant (64 images at 320 px).
+
+    A frozen trunk keeps no activations, so this bounds the peak of one layer, not of a graph.
+    """
+    chosen = config.run.batch_per_device
+    return int(chosen) if chosen != "auto" else max(1, int(64 * (320 / res) ** 2))

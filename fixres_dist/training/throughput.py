@@ -1,0 +1,92 @@
+"""What a stretch of training did: loss, speed, time spent waiting for data; and what came before its first step."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from fixres_dist.training.cache.store import Loaded
+from fixres_dist.training.ranks import Ranks
+
+IMPORTED = time.time()
+
+
+class Meter:
+    """Loss, speed and time spent waiting for data since the last reading."""
+
+    def __init__(self) -> None:
+        self.restart()
+
+    def restart(self) -> None:
+        self.loss, self.images, self.wait_s, self.since = torch.zeros(()), 0, 0.0, time.monotonic()
+        self.skipped = 0
+
+    def add(self, loss: torch.Tensor, images: int) -> None:
+        self.loss, self.images = self.loss.to(loss.device) + loss, self.images + images
+
+    def waiting(self, batches: Iterator[Loaded]) -> Iterator[Loaded]:
+        """`batches`, with the time the caller waits for each one counted."""
+        while True:
+            asked = time.monotonic()
+            batch = next(batches, None)
+            self.wait_s += time.monotonic() - asked
+            if batch is None:
+                return
+            self.skipped += len(batch.skipped)
+            yield batch
+
+    def read(self, ranks: Ranks, **values: float) -> dict[str, float]:
+        """Scalars over all ranks since the last reading."""
+        elapsed = time.monotonic() - self.since
+        sums = ranks.total(
+            torch.tensor([float(self.loss), self.images, self.wait_s / elapsed, self.skipped], dtype=torch.float64),
+        )
+        memory = torch.cuda.max_memory_allocated() / 2**30 if ranks.device.type == "cuda" else 0.0
+        loss, images, wait, skipped = sums.tolist()
+        self.restart()
+        return {
+            "loss": loss / max(1.0, images),
+            **values,
+            "images_per_second": images / elapsed,
+            "data_wait_percent": 100 * wait / ranks.world_size,
+            "memory_gib": memory,
+            "skipped": skipped,
+        }
+
+
+class StartUp:
+    """Where the time between this process's start and its first optimizer step goes."""
+
+    def __init__(self) -> None:
+        self.phases: dict[str, float] = {}
+        self.running = True
+        self.marked = process_started()
+
+    def mark(self, phase: str) -> None:
+        """`phase` ends now; what came since the mark before is its time."""
+        now = time.time()
+        self.phases[phase] = round(self.phases.get(phase, 0.0) + now - self.marked, 3)
+        self.marked = now
+
+    def stop(self) -> dict[str, float]:
+        """After the first step."""
+        self.mark("step")
+        self.running = False
+        return {
+            "time_to_first_step_s": round(sum(self.phases.values()), 3),
+            **{f"{k}_s": v for k, v in self.phases.items()},
+        }
+
+
+def process_started() -> float:
+    """Unix time of this process's start, to 10 ms; the import of this module where there is no /proc."""
+    try:
+        ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+        up = float(Path("/proc/uptime").read_text().split()[0])
+    except OSError:
+        return IMPORTED
+    return time.time() - up + ticks / os.sysconf("SC_CLK_TCK")
