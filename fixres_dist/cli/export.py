@@ -10,8 +10,6 @@ from typing import Any
 from fixres_dist.base.errors import EXIT_DONE, UserError
 from fixres_dist.base.files import write_text
 from fixres_dist.base.text import parse_sizes
-from fixres_dist.cli.interpolate import interpolate
-from fixres_dist.cli.report import report
 from fixres_dist.evaluation.inputs import add_source, weights_after, weights_before
 from fixres_dist.publishing import model_card
 from fixres_dist.runs.rundir import RunDir
@@ -25,6 +23,9 @@ FORMATS = {
 
 
 def add_parsers(commands: Any) -> None:
+    from fixres_dist.cli.interpolate import interpolate
+    from fixres_dist.cli.report import report
+
     p = commands.add_parser("export", help="a run's whole model for timm, onnxruntime or the hub, with its model card")
     p.add_argument("--run", type=Path, required=True, help="a finished run directory")
     p.add_argument("--format", choices=FORMATS, default="safetensors", help="default: safetensors")

@@ -1,0 +1,153 @@
+"""Files are whole or absent, and a full disk is named with what to do, by commands, FAILED and status alike."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from support.commands import run, tiny
+
+from fixres_dist.base.errors import exit_code
+from fixres_dist.base.files import no_room, whole
+from fixres_dist.base.signals import StopFlag
+from fixres_dist.cluster import status
+from fixres_dist.runs import checkpoint
+from fixres_dist.runs.rundir import RunDir
+from fixres_dist.training import worker
+from fixres_dist.training.cache.store import Store
+
+SAFETENSORS = "Error while serializing: I/O error: No space left on device (os error 28)"  # what it raises has no errno
+
+
+def interrupted(file: Path, error: Exception) -> None:
+    with whole(file) as part:
+        part.write_text("what fitted")
+        raise error
+
+
+def test_a_file_is_there_whole_or_as_it_was(tmp_path: Path) -> None:
+    file = tmp_path / "a"
+    with whole(file) as part:
+        part.write_text("old")
+        assert not file.exists()
+    with pytest.raises(ZeroDivisionError):
+        interrupted(file, ZeroDivisionError())
+    assert file.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_what_a_killed_writer_or_an_older_one_left_is_no_part_of_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "step").mkdir()
+    (tmp_path / "step" / "older").touch()
+    left = tmp_path / f".step.{os.getpid()}"
+    left.mkdir()
+    (left / "stale").touch()
+    with whole(tmp_path / "step") as part:
+        part.mkdir()
+        (part / "new").touch()
+    assert [path.name for path in tmp_path.rglob("*")] == ["step", "new"]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        Exception(SAFETENSORS),
+        shutil.Error([("a", "b", "[Errno 28] No space left on device: 'a' -> 'b'")]),
+    ],
+)
+def test_every_librarys_full_disk_is_one_error_with_the_path(tmp_path: Path, error: Exception) -> None:
+    with pytest.raises(OSError, match="No space left") as raised:
+        interrupted(tmp_path / "a", error)
+    assert no_room(raised.value) == f"no space is left on the disk: {tmp_path / 'a'}"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_torchs_full_disk_is_the_systems_error_too(tmp_path: Path) -> None:
+    with (
+        pytest.raises(OSError, match="No space left") as raised,
+        whole(tmp_path / "a.pth"),
+        open("/dev/full", "wb") as disk,
+    ):
+        torch.save({"weight": torch.zeros(10**6)}, disk)
+    assert no_room(raised.value) == f"no space is left on the disk: {tmp_path / 'a.pth'}"
+
+
+def test_a_quota_is_told_apart_and_other_errors_are_not_about_room(tmp_path: Path) -> None:
+    assert no_room(OSError(errno.EDQUOT, "Disk quota exceeded", "f")) == "the disk quota is used up: f"
+    assert no_room(OSError(errno.ENOSPC, "No space left on device")) == "no space is left on the disk"
+    assert no_room(PermissionError(errno.EACCES, "Permission denied", "f")) == ""
+    assert no_room(ValueError("the picture has 28 rows")) == ""
+
+
+def test_a_command_says_it_in_a_line(capsys: pytest.CaptureFixture[str]) -> None:
+    def full() -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "runs/a")
+
+    def broken() -> int:
+        raise FileNotFoundError(errno.ENOENT, "No such file or directory", "a")
+
+    assert exit_code(full) == 1
+    assert capsys.readouterr().err == (
+        "error: no space is left on the disk: runs/a. Next: make room, then the same command.\n"
+    )
+    with pytest.raises(FileNotFoundError):
+        exit_code(broken)
+
+
+def test_a_segment_and_a_checkpoint_that_do_not_fit_leave_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def batches() -> Any:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        yield
+
+    store = Store(tmp_path / "features", 4, 1, ((2,),), torch.float32)
+    store.folder.mkdir()
+    with pytest.raises(OSError, match=r"0000000000-0000000004\.rows"):
+        store.write((0, 4), batches())
+
+    def save_file(_: Any, file: Path) -> None:
+        file.write_bytes(b"the first blocks")
+        raise RuntimeError(SAFETENSORS)
+
+    monkeypatch.setattr(checkpoint, "save_file", save_file)
+    with pytest.raises(OSError, match="step_00000003"):
+        checkpoint.write(tmp_path / "checkpoints", checkpoint.Tensors({}, {}), checkpoint.Progress(3, "fix"), {})
+    assert [path.name for path in tmp_path.rglob("*") if path.name != "features"] == ["checkpoints"]
+
+
+@pytest.fixture
+def prepared(tmp_path: Path, photos: Path) -> RunDir:
+    done = run(*tiny(tmp_path, "r", photos, 1, "--prepare"))
+    assert done.returncode == 0, done.stderr
+    return RunDir(tmp_path / "r")
+
+
+def test_failed_names_the_file_and_the_command(prepared: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(prepared.checkpoints))
+
+    monkeypatch.setattr(worker, "work", full)
+    with pytest.raises(OSError, match="No space left"):
+        worker.run(prepared.root, StopFlag())
+    why, following = prepared.failed.read_text().splitlines()
+    assert why == f"no space is left on the disk: {prepared.checkpoints}"
+    assert following.startswith("Next: make room, then python launch/submit.py --model test_efficientnet")
+    (row,) = status.rows([prepared])
+    assert f"{prepared.checkpoints}. Next: make room" in row.reason
+
+
+def test_status_sees_a_disk_too_full_for_failed(prepared: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    prepared.update_state(state="running")
+    (row,) = status.rows([prepared])
+    command = (prepared.root / "command.txt").read_text().strip()
+    assert row.reason == f"its process is gone. Next, from the last checkpoint: {command}"
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=4096))
+    (row,) = status.rows([prepared])
+    assert row.state == "failed"
+    assert f"its process is gone; 0.0 MiB are free where {prepared.root} is: make room first. Next" in row.reason

@@ -1,0 +1,251 @@
+"""Decisions that need no Slurm: why a job stops, whether a failure is retried, what status says, the stop deadline."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from fixres_dist.base.files import write_text
+from fixres_dist.cluster import jobs, requeue, slurm, status
+from fixres_dist.config import reading
+from fixres_dist.config.schema import Config
+from fixres_dist.runs.rundir import RunDir
+
+RUNNING = {"JobState": "RUNNING", "Restarts": "0", "PreemptTime": "None", "EndTime": "Unknown", "Reason": "None"}
+
+
+@pytest.mark.parametrize(
+    ("shown", "expected"),
+    [
+        ({"PreemptTime": "2026-01-02T03:04:05"}, slurm.Stop("preempted")),
+        ({"JobState": "COMPLETING"}, slurm.Stop("cancelled")),
+        ({"JobState": "COMPLETING", "PreemptTime": "2026-01-02T03:04:05"}, slurm.Stop("cancelled")),
+        ({"JobState": "COMPLETING", "Restarts": "1"}, slurm.Stop("preempted", by_slurm=True)),
+        ({"JobState": "COMPLETING", "Reason": "TimeLimit"}, slurm.Stop("timeout")),
+        (
+            {"JobState": "SIGNALING", "EndTime": time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(1100))},
+            slurm.Stop("timeout"),
+        ),
+        ({"EndTime": time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(99_000))}, slurm.Stop("asked")),
+        ({}, slurm.Stop("asked")),
+    ],
+)
+def test_why_a_job_is_told_to_stop(shown: dict[str, str], expected: slurm.Stop) -> None:
+    assert slurm.stop(RUNNING | shown, starts=0, signal_delay_s=30, now=1000.0) == expected
+
+
+def test_the_id_of_an_array_task_is_never_the_raw_one() -> None:
+    array = {"SLURM_JOB_ID": "4", "SLURM_ARRAY_JOB_ID": "4", "SLURM_ARRAY_TASK_ID": "1"}
+    assert slurm.own_job(array) == "4_1"
+    assert slurm.own_job({"SLURM_JOB_ID": "7"}) == "7"
+    assert slurm.own_job({}) is None
+
+
+def programs(folder: Path, monkeypatch: pytest.MonkeyPatch, **scripts: str) -> None:
+    """Stand-ins for Slurm's programs, alone in PATH."""
+    folder.mkdir(exist_ok=True)
+    for name, text in scripts.items():
+        (folder / name).write_text(f"#!/bin/sh\n{text}\n")
+        (folder / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(folder))
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunDir:
+    """A run that works, as job 5, and this process in the job's batch script."""
+    for name in ("SLURM_RESTART_COUNT", "SLURM_ARRAY_JOB_ID"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("SLURM_JOB_ID", "5")
+    run = RunDir(tmp_path / "runs" / "r")
+    run.root.mkdir(parents=True)
+    write_text(run.root / "config.yaml", reading.dump(reading.parse(Config, {"cluster": {"max_restarts": "2"}})))
+    run.update_state(job_id="5", state="running")
+    return run
+
+
+def saved(run: RunDir, step: int) -> None:
+    folder = run.checkpoints / f"step_{step:08d}"
+    folder.mkdir(parents=True)
+    (folder / "meta.json").write_text("{}")
+
+
+def shows(state: str) -> str:
+    """scontrol that notes each requeue and shows the job like this."""
+    return f'[ $1 = requeue ] && echo $2 >> "$0.requeued" || echo "JobId=5 JobState={state} Reason=None Restarts=0 PreemptTime=None"'
+
+
+def test_a_failure_is_retried_only_with_progress_and_within_the_limit(
+    run: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    programs(tmp_path / "bin", monkeypatch, scontrol=shows("RUNNING"))
+    for step, failures in ((0, 1), (40, 2)):
+        saved(run, step)
+        requeue.ended(run, 1)
+        assert run.state()["state"] == "requeued"
+        assert run.state()["restarts"]["failure"] == failures
+        requeue.begin(run, 2, ["n1"])
+    saved(run, 80)
+    requeue.broke(run, "ValueError: bad luck", "")
+    requeue.ended(run, 1)
+    assert (tmp_path / "bin" / "scontrol.requeued").read_text().split() == ["5", "5"]
+    told = run.failed.read_text()
+    assert (
+        "2 restarts after failures reached cluster.max_restarts; the last: srun ended with 1; ValueError: bad luck"
+        in told
+    )
+    assert "Next: python launch/logs.py r" in told
+    assert "launch/resume.py r" in run.state()["reason"]
+
+
+def test_the_task_that_was_killed_is_named_before_those_that_broke_because_of_it(run: RunDir) -> None:
+    log = run.root / "submitit" / "5" / "5_0_log.err"
+    log.parent.mkdir(parents=True)
+    broken = "srun: error: n2: tasks 2-3: Exited with exit code 1\n"
+    log.write_text(
+        "srun: error: n9: task 9: Killed\n"
+        "slurmstepd: error: *** JOB 5 ON n1 CANCELLED AT 2026-01-02T03:04:05 DUE TO JOB REQUEUE ***\n"
+        f"{broken}srun: error: n1: task 1: Killed\nsrun: error: n1: task 0: Terminated\n"
+    )
+    assert requeue.culprit(run, "5") == "n1: task 1: Killed (by hand, or out of memory)"
+    log.write_text(f"{broken}srun: error: n1: task 0: Exited with exit code 2\n")
+    assert requeue.culprit(run, "5") == "n2: tasks 2-3: Exited with exit code 1"
+
+
+@pytest.mark.parametrize(("preempted", "counted"), [("None", "failure"), ("2026-01-02T03:04:05", "preempted")])
+def test_a_rank_that_breaks_in_a_job_that_slurm_requeued(
+    run: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, preempted: str, counted: str
+) -> None:
+    """A node is lost: Slurm may notice before the ranks do. Without a preemption that is a failure."""
+    shown = f"JobId=5 JobState=COMPLETING Reason=None Restarts=1 PreemptTime={preempted}"
+    programs(tmp_path / "bin", monkeypatch, scontrol=f'[ $1 = requeue ] && echo $2 >> "$0.requeued" || echo "{shown}"')
+    requeue.broke(run, "RuntimeError: connection closed by peer", "")
+    requeue.ended(run, 1)
+    assert run.state()["state"] == "requeued"
+    assert {reason: n for reason, n in run.state()["restarts"].items() if n} == {counted: 1}
+    assert not (tmp_path / "bin" / "scontrol.requeued").exists(), "Slurm has done it"
+
+
+def test_no_progress_is_no_retry(run: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    programs(tmp_path / "bin", monkeypatch, scontrol=shows("RUNNING"))
+    saved(run, 40)
+    requeue.ended(run, 1)
+    requeue.begin(run, 2, ["n1"])
+    requeue.ended(run, 1)
+    assert "no progress since the failure before, so no retry" in run.failed.read_text()
+    assert run.state()["restarts"]["failure"] == 1
+
+
+def test_a_failing_rank_of_a_cancelled_job_does_not_bring_it_back(
+    run: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    programs(tmp_path / "bin", monkeypatch, scontrol=shows("COMPLETING"))
+    saved(run, 40)
+    requeue.ended(run, 143)
+    assert run.state()["state"] == "cancelled"
+    assert not (tmp_path / "bin" / "scontrol.requeued").exists()
+
+
+def test_in_a_container_the_batch_script_asks_and_requeues(
+    run: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    programs(tmp_path / "bin", monkeypatch)  # the ranks have no scontrol
+    assert "the batch script asks Slurm why" in requeue.stopped(run, signal.SIGUSR2, 40, 30)
+    assert run.state()["state"] == "stopping"
+    programs(tmp_path / "bin", monkeypatch, scontrol=shows("RUNNING"))
+    requeue.ended(run, 0)
+    assert run.state()["state"] == "requeued"
+    assert run.state()["restarts"] == {"preempted": 1, "timeout": 0, "failure": 0}
+    assert (tmp_path / "bin" / "scontrol.requeued").read_text() == "5\n"
+
+
+def test_a_refused_requeue_is_a_failure_with_the_next_command(
+    run: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refuses = shows("RUNNING").replace('echo $2 >> "$0.requeued"', "{ echo disabled for job 5 >&2; exit 1; }")
+    programs(tmp_path / "bin", monkeypatch, scontrol=refuses)
+    requeue.stopped(run, signal.SIGTERM, 40, 30)
+    assert run.state()["state"] == "failed"
+    assert "Slurm refused to requeue job 5: disabled for job 5" in run.failed.read_text()
+    assert "python launch/resume.py r" in run.failed.read_text()
+
+
+def test_a_twin_does_not_judge_the_run(run: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    programs(tmp_path / "bin", monkeypatch, scontrol=shows("RUNNING"))
+    monkeypatch.setenv("SLURM_JOB_ID", "6")
+    before = run.state()
+    requeue.ended(run, 2)
+    assert run.state() == before
+
+
+def test_status_explains_the_requeue_hold_and_vanished_jobs(
+    run: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run.update_state(state="requeued", reason="preempted: SIGUSR2 at step 40", step=40, total_steps=80, updated=0.0)
+    programs(tmp_path / "bin", monkeypatch, squeue="echo x >> $0.calls; echo '5|PENDING|BeginTime|'")
+    (row,) = status.rows([run])
+    assert (row.state, row.percent) == ("requeued", 50.0)
+    assert "held for about two minutes after a requeue, then it starts by itself (BeginTime)" in row.reason
+    status.rows([run, run, run])
+    assert (tmp_path / "bin" / "squeue.calls").read_text() == "x\nx\n", "one call for all runs"
+    programs(tmp_path / "bin", monkeypatch, squeue="exit 0")
+    (row,) = status.rows([run])
+    assert row.state == "failed"
+    assert "job 5 has left the queue. Next: python launch/resume.py r" in row.reason
+    programs(tmp_path / "bin", monkeypatch, squeue="exit 1")
+    (row,) = status.rows([run])
+    assert row.state == "requeued"
+    assert "squeue does not answer" in row.reason
+
+
+def test_submission_is_not_influenced_by_the_job_it_is_made_from(monkeypatch: pytest.MonkeyPatch) -> None:
+    leaking = (
+        "SLURM_JOB_ID",
+        "SLURM_CPU_BIND",
+        "SBATCH_PARTITION",
+        "PMIX_RANK",
+        "RANK",
+        "LOCAL_WORLD_SIZE",
+        "MASTER_ADDR",
+    )
+    for name in (*leaking, "SLURM_CONF", "RANKING"):
+        monkeypatch.setenv(name, "1")
+    with jobs.clean_environment():
+        assert not set(leaking) & set(os.environ)
+        assert {"SLURM_CONF", "RANKING", "PATH"} <= set(os.environ)
+    assert set(leaking) <= set(os.environ)
+
+
+HANGS = """
+import ctypes, sys, threading
+from fixres_dist.preempt import StopFlag
+flag = StopFlag().install()
+flag.deadline(0.5, lambda: print("gave up", flush=True))
+mutex = ctypes.create_string_buffer(64)
+c = ctypes.CDLL(None)
+c.pthread_mutex_init(mutex, None)
+print("hangs", flush=True)
+c.pthread_mutex_lock(mutex)
+c.pthread_mutex_lock(mutex)  # as in a collective with a dead peer: in C, without the interpreter's lock
+"""
+
+
+def test_a_rank_that_hangs_ends_after_the_stop_deadline() -> None:
+    root = Path(__file__).parents[2]
+    process = subprocess.Popen(
+        [sys.executable, "-c", HANGS], cwd=root, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout
+    assert process.stdout.readline() == "hangs\n"
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(1.0)  # it hangs for good while nobody wants it to stop
+    process.send_signal(signal.SIGUSR2)
+    out, err = process.communicate(timeout=20)
+    assert process.returncode == 1
+    assert out == "gave up\n"
+    assert "no common step boundary 0 s after the stop signal" in err

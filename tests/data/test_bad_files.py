@@ -1,0 +1,293 @@
+"""Odd files, one by one: what is decoded like PIL, what is skipped or refused and why; neighbours never notice."""
+
+from __future__ import annotations
+
+import io
+import os
+import struct
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from support import pictures as p
+
+from fixres_dist.base.errors import UserError
+from fixres_dist.config.schema import Data
+from fixres_dist.data import backends, geometry, scan, sources
+from fixres_dist.data.index import Index
+from fixres_dist.data.requests import Pictures, Request, make_request
+from fixres_dist.data.torch_cpu import Batch
+
+PHOTO = p.photograph(120, 160, 7)
+Backend = Callable[[Index, list[Request], Pictures], list[Batch]]
+both_backends = pytest.mark.parametrize("backend", [p.torch_batches, p.dali_batches], ids=["torch", "dali"])
+
+
+def sixteen_bit() -> bytes:
+    out = io.BytesIO()
+    ramp = np.arange(120 * 160, dtype=np.uint16).reshape(120, 160) * 3
+    Image.fromarray(ramp).save(out, "PNG")
+    return out.getvalue()
+
+
+def with_size(data: bytes, height: int, width: int) -> bytes:
+    """The JPEG with another size in its frame header."""
+    at = data.index(b"\xff\xc0") + 5
+    return data[:at] + struct.pack(">HH", height, width) + data[at + 4 :]
+
+
+def with_marker(data: bytes, marker: int) -> bytes:
+    """The JPEG with a marker in the middle of its coded data."""
+    at = (data.index(b"\xff\xda") + len(data)) // 2
+    return data[:at] + bytes([0xFF, marker]) + data[at + 2 :]
+
+
+JPEG = p.encode(PHOTO)
+DECODES_LIKE_PIL = {
+    "gif": p.encode(PHOTO.convert("P"), format="GIF"),
+    "png named jpg": p.encode(PHOTO, format="PNG"),
+    "webp named jpg": p.encode(PHOTO, format="WEBP"),
+    "png with alpha": p.encode(PHOTO.convert("RGBA"), format="PNG"),
+    "16-bit png": sixteen_bit(),
+    "grayscale": p.encode(PHOTO.convert("L")),
+    "cmyk": p.encode(PHOTO.convert("CMYK")),
+    "progressive": p.encode(PHOTO, progressive=True),
+    "1x1": p.encode(PHOTO.crop((0, 0, 1, 1))),
+    "3000x2": p.encode(PHOTO.resize((3000, 2))),
+    "2x3000": p.encode(PHOTO.resize((2, 3000))),
+    "trailing garbage": JPEG + b"garbage" * 50,
+    "long comment before the frame": JPEG[:2] + b"\xff\xfe\x75\x30" + bytes(29998) + JPEG[2:],
+}
+HEADER_REFUSED = {
+    "empty": (b"", "empty file"),
+    "garbage": (bytes(range(256)) * 20, "not an image"),
+    "web page": (b"<html>404</html>", "not an image"),
+    "65000x65000": (with_size(JPEG, 65000, 65000), "exceeds limit"),
+    "start of a jpeg only": (JPEG[:20], ""),
+}
+DECODING_FAILS = {
+    "truncated in the middle": (JPEG[: len(JPEG) // 2], "truncated"),
+    "truncated by two bytes": (JPEG[:-2], "truncated"),
+    "header only": (JPEG[: JPEG.index(b"\xff\xda") + 14], "truncated"),
+    **{f"marker {number:#x} in the data": (with_marker(JPEG, number), "broken data stream") for number in (0xC4, 0xDB)},
+    "truncated png": (p.encode(PHOTO, format="PNG")[:2000], "truncated"),
+}
+
+
+def folder(root: Path, name: str, data: bytes | None) -> tuple[Index, int]:
+    """Six good photographs and, in their middle, `data`; the index with unreadable headers left in, and its position."""
+    (root / "train" / "a").mkdir(parents=True)
+    for i in range(6):
+        (root / "train" / "a" / f"{i}.jpg").write_bytes(p.encode(p.photograph(100 + 9 * i, 130, i)))
+    if data is not None:
+        (root / "train" / "a" / name).write_bytes(data)
+    found = scan.load_all(root, "train")
+    return found, found.find(f"a/{name}") or 0
+
+
+def one_batch(backend: Backend, found: Index, samples: list[int], transform: str = "test_aug") -> Batch:
+    pictures = Pictures(transform, 96, geometry.resize_of("fixefficientnet", 96, 1.0, "bicubic"), 0)
+    (batch,) = backend(found, [make_request(found, pictures, np.array(samples, np.int64), 0)], pictures)
+    return batch
+
+
+def neighbours_unharmed(backend: Backend, found: Index, batch: Batch) -> None:
+    """The good photographs are bit for bit what they are without the odd one."""
+    good = [sample for sample in range(len(found)) if sample in batch.samples.tolist()]
+    alone = one_batch(backend, found, good)
+    assert torch.equal(alone.images, batch.images)
+    assert alone.labels.tolist() == batch.labels.tolist()
+
+
+@both_backends
+@pytest.mark.parametrize("kind", DECODES_LIKE_PIL)
+def test_decoded_like_pil(tmp_path: Path, kind: str, backend: Backend) -> None:
+    found, odd = folder(tmp_path, "3b.jpg", DECODES_LIKE_PIL[kind])
+    batch = one_batch(backend, found, list(range(7)), "test")
+    assert (batch.skipped, batch.samples.tolist()) == ((), list(range(7)))
+    pictures = Pictures("test", 96, geometry.resize_of("fixefficientnet", 96, 1.0, "bicubic"), 0)
+    want = p.reference(found, make_request(found, pictures, np.array([odd]), 0), pictures)
+    difference = np.abs(batch.images[odd].permute(1, 2, 0).numpy() - want[0])
+    # A two-pixel strip is nothing but border, and beyond a border DALI repeats pixels where PIL gives the rest more weight.
+    assert difference.max() <= 6
+    assert difference.mean() <= (1.0 if "3000" in kind else 0.25)
+
+
+@both_backends
+@pytest.mark.parametrize("kind", HEADER_REFUSED)
+def test_unreadable_headers_are_refused_or_skipped(tmp_path: Path, kind: str, backend: Backend) -> None:
+    data, reason = HEADER_REFUSED[kind]
+    found, odd = folder(tmp_path, "3b.jpg", data)
+    with pytest.raises(UserError, match="3b.jpg.*" + reason):
+        sources.load(tmp_path, "train")
+    batch = one_batch(backend, found, list(range(7)))
+    assert [bad.sample for bad in batch.skipped] == [odd]
+    assert batch.samples.tolist() == [k for k in range(7) if k != odd]
+    neighbours_unharmed(backend, found, batch)
+
+
+@both_backends
+@pytest.mark.parametrize("kind", DECODING_FAILS)
+def test_what_breaks_in_decoding_is_skipped_with_its_reason(tmp_path: Path, kind: str, backend: Backend) -> None:
+    data, reason = DECODING_FAILS[kind]
+    found, odd = folder(tmp_path, "3b.jpg", data)
+    assert len(sources.load(tmp_path, "train")) == 7, "its header is fine"
+    batch = one_batch(backend, found, list(range(7)))
+    assert [bad.sample for bad in batch.skipped] == [odd]
+    assert reason in batch.skipped[0].reason
+    neighbours_unharmed(backend, found, batch)
+
+
+@both_backends
+def test_bytes_broken_in_the_middle_decode_as_in_pil(tmp_path: Path, backend: Backend) -> None:
+    """libjpeg sees no error in them: all three make the same picture of such a file."""
+    middle = len(JPEG) // 2
+    found, odd = folder(tmp_path, "3b.jpg", JPEG[:middle] + bytes(64) + JPEG[middle + 64 :])
+    batch = one_batch(backend, found, list(range(7)), "test")
+    assert not batch.skipped
+    pictures = Pictures("test", 96, geometry.resize_of("fixefficientnet", 96, 1.0, "bicubic"), 0)
+    want = p.reference(found, make_request(found, pictures, np.array([odd]), 0), pictures)
+    assert np.abs(batch.images[odd].permute(1, 2, 0).numpy() - want[0]).max() <= 3
+
+
+@both_backends
+def test_a_file_that_vanishes_or_changes_during_the_run(tmp_path: Path, backend: Backend) -> None:
+    found, _ = folder(tmp_path, "x.jpg", None)
+    found.path(1).unlink()
+    found.path(3).write_bytes(JPEG)
+    found.path(4).write_bytes(b"")
+    batch = one_batch(backend, found, list(range(6)))
+    reasons = {bad.sample: bad.reason for bad in batch.skipped}
+    assert list(reasons) == [1, 3, 4]
+    assert reasons[1] == "No such file or directory"
+    assert "was 127x130 pixels (height x width) when it was indexed and is 120x160 now" in reasons[3]
+    assert reasons[4] == "empty file"
+    neighbours_unharmed(backend, found, batch)
+
+
+@both_backends
+def test_bad_files_do_not_shift_later_batches(tmp_path: Path, backend: Backend) -> None:
+    """More requests than are in flight at once, a bad file in the first, a middle and the last of them."""
+    found, _ = folder(tmp_path, "x.jpg", None)
+    for bad in (0, 5):
+        found.path(bad).write_bytes(found.path(bad).read_bytes()[:-700])
+    pictures = Pictures("test", 64, geometry.resize_of("fixres", 64, 1.0, "bilinear"), 0)
+    order = [[0, 1], [2, 3], [4, 1], [2], [5, 3], [1, 4], [], [3], [4, 5]]
+    requests = [make_request(found, pictures, np.array(part, np.int64), 0) for part in order]
+    batches = backend(found, requests, pictures)
+    assert [batch.samples.tolist() for batch in batches] == [[s for s in part if s not in (0, 5)] for part in order]
+    assert [[b.sample for b in batch.skipped] for batch in batches] == [
+        [s for s in part if s in (0, 5)] for part in order
+    ]
+    single = {
+        s: backend(found, [make_request(found, pictures, np.array([s]), 0)], pictures)[0].images for s in (1, 2, 3, 4)
+    }
+    for batch in batches:
+        for row, sample in enumerate(batch.samples.tolist()):
+            assert torch.equal(batch.images[row], single[sample][0])
+
+
+@contextmanager
+def as_an_ordinary_user() -> Iterator[None]:
+    """Permissions do not hold for root."""
+    root = os.geteuid() == 0
+    if root:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        if root:
+            os.seteuid(0)
+
+
+def open_to_all(path: Path) -> None:
+    """Let any user in, up to the first directory that already does."""
+    for parent in (path, *path.parents):
+        if parent.stat().st_uid == os.geteuid() and not parent.stat().st_mode & 0o001:
+            parent.chmod(parent.stat().st_mode | 0o055)
+
+
+@both_backends
+def test_a_file_without_permission(tmp_path: Path, backend: Backend) -> None:
+    found, odd = folder(tmp_path, "3b.jpg", JPEG)
+    open_to_all(tmp_path)
+    found.path(odd).chmod(0)
+    with as_an_ordinary_user():
+        assert scan.look(found.path(odd)).reason == "Permission denied"
+        batch = one_batch(backend, found, list(range(7)))
+    assert [tuple(bad) for bad in batch.skipped] == [(odd, "Permission denied")]
+    neighbours_unharmed(backend, found, batch)
+
+
+def test_a_directory_without_permission_is_a_user_error(tmp_path: Path) -> None:
+    folder(tmp_path, "x.jpg", None)
+    (tmp_path / "train" / "b").mkdir()
+    (tmp_path / "train" / "b").chmod(0)
+    open_to_all(tmp_path)
+    with as_an_ordinary_user(), pytest.raises(UserError, match=r"cannot list .*train/b: Permission denied"):
+        scan.load(tmp_path, "train", tmp_path / "cache")
+    (tmp_path / "train" / "b").chmod(0o755)
+
+
+def test_links_are_followed_and_loops_are_not(tmp_path: Path) -> None:
+    folder(tmp_path, "x.jpg", None)
+    train = tmp_path / "train"
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "far.jpg").write_bytes(JPEG)
+    (train / "a" / "linked").symlink_to(tmp_path / "elsewhere")
+    (train / "a" / "itself").symlink_to(train / "a" / "itself")
+    (train / "a" / "up").symlink_to(train)
+    (train / "a" / "dangling.jpg").symlink_to(tmp_path / "nowhere.jpg")
+    found = scan.load_all(tmp_path, "train")
+    assert [found.name(i) for i in range(len(found))] == [
+        *(f"a/{i}.jpg" for i in range(6)),
+        "a/dangling.jpg",
+        "a/linked/far.jpg",
+    ]
+    _, reasons = scan.recheck(found)
+    assert reasons == {6: "No such file or directory"}
+
+
+def test_a_pipe_named_like_an_image_blocks_nothing(tmp_path: Path) -> None:
+    folder(tmp_path, "x.jpg", None)
+    os.mkfifo(tmp_path / "train" / "a" / "pipe.jpg")
+    with pytest.raises(UserError, match=r"pipe\.jpg: not a regular file"):
+        scan.load(tmp_path, "train")
+
+
+@both_backends
+@pytest.mark.parametrize(
+    "name", [b"caf\xe9 \xff.jpg", b"n" * 251 + b".jpg", "写真 α.jpg".encode(), b"with\nnewline\t.jpg"]
+)
+def test_names_that_are_not_utf8_or_very_long(tmp_path: Path, name: bytes, backend: Backend) -> None:
+    found, odd = folder(tmp_path, os.fsdecode(name), JPEG)
+    assert os.fsencode(found.name(odd)) == b"a/" + name
+    assert scan.load_all(tmp_path, "train").fingerprint == found.fingerprint
+    batch = one_batch(backend, found, list(range(7)))
+    assert (len(batch.images), batch.skipped) == (7, ())
+
+
+@pytest.mark.parametrize("name", ["torch", "dali"])
+def test_stop_names_the_file_and_the_next_command(tmp_path: Path, name: str) -> None:
+    found, odd = folder(tmp_path, "3b.jpg", JPEG[:-700])
+    resize = geometry.resize_of("fixres", 64, 1.0, "bilinear")
+    request = make_request(found, Pictures("test", 64, resize, 0), np.arange(7), 0)
+    seen: list[str] = []
+
+    def load(on_bad: str) -> list[Batch]:
+        settings = Data(backend=name, on_bad=on_bad)  # type: ignore[arg-type]
+        note = lambda index, bad: seen.append(index.name(bad.sample))  # noqa: E731
+        return list(backends.batches(found, [request], 64, resize, settings, torch.device("cpu"), 0, 7, note))
+
+    with pytest.raises(UserError) as caught:
+        load("stop")
+    text = str(caught.value)
+    assert f"cannot decode {found.path(odd)}: image file is truncated" in text
+    assert f"data verify --data {tmp_path} --deny-list" in text
+    assert "data.on_bad=skip" in text
+    (batch,) = load("skip")
+    assert (len(batch.images), seen) == (6, ["a/3b.jpg"])

@@ -1,0 +1,76 @@
+"""Loader workers: they survive the signals a scheduler sends to every process, and end with their parent."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from support.commands import ROOT, environment
+
+SCRIPT = """
+import sys
+from pathlib import Path
+import numpy as np
+from fixres_dist.data import geometry, index, plan, torch_cpu
+photos = index.load(Path(sys.argv[1]), "val")
+pictures = plan.Pictures("test", 32, geometry.resize_of("fixres", 32, 1.0, "bilinear"), 0)
+endless = (plan.request(photos, pictures, np.array([k % len(photos)]), 0) for k in range(10**9))
+batches = torch_cpu.batches(photos, endless, 32, "bilinear", 2)
+for _ in sys.stdin:
+    numbers = [int(next(batches).samples[0]) for _ in range(12)]
+    print(*[worker.pid for worker in batches._workers], numbers[0], flush=True)
+"""
+
+
+def test_workers_ignore_stop_signals_and_end_with_the_parent(photos: Path) -> None:
+    parent = subprocess.Popen(
+        [sys.executable, "-c", SCRIPT, str(photos)],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment(), cwd=ROOT,
+    )  # fmt: skip
+    assert parent.stdin
+    assert parent.stdout
+
+    def serve() -> list[int]:
+        parent.stdin.write("\n")  # type: ignore[union-attr]
+        parent.stdin.flush()  # type: ignore[union-attr]
+        return [int(word) for word in parent.stdout.readline().split()]  # type: ignore[union-attr]
+
+    *workers, first = serve()
+    assert first == 0
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT, signal.SIGHUP):
+        for worker in workers:
+            os.kill(worker, number)
+    for turn in range(1, 4):  # the same workers, and no batch lost
+        assert serve() == [*workers, 12 * turn % 33]
+    parent.kill()
+    parent.wait()
+    deadline = time.monotonic() + 60
+    while any(running(worker) for worker in workers):
+        assert time.monotonic() < deadline, "a worker outlived its parent"
+        time.sleep(0.02)
+
+
+def test_a_process_whose_error_holds_the_loader_ends_all_the_same(photos: Path) -> None:
+    """multiprocessing ends its children by a SIGTERM at exit, which they ignore, and then waits for them."""
+    loop = "for _ in sys.stdin:"
+    failing = "def once():\n    next(batches)\n    raise RuntimeError('of the loop')\nonce()\n"
+    assert loop in SCRIPT
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT.replace(loop, failing + loop), str(photos)],
+        capture_output=True, text=True, env=environment(), cwd=ROOT, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert done.stderr.count("Traceback") == 1, done.stderr
+    assert "of the loop" in done.stderr
+
+
+def running(pid: int) -> bool:
+    """Not gone, and not a zombie that nobody has waited for."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False

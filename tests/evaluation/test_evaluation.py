@@ -1,0 +1,418 @@
+"""The commands that look at a model: evaluate on several sets, extract, compare, sweep; and what they refuse."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from support.commands import environment
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from fixres_dist.cli.main import main
+from fixres_dist.cli.sweep import bests
+from fixres_dist.config import reading, recipes
+from fixres_dist.config.schema import Config
+from fixres_dist.data import scan
+from fixres_dist.evaluation import activations
+from fixres_dist.models.build import build_model, gmacs, preprocessing
+from fixres_dist.training.predictions import Predictions, paired_gain
+
+torch.set_num_threads(1)  # as the processes of torchrun have it: the same kernels, the same bytes
+CLASSES = ("ash", "birch", "cedar")
+SMALL = ("data.workers=0", "run.batch_per_device=4")
+
+
+@cache
+def weights(seed: int) -> dict[str, torch.Tensor]:
+    """New weights with the BatchNorms' statistics of noise, so that logits differ from image to image without saturating."""
+    model = build_model("test_efficientnet", 3, seed)
+    generator = torch.Generator().manual_seed(seed)
+    model.train()
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.momentum = 1.0  # the last batch's
+    with torch.no_grad():
+        model.get_classifier().weight.normal_(0, 0.2, generator=generator)
+        model(torch.randn(16, 3, 64, 64, generator=generator))
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, photos: Path) -> Path:
+    """A run directory as a finished run leaves it, as far as evaluation reads it."""
+    run = tmp_path_factory.mktemp("runs") / "done"
+    (run / "export").mkdir(parents=True)
+    model = {"name": "test_efficientnet", "timm_name": "test_efficientnet", "weights": "none"}
+    values = {"model": model, "data": {"root": str(photos), "res": 64}, "pretrain": {"res": 64}}
+    (run / "config.yaml").write_text(reading.dump(reading.parse(Config, values)))
+    (run / "class_index.json").write_text(json.dumps(dict(enumerate(CLASSES))))
+    save_file(weights(0), run / "pretrained.safetensors")
+    save_file(weights(1), run / "export" / "model.safetensors")
+    return run
+
+
+@pytest.fixture(scope="module")
+def extracted(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("extracted") / "one"
+    assert call("extract", "--run", finished, "--out", out, *SMALL) == 0
+    return out
+
+
+def call(*arguments: object) -> int:
+    return main([str(a) for a in arguments])
+
+
+def result(tmp_path: Path, *arguments: object) -> dict[str, Any]:
+    assert call("evaluate", "--json", tmp_path / "result.json", *arguments, "data.workers=0") == 0
+    return json.loads((tmp_path / "result.json").read_text())
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    """The one line of a command that is refused."""
+    capsys.readouterr()
+    assert call(*arguments) == 2
+    error = capsys.readouterr().err.strip()
+    assert error.startswith("error: ")
+    assert len(error.splitlines()) == 1
+    return error
+
+
+def links(root: Path, **folders: Path) -> Path:
+    root.mkdir(parents=True)
+    for name, target in folders.items():
+        (root / name).symlink_to(target)
+    return root
+
+
+def test_a_run_is_evaluated_before_and_after_with_the_paired_gain(finished: Path, photos: Path, tmp_path: Path) -> None:
+    found = result(tmp_path, "--run", finished, "--predictions", tmp_path / "p.npz")
+    before, after = (Predictions.read(finished / "evaluations" / f"val-64-{k}.npz") for k in ("before", "after"))
+    assert 0 < before.correct1.sum() < 33
+    gain, interval = paired_gain(before.correct1, after.correct1)
+    assert (found["delta_top1"], found["delta_ci95"]) == (gain, list(interval))
+    assert found["before"]["top1"] == before.summary()["top1"] != found["after"]["top1"] == found["top1"]
+    assert found["classes"] == {"of_set": 3, "of_model": 3}
+    assert set(found["after"]) == {"top1", "top5", "loss", "n", "skipped", "ece", "mean_confidence"}
+    kept = json.loads((finished / "evaluations" / "val-64.json").read_text())
+    assert kept == found["sets"]["val"]
+    assert np.array_equal(Predictions.read(tmp_path / "p.npz").loss, after.loss)
+    for k, name in enumerate(CLASSES):
+        rows = slice(11 * k, 11 * k + 11)
+        assert kept["by_class"][name] == {
+            "n": 11,
+            "before": pytest.approx(100 * before.correct1[rows].mean(), abs=1e-3),
+            "after": pytest.approx(100 * after.correct1[rows].mean(), abs=1e-3),
+        }
+    (finished / "evaluations" / "val-64.json").unlink()
+    result(tmp_path, "--run", finished, "data.resize_rule=fixres")
+    result(tmp_path, "--run", finished, "--data", photos)
+    result(tmp_path, "--run", finished, "--res", "96")
+    assert [p.name for p in (finished / "evaluations").glob("*.json")] == ["val-96.json"], "only as the run says itself"
+    only = result(tmp_path, "--run", finished, "--only", "after")
+    assert "before" not in only
+    assert only["top1"] == found["top1"]
+
+
+def test_sets_with_fewer_or_numbered_folders_are_mapped_and_logits_restricted(
+    finished: Path, extracted: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    named = links(tmp_path / "named", cedar=photos / "val" / "cedar", birch=photos / "val" / "birch")
+    numbered = links(tmp_path / "numbered", **{"1": photos / "val" / "birch", "0": photos / "val" / "ash"})
+    sets = ["--eval-set", f"named={named}", "--eval-set", f"numbered={numbered}"]
+    found = result(tmp_path, "--run", finished, *sets, "--predictions", tmp_path / "p.npz")["sets"]
+    assert "named: logits restricted to its 2 of 3 classes" in capsys.readouterr().out
+    softmax, labels = np.load(extracted / "softmax.npy"), np.load(extracted / "labels.npy")
+    for name, columns in (("named", [1, 2]), ("numbered", [0, 1])):
+        rows = np.isin(labels, columns)
+        best = np.array(columns)[softmax[rows][:, columns].argmax(1)]
+        assert found[name]["after"]["top1"] == pytest.approx(100 * (best == labels[rows]).mean(), abs=1e-3)
+        assert found[name]["classes"] == {"of_set": 2, "of_model": 3}
+        assert set(found[name]["by_class"]) == {CLASSES[k] for k in columns}
+        assert np.array_equal(Predictions.read(tmp_path / f"p-{name}.npz").predicted, best)
+        assert (softmax[rows].argmax(1) != best).any(), "the restriction matters here"
+        assert (finished / "evaluations" / f"{name}-64.json").exists()
+
+
+def test_real_labels_follow_imagenets_numbers(finished: Path, photos: Path, tmp_path: Path) -> None:
+    """Numbers run against the folders' order, one image has no label, one has all."""
+    for k, name in enumerate(CLASSES):
+        (tmp_path / "data" / "val" / name).mkdir(parents=True)
+        for i in range(11):
+            number = 33 - 11 * k - i
+            link = tmp_path / "data" / "val" / name / f"ILSVRC2012_val_{number:08d}.JPEG"
+            link.symlink_to(photos / "val" / name / f"{i:03d}.jpg")
+    lists = [[2 - (number - 1) // 11] for number in range(1, 34)]
+    lists[0], lists[1] = [], [0, 1, 2]
+    (tmp_path / "real.json").write_text(json.dumps(lists))
+    given = ["--data", tmp_path / "data", "--labels", tmp_path / "real.json", "--predictions", tmp_path / "p.npz"]
+    found = result(tmp_path, "--run", finished, *given)
+    after = Predictions.read(tmp_path / "p.npz")
+    in_order = scan.load(tmp_path / "data", "val", tmp_path / "cache")
+    numbers = [int(in_order.name(k)[-13:-5]) for k in range(33)]
+    hits = [p in lists[n - 1] for p, n in zip(after.predicted, numbers, strict=True) if lists[n - 1]]
+    assert found["real"]["n"] == len(hits) == 32
+    assert found["real"]["after"] == pytest.approx(100 * np.mean(hits), abs=1e-3)
+    assert {"before", "delta_top1", "delta_ci95"} <= set(found["real"])
+
+
+def test_apparent_sizes_come_from_the_file_beside_the_split(finished: Path, photos: Path, tmp_path: Path) -> None:
+    """Small objects are those of the first class: with the rule `timm` the short side becomes 64 / 0.875 = 73 px."""
+    data = links(tmp_path / "data", val=photos / "val")
+    names = [f"val/{name}/{i:03d}.jpg" for name in CLASSES for i in range(11)]
+    lines = [f"{name},{0.1 + 0.01 * k}" for k, name in enumerate(names)][:-3]
+    (data / "sizes.csv").write_text("name,short_side_fraction\n" + "\n".join(lines))
+    crop = preprocessing("test_efficientnet").crop_pct
+    found = result(tmp_path, "--run", finished, "--data", data, "--predictions", tmp_path / "p.npz")
+    after = Predictions.read(tmp_path / "p.npz").correct1
+    rows = found["by_size"]
+    assert [row["n"] for row in rows] == [6] * 5
+    assert rows[0]["from_px"] == pytest.approx(0.1 * int(64 / crop), abs=0.1)
+    assert rows[-1]["to_px"] == pytest.approx(0.39 * int(64 / crop), abs=0.1)
+    for k, row in enumerate(rows):
+        assert row["after"] == pytest.approx(100 * after[6 * k : 6 * k + 6].mean(), abs=1e-3)
+
+
+def test_two_ranks_extract_the_bytes_of_one(finished: Path, extracted: Path, tmp_path: Path) -> None:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "--"]
+    command = [*launcher, "fixres_dist", "extract", "--run", str(finished), "--out", str(tmp_path / "two"), *SMALL]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment(), check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert sorted(os.listdir(tmp_path / "two")) == sorted(os.listdir(extracted))
+    for file in extracted.iterdir():
+        assert file.read_bytes() == (tmp_path / "two" / file.name).read_bytes(), file.name
+    assert not list(tmp_path.glob(".two*"))
+
+
+def test_extracted_files_are_what_the_model_gives_in_the_data_sets_order(finished: Path, extracted: Path) -> None:
+    softmax, embeddings = np.load(extracted / "softmax.npy"), np.load(extracted / "embeddings.npy")
+    state = weights(1)
+    logits = embeddings @ state["classifier.weight"].numpy().T + state["classifier.bias"].numpy()
+    shares = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+    assert np.allclose(softmax, shares, atol=1e-5)
+    assert np.load(extracted / "labels.npy").tolist() == [0] * 11 + [1] * 11 + [2] * 11
+    names = (extracted / "names.txt").read_text().splitlines()
+    assert names == [f"{name}/{i:03d}.jpg" for name in CLASSES for i in range(11)]
+
+
+def test_a_softmax_file_scores_as_the_model_does(
+    finished: Path, extracted: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    direct = result(tmp_path, "--run", finished)
+    found = result(tmp_path, "--softmax", extracted / "softmax.npy", "--data", photos)
+    assert [found[key] for key in ("top1", "top5", "n")] == [direct[key] for key in ("top1", "top5", "n")]
+    assert found["loss"] == pytest.approx(direct["loss"], abs=1e-4)
+    assert found["softmax"]["ece"] == pytest.approx(direct["after"]["ece"], abs=1e-3)
+    assert {n: r["softmax"] for n, r in found["by_class"].items()} == {
+        n: r["after"] for n, r in direct["by_class"].items()
+    }
+    half = tmp_path / "half"
+    assert call("extract", "--run", finished, "--out", half, "--dtype", "float16", *SMALL) == 0
+    assert np.load(half / "softmax.npy").dtype == np.float16
+    files = ["--softmax", half / "softmax.npy", "--softmax", extracted / "softmax.npy"]
+    assert result(tmp_path, *files, "--data", photos)["loss"] == pytest.approx(direct["loss"], abs=1e-3)
+    assert "exists. Next: give another --out" in refused(capsys, "extract", "--run", finished, "--out", half)
+
+
+def test_the_command_that_extract_prints_runs_as_it_stands(
+    finished: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = ("--model", "test_efficientnet", "--checkpoint", finished / "export" / "model.safetensors", "--res", "64")
+    for out, source in (("a", ("--run", finished)), ("b b", (*file, "--data", photos))):
+        assert call("extract", *source, "--out", tmp_path / out, "--split", "val", *SMALL) == 0
+        printed = shlex.split(capsys.readouterr().out.splitlines()[-1].partition("Next: python -m fixres_dist ")[2])
+        assert call(*printed) == 0
+        assert "n 33" in capsys.readouterr().out
+
+
+def test_files_that_cannot_be_decoded_are_rows_of_nan_and_count_nowhere(
+    finished: Path, extracted: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in CLASSES:
+        links(tmp_path / "data" / "val" / name, **{p.name: p for p in (photos / "val" / name).iterdir()})
+    torn = tmp_path / "data" / "val" / "birch" / "004.jpg"
+    whole_file = torn.read_bytes()
+    torn.unlink()
+    torn.write_bytes(whole_file[:-400])
+    stopped = refused(
+        capsys, "extract", "--run", finished, "--out", tmp_path / "out", "--data", tmp_path / "data", *SMALL
+    )
+    assert "cannot decode" in stopped
+    assert not (tmp_path / "out").exists(), "complete or invisible"
+    skip = ["--data", tmp_path / "data", "data.on_bad=skip"]
+    assert call("extract", "--run", finished, "--out", tmp_path / "out", *skip, *SMALL) == 0
+    softmax, whole = np.load(tmp_path / "out" / "softmax.npy"), np.load(extracted / "softmax.npy")
+    assert not list(tmp_path.glob(".out*")), "what the first one left is gone"
+    assert np.flatnonzero(np.isnan(softmax).all(1)).tolist() == [15]
+    assert np.allclose(np.delete(softmax, 15, 0), np.delete(whole, 15, 0), atol=1e-5)
+    found = result(tmp_path, "--softmax", tmp_path / "out" / "softmax.npy", "--data", tmp_path / "data")
+    assert (found["n"], found["skipped"]) == (32, 1)
+
+
+def test_two_files_of_predictions_are_compared_or_refused(
+    finished: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    direct = result(tmp_path, "--run", finished, "--eval-set", f"part={photos / 'train'}")
+    before, after = (finished / "evaluations" / f"val-64-{k}.npz" for k in ("before", "after"))
+    assert call("compare", before, after, "--json", tmp_path / "gain.json") == 0
+    found = json.loads((tmp_path / "gain.json").read_text())
+    assert (found["delta_top1"], found["delta_ci95"]) == (direct["delta_top1"], direct["delta_ci95"])
+    assert "are of different images" in refused(
+        capsys, "compare", before, finished / "evaluations" / "part-64-after.npz"
+    )
+    assert "holds no predictions" in refused(capsys, "compare", before, tmp_path / "gain.json")
+    assert "run done has not finished: there is no" in refused(capsys, "compare", before, finished)
+
+
+def test_sweep_names_the_best_resolution_and_explains_it(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--res", "96,64", "--max-gmacs", "0.015", "--activations", "--out", tmp_path, "data.workers=0"]
+    assert call("sweep", "--run", finished, *arguments) == 0
+    shown = capsys.readouterr().out
+    found = json.loads((tmp_path / "sweep.json").read_text())
+    assert set(found["curves"]) == {"before", "after"}
+    costs = found["costs"]
+    assert costs["96"]["gmacs"] / costs["64"]["gmacs"] == pytest.approx(2.25, rel=0.02)
+    assert found["limit"]["best_res"] == {"before": 64, "after": 64}
+    for label, res in found["best_res"].items():
+        assert found["curves"][label][str(res)]["top1"] == max(s["top1"] for s in found["curves"][label].values())
+    assert "best resolution: before" in shown
+    assert "best with at most 0.015 GMACs: before 64 px" in shown
+    rows = found["activations"]["statistics"]
+    assert [(r["weights"], r["res"]) for r in rows] == [("training", 64), ("before", 64), ("after", 64)]
+    assert (found["activations"]["n"], found["activations"]["channels"]) == (33, 256)
+    assert rows[0]["distance"] == 0 < rows[1]["distance"] < rows[2]["distance"]
+    for name in ("sweep.png", "activations.png"):
+        with Image.open(tmp_path / name) as image:
+            assert image.size[0] > 500
+    events = EventAccumulator(str(finished / "tb" / "after"))
+    events.Reload()
+    (histogram,) = events.Histograms("pooled_features")
+    assert (histogram.step, histogram.histogram_value.num) == (64, 33 * 256)
+
+
+def test_the_best_under_a_limit() -> None:
+    table = {"after": {224: {"top1": 70.0}, 256: {"top1": 71.0}, 288: {"top1": 71.0}}}
+    costs = {r: {"gmacs": r / 100, "images_per_second": 1000.0 - r} for r in (224, 256, 288)}
+    assert bests(table, costs, None, None) == {"best_res": {"after": 256}}, "the smaller of equals"
+    assert bests(table, costs, 2.5, None)["limit"]["best_res"] == {"after": 224}
+    assert bests(table, costs, None, 744.0)["limit"]["best_res"] == {"after": 256}
+    assert bests(table, costs, 1.0, None)["limit"]["best_res"] == {"after": None}
+
+
+def test_multiply_adds_are_those_of_the_recipes() -> None:
+    for name in ("demo", "b0"):
+        facts = recipes.find(name).facts
+        assert facts is not None
+        model = build_model(recipes.find(name).values["model"]["timm_name"], 1000)
+        assert gmacs(model, facts.res) == pytest.approx(facts.multiply_adds_g, rel=0.01)
+
+
+def test_activation_statistics_against_loops() -> None:
+    rng = np.random.default_rng(0)
+    base, other = rng.normal(1, 2, (40, 3)).astype(np.float32), rng.normal(2, 1, (40, 3)).astype(np.float32)
+    reference, found = activations.statistics({("training", 64): base, ("before", 96): other})
+    assert (reference["distance"], reference["channel_shift"]) == (0, 0)
+    moved = [abs(a - b) for k in range(3) for a, b in zip(sorted(base[:, k]), sorted(other[:, k]), strict=True)]
+    assert found["distance"] == pytest.approx(np.mean(moved) / base.std(), rel=1e-4)
+    shifts = [abs(other[:, k].mean() - base[:, k].mean()) / base[:, k].std() for k in range(3)]
+    assert found["channel_shift"] == pytest.approx(np.mean(shifts), rel=1e-4)
+    near = sum(abs(v) < 0.05 * base.std() for v in other.ravel())
+    assert found["near_zero_percent"] == pytest.approx(100 * near / 120, abs=1e-3)
+
+
+def test_mistakes_get_one_helpful_message(
+    finished: Path, extracted: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    evaluate = ("evaluate", "--run", finished)
+    foreign = links(tmp_path / "foreign", ash=photos / "val" / "ash", n01440764=photos / "val" / "birch")
+    text = refused(capsys, *evaluate, "--eval-set", f"x={foreign}")
+    assert "1 class folder(s) of 2 that the model does not know: n01440764" in text
+    assert "names of its 3 classes (ash, birch, cedar" in text
+    numbered = links(tmp_path / "numbered", **{"1": photos / "val" / "ash", "3": photos / "val" / "birch"})
+    assert "does not know: 3." in refused(capsys, *evaluate, "--eval-set", f"x={numbered}")
+    assert "accepted: NAME=DIR" in refused(capsys, *evaluate, "--eval-set", "no-such-thing")
+    assert "no directory" in refused(capsys, *evaluate, "--eval-set", f"x={tmp_path / 'none'}")
+    assert "a name of its own" in refused(capsys, *evaluate, "--eval-set", f"val={foreign}")
+    assert "--only before is about a run" in refused(
+        capsys, "evaluate", "--model", "resnet18", "--checkpoint", "none", "--data", photos, "--only", "before"
+    )
+    other = tmp_path / "resnet.safetensors"
+    save_file({k: v.clone() for k, v in build_model("resnet18", 3).state_dict().items()}, other)
+    source = ("--model", "test_efficientnet", "--checkpoint", other, "--data", photos, "--res", "64")
+    assert "does not fit EfficientNet" in refused(capsys, "evaluate", *source)
+    for name, more in (("evaluate", ()), ("sweep", ()), ("extract", ("--out", tmp_path / "o"))):
+        assert "below 32 px, the models' stride" in refused(capsys, name, "--run", finished, "--res", "16", *more)
+    assert not (tmp_path / "o").exists()
+    assert "sweep for several" in refused(capsys, *evaluate, "--res", "64,96")
+    for file in (tmp_path, tmp_path / "nowhere" / "out.json"):
+        assert f"{file} cannot be written" in refused(capsys, *evaluate, "--json", file)
+    (tmp_path / "file").touch()
+    found = refused(capsys, "extract", "--run", finished, "--out", tmp_path / "file" / "out", *SMALL)
+    assert "Not a directory" in found
+    assert "Accepted: a place that this user may read and write." in found
+    sweeping = ("sweep", "--run", finished, "--res", "64", "--also")
+    assert "nowhere is no run directory" in refused(capsys, *sweeping, f"c={tmp_path / 'nowhere'}")
+    (tmp_path / "working").mkdir()
+    (tmp_path / "working" / "config.yaml").write_text((finished / "config.yaml").read_text())
+    text = refused(capsys, *sweeping, f"c={tmp_path / 'working'}")
+    assert f"Next: python launch/status.py working --runs-dir {tmp_path}" in text
+
+
+def test_softmax_files_that_do_not_fit_are_refused(
+    extracted: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def score(values: Any, *more: object) -> str:
+        np.save(tmp_path / "s.npy", values)
+        return refused(capsys, "evaluate", "--softmax", tmp_path / "s.npy", "--data", photos, *more)
+
+    softmax = np.load(extracted / "softmax.npy")
+    assert "[32, 3]; " in score(softmax[:32])
+    assert "Accepted: float [33, 3]" in score(softmax[:32])
+    assert "[33, 2]" in score(softmax[:, :2])
+    assert "84 images" in score(softmax, "--split", "train")
+    assert "not shares that add up to 1" in score(np.log(softmax))
+    assert "int64" in score(np.zeros((33, 3), np.int64))
+    assert "cannot be read" in refused(capsys, "evaluate", "--softmax", tmp_path / "no.npy", "--data", photos)
+    other = links(tmp_path / "other", val=tmp_path / "other-val")
+    for k, name in enumerate(CLASSES):
+        links(
+            tmp_path / "other-val" / name,
+            **{f"new{i}.jpg": photos / "val" / name / f"{i + k:03d}.jpg" for i in range(10)},
+        )
+        (tmp_path / "other-val" / name / "last.jpg").symlink_to(photos / "val" / name / "000.jpg")
+    given = ["--softmax", extracted / "softmax.npy", "--data", other]
+    assert "is of other images" in refused(capsys, "evaluate", *given)
+
+
+def test_real_labels_that_do_not_fit_are_refused(
+    finished: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def score(labels: Any, data: Path) -> str:
+        (tmp_path / "real.json").write_text(json.dumps(labels))
+        given = ["--run", finished, "--data", data, "--labels", tmp_path / "real.json", "data.workers=0"]
+        return refused(capsys, "evaluate", *given)
+
+    assert "stand in several class folders" in score([[0]] * 33, photos)
+    for name in CLASSES:
+        links(
+            tmp_path / "data" / "val" / name,
+            **{f"{name}{i}.jpg": photos / "val" / name / f"00{i}.jpg" for i in range(3)},
+        )
+    data = tmp_path / "data"
+    assert "has 8 entries" in score([[0]] * 8, data)
+    assert "9 images" in score([[0]] * 8, data)
+    assert "no label for any image" in score([[]] * 9, data)
+    assert "names class 3, the model has 3" in score([[3]] * 9, data)
+    assert "a list of lists" in score({"labels": "no"}, data)

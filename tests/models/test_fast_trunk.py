@@ -1,0 +1,205 @@
+"""The frozen trunk as it runs: the same function, other arithmetic; the model's own tensors stay as they are."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from support.networks import lived_in
+from torch import nn
+
+from fixres_dist.config import reading
+from fixres_dist.config.schema import Config, Run
+from fixres_dist.data import geometry
+from fixres_dist.data.index import Index
+from fixres_dist.data.requests import Pictures, make_request
+from fixres_dist.models import fast_trunk, precision
+from fixres_dist.models.build import build_model, preprocessing
+from fixres_dist.models.split import parts_of
+from fixres_dist.training.cache.store import begin_writing, open_store
+from fixres_dist.training.ranks import Ranks
+from fixres_dist.training.session import Session
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
+CHANNELS_LAST = fast_trunk.Arrangement("channels_last", False)
+
+
+def session(model: nn.Module, kept: Path | None = None, number: str = "fp32", *items: str) -> Session:
+    config = reading.parse(Config, reading.overrides(["data.res=64", "run.batch_per_device=8", *items]))
+    ranks, spec = Ranks(0, 1, 1, ("here",), CPU), preprocessing("test_efficientnet")
+    arithmetic = precision.Arithmetic(number, CPU)
+    return Session(config, ranks, model, spec, {}, (), {}, arithmetic, torch.channels_last, lambda *_: None, kept)
+
+
+def pictures(n: int) -> torch.Tensor:
+    return torch.randint(0, 256, (n, 3, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+
+
+# EfficientNets end in a convolution that widens, a bottleneck ResNet's last block too (and its shortcut crosses as well).
+@pytest.mark.parametrize(
+    ("name", "policy", "kept"),
+    [
+        ("tf_efficientnet_b0", "classifier+bn", [(320, 2, 2)]),
+        ("tf_efficientnet_b0", "classifier+bn+conv_head", [(320, 2, 2)]),
+        ("tf_efficientnet_b0", "classifier", [(1280,)]),
+        ("resnet50", "classifier+bn", [(2048, 2, 2), (512, 2, 2)]),
+        ("resnet18", "classifier+bn", [(512, 2, 2), (512, 2, 2)]),
+        ("convnext_atto", "classifier", [(320,)]),
+    ],
+)
+def test_folded_split_and_laid_out_it_is_the_same_function(name: str, policy: str, kept: list[tuple[int, ...]]) -> None:
+    model = lived_in(build_model(name, 5))
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    parts = parts_of(model, policy)
+    assert parts.trunk is not None
+    images = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        expected = parts.trunk(images)
+        for layout in fast_trunk.FORMATS:
+            fast = fast_trunk.arranged(
+                fast_trunk.prepared(parts.trunk, torch.float32), torch.float32, fast_trunk.Arrangement(layout, False)
+            )
+            assert sorted(tuple(f.shape[1:]) for f in fast.features(images)) == sorted(kept)
+            for a, b in zip(expected, fast(images), strict=True):
+                assert float((a - b).abs().max() / a.abs().max()) < 1e-5
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("name", ["tf_efficientnet_b0", "densenet121"])
+def test_low_precision_means_low_precision_weights_and_an_untouched_model(name: str) -> None:
+    """A DenseNet's BatchNorms come before convolutions, so most cannot be folded: they keep fp32 for narrow inputs."""
+    model = build_model(name, 5)
+    parts = parts_of(model, "classifier+bn")
+    assert parts.trunk is not None
+    fast = fast_trunk.arranged(fast_trunk.prepared(parts.trunk, torch.bfloat16), torch.bfloat16, CHANNELS_LAST)
+    for module in fast.modules():
+        if isinstance(module, nn.Conv2d):
+            assert module.weight.dtype == torch.bfloat16
+    images = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        for a, b in zip(parts.trunk(images), fast(images), strict=True):
+            assert b.dtype == torch.bfloat16
+            assert float((a - b).square().mean().sqrt() / a.square().mean().sqrt()) < 0.05
+    assert {value.dtype for value in model.state_dict().values() if value.is_floating_point()} == {torch.float32}
+
+
+@pytest.mark.parametrize("number", ["fp32", "bf16"])
+def test_kept_features_are_the_streamed_inputs_bit_by_bit(tmp_path: Path, number: str) -> None:
+    model = lived_in(build_model("test_efficientnet", 5))
+    live = session(model, None, number)
+    parts = live.with_fast_trunk(parts_of(model, "classifier+bn"))
+    made = live.features(parts.trunk, pictures(6))
+    assert made[0].dtype == precision.DTYPES.get(number, torch.float32)
+    store = open_store(tmp_path, {}, 6, 1, made)
+    begin_writing(store, {})
+    store.write((0, 6), [(np.arange(6), [made])])
+    sizes, labels = np.full((6, 2), 64, np.int32), np.zeros(6, np.int32)
+    found = Index(tmp_path, ("a",), b"", np.zeros(6, np.int64), labels, sizes, np.zeros(6, np.uint32))
+    how = Pictures("test", 64, geometry.resize_of("fixefficientnet", 64, 0.875, "bicubic"), 0)
+    (rows,) = store.batches(found, [make_request(found, how, np.arange(6), 0)])
+    streamed = live.inputs(parts, pictures(6))
+    for a, b in zip(streamed, live.inputs(parts, rows.images), strict=True):
+        assert torch.equal(a, b)
+        assert a.dtype == torch.float32
+        assert a.stride() == b.stride(), "the head's kernels depend on the layout"
+
+
+class Recorded(nn.Module):
+    """In a compiled module's place."""
+
+    def __init__(self, body: nn.Module, seen: list[tuple[int, ...]]) -> None:
+        super().__init__()
+        self.body, self.seen = body, seen
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        self.seen.append(tuple(x.shape))
+        return self.body(x)
+
+
+def test_a_compiled_trunk_sees_one_size_per_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Training has micro-batches of 6 and an evaluation of 8; an epoch's last batch, and an empty one, are filled up."""
+    seen: list[tuple[int, ...]] = []
+    monkeypatch.setattr(torch, "compile", lambda body, dynamic, mode: Recorded(body, seen))
+    model = lived_in(build_model("test_efficientnet", 5))
+    live = session(model, None, "fp32", "run.compile=true", "tune.global_batch=6")
+    cut = parts_of(model, "classifier+bn")
+    parts = live.with_fast_trunk(cut)
+    plain = session(model, None, "fp32", "run.memory_format=channels_last").with_fast_trunk(cut)
+    for n in (8, 6, 3, 7, 0, 1):
+        (a,), (b,) = live.inputs(parts, pictures(n)), live.inputs(plain, pictures(n))
+        assert len(a) == n
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    assert [shape[0] for shape in seen] == [8, 6, 6, 8, 6, 6]
+
+
+def timed(monkeypatch: pytest.MonkeyPatch, cost: Callable[[fast_trunk.FastTrunk], float]) -> None:
+    monkeypatch.setattr(fast_trunk, "seconds", lambda fast, images: cost(fast))
+    monkeypatch.setattr(torch, "compile", lambda body, dynamic, mode: body)
+
+
+@pytest.mark.parametrize(
+    ("contiguous", "compiled", "todo", "chosen"),
+    [
+        (1.0, 0.1, 100, CHANNELS_LAST),
+        (1.0, 0.1, 10**6, fast_trunk.Arrangement("contiguous", True)),
+        (0.95, 0.92, 10**6, CHANNELS_LAST),
+        (0.8, 0.85, 10**6, fast_trunk.Arrangement("contiguous", False)),
+        (2.0, 1.5, 10**6, CHANNELS_LAST),
+    ],
+)
+def test_the_usual_arrangement_stays_unless_another_is_clearly_faster(
+    monkeypatch: pytest.MonkeyPatch, contiguous: float, compiled: float, todo: int, chosen: fast_trunk.Arrangement
+) -> None:
+    timed(
+        monkeypatch,
+        lambda f: compiled if f.compiled else contiguous if f.memory_format == torch.contiguous_format else 1.0,
+    )
+    choices = [CHANNELS_LAST, fast_trunk.Arrangement("contiguous", False), fast_trunk.Arrangement("contiguous", True)]
+    parts = parts_of(build_model("test_efficientnet", 5), "classifier+bn")
+    own = fast_trunk.prepared(parts.trunk, torch.float32)
+    found = fast_trunk.probe(own, torch.float32, choices, torch.zeros(4, 3, 64, 64), todo)
+    assert (found["memory_format"], found["compile"]) == chosen
+    assert ("contiguous compiled" in found["ms_per_image"]) == (todo > 1000), "compiling is tried where it may pay"
+
+
+def test_what_is_tried() -> None:
+    def names(device: torch.device, **settings: Any) -> list[str]:
+        return [str(how) for how in fast_trunk.candidates(Run(**settings), device)]
+
+    assert names(CPU) == ["channels_last", "contiguous"]
+    assert names(GPU) == ["contiguous", "channels_last", "contiguous compiled"]
+    assert names(CPU, compile=True) == ["channels_last compiled"]
+    assert names(GPU, compile=False, memory_format="channels_last") == ["channels_last"]
+
+
+def test_the_choice_is_made_once_and_kept_with_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    timed(monkeypatch, lambda fast: 0.1 if fast.memory_format == torch.contiguous_format else 1.0)
+    model, kept = build_model("test_efficientnet", 5), tmp_path / "choices.json"
+    cut = parts_of(model, "classifier+bn")
+
+    def layout(*items: str) -> torch.memory_format:
+        live = session(model, kept, "fp32", *items)
+        live = dataclasses.replace(live, splits={})
+        return live.with_fast_trunk(cut).trunk.memory_format
+
+    assert layout() == torch.contiguous_format
+    timed(monkeypatch, lambda fast: 1.0)
+    assert layout() == torch.contiguous_format, "a later start takes what is kept"
+    assert layout("run.memory_format=channels_last") == torch.channels_last, "unless it is told otherwise"
+
+
+@pytest.mark.parametrize(
+    ("able", "chosen"),
+    [({}, "fp32"), ({"avx512_f": True}, "fp32"), ({"avx512_bf16": True}, "bf16"), ({"amx_bf16": True}, "bf16")],
+)
+def test_auto_takes_bf16_where_the_processor_computes_in_it(
+    monkeypatch: pytest.MonkeyPatch, able: dict[str, bool], chosen: str
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: able)
+    assert precision.resolve("auto", CPU) == chosen
+    assert precision.resolve("fp32", CPU) == "fp32"

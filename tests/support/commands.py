@@ -1,0 +1,64 @@
+"""The commands, run as users run them, in processes of their own."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+
+
+def command(*arguments: object) -> list[str]:
+    """`submit ...` or a `fixres_dist` command, as an argument list."""
+    first, *rest = map(str, arguments)
+    start = [f"{ROOT}/launch/submit.py"] if first == "submit" else ["-m", "fixres_dist", first]
+    return [sys.executable, *start, *rest]
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+
+
+def run(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command(*arguments),
+        capture_output=True,
+        text=True,
+        env=environment(),
+        cwd=cwd or ROOT,
+        timeout=600,
+        check=False,
+    )
+
+
+def tiny(runs: Path, name: str, data: Path, processes: int, *more: str) -> list[str]:
+    """Arguments of a submission of timm's smallest EfficientNet-style model, from new weights, in fp32 on any CPU."""
+    where = ["--cluster", "local", "--gpus-per-node", str(processes)]
+    return [
+        *("submit", "--model", "test_efficientnet", "--res", "64", "--weights", "none", "--data", str(data)),
+        *("--runs-dir", str(runs), "--name", name, *where),
+        *("tune.global_batch=12", "tune.base_lr=0.02", "tune.epochs=2", "run.log_every=1", "run.record_samples=true"),
+        *("data.workers=1", "run.precision=fp32", "run.memory_format=channels_last", *more),
+    ]
+
+
+def killed_when(
+    arguments: list[str], condition: Callable[[], bool], number: int = signal.SIGKILL, alone: bool = False
+) -> int:
+    """Start a command in a session of its own and send `number` to every process of it once `condition` holds, or to the
+    command `alone`; returns its exit code."""
+    process = subprocess.Popen(
+        command(*arguments), env=environment(), cwd=ROOT, stdout=subprocess.DEVNULL, start_new_session=True
+    )
+    deadline = time.monotonic() + 300
+    while not condition():
+        assert process.poll() is None, "the run ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    (os.kill if alone else os.killpg)(process.pid, number)
+    return process.wait()
