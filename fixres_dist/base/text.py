@@ -1,8 +1,15 @@
-"""Numbers as people write and read them: times, sizes in bytes, resolutions. No torch."""
+"""Numbers as people write and read them (times, sizes in bytes, resolutions), and the tables they stand in. No torch."""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable, Sequence
+
+from fixres_dist.base.commands import command
 from fixres_dist.base.errors import UserError
+
+BAR = r"\|"
+NUMBER = re.compile(r"[-+]?[\d,]*\.?\d+(e[-+]?\d+)?( ?%)?")
 
 
 def duration(seconds: float) -> str:
@@ -28,11 +35,33 @@ def parse_size(text: str | None) -> int | None:
     """The one test resolution of a command that takes one; None: the run's."""
     sizes = parse_sizes(text) if text else [None]
     if len(sizes) > 1:
-        raise UserError(
-            f"--res is {text!r}; accepted: one resolution here. Next: python -m fixres_dist sweep for several."
-        )
+        raise UserError(f"--res is {text!r}; accepted: one resolution here. Next: {command('sweep')} for several.")
     return sizes[0]
 
 
 def gib(size: float) -> str:
     return f"{size / 2**30:,.1f} GiB" if size >= 2**30 else f"{size / 2**20:,.1f} MiB"
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """A table for the console: one line per row, columns aligned, those that hold only numbers to the right.
+
+    Cells are printed by `str`, so the caller formats numbers; None is an empty cell. Without rows, only the head.
+    """
+    lines = [[str(cell) for cell in head], *(["" if cell is None else str(cell) for cell in row] for row in rows)]
+    columns = []
+    for column in zip(*lines, strict=True):
+        width = max(map(len, column))
+        filled = [cell for cell in column[1:] if cell]
+        to_right = bool(filled) and all(NUMBER.fullmatch(cell) for cell in filled)
+        columns.append([cell.rjust(width) if to_right else cell.ljust(width) for cell in column])
+    return "\n".join("  ".join(line).rstrip() for line in zip(*columns, strict=True))
+
+
+def markdown_table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """The same in markdown; a bar inside a cell is escaped."""
+
+    def line(row: Sequence[object]) -> str:
+        return f"| {' | '.join('' if cell is None else str(cell).replace('|', BAR) for cell in row)} |"
+
+    return "\n".join([line(head), f"|{'-|' * len(head)}", *map(line, rows)])
