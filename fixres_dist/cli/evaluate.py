@@ -89,8 +89,7 @@ def describe(live: Any, name: str, predictions: dict[str, Any], real: list[list[
     from fixres_dist.evaluation.measures import describe
 
     index, res = live.splits[name], live.config.data.res
-    sizes = class_maps.apparent_sizes(index, live.resize(res))
-    return describe(name, res, index, live.columns[name], live.classes, predictions, sizes, real)
+    return describe(name, res, index, live.columns[name], live.classes, predictions, real)
 
 
 def keep(
@@ -143,7 +142,7 @@ def evaluate_softmax(args: argparse.Namespace) -> int:
     columns = class_maps.class_map(index.classes, classes, index.folder)
     predictions = {"softmax": from_softmax(args.softmax, index, columns, len(classes))}
     real = class_maps.real_labels(args.labels, index, len(classes)) if args.labels else None
-    result = describe(args.split, None, index, columns, classes, predictions, None, real)
+    result = describe(args.split, None, index, columns, classes, predictions, real)
     keep(args, config, index.fingerprint, result, predictions)
     show(str(args.softmax[0]), {args.split: result}, args.json, {**result["softmax"], **result})
     return EXIT_DONE

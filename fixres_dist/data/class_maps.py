@@ -1,24 +1,17 @@
-"""Data sets beside the one trained on: which of the model's classes their folders are, ReaL labels, object sizes. No torch."""
+"""Data sets beside the one trained on: which of the model's classes their folders are, and ReaL labels. No torch."""
 
 from __future__ import annotations
 
-import csv
 import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
-from numpy.typing import NDArray
-
 from fixres_dist.base.errors import UserError
 from fixres_dist.config.schema import Config
 from fixres_dist.data import sources
-from fixres_dist.data.geometry import Resize, scaled
 from fixres_dist.data.index import Index
 from fixres_dist.data.listing import class_names
-
-SIZES = "sizes.csv"
 
 
 def trained_classes(config: Config, run: Path | None, split: str) -> tuple[str, ...]:
@@ -108,26 +101,3 @@ def real_labels(path: Path, index: Index, classes: int) -> list[list[int]]:
             f"--labels {path} has no label for any image of {index.folder}. Accepted: the file of this split."
         )
     return [given[place] for place in places]
-
-
-def apparent_sizes(index: Index, resize: Resize) -> NDArray[np.float64] | None:
-    """Object sizes in pixels of the resized picture, NaN where unknown; None for a data set without sizes.csv.
-
-    sizes.csv stands beside the split's folder: `val/class/file.jpg,0.61`, the object's extent over the short side.
-    """
-    file = index.folder.parent / SIZES
-    if not file.is_file():
-        return None
-    found = np.full(len(index), np.nan)
-    samples = {f"{index.folder.name}/{index.name(sample)}": sample for sample in range(len(index))}
-    with open(file, newline="") as lines:
-        for row in csv.reader(lines):
-            try:
-                name, fraction = row[0], float(row[1])
-            except (IndexError, ValueError):
-                if row[:1] != ["name"]:
-                    raise UserError(f"{file} holds {row!r}; accepted: NAME,FRACTION of the short side.") from None
-                continue
-            if name in samples:
-                found[samples[name]] = fraction
-    return found * [min(scaled(int(h), int(w), resize)) for h, w in np.maximum(index.sizes, 1)]

@@ -31,7 +31,6 @@ Job = tuple[str, int]  # split and index
 
 VERSION = 1  # of the pictures: raise it when a change of the drawing changes a pixel
 MARKER = "demo.json"
-SIZES = "sizes.csv"
 SPLITS = ("train", "val")
 N_TRAIN, N_VAL = 4096, 1920
 OBJECT_RADIUS = (0.27, 0.33)  # of the short side: nearly constant, see above
@@ -71,8 +70,6 @@ def write_demo(
     root = root.resolve()
     spec = {"version": VERSION, "seed": seed, "train": n_train, "val": n_val}
     if _is_written(root, spec):
-        if not (root / SIZES).exists():  # written before there were sizes
-            _write_sizes(root, spec)
         return root
     partial_root = root.with_name(f".{root.name}-" + "-".join(str(value) for value in spec.values()))
     jobs = [(split, index) for split in SPLITS for index in range(spec[split])]
@@ -84,7 +81,6 @@ def write_demo(
                 progress(done, len(jobs))
         for leftover in partial_root.glob("*.part"):  # of an interrupted call
             leftover.unlink(missing_ok=True)
-        _write_sizes(partial_root, spec)
         (partial_root / MARKER).write_text(json.dumps(spec | {"classes": CLASSES}, indent=1) + "\n")
         partial_root.replace(root)
     except OSError:
@@ -135,16 +131,6 @@ def _name(job: Job) -> str:
 
 def _generator(seed: int, job: Job) -> np.random.Generator:
     return np.random.default_rng([seed, SPLITS.index(job[0]), job[1]])
-
-
-def _write_sizes(root: Path, spec: dict[str, int]) -> None:
-    """sizes.csv: every object's diameter over its picture's short side, for accuracy by apparent size."""
-    lines = ["name,short_side_fraction"]
-    for job in ((split, index) for split in SPLITS for index in range(spec[split])):
-        width, height, radius = _layout(_generator(spec["seed"], job))
-        lines.append(f"{_name(job)},{2 * radius / min(width, height):.4f}")
-    with whole(root / SIZES) as part:
-        part.write_text("\n".join(lines) + "\n")
 
 
 def _layout(rng: np.random.Generator) -> tuple[int, int, float]:

@@ -12,8 +12,6 @@ from numpy.typing import NDArray
 from fixres_dist.data.index import Index
 from fixres_dist.training.predictions import Predictions, calibration
 
-SIZE_BINS = 5
-
 
 def top1_of_parts(place: NDArray[np.integer], predictions: dict[str, Predictions], parts: int) -> list[dict[str, Any]]:
     """[{n, LABEL: top-1, ..}] of the images whose `place` is 0, 1, .. parts - 1; None where a part has no image."""
@@ -25,19 +23,6 @@ def top1_of_parts(place: NDArray[np.integer], predictions: dict[str, Predictions
         for row, n, hit in zip(rows, counts.tolist(), hits.tolist(), strict=True):
             row |= {"n": n, label: round(100 * hit / n, 4) if n else None}
     return rows
-
-
-def by_size(sizes: NDArray[np.float64], predictions: dict[str, Predictions]) -> list[dict[str, Any]]:
-    """Top-1 in fifths of the images by apparent object size: [{from_px, to_px, n, LABEL: top-1}]."""
-    known = np.isfinite(sizes)
-    if not known.any():
-        return []
-    edges = np.unique(np.quantile(sizes[known], np.linspace(0, 1, SIZE_BINS + 1)))
-    parts = max(1, len(edges) - 1)
-    place = np.where(known, np.clip(np.searchsorted(edges, sizes, "right") - 1, 0, parts - 1), -1)
-    rows = top1_of_parts(place, predictions, parts)
-    spans = zip(edges[:parts], edges[-parts:], strict=True)
-    return [{"from_px": round(a, 1), "to_px": round(b, 1), **row} for (a, b), row in zip(spans, rows, strict=True)]
 
 
 def real_accuracy(lists: list[list[int]], predictions: dict[str, Predictions]) -> dict[str, Any]:
@@ -66,7 +51,6 @@ def describe(
     columns: Sequence[int],
     classes: Sequence[str],
     predictions: dict[str, Predictions],
-    sizes: NDArray[np.float64] | None = None,
     real: list[list[int]] | None = None,
 ) -> dict[str, Any]:
     """An evaluated set as evaluations/SET-RES.json keeps it; docs/method.md has the keys.
@@ -78,8 +62,6 @@ def describe(
     found |= before_after(predictions)
     if real is not None:
         found["real"] = real_accuracy(real, predictions)
-    if sizes is not None:
-        found["by_size"] = by_size(sizes, predictions)
     rows = top1_of_parts(index.labels, predictions, len(columns))
     found["by_class"] = {classes[column]: row for column, row in zip(columns, rows, strict=True)}
     return found

@@ -81,11 +81,6 @@ def evaluation_lines(model: str, result: dict[str, Any]) -> list[str]:
     ranked = sorted((row[last], name) for name, row in result["by_class"].items() if row["n"])
     for text, rows in (("worst", ranked[:3]), ("best", ranked[::-1][:3])):
         lines.append(f"  {text} classes: " + ", ".join(f"{name} {share:.1f}" for share, name in rows))
-    if sizes := result.get("by_size"):
-        lines.append(
-            "  by apparent size: "
-            + ", ".join(f"{r['from_px']:.0f}-{r['to_px']:.0f} px {r[last]:.1f}" for r in sizes if r["n"])
-        )
     return lines
 
 

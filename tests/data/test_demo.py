@@ -58,23 +58,3 @@ def test_another_directory_is_left_alone(tmp_path: Path) -> None:
     demo.write_demo(tmp_path / "d", n_train=16, n_val=16, workers=1)
     with pytest.raises(UserError, match="seed 0, not 5"):
         demo.write_demo(tmp_path / "d", n_train=16, n_val=16, seed=5)
-
-
-def test_sizes_are_those_of_the_drawn_objects_and_come_to_older_copies(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    radii: list[float] = []
-    outline = demo._outline
-    monkeypatch.setattr(
-        demo, "_outline", lambda shape, radius, *more: radii.append(radius) or outline(shape, radius, *more)
-    )
-    root = demo.write_demo(tmp_path / "d", n_train=16, n_val=16, workers=1)
-    kept = (root / "sizes.csv").read_text()
-    rows = [line.split(",") for line in kept.splitlines()[1:]]
-    assert sorted(name for name, _ in rows) == sorted(str(path.relative_to(root)) for path in root.rglob("*.jpg"))
-    for (name, fraction), radius in zip(rows, radii, strict=True):
-        with Image.open(root / name) as image:
-            assert float(fraction) == pytest.approx(2 * radius / min(image.size), abs=1e-4)
-    (root / "sizes.csv").unlink()
-    demo.write_demo(root, n_train=16, n_val=16)
-    assert (root / "sizes.csv").read_text() == kept

@@ -25,7 +25,7 @@ from fixres_dist.config import reading, recipes
 from fixres_dist.config.schema import Config
 from fixres_dist.data import scan
 from fixres_dist.evaluation import activations
-from fixres_dist.models.build import build_model, gmacs, preprocessing
+from fixres_dist.models.build import build_model, gmacs
 from fixres_dist.training.predictions import Predictions, paired_gain
 
 torch.set_num_threads(1)  # as the processes of torchrun have it: the same kernels, the same bytes
@@ -164,23 +164,6 @@ def test_real_labels_follow_imagenets_numbers(finished: Path, photos: Path, tmp_
     assert found["real"]["n"] == len(hits) == 32
     assert found["real"]["after"] == pytest.approx(100 * np.mean(hits), abs=1e-3)
     assert {"before", "delta_top1", "delta_ci95"} <= set(found["real"])
-
-
-def test_apparent_sizes_come_from_the_file_beside_the_split(finished: Path, photos: Path, tmp_path: Path) -> None:
-    """Small objects are those of the first class: with the rule `timm` the short side becomes 64 / 0.875 = 73 px."""
-    data = links(tmp_path / "data", val=photos / "val")
-    names = [f"val/{name}/{i:03d}.jpg" for name in CLASSES for i in range(11)]
-    lines = [f"{name},{0.1 + 0.01 * k}" for k, name in enumerate(names)][:-3]
-    (data / "sizes.csv").write_text("name,short_side_fraction\n" + "\n".join(lines))
-    crop = preprocessing("test_efficientnet").crop_pct
-    found = result(tmp_path, "--run", finished, "--data", data, "--predictions", tmp_path / "p.npz")
-    after = Predictions.read(tmp_path / "p.npz").correct1
-    rows = found["by_size"]
-    assert [row["n"] for row in rows] == [6] * 5
-    assert rows[0]["from_px"] == pytest.approx(0.1 * int(64 / crop), abs=0.1)
-    assert rows[-1]["to_px"] == pytest.approx(0.39 * int(64 / crop), abs=0.1)
-    for k, row in enumerate(rows):
-        assert row["after"] == pytest.approx(100 * after[6 * k : 6 * k + 6].mean(), abs=1e-3)
 
 
 def test_two_ranks_extract_the_bytes_of_one(finished: Path, extracted: Path, tmp_path: Path) -> None:

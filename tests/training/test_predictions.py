@@ -13,7 +13,7 @@ from fixres_dist.data.geometry import resize_of
 from fixres_dist.data.index import Index
 from fixres_dist.data.requests import Pictures, Request, every_sample, make_request, whole_batches
 from fixres_dist.data.torch_cpu import Bad, Batch
-from fixres_dist.evaluation.measures import by_size, top1_of_parts
+from fixres_dist.evaluation.measures import top1_of_parts
 from fixres_dist.training.predict import predict
 from fixres_dist.training.predictions import Predictions, calibration, paired_gain
 from fixres_dist.training.ranks import Ranks
@@ -98,13 +98,6 @@ def test_parts_of_a_split_against_masks() -> None:
             assert rows[k][label] == pytest.approx(100 * p.correct1[kept].mean(), abs=1e-3)
         assert rows[k]["n"] == kept.sum()
     assert rows[3] == {"n": 0, "before": None, "after": None}
-    sizes = np.where(np.arange(200) < 150, np.arange(200.0), np.nan)
-    fifths = by_size(sizes, {"after": after})
-    assert (fifths[0]["from_px"], fifths[0]["to_px"]) == (0.0, 29.8)
-    assert sum(row["n"] for row in fifths) == after.counted[:150].sum()
-    kept = after.counted & (sizes >= fifths[3]["from_px"]) & (sizes < fifths[3]["to_px"])
-    assert fifths[3]["after"] == pytest.approx(100 * after.correct1[kept].mean(), abs=1e-3)
-    assert [row["n"] for row in by_size(np.full(200, 7.0), {"after": after})] == [after.counted.sum()]
 
 
 def test_predictions_of_older_runs_are_read_and_gains_count_what_both_decoded(tmp_path: Path) -> None:
