@@ -34,10 +34,7 @@ class Arrangement(NamedTuple):
 
 
 class FastTrunk(nn.Module):
-    """`neck(*body(x))` is the trunk. Between the two stands what is smallest to keep (`split_neck`): its features, or, if it
-    is `widened`, after both, which is more to keep and nothing to compute."""
-
-    narrow = True
+    """`neck(*body(x))` is the trunk. The cached engine stores the body's output: the neck would make it larger."""
 
     def __init__(self, body: nn.Module, neck: nn.Module | None, dtype: torch.dtype, how: Arrangement) -> None:
         super().__init__()
@@ -58,23 +55,13 @@ class FastTrunk(nn.Module):
             return self
         return FastTrunk(self.body._orig_mod, self.neck, self.dtype, self.how._replace(compile=False))  # type: ignore[arg-type]
 
-    def widened(self) -> FastTrunk:
-        """The same modules, whose features are what crosses into the head."""
-        wide = copy.copy(self)
-        wide.narrow = False
-        return wide
-
     def features(self, images: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """fp32 [n, 3, res, res] to what the cached engine keeps, in the trunk's number format."""
         found = self.body(images.to(self.dtype, memory_format=self.memory_format))
-        found = tuple(f.clone() for f in found) if self.compiled else found
-        return found if self.narrow else self.widen(found)
+        return tuple(f.clone() for f in found) if self.compiled else found
 
     def finish(self, features: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
-        """From `features`, read back in any layout, to what crosses into the head."""
-        return self.widen(features) if self.narrow else tuple(features)
-
-    def widen(self, features: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        """The trunk's output from `features`, which may have been read back in any layout."""
         if self.neck is None:
             return tuple(features)
         laid = (f.contiguous(memory_format=self.memory_format) if f.dim() == 4 else f for f in features)

@@ -81,7 +81,7 @@ def train_stage(
         return False
 
     try:
-        parts, stores = open_stores(session, stage, parts, lambda: flag.signal, check=not resumed)
+        stores = open_stores(session, stage, parts, lambda: flag.signal, check=not resumed)
     except Stopped as stop:
         return stopped(stop.number)
     ran = {"engine": "cached" if stores else "stream", "trunk": str(getattr(parts.trunk, "how", "trained"))}

@@ -5,10 +5,8 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
-import os
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +29,6 @@ from fixres_dist.training.session import Session
 from fixres_dist.training.stages import Stage, batch_per_device
 
 SEGMENT_BATCHES, SEGMENTS = 4, 512  # a segment is the larger of 4 forwards and 1/512 of the split
-IN_MEMORY = 0.25  # of a node's memory that features may take up as cached pages of their files
 WAIT_S = 2.0  # between looks at whether another run has finished writing the same features
 Stop = Callable[[], int]  # number of the stop signal that has come, or 0
 
@@ -64,19 +61,16 @@ def specification(session: Session, stage: Stage, parts: Parts, index: Index, vi
     }
 
 
-def open_stores(
-    session: Session, stage: Stage, parts: Parts, stop: Stop, check: bool
-) -> tuple[Parts, dict[str, Store]]:
-    """(the split to go on with, the features of the stage's train and val pictures by split, written where they are
-    missing; none when it streams).
+def open_stores(session: Session, stage: Stage, parts: Parts, stop: Stop, check: bool) -> dict[str, Store]:
+    """The features of the stage's train and val pictures by split, written where they are missing; {} when it streams.
 
-    Give the stores to `Session.batches` or `Session.evaluate`, and what comes back to `Session.inputs`. `check`: compare the
-    checksums of what is there. Raises Stopped, and UserError where the cached engine is asked for and cannot run (engine.py).
+    Give them to `Session.batches` or `Session.evaluate`, and what comes back to `Session.inputs`. `check`: compare the
+    checksums of what is there. Raises Stopped, and UserError where the cached engine is asked for and cannot run (rule.py).
     """
     setting, trunk = session.config.run.engine, parts.trunk
     rule.check(setting, stage)
     if rule.obstacle(stage) or setting == "stream" or not isinstance(trunk, FastTrunk):
-        return parts, {}
+        return {}
     folder = rule.feature_folder(session.config)
     specs = {}
     for split, index in session.splits.items():
@@ -84,32 +78,27 @@ def open_stores(
         specs[split] = session.ranks.from_main(
             session.ranks.is_main and specification(session, stage, parts, index, views)
         )
-    forms = {"narrow": trunk}
-    if trunk.neck is not None and session.ranks.device.type == "cpu":
-        forms["wide"] = trunk.widened()
-    found = {name: stores(session, form, stage.res, specs, folder) for name, form in forms.items()}
+    found = stores(session, trunk, stage.res, specs, folder)
 
     def decide() -> dict[str, Any]:
-        name = chosen_form(found, rule.free_bytes(folder))
-        gaps = {split: sum(b - a for a, b in s.missing()) * s.views for split, s in found[name].items()}
-        size = sum(s.missing_bytes() for s in found[name].values())
+        gaps = {split: sum(b - a for a, b in s.missing()) * s.views for split, s in found.items()}
+        size = sum(s.missing_bytes() for s in found.values())
         need = rule.Need(sum(gaps.values()), size, rule.free_bytes(folder), folder)
         streamed = rule.streamed_pictures(stage, len(session.val), rule.evaluations(session.config))
         chosen, why = rule.choose(setting, stage, streamed, need)
-        return {"engine": chosen, "why": why, "features": name}
+        return {"engine": chosen, "why": why}
 
     decided = session.decided(f"engine of {stage.name} (run.engine={setting})", decide)
     if decided["engine"] == "stream":
-        return parts, {}
-    parts, chosen = replace(parts, trunk=forms[decided["features"]]), found[decided["features"]]
-    for split, store in chosen.items():
+        return {}
+    for split, store in found.items():
         check_shared(session, store)
         if check:
             store.verify(session.splits[split], session.ranks.rank, session.ranks.world_size)
         session.ranks.barrier()
         if session.ranks.from_main(session.ranks.is_main and bool(store.missing())):
-            write_missing(session, stage, forms[decided["features"]], store, specs[split], session.splits[split], stop)
-    return parts, chosen
+            write_missing(session, stage, trunk, store, specs[split], session.splits[split], stop)
+    return found
 
 
 def stores(
@@ -121,17 +110,6 @@ def stores(
         split: open_store(folder, spec, len(session.splits[split]), spec["views"], example)
         for split, spec in specs.items()
     }
-
-
-def chosen_form(found: dict[str, dict[str, Store]], free: int) -> str:
-    """What is there already; else `wide`, which a CPU reads faster than it computes the neck, where memory can hold it all,
-    and the `free` bytes of the disk as well."""
-    for name, of_splits in found.items():
-        if not any(store.missing() for store in of_splits.values()):
-            return name
-    size = sum(store.samples * store.sample_bytes for store in found.get("wide", {}).values())
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return "wide" if 0 < size <= min(IN_MEMORY * memory, rule.ROOM * free) else "narrow"
 
 
 def check_shared(session: Session, store: Store) -> None:
