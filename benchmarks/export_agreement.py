@@ -30,6 +30,7 @@ from fixres_dist.models.build import build_model
 from fixres_dist.publishing import export
 from fixres_dist.publishing.model_card import class_names
 from fixres_dist.runs.rundir import RunDir
+from fixres_dist.training.predict import predict
 
 
 def timms(folder: str, data: Path) -> tuple[torch.Tensor, torch.Tensor]:
@@ -50,7 +51,7 @@ def names(model: Any) -> list[str]:
 def compare(run: RunDir, config: Config) -> dict[str, Any]:
     after, res = weights_after(run), config.data.res
     with opened(config, [Subject("after", after)], run.root) as live:
-        ours = live.evaluate(split_with(live, after), res, config.data.resize_rule)
+        (ours,) = predict(live, [split_with(live, after)], res, config.data.resize_rule)
     with tempfile.TemporaryDirectory() as folder:
         model = build_model(config.model.timm_name, len(class_names(run)))
         weights.fill(model, weights.read_state(after), str(after))

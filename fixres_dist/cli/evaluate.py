@@ -69,11 +69,13 @@ def evaluate(args: argparse.Namespace) -> int:
     if not found:
         raise UserError(f"--only {args.only} is about a run. Next: --run DIR, or leave it out.")
     results = {}
+    from fixres_dist.training.predict import predict
+
     with opened(config, found, args.run, args.split, sets) as live:
         real = class_maps.real_labels(args.labels, live.splits[args.split], len(live.classes)) if args.labels else None
         every = [split_with(live, subject.weights) for subject in found]
         for name in live.splits:
-            made = live.evaluate_all(every, config.data.res, name, name)
+            made = predict(live, every, config.data.res, name, name)
             predictions = {subject.label: p for subject, p in zip(found, made, strict=True)}
             if live.ranks.is_main:
                 results[name] = describe(live, name, predictions, real if name == args.split else None)

@@ -20,6 +20,7 @@ def interpolate(args: argparse.Namespace) -> int:
     from fixres_dist.models import weights
     from fixres_dist.publishing import export, figures
     from fixres_dist.training import results
+    from fixres_dist.training.predict import predict
 
     alphas, config = parse_alphas(args.alpha), source(args, None)
     run, before = RunDir(args.run), subjects(args, config)[0]
@@ -27,7 +28,7 @@ def interpolate(args: argparse.Namespace) -> int:
     with opened(config, [before], args.run, sets=sets) as live:
         start, end = starting_state(run, live.model), weights.read_state(weights_after(run))
         every = [split_with(live, export.interpolated(start, end, alpha)) for alpha in [0.0, *alphas]]
-        found = {split: live.evaluate_all(every, config.data.res, f"alpha on {split}", split) for split in live.splits}
+        found = {split: predict(live, every, config.data.res, f"alpha on {split}", split) for split in live.splits}
         if not live.ranks.is_main:
             return EXIT_DONE
         hardware = results.hardware(live)

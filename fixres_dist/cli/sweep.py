@@ -88,11 +88,13 @@ def others(items: list[str]) -> list[Subject]:
 
 def passes(live: Any, every: dict[str, Any], sizes: list[int]) -> tuple[dict[str, dict[int, Any]], dict[int, float]]:
     """(label -> resolution -> predictions, resolution -> images/s of the pass over all models)."""
+    from fixres_dist.training.predict import predict
+
     curves: dict[str, dict[int, Any]] = {label: {} for label in every}
     speeds, worked, started = {}, 0, time.monotonic()
     for k, res in enumerate(sizes, 1):
         since = time.monotonic()
-        found = live.evaluate_all(list(every.values()), res, f"{res} px")
+        found = predict(live, list(every.values()), res, f"{res} px")
         speeds[res] = len(live.val) / (time.monotonic() - since)
         for curve, predictions in zip(curves.values(), found, strict=True):
             curve[res] = predictions

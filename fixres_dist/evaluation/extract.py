@@ -21,7 +21,7 @@ from fixres_dist.data.requests import whole_batches
 from fixres_dist.models.build import classifier_name
 from fixres_dist.models.split import Parts
 from fixres_dist.training.cache.store import Loaded
-from fixres_dist.training.predict import from_rows, scored
+from fixres_dist.training.predict import from_rows, score
 from fixres_dist.training.predictions import Predictions
 from fixres_dist.training.session import Session
 
@@ -113,7 +113,7 @@ def from_softmax(files: Sequence[Path], index: Index, columns: Sequence[int], cl
             raise UserError(f"{files[0]} holds no softmax: its rows are not shares that add up to 1.")
         scores = torch.from_numpy(part[there][:, chosen]).clamp_min(smallest).log()
         places = start + torch.from_numpy(np.flatnonzero(there))
-        rows[places] = scored(scores, labels[places])
+        rows[places] = score(scores, labels[places])
     found = from_rows(rows, index)
     return found.of_classes(columns)
 

@@ -20,6 +20,7 @@ from fixres_dist.runs.rundir import RunDir
 from fixres_dist.runs.tracking import Tracker
 from fixres_dist.training import auto_batch, results
 from fixres_dist.training.cache.build import Stopped, open_stores
+from fixres_dist.training.predict import predict
 from fixres_dist.training.predictions import Predictions
 from fixres_dist.training.session import Session
 from fixres_dist.training.stages import Stage, stages
@@ -62,7 +63,7 @@ def train_stage(
     started, seconds = time.monotonic(), progress.seconds
 
     def evaluated(label: str, step: int) -> Predictions:
-        predictions = session.evaluate(parts, stage.res, label, store=stores.get("val"))
+        (predictions,) = predict(session, [parts], stage.res, label, store=stores.get("val"))
         set_modes(parts, tune.bn_stats)
         if tracker:
             tracker.evaluation(step, label, stage.res, predictions.summary())

@@ -1,44 +1,79 @@
-"""Every image of a split once, at any world size."""
+"""Exact evaluation: every image of a split once, at any world size, for one model or several in one pass."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
+from fixres_dist.base.commands import command
 from fixres_dist.base.errors import UserError
 from fixres_dist.data import order
 from fixres_dist.data.index import Index
-from fixres_dist.training.cache.store import Loaded
+from fixres_dist.data.requests import every_sample
+from fixres_dist.models.split import Parts, frozen_digest
+from fixres_dist.training.cache.store import Loaded, Store
 from fixres_dist.training.predictions import Predictions
 from fixres_dist.training.ranks import Ranks
+from fixres_dist.training.session import Session
+
+
+def predict(
+    session: Session, models: Sequence[Parts], res: int, note: str, split: str = "val", store: Store | None = None
+) -> list[Predictions]:
+    """Predictions of each model for every image of `split` at `res` px, equal on all ranks; leaves the models in eval mode.
+
+    All models share one pass over the images, in the arithmetic of training; a frozen trunk that several have runs once.
+    Logits are restricted to the split's classes, the protocol of ImageNet-A and ImageNet-R; predicted classes are the
+    model's. `store` reads trunk features instead of images; `note` labels the progress bar.
+    """
+    index, columns = session.splits[split], torch.tensor(session.columns[split], device=session.ranks.device)
+    for parts in models:
+        parts.model.eval()
+        parts.head.eval()
+    several = len(models) > 1  # a digest reads every weight
+    trunks = [frozen_digest(m) if m.trunk is not None and several else str(k) for k, m in enumerate(models)]
+
+    def logits(batch: Loaded) -> list[torch.Tensor]:
+        features = {
+            name: session.inputs(parts, batch.images) for name, parts in dict(zip(trunks, models, strict=True)).items()
+        }
+        # Cloned: a head may work in place, and the next one takes the same features.
+        return [
+            session.logits(parts, parts.head, tuple(f.clone() for f in features[name]))[:, columns]
+            for name, parts in zip(trunks, models, strict=True)
+        ]
+
+    batches = session.batches(index, session.requests(every_sample, index, res), res, store)
+    found = score_batches(logits, index, batches, session.ranks, len(models), note)
+    return [predictions.of_classes(session.columns[split]) for predictions in found]
 
 
 @torch.no_grad()
-def predict(
+def score_batches(
     logits: Callable[[Loaded], list[torch.Tensor]],
     index: Index,
-    batches: Iterator[Loaded],
+    batches: Iterable[Loaded],
     ranks: Ranks,
     models: int = 1,
     note: str = "",
 ) -> list[Predictions]:
-    """`logits(batch)` of each of `models` models over this rank's batches, put together over all ranks.
+    """Predictions of each of `models` models from `logits(batch)` of this rank's batches, put together over all ranks.
 
-    Raises RuntimeError should an image have been missed or repeated.
+    Raises RuntimeError if an image was missed or repeated, UserError if no image could be decoded.
     """
     n = len(index)
-    rows = torch.zeros(models, n, 6, dtype=torch.float64)  # as `scored` gives them
+    rows = torch.zeros(models, n, 6, dtype=torch.float64)  # the columns of `score`
     start, stop = order.rank_part(0, n, ranks.rank, ranks.world_size)
     with tqdm(total=stop - start, desc=note, unit="img", leave=False, disable=None if ranks.is_main else True) as bar:
         for batch in batches:
             skipped = [bad.sample for bad in batch.skipped]
             rows[:, skipped, :2] += torch.tensor([1.0, -1.0], dtype=rows.dtype)  # seen, without a prediction
             for k, scores in enumerate(logits(batch)):
-                rows[k].index_add_(0, batch.samples, scored(scores, batch.labels.to(scores.device)).double().cpu())
+                rows[k].index_add_(0, batch.samples, score(scores, batch.labels.to(scores.device)).double().cpu())
             bar.update(len(batch.labels) + len(skipped))
     ranks.total(rows)
     if not bool((rows[:, :, 0] == 1).all()):
@@ -46,22 +81,22 @@ def predict(
     return [from_rows(part, index) for part in rows]
 
 
+def score(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """[n, 6] for logits [n, classes]: 1 (seen), predicted class, top-1 hit, top-5 hit, cross-entropy, confidence."""
+    top = logits.topk(min(5, logits.shape[1])).indices
+    hits = top == labels[:, None]
+    loss = F.cross_entropy(logits, labels, reduction="none")
+    confidence = logits.softmax(1).amax(1)
+    return torch.stack([torch.ones_like(loss), top[:, 0], hits[:, 0], hits.any(1), loss, confidence], 1)
+
+
 def from_rows(rows: torch.Tensor, index: Index) -> Predictions:
-    """Of rows as `scored` gives them, -1 for the class where there is no prediction; raises UserError if there is none at all."""
+    """Predictions from the rows of `score`, whose class is -1 for an image without a prediction; raises UserError if all are."""
     t = rows.numpy()
     if not (t[:, 1] >= 0).any():
         raise UserError(
             f"none of the {len(index)} images of {index.folder} has a prediction, because none could be decoded. "
-            f"Next: python -m fixres_dist data verify --data {index.folder.parent}"
+            f"Next: {command('data', 'verify', '--data', index.folder.parent)}"
         )
     loss, confidence = t[:, 4].astype(np.float32), t[:, 5].astype(np.float32)
     return Predictions(t[:, 1].astype(np.int32), t[:, 2] > 0, t[:, 3] > 0, loss, confidence)
-
-
-def scored(scores: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """[n, 6]: seen (1), predicted class, top-1 hit, top-5 hit, cross-entropy, confidence, for logits [n, classes]."""
-    top = scores.topk(min(5, scores.shape[1])).indices
-    hits = top == labels[:, None]
-    loss = F.cross_entropy(scores, labels, reduction="none")
-    confidence = scores.softmax(1).amax(1)
-    return torch.stack([torch.ones_like(loss), top[:, 0], hits[:, 0], hits.any(1), loss, confidence], 1)

@@ -20,13 +20,11 @@ from fixres_dist.base.files import write_text
 from fixres_dist.config.schema import Config
 from fixres_dist.data import backends, class_maps, geometry, sources, torch_cpu
 from fixres_dist.data.index import Index
-from fixres_dist.data.requests import Pictures, Request, every_sample
+from fixres_dist.data.requests import Pictures, Request
 from fixres_dist.models import fast_trunk, folding, nvidia_apex, precision, weights
 from fixres_dist.models.build import Preprocessing, build_model, check_resolutions, preprocessing, small_size
-from fixres_dist.models.split import Parts, frozen_digest
+from fixres_dist.models.split import Parts
 from fixres_dist.training.cache.store import Loaded, Store
-from fixres_dist.training.predict import predict
-from fixres_dist.training.predictions import Predictions
 from fixres_dist.training.ranks import Ranks
 from fixres_dist.training.stages import batch_per_device
 
@@ -154,40 +152,6 @@ class Session:
             if parts.trunk is None and not parts.tuned.buffers and not len(inputs[0]):
                 return head(black(inputs[0]))[:0].float()
             return head(*inputs).float()
-
-    def evaluate(
-        self, parts: Parts, res: int, note: str, split: str = "val", store: Store | None = None
-    ) -> Predictions:
-        """Every image of the split once over all ranks; leaves the model in eval mode."""
-        return self.evaluate_all([parts], res, note, split, store)[0]
-
-    def evaluate_all(
-        self, models: list[Parts], res: int, note: str, split: str = "val", store: Store | None = None
-    ) -> list[Predictions]:
-        """Several models in one pass over the images, in the arithmetic of training; a trunk they share runs once.
-
-        Logits are restricted to the split's classes (the protocol of ImageNet-A and -R); predictions are the model's.
-        """
-        index, columns = self.splits[split], torch.tensor(self.columns[split], device=self.ranks.device)
-        for parts in models:
-            parts.model.eval()
-            parts.head.eval()
-        several = len(models) > 1  # a digest reads every weight
-        trunks = [frozen_digest(m) if m.trunk is not None and several else str(k) for k, m in enumerate(models)]
-
-        def logits(batch: Loaded) -> list[torch.Tensor]:
-            features = {
-                name: self.inputs(parts, batch.images) for name, parts in dict(zip(trunks, models, strict=True)).items()
-            }
-            # Cloned: a head may work in place, and another one may take the same features.
-            return [
-                self.logits(parts, parts.head, tuple(f.clone() for f in features[name]))[:, columns]
-                for name, parts in zip(trunks, models, strict=True)
-            ]
-
-        batches = self.batches(index, self.requests(every_sample, index, res), res, store)
-        found = predict(logits, index, batches, self.ranks, len(models), note)
-        return [p.of_classes(self.columns[split]) for p in found]
 
     def requests(self, which: Callable[..., Iterator[Request]], index: Index, res: int) -> Iterator[Request]:
         """This rank's requests for the split as it is tested."""

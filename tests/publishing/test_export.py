@@ -28,6 +28,7 @@ from fixres_dist.models import weights
 from fixres_dist.models.build import build_model, preprocessing
 from fixres_dist.publishing import export, model_card
 from fixres_dist.runs.rundir import RunDir
+from fixres_dist.training.predict import predict
 from fixres_dist.training.predictions import Predictions
 
 CLASSES = ["ash", "birch", "cedar"]
@@ -72,7 +73,7 @@ def test_timms_own_evaluation_of_the_export_predicts_the_same(run: RunDir, tmp_p
     config = replace(config, data=replace(config.data, resize_rule=rule))
     fixed = run.root / "export" / "model.safetensors"
     with opened(config, [Subject("after", fixed)], None) as live:
-        ours, index = live.evaluate(split_with(live, fixed), 64, ""), live.val
+        (ours,), index = predict(live, [split_with(live, fixed)], 64, ""), live.val
     model = timm.create_model("test_efficientnet", num_classes=3, checkpoint_path=fixed)
     export.write_config(model, tmp_path / "config.json", config, 64, CLASSES)
     (tmp_path / "model.safetensors").symlink_to(fixed)

@@ -14,7 +14,7 @@ from fixres_dist.data.index import Index
 from fixres_dist.data.requests import Pictures, Request, every_sample, make_request, whole_batches
 from fixres_dist.data.torch_cpu import Bad, Batch
 from fixres_dist.evaluation.measures import top1_of_parts
-from fixres_dist.training.predict import predict
+from fixres_dist.training.predict import score_batches
 from fixres_dist.training.predictions import Predictions, calibration, paired_gain
 from fixres_dist.training.ranks import Ranks
 
@@ -40,7 +40,7 @@ def made(n: int) -> Index:
 def test_counts_against_a_table() -> None:
     scores = torch.tensor([[9.0, 0, 0, 0, 0, 0, 0], [0, 1, 2, 3, 4, 5, 6], [6, 5, 4, 3, 2, 1, 0]])
     labels = np.array([0, 2, 6])
-    (found,) = predict(
+    (found,) = score_batches(
         lambda batch: [scores[batch.samples]],
         made(3),
         batches(every_sample(made(3), PICTURES, 2, 0, 1), labels),
@@ -141,7 +141,7 @@ def test_a_missed_or_repeated_image_is_an_error() -> None:
 
     for requests in (twice(), iter(list(every_sample(made(4), PICTURES, 2, 0, 1))[:1])):
         with pytest.raises(RuntimeError, match="each should be seen once"):
-            predict(
+            score_batches(
                 lambda b: [torch.zeros(len(b.samples), 3)], made(4), batches(requests, np.zeros(4, np.int64)), ALONE
             )
 
@@ -151,7 +151,7 @@ def test_an_evaluation_without_one_readable_image_is_refused() -> None:
         Batch(torch.zeros(0, 3, 2, 2), *(torch.zeros(0, dtype=torch.int64),) * 2, (Bad(0, "torn"), Bad(1, "torn")))
     ]
     with pytest.raises(UserError, match=r"none of the 2 images of x .*data verify --data \."):
-        predict(lambda b: [torch.zeros(len(b.samples), 3)], made(2), iter(nothing), ALONE)
+        score_batches(lambda b: [torch.zeros(len(b.samples), 3)], made(2), iter(nothing), ALONE)
 
 
 def test_the_interval_of_one_image_is_all_there_is() -> None:
