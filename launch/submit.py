@@ -275,7 +275,7 @@ def check_model(config: Config, recipe: recipes.Recipe) -> None:
 
     from fixres_dist.models import weights
     from fixres_dist.models.build import build_model, check_resolutions
-    from fixres_dist.models.split import parts_of
+    from fixres_dist.models.parts import parts_of
 
     with torch.device("meta"):
         model = build_model(config.model.timm_name, plan.count(config).classes)

@@ -28,7 +28,7 @@ from fixres_dist.config.schema import Config
 from fixres_dist.data.torch_cpu import Batch
 from fixres_dist.models import policies, precision
 from fixres_dist.models.build import build_model, pretrained_cfg
-from fixres_dist.models.split import Parts, parts_of, set_modes
+from fixres_dist.models.parts import Parts, parts_of, set_modes
 from fixres_dist.training.ranks import join
 from fixres_dist.training.session import Session, open_session
 from fixres_dist.training.stages import Stage, stages

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from fixres_dist.data import order
 from fixres_dist.data.requests import Pictures, chunks, make_request
 from fixres_dist.evaluation.extract import pooled
-from fixres_dist.models.split import Parts
+from fixres_dist.models.parts import Parts
 from fixres_dist.training.session import Session
 from fixres_dist.training.stages import batch_per_device
 

@@ -19,7 +19,7 @@ from fixres_dist.base.files import write_text
 from fixres_dist.data.index import Index
 from fixres_dist.data.requests import whole_batches
 from fixres_dist.models.build import classifier_name
-from fixres_dist.models.split import Parts
+from fixres_dist.models.parts import Parts
 from fixres_dist.training.cache.store import Loaded
 from fixres_dist.training.predict import from_rows, score
 from fixres_dist.training.predictions import Predictions

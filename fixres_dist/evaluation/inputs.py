@@ -114,7 +114,7 @@ def opened(
 def split_with(live: Any, weights: Path | dict[str, Any] | None) -> Any:
     """A copy of the session's model with `weights` (a file, a state dict, or as opened), cut for evaluation in the run's
     own arithmetic."""
-    from fixres_dist.models.split import parts_of
+    from fixres_dist.models.parts import parts_of
     from fixres_dist.models.weights import fill, read_state
 
     model = copy.deepcopy(live.model)

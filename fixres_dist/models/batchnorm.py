@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fixres_dist.base.errors import UserError
-from fixres_dist.models.split import Parts
+from fixres_dist.models.parts import Parts
 
 
 class Moments:

@@ -17,7 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from fixres_dist.config.schema import Run
 from fixres_dist.models import cpu_layers, folding
-from fixres_dist.models.split import cut
+from fixres_dist.models.parts import cut
 
 FORMATS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
 CLEARLY = 1.1  # how much faster than the usual arrangement another one must be: noise is not to decide

@@ -14,7 +14,7 @@ from timm.layers import BatchNormAct2d
 from timm.layers.adaptive_avgmax_pool import SelectAdaptivePool2d
 from torch import fx, nn
 
-from fixres_dist.models.split import Parts, cut
+from fixres_dist.models.parts import Parts, cut
 
 PIECE_BYTES = 1 << 20  # of fp32 values that a CPU takes at once; a GPU takes all
 

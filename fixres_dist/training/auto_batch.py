@@ -10,7 +10,7 @@ import torch
 
 from fixres_dist.base.errors import UserError
 from fixres_dist.models.fast_trunk import FastTrunk
-from fixres_dist.models.split import Parts, set_modes
+from fixres_dist.models.parts import Parts, set_modes
 from fixres_dist.training.session import Session
 from fixres_dist.training.stages import Stage, batch_per_device
 

@@ -13,8 +13,8 @@ from fixres_dist.base.signals import StopFlag
 from fixres_dist.cluster import requeue
 from fixres_dist.config import reading
 from fixres_dist.models import weights
+from fixres_dist.models.parts import Parts, described, frozen_digest, parts_of, set_modes
 from fixres_dist.models.precision import LossScale, sgd
-from fixres_dist.models.split import Parts, described, frozen_digest, parts_of, set_modes
 from fixres_dist.runs import checkpoint
 from fixres_dist.runs.rundir import RunDir
 from fixres_dist.runs.tracking import Tracker

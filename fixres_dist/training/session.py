@@ -23,7 +23,7 @@ from fixres_dist.data.index import Index
 from fixres_dist.data.requests import Pictures, Request
 from fixres_dist.models import fast_trunk, folding, nvidia_apex, precision, weights
 from fixres_dist.models.build import Preprocessing, build_model, check_resolutions, preprocessing, small_size
-from fixres_dist.models.split import Parts
+from fixres_dist.models.parts import Parts
 from fixres_dist.training.cache.store import Loaded, Store
 from fixres_dist.training.ranks import Ranks
 from fixres_dist.training.stages import batch_per_device

@@ -16,9 +16,9 @@ from torch.nn.parallel import DistributedDataParallel
 from fixres_dist.data import order
 from fixres_dist.data.requests import Pictures, Request, first_samples, train_steps
 from fixres_dist.models import batchnorm
+from fixres_dist.models.parts import Parts
 from fixres_dist.models.pooled_head import pooled_head
 from fixres_dist.models.precision import LossScale
-from fixres_dist.models.split import Parts
 from fixres_dist.training.cache.store import Loaded, Store
 from fixres_dist.training.session import Session
 from fixres_dist.training.stages import Stage, batch_per_device

@@ -19,7 +19,7 @@ from fixres_dist.config import reading, recipes
 from fixres_dist.config.schema import Config
 from fixres_dist.models import fast_trunk, policies
 from fixres_dist.models.build import build_model, preprocessing
-from fixres_dist.models.split import parts_of
+from fixres_dist.models.parts import parts_of
 from fixres_dist.runs import rundir
 from fixres_dist.training import worker
 

@@ -15,7 +15,7 @@ from support.networks import BN_BUFFERS, one_step
 from fixres_dist.base.errors import UserError
 from fixres_dist.models import policies, weights
 from fixres_dist.models.build import build_model, check_resolutions, own_size, preprocessing
-from fixres_dist.models.split import parts_of
+from fixres_dist.models.parts import parts_of
 from fixres_dist.runs.rundir import RunDir
 
 POLICIES = ("classifier", "classifier+bn_stats", "classifier+bn", "classifier+bn+conv_head", "last_block")

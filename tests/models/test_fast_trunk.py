@@ -20,7 +20,7 @@ from fixres_dist.data.index import Index
 from fixres_dist.data.requests import Pictures, make_request
 from fixres_dist.models import fast_trunk, precision
 from fixres_dist.models.build import build_model, preprocessing
-from fixres_dist.models.split import parts_of
+from fixres_dist.models.parts import parts_of
 from fixres_dist.training.cache.store import begin_writing, open_store
 from fixres_dist.training.ranks import Ranks
 from fixres_dist.training.session import Session

@@ -7,7 +7,7 @@ from torch import nn
 
 from fixres_dist.models import folding
 from fixres_dist.models.build import build_model
-from fixres_dist.models.split import parts_of
+from fixres_dist.models.parts import parts_of
 
 
 # Every BN but the last one follows a convolution; in a DenseNet only the stem's and each dense layer's second one do.

@@ -12,7 +12,7 @@ from torch import nn
 from fixres_dist.base.errors import UserError
 from fixres_dist.models import batchnorm
 from fixres_dist.models.build import build_model
-from fixres_dist.models.split import frozen_digest, parts_of, set_modes
+from fixres_dist.models.parts import frozen_digest, parts_of, set_modes
 
 EFFICIENTNET = {
     "classifier": (["classifier"], [], None),

@@ -13,8 +13,8 @@ from torch import nn
 
 from fixres_dist.models import pooled_head
 from fixres_dist.models.build import build_model
+from fixres_dist.models.parts import Parts, parts_of, set_modes
 from fixres_dist.models.pooled_head import PooledHead
-from fixres_dist.models.split import Parts, parts_of, set_modes
 
 CLASSES = 7
 

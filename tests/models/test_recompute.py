@@ -12,7 +12,7 @@ from fixres_dist.config import reading
 from fixres_dist.config.schema import Config
 from fixres_dist.models import batchnorm
 from fixres_dist.models.build import build_model
-from fixres_dist.models.split import checkpoint_activations, parts_of, set_modes
+from fixres_dist.models.parts import checkpoint_activations, parts_of, set_modes
 
 
 def step(recompute: bool, images: torch.Tensor) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], int]:

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from fixres_dist.models import batchnorm
-from fixres_dist.models.split import Parts, set_modes
+from fixres_dist.models.parts import Parts, set_modes
 
 BN_BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
 

@@ -16,7 +16,7 @@ from fixres_dist.config import reading, recipes
 from fixres_dist.config.schema import Config
 from fixres_dist.models import precision
 from fixres_dist.models.build import build_model, preprocessing
-from fixres_dist.models.split import parts_of, set_modes
+from fixres_dist.models.parts import parts_of, set_modes
 from fixres_dist.training import auto_batch, plan
 from fixres_dist.training.ranks import Ranks
 from fixres_dist.training.session import Session, tell

@@ -21,7 +21,7 @@ from fixres_dist.data.index import Index
 from fixres_dist.data.requests import Pictures, make_request
 from fixres_dist.models import weights
 from fixres_dist.models.fast_trunk import FastTrunk
-from fixres_dist.models.split import Parts
+from fixres_dist.models.parts import Parts
 from fixres_dist.runs.rundir import Locked, RunDir
 from fixres_dist.training.cache import rule
 from fixres_dist.training.cache.store import Span, Store, begin_writing, open_store
