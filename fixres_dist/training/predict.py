@@ -14,7 +14,7 @@ from fixres_dist.base.errors import UserError
 from fixres_dist.data import order
 from fixres_dist.data.index import Index
 from fixres_dist.data.requests import every_sample
-from fixres_dist.models.split import Parts, frozen_digest
+from fixres_dist.models.parts import Parts, frozen_digest
 from fixres_dist.training.cache.store import Loaded, Store
 from fixres_dist.training.predictions import Predictions
 from fixres_dist.training.ranks import Ranks
