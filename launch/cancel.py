@@ -29,7 +29,7 @@ def main() -> int:
 
 
 def cancel(run: RunDir) -> int:
-    job, owner = status.slurm_job(run), run.root.owner()
+    job, owner = run.state().slurm_job, run.root.owner()
     queued = slurm.queue([owner]) if job else {}
     if queued is None:
         raise UserError(f"{run.name} is job {job}, but squeue does not answer. Next: a login node of the cluster.")
@@ -49,12 +49,10 @@ def cancel(run: RunDir) -> int:
         print(f"{run.name} is {state}, so there is nothing to cancel")
         return EXIT_DONE
     if not left:
-        print(f"{run.name} has not left after {WAIT_S:.0f} s. Next: {run.launch('status')}", file=sys.stderr)
+        print(f"{run.name} has not left after {WAIT_S:.0f} s. Next: {run.command('status')}", file=sys.stderr)
         return EXIT_FAILED
-    if run.state().get("state") in status.UNFINISHED:  # it had not started, or was killed before it could write
-        run.update_state(state="cancelled", reason="cancelled; the same command goes on", eta_s=None)
-        run.event("cancelled")
-    print(f"{run.name} is {run.state()['state']} at step {max(0, run.saved_step())}. Next: {run.launch('resume')}")
+    run.cancel("cancelled; the same command goes on")  # where it had not started, or was killed before it could write
+    print(f"{run.name} is {run.state().state} at step {max(0, run.saved_step())}. Next: {run.command('resume')}")
     return EXIT_DONE
 
 

@@ -12,6 +12,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from fixres_dist.base.errors import EXIT_DONE, UserError, exit_code
 from fixres_dist.cluster import status
 from fixres_dist.runs.rundir import RunDir
+from fixres_dist.runs.states import UNFINISHED
 
 
 def main() -> int:
@@ -32,13 +33,13 @@ def show(run: RunDir, rank: int, follow: bool) -> int:
     shown: dict[Path, int] = {}
     told_waiting = False
     while True:
-        ended = status.rows([run])[0].state not in status.UNFINISHED
+        ended = status.rows([run])[0].state not in UNFINISHED
         logs = status.logs(run)
         ranks = sorted({number for number, _ in logs})
         if logs and rank not in ranks:
             raise UserError(f"{run.name} has no rank {rank}; accepted: {ranks[0]} .. {ranks[-1]}.")
         if not logs and (ended or not follow):
-            raise UserError(f"{run.name} has no log yet. Next: {run.launch('status')}")
+            raise UserError(f"{run.name} has no log yet. Next: {run.command('status')}")
         if not logs and not told_waiting:
             print(f"{run.name} has not started yet: waiting", file=sys.stderr)
             told_waiting = True

@@ -49,7 +49,7 @@ def resume(run: rundir.RunDir, args: argparse.Namespace) -> int:
         if submit.told_already(run, kind):
             return EXIT_DONE
         write_text(run.root / "config.yaml", reading.dump(config))
-        run.event("submitted", cluster=kind, command=run.launch("resume"))
+        run.event("submitted", cluster=kind, command=run.command("resume"))
         if kind == "slurm":
             return submit.start_slurm([run], config, 0)
     return submit.start_here(run, config, kind)

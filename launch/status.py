@@ -6,12 +6,14 @@ import argparse
 import json
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from fixres_dist.base.errors import EXIT_DONE, exit_code
 from fixres_dist.cluster import status
+from fixres_dist.runs.states import UNFINISHED
 
 
 def main() -> int:
@@ -33,11 +35,11 @@ def show(args: argparse.Namespace) -> int:
         runs = [status.find(name, args.runs_dir) for name in args.names] or status.every(args.runs_dir)
         rows = status.rows(runs)
         if args.json:
-            print(json.dumps([row.as_dict() for row in rows], indent=1), flush=True)
+            print(json.dumps([asdict(row) for row in rows], indent=1), flush=True)
         else:
             clear = "\033[2J\033[H" if args.watch and sys.stdout.isatty() else ""
-            print(clear + status.table(rows) if rows else f"no runs in {args.runs_dir}", flush=True)
-        if not args.watch or not any(row.state in status.UNFINISHED for row in rows):
+            print(clear + status.as_table(rows) if rows else f"no runs in {args.runs_dir}", flush=True)
+        if not args.watch or not any(row.state in UNFINISHED for row in rows):
             return EXIT_DONE
         time.sleep(max(1.0, args.every))
 

@@ -19,6 +19,7 @@ from fixres_dist.cluster import jobs, local, slurm
 from fixres_dist.config import reading, recipes
 from fixres_dist.config.schema import Config
 from fixres_dist.runs import rundir
+from fixres_dist.runs.states import State
 from fixres_dist.training import plan
 from fixres_dist.training.job import TrainJob
 
@@ -246,21 +247,21 @@ def submit(args: argparse.Namespace) -> int:
     codes = []
     for target in todo:
         codes.append(start_here(target.run, target.config, kind))
-        if target.run.state().get("state") == "cancelled":  # a stop is meant for the runs after it too
+        if target.run.state().state == State.CANCELLED:  # a stop is meant for the runs after it too
             break
     return max(codes)
 
 
 def told_already(run: rundir.RunDir, kind: str) -> bool:
     """Whether `run` is finished, running or queued, and so needs no submission; says which."""
-    status = f"Next: {run.launch('status')}"
+    status = f"Next: {run.command('status')}"
     if run.done.exists():
         print(f"{run.name} is finished; its results: {run.results}")
         return True
     if run.is_locked():
         print(f"{run.name} is running already. {status}")
         return True
-    job = str(run.state().get("job_id") or "")
+    job = run.state().job_id
     queued = (slurm.queue([run.root.owner()]) or {}) if kind == "slurm" and job else {}
     if job in queued:
         print(f"{run.name} is in the queue already, as job {job} ({queued[job].state}). {status}")
@@ -290,7 +291,7 @@ def start_slurm(runs: list[rundir.RunDir], config: Config, at_once: int) -> int:
     for run, job in zip(runs, jobs.submit_slurm(config, runs, TrainJob, at_once), strict=True):
         print(f"submitted {run.name} as job {job}")
     for script in ("status", "logs", "cancel", "board"):
-        print(f"  {runs[0].launch(script)}{' --follow' if script == 'logs' else ''}")
+        print(f"  {runs[0].command(script)}{' --follow' if script == 'logs' else ''}")
     return EXIT_DONE
 
 

@@ -15,17 +15,14 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fixres_dist.base.errors import UserError
 from fixres_dist.base.files import write_text
 from fixres_dist.cluster import slurm
 from fixres_dist.config.schema import Config
 from fixres_dist.runs.rundir import RunDir
-
-if TYPE_CHECKING:
-    pass
-
+from fixres_dist.runs.states import Event
 
 Job = Callable[[str], Callable[[], int]]  # from a run directory's path to what each task of its job calls
 LEAKING = re.compile(
@@ -178,12 +175,11 @@ def submit_slurm(config: Config, runs: Sequence[RunDir], task: Job, at_once: int
         raise UserError("no sbatch on this machine. Next: a login node of the cluster, or --cluster local.")
     text = sbatch_text(config, *runs, at_once=at_once)
     for run in runs:
-        write_text(run.root / "submission.sh", text)
+        write_text(run.submission, text)
         run.failed.unlink(missing_ok=True)
         # A person has decided to go on, so failures are counted anew.
-        restarts = {**(run.state().get("restarts") or {}), "failure": 0}
-        fresh = {"final": False, "last_failure_step": -1, "restarts": restarts}
-        run.update_state(state="pending", reason=None, job_id=None, **fresh)
+        fresh = {"final": False, "last_failure_step": -1, "restarts": {**run.state().restarts, "failure": 0}}
+        run.update_state(Event.SUBMITTED, reason=None, job_id=None, **fresh)
     executor = submitit.SlurmExecutor(submission_folder(runs), max_num_timeout=10**6)  # requeues are ours to count
     executor.update_parameters(**slurm_parameters(config, runs, at_once))
     try:

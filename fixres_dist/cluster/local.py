@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING
 from fixres_dist.base.errors import EXIT_DONE, EXIT_FAILED
 from fixres_dist.base.files import FULL
 from fixres_dist.base.signals import SIGNALS, StopFlag
-from fixres_dist.cluster import status
 from fixres_dist.cluster.jobs import Job
 from fixres_dist.runs.rundir import RunDir
+from fixres_dist.runs.states import UNFINISHED, State
 
 if TYPE_CHECKING:
     import submitit
@@ -68,10 +68,9 @@ def run_local(run: RunDir, processes: int, job: Job) -> int:
     gone = [
         started.task(rank).paths for rank in range(processes) if not started.task(rank).paths.result_pickle.exists()
     ]
-    if flag.signal and state.get("state") in status.UNFINISHED:  # none of them had come so far as to save
-        run.update_state(state="cancelled", reason="cancelled; the same command goes on", eta_s=None)
-        run.event("cancelled")
-    elif said.startswith(tuple(FULL.values())) or state.get("final") or state.get("state") == "cancelled":
+    if flag.signal and state.state in UNFINISHED:  # no rank had come so far as to save
+        run.cancel("cancelled; the same command goes on")
+    elif said.startswith(tuple(FULL.values())) or state.final or state.state == State.CANCELLED:
         pass  # as it was told; on a full disk a rank cannot leave a result either
     elif gone or not said:
         lost = f"a process of the run died without a word (exit codes {codes}); its log: {started.paths.stdout.parent}"
@@ -81,7 +80,7 @@ def run_local(run: RunDir, processes: int, job: Job) -> int:
         if said:  # by the others, who broke because of it
             lost += f"; after it: {said}"
             run.failed.unlink()
-        run.fail(lost, f"again, from the last checkpoint: {run.command()}")
+        run.fail(lost, f"again, from the last checkpoint: {run.submit_command()}")
     if run.failed.exists():
         print(run.failed.read_text(), file=sys.stderr, end="")
     return max(codes)

@@ -154,7 +154,7 @@ def text(run: RunDir, files: list[str], licence: str | None, alpha: float = 1.0)
         rule=RULES[base["resize_rule"]].format(res=base["res"]),
         use=(USE if weights else USE_ONNX).format(timm_name=base["timm_name"], classes=classes, file=weights),
         files=", ".join(f"`{file}`" for file in files),
-        command=run.command(),
+        command=run.submit_command(),
         licence="which timm gives as " + licence if licence else "and of the data they were trained on",
     )
     return front_matter(name, data, licence, found) + body

@@ -9,140 +9,130 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-import shlex
 import shutil
 import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from fixres_dist.base.commands import command
 from fixres_dist.base.environment import environment
 from fixres_dist.base.errors import UserError
 from fixres_dist.base.files import whole, write_text
 from fixres_dist.base.json_lines import append
 from fixres_dist.config import reading
 from fixres_dist.config.schema import Config
-
-STATES = ("pending", "running", "stopping", "requeued", "done", "failed", "cancelled")
+from fixres_dist.runs.states import Event, RunState
 
 
 class Locked(UserError):
-    """Another process works on the run. Whoever meets this must leave the run's files alone."""
+    """Another process works on the run. The process that meets this must leave the run's files alone."""
+
+
+class File:
+    """A path in the run directory, as an attribute of RunDir."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __get__(self, run: RunDir, owner: type[RunDir]) -> Path:
+        return run.root / self.name
 
 
 @dataclass(frozen=True)
 class RunDir:
     root: Path
 
+    checkpoints = File("checkpoints")
+    code = File("code")  # the snapshot that the job imports: editing the checkout never changes a queued job
+    config_file = File("config.yaml")
+    done = File("DONE")
+    events = File("events.jsonl")
+    failed = File("FAILED")  # why, and the next command
+    metrics = File("metrics.jsonl")
+    pretrained = File("pretrained.safetensors")  # the whole model after stage one, once that is complete
+    results = File("results.json")
+    state_file = File("state.json")
+    submission = File("submission.sh")
+
     @property
     def name(self) -> str:
         return self.root.name
 
-    @property
-    def checkpoints(self) -> Path:
-        return self.root / "checkpoints"
-
-    @property
-    def pretrained(self) -> Path:
-        """The whole model after stage one; there when stage one is complete."""
-        return self.root / "pretrained.safetensors"
-
-    @property
-    def metrics(self) -> Path:
-        return self.root / "metrics.jsonl"
-
-    @property
-    def results(self) -> Path:
-        return self.root / "results.json"
-
-    @property
-    def done(self) -> Path:
-        return self.root / "DONE"
-
-    @property
-    def failed(self) -> Path:
-        return self.root / "FAILED"
-
-    @property
-    def code(self) -> Path:
-        """The snapshot the job imports: editing the checkout never changes a queued job."""
-        return self.root / "code"
-
     def config(self) -> Config:
+        """Raises UserError where there is no config.yaml."""
         try:
-            return reading.load((self.root / "config.yaml").read_text())
+            return reading.load(self.config_file.read_text())
         except FileNotFoundError:
             raise UserError(
-                f"{self.root} is no run directory: it has no config.yaml. Runs are made by launch/submit.py."
+                f"{self.root} is no run directory: it has no config.yaml. Next: {command('submit', '--help')}"
             ) from None
 
-    def state(self) -> dict[str, Any]:
-        try:
-            return json.loads((self.root / "state.json").read_text())
-        except FileNotFoundError:
-            return {}
-
-    def command(self) -> str:
-        """What goes on with the run: as it was submitted, or the worker alone."""
+    def submit_command(self) -> str:
+        """The command that resumes the run: as it was submitted, or the worker alone."""
         try:
             return (self.root / "command.txt").read_text().strip()
         except FileNotFoundError:
-            return f"python -m fixres_dist train --run {self.root}"
+            return command("train", "--run", self.root)
 
-    def launch(self, script: str) -> str:
-        """launch/SCRIPT.py for this run, to be typed where the runs directory was given."""
-        where = "" if self.root.parent == Path("runs") else f" --runs-dir {shlex.quote(str(self.root.parent))}"
-        return f"python launch/{script}.py {shlex.quote(self.name)}{where}"
+    def command(self, name: str, *words: str) -> str:
+        """`fixres NAME` for this run, to be typed where the runs directory was given."""
+        where = () if self.root.parent == Path("runs") else ("--runs-dir", self.root.parent)
+        return command(name, self.name, *where, *words)
 
     def finished(self, file: Path) -> Path:
-        """`file`, which a finished run has; raises UserError before it is there."""
+        """`file`, which only a finished run has; raises UserError if it is missing."""
         if not file.exists():
-            self.config()  # refuses what is no run directory
-            raise UserError(f"run {self.name} has not finished: there is no {file}. Next: {self.launch('status')}")
+            self.config()  # refuses a folder that is no run directory
+            raise UserError(f"run {self.name} has not finished: there is no {file}. Next: {self.command('status')}")
         return file
 
-    def update_state(self, **changes: Any) -> None:
-        """Merge `changes` into state.json."""
-        unset = {
-            "state": "pending",
-            "step": 0,
-            "total_steps": None,
-            "epoch": 0,
-            "images_per_second": None,
-            "eta_s": None,
-        }
-        unset |= {"restarts": {"preempted": 0, "timeout": 0, "failure": 0}, "job_id": None, "reason": None}
-        state = {**unset, **self.state(), **changes, "updated": time.time()}
-        if state["state"] not in STATES:
-            raise ValueError(f"state {state['state']!r} is none of {STATES}")
-        write_text(self.root / "state.json", json.dumps(state, indent=1) + "\n")
+    def state(self) -> RunState:
+        try:
+            return RunState.of(json.loads(self.state_file.read_text()))
+        except FileNotFoundError:
+            return RunState()
+
+    def update_state(self, event: Event | None = None, **changes: Any) -> bool:
+        """Write `changes` of RunState's fields and what follows from `event`; False where the event changes nothing."""
+        state = self.state()
+        after = state.after(event) if event else state
+        if after:
+            text = json.dumps(asdict(replace(after, updated=time.time(), **changes)), indent=1)
+            write_text(self.state_file, text + "\n")
+        return after is not None
 
     def event(self, name: str, **details: Any) -> None:
-        append(self.root / "events.jsonl", {"time": time.time(), "event": name, **details})
+        """Append a line to events.jsonl."""
+        append(self.events, {"time": time.time(), "event": name, **details})
 
     def fail(self, why: str, next_command: str, final: bool = False) -> None:
-        """FAILED and the state say why and what to run next. The first rank's reason stays: the others fail because of it.
+        """FAILED and the state say why and what to run next. The first rank's reason stays: it is what made the others fail.
 
-        `final`: no retry can help.
+        `final`: no retry can help. Raises OSError on a full disk, which status then sees too.
         """
         try:
             with open(self.failed, "x") as file:
                 file.write(f"{why}\nNext: {next_command}\n")
         except FileExistsError:
             return
-        except OSError:  # a full disk, which status sees too
+        except OSError:
             self.failed.unlink(missing_ok=True)
             raise
-        self.update_state(state="failed", reason=f"{why.rstrip('.')}. Next: {next_command}", final=final, eta_s=None)
-        self.event("failed", reason=why)
+        self.update_state(Event.FAILED, reason=f"{why.rstrip('.')}. Next: {next_command}", final=final, eta_s=None)
+        self.event(Event.FAILED, reason=why)
+
+    def cancel(self, reason: str) -> None:
+        if self.update_state(Event.CANCELLED, reason=reason, eta_s=None):
+            self.event(Event.CANCELLED)
 
     def finish(self) -> None:
         self.failed.unlink(missing_ok=True)
-        self.update_state(state="done", eta_s=0.0, reason=None)
-        self.event("done")
+        self.update_state(Event.DONE, eta_s=0.0, reason=None)
+        self.event(Event.DONE)
         write_text(self.done, "finished\n")
 
     def saved_step(self) -> int:
@@ -153,7 +143,7 @@ class RunDir:
     def lock(self, name: str = ".lock", wait_s: float = 0.0) -> Iterator[None]:
         """Held by rank 0 while it works; the kernel drops it with the process, so a crash leaves nothing to clean.
 
-        The file holds who has it, for launch/cancel.py.
+        The file holds the host and the process id, for `cancel`. Raises Locked after waiting `wait_s` seconds.
         """
         with open(self.root / name, "a+") as file:
             # A forked loader worker outlives a killed parent by seconds and must not hold its lock meanwhile.
@@ -166,7 +156,7 @@ class RunDir:
                 except OSError:
                     if time.monotonic() > deadline:
                         raise Locked(
-                            f"run {self.name} is being worked on by another process. Next: {self.launch('status')}"
+                            f"run {self.name} is being worked on by another process. Next: {self.command('status')}"
                         ) from None
                     time.sleep(0.2)
             file.truncate(0)
@@ -193,8 +183,8 @@ def prepare(root: Path, config: Config, command: list[str]) -> RunDir:
     run = RunDir(root)
     check(root, config)
     root.mkdir(parents=True, exist_ok=True)
-    write_text(root / "config.yaml", reading.dump(config))
-    if not (root / "state.json").exists():
+    write_text(run.config_file, reading.dump(config))
+    if not run.state_file.exists():
         run.update_state()
     if not run.done.exists():
         write_text(root / "command.txt", " ".join(command) + "\n")
@@ -207,7 +197,7 @@ def check(root: Path, config: Config) -> None:
     """Refuse a directory that is not this run's; writes nothing."""
     if not root.exists():
         return
-    if not (root / "config.yaml").exists():
+    if not RunDir(root).config_file.exists():
         if root.is_dir() and all(path.name.startswith(".") for path in root.iterdir()):
             return
         raise UserError(f"{root} exists and is no run directory. Pick another --name.")

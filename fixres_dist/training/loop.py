@@ -17,6 +17,7 @@ from fixres_dist.models.parts import Parts, described, frozen_digest, parts_of, 
 from fixres_dist.models.precision import LossScale, sgd
 from fixres_dist.runs import checkpoint
 from fixres_dist.runs.rundir import RunDir
+from fixres_dist.runs.states import Event
 from fixres_dist.runs.tracking import Tracker
 from fixres_dist.training import auto_batch, results
 from fixres_dist.training.cache.build import Stopped, open_stores
@@ -142,7 +143,7 @@ def train_stage(
         due = ranks.is_main and time.monotonic() - saved_at >= settings.save_every_s
         stop_signal, save_now = ranks.highest([flag.signal, int(due)])
         if stop_signal and tracker:
-            here.update_state(state="stopping", step=done, eta_s=None)
+            here.update_state(Event.STOP_REQUESTED, step=done, eta_s=None)
         if stop_signal or save_now or last:
             save()
             saved_at = time.monotonic()

@@ -40,7 +40,7 @@ def run(folder: Path, flag: StopFlag | None = None) -> int:
     """
     here = RunDir(folder)
     config = here.config()
-    again = here.command()
+    again = here.submit_command()
     try:
         return work(here, config, flag or StopFlag().install())
     except UserError as error:
@@ -58,7 +58,7 @@ def work(here: RunDir, config: Config, flag: StopFlag) -> int:
     startup, in_slurm = StartUp(), slurm.own_job() is not None
     startup.mark("imports")
     if in_slurm:
-        flag.deadline(0.8 * config.cluster.signal_delay_s, lambda: requeue.ask(here, "stop deadline"))
+        flag.deadline(0.8 * config.cluster.signal_delay_s, lambda: requeue.leave_to_batch_script(here, "stop deadline"))
     ranks = join(here.root)
     with contextlib.ExitStack() as stack:
         stack.callback(ranks.stop)
@@ -99,7 +99,7 @@ def claim(here: RunDir, ranks: Ranks, stack: contextlib.ExitStack) -> int | None
     For all ranks, once they have met: a twin can finish the run while these start one after the other, and ranks that
     each looked for themselves would leave some and keep the others waiting.
     """
-    again = slurm.own_job() is not None and here.state().get("job_id") == slurm.own_job()
+    again = slurm.own_job() is not None and here.state().job_id == slurm.own_job()
     try:
         if not here.done.exists():
             stack.enter_context(here.lock(wait_s=LOCK_WAIT_S if again else 0.0))

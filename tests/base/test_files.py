@@ -19,6 +19,7 @@ from fixres_dist.base.signals import StopFlag
 from fixres_dist.cluster import status
 from fixres_dist.runs import checkpoint
 from fixres_dist.runs.rundir import RunDir
+from fixres_dist.runs.states import Event
 from fixres_dist.training import worker
 from fixres_dist.training.cache.store import Store
 
@@ -143,7 +144,7 @@ def test_failed_names_the_file_and_the_command(prepared: RunDir, monkeypatch: py
 
 
 def test_status_sees_a_disk_too_full_for_failed(prepared: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
-    prepared.update_state(state="running")
+    prepared.update_state(Event.STARTED)
     (row,) = status.rows([prepared])
     command = (prepared.root / "command.txt").read_text().strip()
     assert row.reason == f"its process is gone. Next, from the last checkpoint: {command}"

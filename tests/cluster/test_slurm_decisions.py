@@ -16,6 +16,7 @@ from fixres_dist.cluster import jobs, requeue, slurm, status
 from fixres_dist.config import reading
 from fixres_dist.config.schema import Config
 from fixres_dist.runs.rundir import RunDir
+from fixres_dist.runs.states import Event
 
 RUNNING = {"JobState": "RUNNING", "Restarts": "0", "PreemptTime": "None", "EndTime": "Unknown", "Reason": "None"}
 
@@ -65,7 +66,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunDir:
     run = RunDir(tmp_path / "runs" / "r")
     run.root.mkdir(parents=True)
     write_text(run.root / "config.yaml", reading.dump(reading.parse(Config, {"cluster": {"max_restarts": "2"}})))
-    run.update_state(job_id="5", state="running")
+    run.update_state(Event.STARTED, job_id="5")
     return run
 
 
@@ -87,8 +88,8 @@ def test_a_failure_is_retried_only_with_progress_and_within_the_limit(
     for step, failures in ((0, 1), (40, 2)):
         saved(run, step)
         requeue.ended(run, 1)
-        assert run.state()["state"] == "requeued"
-        assert run.state()["restarts"]["failure"] == failures
+        assert run.state().state == "requeued"
+        assert run.state().restarts["failure"] == failures
         requeue.begin(run, 2, ["n1"])
     saved(run, 80)
     requeue.broke(run, "ValueError: bad luck", "")
@@ -99,8 +100,8 @@ def test_a_failure_is_retried_only_with_progress_and_within_the_limit(
         "2 restarts after failures reached cluster.max_restarts; the last: srun ended with 1; ValueError: bad luck"
         in told
     )
-    assert "Next: python launch/logs.py r" in told
-    assert "launch/resume.py r" in run.state()["reason"]
+    assert f"Next: {run.command('logs')}" in told
+    assert run.command("resume") in str(run.state().reason)
 
 
 def test_the_task_that_was_killed_is_named_before_those_that_broke_because_of_it(run: RunDir) -> None:
@@ -126,8 +127,8 @@ def test_a_rank_that_breaks_in_a_job_that_slurm_requeued(
     programs(tmp_path / "bin", monkeypatch, scontrol=f'[ $1 = requeue ] && echo $2 >> "$0.requeued" || echo "{shown}"')
     requeue.broke(run, "RuntimeError: connection closed by peer", "")
     requeue.ended(run, 1)
-    assert run.state()["state"] == "requeued"
-    assert {reason: n for reason, n in run.state()["restarts"].items() if n} == {counted: 1}
+    assert run.state().state == "requeued"
+    assert {reason: n for reason, n in run.state().restarts.items() if n} == {counted: 1}
     assert not (tmp_path / "bin" / "scontrol.requeued").exists(), "Slurm has done it"
 
 
@@ -138,7 +139,7 @@ def test_no_progress_is_no_retry(run: RunDir, tmp_path: Path, monkeypatch: pytes
     requeue.begin(run, 2, ["n1"])
     requeue.ended(run, 1)
     assert "no progress since the failure before, so no retry" in run.failed.read_text()
-    assert run.state()["restarts"]["failure"] == 1
+    assert run.state().restarts["failure"] == 1
 
 
 def test_a_failing_rank_of_a_cancelled_job_does_not_bring_it_back(
@@ -147,7 +148,7 @@ def test_a_failing_rank_of_a_cancelled_job_does_not_bring_it_back(
     programs(tmp_path / "bin", monkeypatch, scontrol=shows("COMPLETING"))
     saved(run, 40)
     requeue.ended(run, 143)
-    assert run.state()["state"] == "cancelled"
+    assert run.state().state == "cancelled"
     assert not (tmp_path / "bin" / "scontrol.requeued").exists()
 
 
@@ -156,11 +157,11 @@ def test_in_a_container_the_batch_script_asks_and_requeues(
 ) -> None:
     programs(tmp_path / "bin", monkeypatch)  # the ranks have no scontrol
     assert "the batch script asks Slurm why" in requeue.stopped(run, signal.SIGUSR2, 40, 30)
-    assert run.state()["state"] == "stopping"
+    assert run.state().state == "stopping"
     programs(tmp_path / "bin", monkeypatch, scontrol=shows("RUNNING"))
     requeue.ended(run, 0)
-    assert run.state()["state"] == "requeued"
-    assert run.state()["restarts"] == {"preempted": 1, "timeout": 0, "failure": 0}
+    assert run.state().state == "requeued"
+    assert run.state().restarts == {"preempted": 1, "timeout": 0, "failure": 0}
     assert (tmp_path / "bin" / "scontrol.requeued").read_text() == "5\n"
 
 
@@ -170,12 +171,12 @@ def test_a_refused_requeue_is_a_failure_with_the_next_command(
     refuses = shows("RUNNING").replace('echo $2 >> "$0.requeued"', "{ echo disabled for job 5 >&2; exit 1; }")
     programs(tmp_path / "bin", monkeypatch, scontrol=refuses)
     requeue.stopped(run, signal.SIGTERM, 40, 30)
-    assert run.state()["state"] == "failed"
+    assert run.state().state == "failed"
     assert "Slurm refused to requeue job 5: disabled for job 5" in run.failed.read_text()
-    assert "python launch/resume.py r" in run.failed.read_text()
+    assert run.command("resume") in run.failed.read_text()
 
 
-def test_a_twin_does_not_judge_the_run(run: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_duplicate_job_does_not_judge_the_run(run: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     programs(tmp_path / "bin", monkeypatch, scontrol=shows("RUNNING"))
     monkeypatch.setenv("SLURM_JOB_ID", "6")
     before = run.state()
@@ -186,7 +187,7 @@ def test_a_twin_does_not_judge_the_run(run: RunDir, tmp_path: Path, monkeypatch:
 def test_status_explains_the_requeue_hold_and_vanished_jobs(
     run: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run.update_state(state="requeued", reason="preempted: SIGUSR2 at step 40", step=40, total_steps=80, updated=0.0)
+    run.update_state(Event.REQUEUED, reason="preempted: SIGUSR2 at step 40", step=40, total_steps=80)
     programs(tmp_path / "bin", monkeypatch, squeue="echo x >> $0.calls; echo '5|PENDING|BeginTime|'")
     (row,) = status.rows([run])
     assert (row.state, row.percent) == ("requeued", 50.0)
@@ -196,7 +197,7 @@ def test_status_explains_the_requeue_hold_and_vanished_jobs(
     programs(tmp_path / "bin", monkeypatch, squeue="exit 0")
     (row,) = status.rows([run])
     assert row.state == "failed"
-    assert "job 5 has left the queue. Next: python launch/resume.py r" in row.reason
+    assert f"job 5 has left the queue. Next: {run.command('resume')}" in row.reason
     programs(tmp_path / "bin", monkeypatch, squeue="exit 1")
     (row,) = status.rows([run])
     assert row.state == "requeued"
@@ -223,7 +224,7 @@ def test_submission_is_not_influenced_by_the_job_it_is_made_from(monkeypatch: py
 
 HANGS = """
 import ctypes, sys, threading
-from fixres_dist.preempt import StopFlag
+from fixres_dist.base.signals import StopFlag
 flag = StopFlag().install()
 flag.deadline(0.5, lambda: print("gave up", flush=True))
 mutex = ctypes.create_string_buffer(64)

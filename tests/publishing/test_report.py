@@ -14,6 +14,7 @@ from fixres_dist.config import reading, recipes
 from fixres_dist.config.schema import Config
 from fixres_dist.publishing import report
 from fixres_dist.runs.rundir import RunDir
+from fixres_dist.runs.states import Event
 
 RESULTS: dict[str, Any] = {
     "n": 50000,
@@ -35,7 +36,7 @@ def made(root: Path, model: str, res: int, weights: str = "", finished: bool = T
     run = RunDir(root)
     (root / "config.yaml").write_text(reading.dump(config))
     run.update_state(
-        state="done" if finished else "failed", step=7, total_steps=20, reason=None if finished else "disk full"
+        Event.DONE if finished else Event.FAILED, step=7, total_steps=20, reason=None if finished else "disk full"
     )
     (root / "class_index.json").write_text(json.dumps({k: str(k) for k in range(1000)}))
     if finished:

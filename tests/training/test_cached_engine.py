@@ -172,7 +172,7 @@ def test_a_stop_while_features_are_written_goes_on_there(tmp_path: Path, photos:
 
     more = ["run.engine=cached", "run.batch_per_device=4"]
     stopped = trained(tmp_path, "run", photos, *more, flag=AfterOneSegment())
-    assert stopped.state()["state"] == "cancelled"
+    assert stopped.state().state == "cancelled"
     written = segments(tmp_path)
     assert len(written) == 1
     choices = stopped.root / "choices.json"

@@ -60,6 +60,7 @@ def test_the_run_directory_is_complete(finished: Path) -> None:
         "final",
         "nodes",
         "world_size",
+        "last_failure_step",
     }
     assert set(state) == keys
     assert (state["state"], state["step"], state["total_steps"]) == ("done", 21, 21)
@@ -179,7 +180,7 @@ def test_a_killed_rank_of_a_local_run_is_told_before_those_that_broke_because_of
     def kill_rank() -> bool:
         if len(read_lines(folder / "samples" / "rank_0.jsonl")) < 3:
             return False
-        job = rundir.RunDir(folder).state()["job_id"].removeprefix("local-")
+        job = rundir.RunDir(folder).state().job_id.removeprefix("local-")
         marks = {f"SUBMITIT_LOCAL_JOB_ID={job}", "SUBMITIT_LOCAL_GLOBALID=1"}
         for entry in Path("/proc").glob("[0-9]*"):
             try:
@@ -271,7 +272,7 @@ def test_the_first_failure_is_the_one_that_is_told(tmp_path: Path) -> None:
     here.fail("disk full", "make room")
     here.fail("connection closed by peer", "try again")
     assert here.failed.read_text() == "disk full\nNext: make room\n"
-    assert here.state()["reason"] == "disk full. Next: make room"
+    assert here.state().reason == "disk full. Next: make room"
 
 
 def test_lines_beyond_the_checkpoint_are_dropped_and_torn_ones_ignored(tmp_path: Path) -> None:
@@ -299,7 +300,7 @@ def test_stop_signals_are_remembered_and_not_acted_on() -> None:
 
 def test_a_run_under_nohup_outlives_its_terminal() -> None:
     code = (
-        "import os, signal; from fixres_dist.preempt import StopFlag; flag = StopFlag().install(); "
+        "import os, signal; from fixres_dist.base.signals import StopFlag; flag = StopFlag().install(); "
         "os.kill(os.getpid(), signal.SIGHUP); print(flag.signal)"
     )
     said = [
