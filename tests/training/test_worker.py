@@ -70,7 +70,7 @@ def test_the_run_directory_is_complete(finished: Path) -> None:
     assert set((keys + "world_size hardware versions").split()) <= set(results)
     assert results["delta_top1"] == pytest.approx(results["after"]["top1"] - results["before"]["top1"], abs=1e-3)
     assert json.loads((finished / "class_index.json").read_text()) == {"0": "ash", "1": "birch", "2": "cedar"}
-    assert (finished / "code" / "fixres_dist" / "train.py").exists()
+    assert (finished / "code" / "fixres_dist" / "training" / "loop.py").exists()
 
 
 def test_events_tell_what_starting_and_saving_cost(finished: Path) -> None:
