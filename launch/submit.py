@@ -274,16 +274,13 @@ def check_model(config: Config, recipe: recipes.Recipe) -> None:
         return
     import torch
 
-    from fixres_dist.models import weights
-    from fixres_dist.models.build import build_model, check_resolutions
     from fixres_dist.models.parts import parts_of
+    from fixres_dist.models.weights import open_model
 
     with torch.device("meta"):
-        model = build_model(config.model.timm_name, plan.count(config).classes)
-    check_resolutions(model, config.resolutions())
+        model = open_model(config, plan.count(config).classes)
     for stage in config.stage_settings():
         parts_of(model, stage.policy)
-    weights.check_weights(model, config.model.weights, config.pretrain is not None)
 
 
 def start_slurm(runs: list[rundir.RunDir], config: Config, at_once: int) -> int:

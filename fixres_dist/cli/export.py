@@ -64,15 +64,13 @@ def export(args: argparse.Namespace) -> int:
     sizes = parse_sizes(args.res) if args.res else [res]
     files = [FORMATS[args.format].format(size) for size in (sizes if args.format == "onnx" else [res])]
     from fixres_dist.models import weights
-    from fixres_dist.models.build import build_model
     from fixres_dist.publishing import export
 
     classes = model_card.class_names(run)
-    model = build_model(config.model.timm_name, len(classes), config.run.seed)
+    starting = args.alpha != 1 and weights_before(run) is None
+    model = weights.open_model(config, len(classes), with_weights=starting)
     state = weights.read_state(weights_after(run))
     if args.alpha != 1:
-        if weights_before(run) is None:
-            weights.load_weights(model, config.model.timm_name, config.model.weights, new_classifier=False)
         state = export.interpolated(starting_state(run, model), state, args.alpha)
     weights.fill(model, state, str(run.root))
     out.mkdir(parents=True, exist_ok=True)

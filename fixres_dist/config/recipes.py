@@ -18,7 +18,8 @@ from fixres_dist.base.errors import UserError, unknown
 from fixres_dist.config.reading import merge, parse, read_yaml
 
 FROM_SCRATCH = ("demo", "r50")  # recipes with a first stage of their own and no weights
-WEIGHTS = ("ns", "ap", "pretrained", "none")
+TIMM_WEIGHTS = ("ns", "ap", "pretrained")
+WEIGHTS = (*TIMM_WEIGHTS, "none")
 # Keys that hold a path, and the words that are none.
 PATHS = {
     "model.weights": WEIGHTS,
@@ -145,11 +146,13 @@ def no_weights(file: str | Path) -> UserError:
     return UserError(f"no weights file {file}. Accepted: ns, ap, pretrained, none, or a .safetensors or .pth file.")
 
 
-def other_classes(origin: str, own: int, wanted: int) -> UserError:
-    return UserError(
-        f"{origin} classifies {own} classes, the data set has {wanted}: a new classifier has to be trained first. "
-        "Next: add stage one, --preset own_classes (or pretrain.epochs=10 and the like)"
-    )
+def check_classes(origin: str, own: int, wanted: int, new_classifier: bool) -> None:
+    """Raise UserError where weights for `own` classes meet a data set of `wanted`, unless stage one trains a new classifier."""
+    if own != wanted and not new_classifier:
+        raise UserError(
+            f"{origin} classifies {own} classes, the data set has {wanted}: a new classifier has to be trained first. "
+            "Next: add stage one, --preset own_classes (or pretrain.epochs=10 and the like)"
+        )
 
 
 def with_absolute_paths(values: dict[str, Any]) -> dict[str, Any]:

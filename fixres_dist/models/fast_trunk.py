@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -17,12 +18,17 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from fixres_dist.config.schema import Run
 from fixres_dist.models import cpu_layers, folding
-from fixres_dist.models.parts import cut
+from fixres_dist.models.build import small_size
+from fixres_dist.models.parts import Parts, cut
+from fixres_dist.models.precision import Arithmetic
 
 FORMATS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
 CLEARLY = 1.1  # how much faster than the usual arrangement another one must be: noise is not to decide
+PROBE_IMAGES = 16  # at most, on a CPU; a GPU is probed with a whole batch
 PROBE_S = 0.5  # seconds that rounds of the probe go on for, of at least 5 and at most 20
 COMPILE_PAYS_S = 1200.0  # seconds of eager work from which on compiling, minutes for the largest models, is tried
+
+Choose = Callable[[str, Callable[[], dict[str, Any]]], dict[str, Any]]
 
 
 class Arrangement(NamedTuple):
@@ -69,6 +75,35 @@ class FastTrunk(nn.Module):
 
     def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return self.finish(self.features(images))
+
+
+def with_fast_trunk(
+    parts: Parts, arithmetic: Arithmetic, settings: Run, batch: int, res: int, pictures: int, choose: Choose
+) -> Parts:
+    """`parts` whose frozen trunk is folded, cast and arranged: the same function, to rounding. Policy `all` has none.
+
+    Where several arrangements are possible, the fastest for `batch` pictures of `res` px is taken (on a CPU for at most
+    PROBE_IMAGES); compiling is tried if `pictures`, the number that this rank has still to run, is worth it.
+    `choose(name, probe)` returns what `probe()` finds, or what an earlier start of the run found.
+    """
+    if parts.trunk is None:
+        return parts
+    checked = small_size(parts.model)
+    if arithmetic.amp:  # apex casts by itself
+        with arithmetic.fp32():
+            trunk, _ = folding.folded(parts.trunk, checked)
+        return replace(parts, trunk=arithmetic.frozen(trunk))
+    dtype, device = arithmetic.dtype, arithmetic.device
+    trunk = prepared(parts.trunk, dtype, checked)
+    choices = candidates(settings, device)
+    how = choices[0]
+    if len(choices) > 1:
+        size = batch if device.type == "cuda" else min(batch, PROBE_IMAGES)
+        images = torch.zeros(size, 3, res, res, device=device)
+        name = f"trunk at {res} px ({' | '.join(map(str, choices))})"
+        found = choose(name, lambda: probe(trunk, dtype, choices, images, pictures))
+        how = Arrangement(found["memory_format"], found["compile"])
+    return replace(parts, trunk=arranged(trunk, dtype, how))
 
 
 def prepared(trunk: nn.Module, dtype: torch.dtype, res: int = 64) -> nn.Module:

@@ -44,6 +44,7 @@ class Arithmetic:
 
     def __init__(self, name: str, device: torch.device) -> None:
         self.name, self.device = name, device
+        self.dtype = DTYPES.get(name, torch.float32)  # of a frozen trunk's weights; apex casts by itself
         # By the older names: torch.export reads them, and torch 2.15 refuses that once `fp32_precision` is set for convolutions.
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = name == "tf32"
         self.amp: Any = None

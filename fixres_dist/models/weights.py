@@ -18,21 +18,42 @@ from fixres_dist.base.errors import UserError
 from fixres_dist.base.files import whole
 from fixres_dist.config import reading, recipes
 from fixres_dist.config.schema import Config
-from fixres_dist.models.build import classifier_name, pretrained_cfg
+from fixres_dist.models.build import build_model, check_resolutions, classifier_name, pretrained_cfg
+
+
+def open_model(config: Config, classes: int, with_weights: bool = True) -> nn.Module:
+    """The configured model for `classes` classes in eval mode, with the weights of model.weights, or, if not
+    `with_weights`, as drawn from run.seed.
+
+    Built under `torch.device("meta")`, the weights are checked and not loaded. Raises UserError for a name or resolution
+    that the model does not take, and for weights that do not fit.
+    """
+    model = build_model(config.model.timm_name, classes, config.run.seed)
+    check_resolutions(model, config.resolutions())
+    if with_weights:
+        load_weights(model, config.model.timm_name, config.model.weights, new_classifier=config.pretrain is not None)
+    return model
 
 
 def load_weights(model: nn.Module, timm_name: str, weights: str, new_classifier: bool) -> None:
-    """Fill `model` with `weights` (ns | ap | pretrained | none | a file).
+    """Fill `model` with `weights` (ns | ap | pretrained | none | a file). On the meta device this is a check, without download.
 
-    `new_classifier`: keep the model's own new classifier where the weights have another number of classes (stage one
-    will train it); otherwise that is refused, as everything is that leaves a tensor unfilled.
+    `new_classifier`: where the weights have another number of classes, keep the model's own new classifier (stage one
+    will train it). Without it that raises UserError, as any tensor does that is left unfilled.
     """
+    meta = next(model.parameters()).is_meta
+    origin = f"timm's {timm_name}" if weights in recipes.TIMM_WEIGHTS else weights
     if weights == "none":
         return
-    if weights in ("ns", "ap", "pretrained"):
-        state, origin = hub_state(timm_name), f"timm's weights for {timm_name}"
+    if weights not in recipes.TIMM_WEIGHTS:
+        state = read_state(Path(weights))
+    elif meta:
+        cfg, wanted = pretrained_cfg(timm_name), classes_of(model.state_dict(), classifier_tensors(model))
+        recipes.check_classes(origin, cfg.num_classes if cfg else wanted, wanted, new_classifier)
+        return
     else:
-        state, origin = read_state(Path(weights)), weights
+        state = hub_state(timm_name)
+    state = {name: value.to("meta") for name, value in state.items()} if meta else state
     fill(model, resampled(model, state), origin, new_classifier)
 
 
@@ -89,21 +110,21 @@ def fill(model: nn.Module, state: dict[str, torch.Tensor], origin: str, new_clas
     """Load `state` when it covers every tensor of `model` with its shape; otherwise refuse and list what differs."""
     optional = "num_batches_tracked"  # counts nobody reads; some converters leave them out
     own = {name: value.shape for name, value in model.state_dict().items() if not name.endswith(optional)}
-    wrong = [
-        f"{n} is {list(state[n].shape)}, the model wants {list(s)}"
-        for n, s in own.items()
-        if n in state and state[n].shape != s
-    ]
-    missing = [f"{n} is missing" for n in own if n not in state]
-    extra = [f"{n} is not in the model" for n in state if n not in own and not n.endswith(optional)]
-    names = classifier_tensors(model)
-    mismatched = {text.split(" ")[0] for text in wrong}
-    if mismatched and mismatched <= names and not missing and not extra:
-        if not new_classifier:
-            raise recipes.other_classes(origin, classes_of(state, names), classes_of(model.state_dict(), names))
-        state = {name: value for name, value in state.items() if name not in names}
-    elif differ := missing + wrong + extra:
-        listed = "; ".join(differ[:4]) + (f"; and {len(differ) - 4} more" if len(differ) > 4 else "")
+    differ = {name: f"{name} is missing" for name in own if name not in state}
+    differ |= {
+        name: f"{name} is {list(state[name].shape)}, the model wants {list(shape)}"
+        for name, shape in own.items()
+        if name in state and state[name].shape != shape
+    }
+    differ |= {n: f"{n} is not in the model" for n in state if n not in own and not n.endswith(optional)}
+    classifier = classifier_tensors(model)
+    if differ and differ.keys() <= classifier <= state.keys():
+        given, wanted = classes_of(state, classifier), classes_of(model.state_dict(), classifier)
+        recipes.check_classes(origin, given, wanted, new_classifier)
+        if given != wanted:
+            state, differ = {name: value for name, value in state.items() if name not in classifier}, {}
+    if differ:
+        listed = "; ".join([*differ.values()][:4]) + (f"; and {len(differ) - 4} more" if len(differ) > 4 else "")
         raise UserError(
             f"{origin} does not fit {type(model).__name__} ({len(own)} tensors, {len(differ)} differ): {listed}."
         )
@@ -117,18 +138,6 @@ def classifier_tensors(model: nn.Module) -> set[str]:
 
 def classes_of(state: dict[str, torch.Tensor], names: set[str]) -> int:
     return next(int(state[name].shape[0]) for name in sorted(names) if name in state)
-
-
-def check_weights(model: nn.Module, weights: str, new_classifier: bool) -> None:
-    """Refuse weights of another model or of other classes; `model` is on the meta device."""
-    if weights in ("ns", "ap", "pretrained"):
-        own = (getattr(model, "pretrained_cfg", None) or {}).get("num_classes")
-        wanted = classes_of(model.state_dict(), classifier_tensors(model))
-        if own and own != wanted and not new_classifier:
-            raise recipes.other_classes("what timm has", own, wanted)
-    elif weights != "none":
-        state = resampled(model, {name: value.to("meta") for name, value in read_state(Path(weights)).items()})
-        fill(model, state, weights, new_classifier)
 
 
 def digest(tensors: dict[str, torch.Tensor]) -> str:

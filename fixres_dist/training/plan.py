@@ -62,13 +62,10 @@ def check(config: Config, world_size: int, dry: bool) -> None:
     if weights not in recipes.WEIGHTS and not Path(weights).is_file():
         raise recipes.no_weights(weights)
     published = config.model.name in {name for name, _ in recipes.published()}
-    if (
-        published
-        and weights in ("ns", "ap", "pretrained")
-        and not config.pretrain
-        and class_count(config) != IMAGENET[2]
-    ):
-        raise recipes.other_classes(config.model.timm_name, IMAGENET[2], class_count(config))
+    if published and weights in recipes.TIMM_WEIGHTS:
+        recipes.check_classes(
+            config.model.timm_name, IMAGENET[2], class_count(config), new_classifier=config.pretrain is not None
+        )
     if not any("container" in argument for argument in config.cluster.srun_args):  # there the worker looks
         nvidia_apex.check(config)
     rule.check(config.run.engine, stages(config, 1)[-1])

@@ -6,7 +6,7 @@ import json
 import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +21,12 @@ from fixres_dist.config.schema import Config
 from fixres_dist.data import backends, class_maps, geometry, sources, torch_cpu
 from fixres_dist.data.index import Index
 from fixres_dist.data.requests import Pictures, Request
-from fixres_dist.models import fast_trunk, folding, nvidia_apex, precision, weights
-from fixres_dist.models.build import Preprocessing, build_model, check_resolutions, preprocessing, small_size
+from fixres_dist.models import fast_trunk, nvidia_apex, precision, weights
+from fixres_dist.models.build import Preprocessing, preprocessing
 from fixres_dist.models.parts import Parts
 from fixres_dist.training.cache.store import Loaded, Store
 from fixres_dist.training.ranks import Ranks
 from fixres_dist.training.stages import batch_per_device
-
-PROBE_IMAGES = 16  # at most, on a CPU; a GPU is probed with a whole batch
 
 
 @dataclass(frozen=True)
@@ -92,27 +90,11 @@ class Session:
         return self.ranks.from_main(value)
 
     def with_fast_trunk(self, parts: Parts, res: int = 0) -> Parts:
-        """The same function with the frozen trunk folded, cast and arranged (trunk.py); probed at `res`, or at data.res."""
-        if parts.trunk is None:
-            return parts
-        small = small_size(parts.model)
-        if self.arithmetic.amp:  # apex casts for itself
-            with self.arithmetic.fp32():
-                own, _ = folding.folded(parts.trunk, small)
-            return replace(parts, trunk=self.arithmetic.frozen(own))
-        res, dtype = res or self.config.data.res, precision.DTYPES.get(self.arithmetic.name, torch.float32)
-        own = fast_trunk.prepared(parts.trunk, dtype, small)
-        choices = fast_trunk.candidates(self.config.run, self.ranks.device)
-        how = choices[0]
-        if len(choices) > 1:
-            size = batch_per_device(self.config, res)
-            size = size if self.ranks.device.type == "cuda" else min(size, PROBE_IMAGES)
-            images = torch.zeros(size, 3, res, res, device=self.ranks.device)
-            todo = sum(map(len, self.splits.values())) * max(1, self.config.tune.epochs) // self.ranks.world_size
-            name = f"trunk at {res} px ({' | '.join(map(str, choices))})"
-            found = self.decided(name, lambda: fast_trunk.probe(own, dtype, choices, images, todo))
-            how = fast_trunk.Arrangement(found["memory_format"], found["compile"])
-        return replace(parts, trunk=fast_trunk.arranged(own, dtype, how))
+        """The same function with the frozen trunk as it runs (models/fast_trunk.py); probed at `res`, or at data.res."""
+        res = res or self.config.data.res
+        pictures = sum(map(len, self.splits.values())) * max(1, self.config.tune.epochs) // self.ranks.world_size
+        size = batch_per_device(self.config, res)
+        return fast_trunk.with_fast_trunk(parts, self.arithmetic, self.config.run, size, res, pictures, self.decided)
 
     def full(self, n: int, res: int) -> int:
         """The batch size that `n` pictures are filled up to for a compiled trunk: an epoch's last batch is no new graph."""
@@ -203,10 +185,7 @@ def open_session(
             f"model.num_classes is {config.model.num_classes}; the data set has {len(classes)} classes. Accepted: 0, or that number."
         )
     columns = {split: class_maps.class_map(index.classes, classes, index.folder) for split, index in indexes.items()}
-    model = build_model(name, len(classes), config.run.seed)
-    check_resolutions(model, config.resolutions())
-    if load_weights:
-        weights.load_weights(model, name, config.model.weights, new_classifier=config.pretrain is not None)
+    model = weights.open_model(config, len(classes), load_weights)
     chosen = precision.resolve(config.run.precision, ranks.device)
     layout = memory_format(config, ranks.device)
     model = model.to(device=ranks.device).to(memory_format=layout)
