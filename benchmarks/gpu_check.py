@@ -33,7 +33,7 @@ from fixres_dist.bench import model, pipeline, turns
 from fixres_dist.bench.data import write_photographs
 from fixres_dist.bench.model import Setting
 from fixres_dist.bench.turns import Variant
-from fixres_dist.data import geometry, scan
+from fixres_dist.data import dataset, geometry
 from fixres_dist.data.index import Index
 from fixres_dist.data.requests import Pictures, chunks, make_request
 from fixres_dist.data.torch_cpu import Batch
@@ -79,7 +79,7 @@ def data(bench: Bench) -> dict[str, Any]:
     """Pixels against the CPU's at several shares of the hardware decoder, images/s and memory by size and threads."""
     count = 16 if bench.args.cpu else 1000
     root = bench.args.data or write_photographs(bench.scratch / "for decoding", min(count, 500))
-    samples = scan.load(root, "val")
+    samples = dataset.load(root, "val")
     sizes, threads = ((64,), (1,)) if bench.args.cpu else ((224, 320, 600, 800), (4, 8, 16))
     found: dict[str, Any] = {"difference_from_cpu": [], "speed": []}
     for load in (0.0, 0.65, 1.0):

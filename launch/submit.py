@@ -294,9 +294,9 @@ def start_slurm(runs: list[rundir.RunDir], config: Config, at_once: int) -> int:
 
 def write_demo(config: Config) -> None:
     if config.data.root == "demo":
-        from fixres_dist.data import sources  # written here, where its progress bar can be seen
+        from fixres_dist.data import dataset  # written here, where its progress bar can be seen
 
-        sources.folder("demo", config.data.cache)
+        dataset.folder("demo", config.data.cache)
 
 
 def start_here(run: rundir.RunDir, config: Config, kind: str) -> int:

@@ -22,8 +22,8 @@ import numpy as np
 from fixres_dist.base.errors import UserError
 from fixres_dist.base.memory import keep_freed_memory
 from fixres_dist.bench import turns
-from fixres_dist.data import geometry, order, scan, shards
-from fixres_dist.data.index import Index
+from fixres_dist.data import dataset, geometry, order, shards
+from fixres_dist.data.index import CachedIndex, Index, read_cached, write_cached
 from fixres_dist.data.requests import Pictures, chunks, make_request
 
 BATCH = 32
@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     loaders = args.loaders.split(",")
     cases = [
         Case(s, t, int(r))
-        for s in args.sources.split(",")
+        for s in args.dataset.split(",")
         for t in args.transforms.split(",")
         for r in args.res.split(",")
     ]
@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as scratch:
         folder = args.data or write_photographs(Path(scratch) / "photographs", 160)
         if "shards" in args.sources:
-            shards.write_shards(scan.load(folder, "val"), Path(scratch) / "shards" / "val", 1000)
+            shards.write_shards(dataset.load(folder, "val"), Path(scratch) / "shards" / "val", 1000)
         roots = {"folder": folder, "shards": Path(scratch) / "shards"}
         for case in cases:
             variants = {
@@ -78,7 +78,7 @@ def measure(loader: str, case: Case, root: Path, images: int, workers: int) -> I
     torch.set_num_threads(1)
     if loader != "pil":
         keep_freed_memory()  # as a run on a CPU does
-    samples = shards.load(root, "val") if case.source == "shards" else scan.load(root, "val")
+    samples = dataset.load(root, "val")
     chosen = np.arange(images) % len(samples)
     while True:
         before, started = turns.cpu_seconds(), time.monotonic()
@@ -190,11 +190,8 @@ def at_scale(scratch: Path) -> dict[str, float]:
     sizes = np.full((IMAGENET, 2), 400, np.int32)
     ends = np.cumsum([len(name) for name in names], dtype=np.int64)
     classes = tuple(f"n{k:08d}" for k in range(1000))
-    scan.keep(
-        Index(scratch, classes, b"".join(names), ends, labels, sizes, np.arange(IMAGENET, dtype=np.uint32)),
-        {"directories": [], "scanned_ns": 0},
-        kept,
-    )
+    index = Index(scratch, classes, b"".join(names), ends, labels, sizes, np.arange(IMAGENET, dtype=np.uint32))
+    write_cached(CachedIndex(index), kept)
     seconds, peak, grown = turns.once(turns.Variant(load_index, (kept,)), bare=True)
     found = {"index of 1,281,167: load s": seconds, "its process: peak MiB": peak, "of it the index: MiB": grown}
     for n in (IMAGENET, 10**9):
@@ -211,9 +208,9 @@ def at_scale(scratch: Path) -> dict[str, float]:
 def load_index(kept: Path) -> Iterator[tuple[float, float, float]]:
     """(CPU seconds, peak MiB of the process, MiB more than before) of loading an index and its fingerprint."""
     before, started = turns.memory_mib(peak=True), time.process_time()
-    cached = scan.read_cached(kept)
+    cached = read_cached(kept)
     if cached is None:
         raise UserError(f"cannot read {kept}")
-    _ = cached[0].fingerprint
+    _ = cached.index.fingerprint
     took, peak = time.process_time() - started, turns.memory_mib(peak=True)
     yield round(took, 3), round(peak, 1), round(peak - before, 1)

@@ -13,7 +13,7 @@ from fixres_dist.base.errors import EXIT_DONE, EXIT_FAILED, UserError, check_out
 from fixres_dist.base.files import write_text
 from fixres_dist.base.text import parse_sizes
 from fixres_dist.config import recipes
-from fixres_dist.data import scan
+from fixres_dist.data import dataset
 
 # Ours hand over uint8, since a GPU normalises for nothing; `torch normalised` does it on the CPU, as `pil` has to.
 # `torch alone` decodes and scales, and drops the pictures in the worker: what handing over costs is the difference.
@@ -91,7 +91,7 @@ def check(args: argparse.Namespace) -> None:
         raise unknown("timm model", args.model, sorted(known))
     if folder := getattr(args, "data", None):
         if args.stage != "data":
-            scan.check_folder(folder)
+            dataset.check_folder(folder)
         elif not (folder / "val").is_dir():
             raise UserError(f"no images at {folder / 'val'}. Accepted: --data with a data set that has val/.")
 

@@ -10,8 +10,9 @@ from typing import Any, get_args
 from fixres_dist.base.errors import EXIT_DONE, EXIT_FAILED, UserError, check_output, unknown
 from fixres_dist.config import recipes
 from fixres_dist.config.schema import Data, ResizeRule, Transform
-from fixres_dist.data import geometry, scan, shards, sources
+from fixres_dist.data import dataset, geometry, shards
 from fixres_dist.data.index import Index
+from fixres_dist.data.progress import progress_bar
 from fixres_dist.data.requests import Pictures
 
 SPLITS = ("train", "val")
@@ -63,7 +64,7 @@ def add(sub: Any, name: str, text: str, function: Any, splits: str = "train,val"
 
 
 def folder(args: argparse.Namespace) -> Path:
-    root = sources.folder(args.data, args.cache)
+    root = dataset.folder(args.data, args.cache)
     if not root.is_dir():
         raise UserError(f"no data set at {root}. Accepted: a directory with train/ and val/, or demo.")
     return root
@@ -76,14 +77,14 @@ def splits(args: argparse.Namespace) -> list[str]:
 def loaded(
     args: argparse.Namespace, root: Path, split: str, on_bad: str, deny_list: str = "", fresh: bool = False
 ) -> Index:
-    return sources.load(root, split, args.cache, True, deny_list, on_bad, fresh)
+    return dataset.load(root, split, args.cache, deny_list=deny_list, on_bad=on_bad, fresh=fresh)
 
 
 def index_command(args: argparse.Namespace) -> int:
     root = folder(args)
     for split in splits(args):
         found = loaded(args, root, split, "skip", fresh=args.fresh)
-        bad = scan.recheck(found)[1]
+        bad = dataset.recheck(found)[1]
         where = f"{len(found.shards)} shards" if found.shards else "folders"
         print(f"{split}: {len(found)} images, {len(found.classes)} classes, {where}, fingerprint {found.fingerprint}")
         for sample, reason in bad.items():
@@ -102,15 +103,15 @@ def verify_command(args: argparse.Namespace) -> int:
     check_output(args.deny_list)
     for split in splits(args):
         samples = loaded(args, root, split, "skip", fresh=True)  # it reads every file anyway
-        reasons = scan.recheck(samples)[1]
-        with sources.Bar(f"decoding {split}") as bar:
+        reasons = dataset.recheck(samples)[1]
+        with progress_bar(f"decoding {split}") as bar:
             bad = verify.verify(samples, args.workers, bar)
         found[split] = [(samples.name(b.sample), reasons.get(b.sample, b.reason)) for b in bad]
         print(f"{split}: {len(samples)} images, {len(bad)} cannot be decoded")
         for b in bad:
             print(f"  {samples.where(b.sample)}: {reasons.get(b.sample, b.reason)}")
     if args.deny_list:
-        verify.write_deny_list(args.deny_list, found)
+        dataset.write_deny_list(args.deny_list, found)
         print(f"Next: submit with data.deny_list={args.deny_list.resolve()}")
     elif any(found.values()):
         print(
@@ -127,7 +128,7 @@ def shard_command(args: argparse.Namespace) -> int:
         samples = loaded(args, root, split, "stop", args.deny_list)
         if samples.shards:
             raise UserError(f"{root / split} is sharded already. Accepted: folders of images.")
-        with sources.Bar(f"writing {split} shards") as bar:
+        with progress_bar(f"writing {split} shards") as bar:
             made = shards.write_shards(samples, args.out / split, args.samples_per_shard, bar)
         total = -(-len(samples) // args.samples_per_shard)
         print(f"{split}: {len(samples)} images in {total} shards, {made} written now")
@@ -139,9 +140,9 @@ def demo_command(args: argparse.Namespace) -> int:
     if args.out:
         from fixres_dist.data import demo
 
-        with sources.Bar("writing the built-in example") as bar:
+        with progress_bar("writing the built-in example") as bar:
             demo.write_demo(args.out, progress=bar)
-    print(f"the built-in example is in {args.out or sources.folder('demo')}")
+    print(f"the built-in example is in {args.out or dataset.folder('demo')}")
     return EXIT_DONE
 
 

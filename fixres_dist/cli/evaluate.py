@@ -134,13 +134,14 @@ def show(model: str, results: dict[str, dict[str, Any]], file: Path | None, told
 
 def evaluate_softmax(args: argparse.Namespace) -> int:
     config = data_source(args)
-    from fixres_dist.data import sources
+    from fixres_dist.data import dataset
     from fixres_dist.evaluation.extract import from_softmax
     from fixres_dist.evaluation.measures import describe
 
     data = config.data
     classes = class_maps.trained_classes(config, args.run, args.split)
-    index = sources.load(sources.folder(data.root, data.cache), args.split, data.cache, True, data.deny_list, "skip")
+    root = dataset.folder(data.root, data.cache)
+    index = dataset.load(root, args.split, data.cache, deny_list=data.deny_list, on_bad="skip")
     columns = class_maps.class_map(index.classes, classes, index.folder)
     predictions = {"softmax": from_softmax(args.softmax, index, columns, len(classes))}
     real = class_maps.real_labels(args.labels, index, len(classes)) if args.labels else None

@@ -9,9 +9,9 @@ from pathlib import Path
 
 from fixres_dist.base.errors import UserError
 from fixres_dist.config.schema import Config
-from fixres_dist.data import sources
+from fixres_dist.data import dataset
+from fixres_dist.data.folders import class_names
 from fixres_dist.data.index import Index
-from fixres_dist.data.listing import class_names
 
 
 def trained_classes(config: Config, run: Path | None, split: str) -> tuple[str, ...]:
@@ -21,7 +21,7 @@ def trained_classes(config: Config, run: Path | None, split: str) -> tuple[str, 
     """
     if run and (kept := run / "class_index.json").is_file():
         return tuple(json.loads(kept.read_text()).values())
-    root = sources.folder(config.data.root, config.data.cache)
+    root = dataset.folder(config.data.root, config.data.cache)
     if (root / "train").is_dir():
         return tuple(class_names(root / "train"))
     if not (root / split).is_dir():

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import io
 import os
 import stat
 import zlib
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Any, NamedTuple
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from functools import partial
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
+
+from fixres_dist.data.index import Index
+from fixres_dist.data.progress import Progress
 
 HEADER_BYTES = 16384  # holds the frame header of nearly every JPEG; where it does not, PIL reads on
 
@@ -76,25 +82,51 @@ def stray_marker(data: NDArray[np.uint8]) -> bool:
 class Seen(NamedTuple):
     """What the index keeps of a file."""
 
-    size: tuple[int, int]  # height, width; 0, 0 where the header cannot be read
-    mark: (
-        int  # CRC-32 of the file's length and its first HEADER_BYTES: other pictures of the same names and sizes differ
-    )
+    size: tuple[int, int]  # height, width in pixels; 0, 0 where the header cannot be read
+    mark: int  # CRC-32 of its length and first HEADER_BYTES: it tells pictures of the same name and size apart
     reason: str = ""  # why the header cannot be read
 
 
-def look(path: Path) -> Seen:
+def read_headers(
+    index: Index, samples: NDArray[np.int64], progress: Progress | None = None
+) -> tuple[Index, dict[int, str]]:
+    """The index with the sizes and marks of `samples` read from their files; and, of each whose header cannot be read, why.
+
+    In threads, because most of the time is waiting for storage. Shards are read from their start to their end.
+    """
+    sizes, marks, reasons = index.sizes.copy(), index.marks.copy(), {}
+    if index.places is not None:
+        samples = samples[np.lexsort((index.places[samples, 1], index.places[samples, 0]))]
+    done = len(index) - len(samples)
+    with ThreadPoolExecutor(max(4, (os.cpu_count() or 1) * 2)) as pool:
+        for part in np.array_split(samples, max(1, -(-len(samples) // 1000))):  # a future per file would take gigabytes
+            for sample, seen in zip(part.tolist(), pool.map(partial(look, index), part.tolist()), strict=True):
+                sizes[sample], marks[sample] = seen.size, seen.mark
+                if seen.reason:
+                    reasons[sample] = seen.reason
+            done += len(part)
+            if progress:
+                progress(done, len(index))
+    return replace(index, sizes=sizes, marks=marks), reasons
+
+
+def look(index: Index, sample: int) -> Seen:
+    """Read a sample's header; an error is the reason of what it returns."""
     try:
+        if index.places is not None:
+            data = index.read(sample)
+            return look_at(io.BytesIO(data.data), len(data))
+        path = index.path(sample)
         if not stat.S_ISREG(os.stat(path).st_mode):
             return Seen((0, 0), 0, "not a regular file")  # opening a pipe would wait for a writer
         with open(path, "rb") as file:
             return look_at(file, os.fstat(file.fileno()).st_size)
     except OSError as error:
-        return Seen((0, 0), 0, error.strerror or type(error).__name__)
+        return Seen((0, 0), 0, error.strerror or str(error) or type(error).__name__)
 
 
-def look_at(file: Any, length: int) -> Seen:
-    """Of an open binary file of `length` bytes."""
+def look_at(file: BinaryIO, length: int) -> Seen:
+    """Read the header of an open file of `length` bytes; raises OSError where its first bytes cannot be read."""
     found = header(data := file.read(HEADER_BYTES))
     mark = zlib.crc32(data, length & 0xFFFFFFFF)
     limit = Image.MAX_IMAGE_PIXELS or 0

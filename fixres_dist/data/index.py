@@ -1,24 +1,35 @@
-"""TODO"""
+"""The index of a split: names, labels and pixel sizes of its samples, and the file that it is cached in.
+
+Sizes come from the headers, so geometry (data/geometry.py) needs no pixels: every rank, backend and restart agrees on the
+view of a sample before anything is decoded. No torch: the launcher checks a data set with this.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import json
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from io import FileIO
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from fixres_dist.base.files import whole
+
+FORMAT = 3  # of the cached file
+ARRAYS = ("ends", "labels", "sizes", "marks")  # those of an Index that are cached as they are
 OPEN_SHARDS = 128  # tar files kept open per process: an open is a round trip to the metadata server
 
 
 @dataclass(frozen=True)
 class Index:
-    """One split. Sample i is the i-th file in class order, then directory, then file name, as torchvision's ImageFolder has it."""
+    """The n samples of one split. Sample i is the i-th file by class, then directory, then file name: ImageFolder's order."""
 
     folder: Path  # the split's directory
     classes: tuple[str, ...]
@@ -26,9 +37,9 @@ class Index:
     ends: NDArray[np.int64]  # end of each name in `text`
     labels: NDArray[np.int32]
     sizes: NDArray[np.int32]  # [n, 2] height, width in pixels; 0, 0 where the header could not be read
-    marks: NDArray[np.uint32]  # [n]: of each file's length and first bytes, see headers.Seen
-    shards: tuple[str, ...] = ()  # tar files in `folder`; none: every sample is a file of its own
-    places: NDArray[np.int64] | None = None  # [n, 3] shard, first byte, bytes
+    marks: NDArray[np.uint32]  # [n] checksum of each file's length and first bytes (headers.Seen)
+    shards: tuple[str, ...] = ()  # names of the tar files in `folder`; empty where every sample is a file of its own
+    places: NDArray[np.int64] | None = None  # [n, 3] number of the shard, first byte in it, length in bytes
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -39,29 +50,29 @@ class Index:
         return os.fsdecode(self.text[start : int(self.ends[sample])])
 
     def path(self, sample: int) -> Path:
-        """The file to look at: the image, or the shard that holds it."""
+        """The image file, or the shard that holds the image."""
         inside = self.name(sample) if self.places is None else self.shards[self.places[sample, 0]]
         return self.folder / inside
 
     def where(self, sample: int) -> str:
-        """For messages: printable whatever the name's encoding."""
+        """The path for messages: printable whatever the name's encoding."""
         text = str(self.path(sample)) + ("" if self.places is None else f" ({self.name(sample)})")
         return os.fsencode(text).decode("utf-8", "backslashreplace")
 
     def read(self, sample: int) -> NDArray[np.uint8]:
-        """The encoded file; raises OSError. Safe from any thread and after a fork."""
+        """The encoded image: uint8 [bytes]. Raises OSError. Safe from any thread and after a fork."""
         if self.places is None:
             return np.fromfile(self.path(sample), np.uint8)
         _, offset, size = (int(v) for v in self.places[sample])
         data = np.empty(size, np.uint8)
-        shard = open_shard(str(self.path(sample)))  # held: another thread may push it out of the cache, which closes it
+        shard = open_shard(str(self.path(sample)))  # this reference keeps it open if another thread evicts it
         if (got := os.preadv(shard.fileno(), [data.data], offset)) < size:
             raise OSError(f"the shard ends after {got} of its {size} bytes")
         return data
 
     @cached_property
     def fingerprint(self) -> str:
-        """Of the sample list: names, labels and sizes, not of where the data set lies nor of the pixels."""
+        """Hash of the sample list: classes, names, labels and sizes. The location and the pixels do not count."""
         digest = hashlib.sha256("\0".join(self.classes).encode("utf-8", "surrogateescape"))
         for part in (self.text, self.ends.tobytes(), self.labels.tobytes(), self.sizes.tobytes()):
             digest.update(part)
@@ -69,11 +80,11 @@ class Index:
 
     @property
     def contents(self) -> str:
-        """Of what is in the files, as far as the scan that read their headers saw it."""
+        """Hash of the marks: it changes when a picture is replaced by another one of the same name and size."""
         return hashlib.sha256(self.marks.tobytes()).hexdigest()[:16]
 
     def find(self, name: str) -> int | None:
-        """The sample of that name. Searches the joined text: a table of a million names would cost more than it saves."""
+        """The sample of that name, or None. Searches the joined text: a table of a million names would take 100 MB."""
         wanted, start = os.fsencode(name), -1
         while (start := self.text.find(wanted, start + 1)) >= 0:
             sample = int(np.searchsorted(self.ends, start, "right"))
@@ -82,7 +93,7 @@ class Index:
         return None
 
     def without(self, names: Iterable[str]) -> Index:
-        """This split less the samples of those names; unknown names are no error (a deny list may cover more)."""
+        """The index without the samples of these names; unknown names are ignored (a deny list may cover more)."""
         dropped = sorted({sample for name in names if (sample := self.find(name)) is not None})
         if not dropped:
             return self
@@ -105,4 +116,60 @@ class Index:
 
 @lru_cache(OPEN_SHARDS)
 def open_shard(path: str) -> FileIO:
-    return FileIO(path)  # closed when the cache and the last reader let go of it
+    return FileIO(path)  # closed when neither the cache nor a reader refers to it any more
+
+
+@dataclass(frozen=True)
+class CachedIndex:
+    """An index and the state of the files that it was read from, by which a later start sees whether it is up to date."""
+
+    index: Index
+    directories: tuple[tuple[str, int, int], ...] = ()  # of class folders: path below `folder`, mtime in ns, images
+    scanned_ns: int = 0  # when these directories were listed
+    shards: tuple[tuple[str, int], ...] = ()  # of tar files: name, bytes
+
+
+def cache_file(folder: Path, cache: Path) -> Path:
+    """Where the index of the split in `folder` is cached below the directory `cache`."""
+    return cache / "index" / f"{hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:24]}.npz"
+
+
+def read_cached(file: Path) -> CachedIndex | None:
+    """What `write_cached` wrote, whatever has happened to the data set since; None if there is no such file or it is torn."""
+    try:
+        with np.load(file, allow_pickle=False) as a:
+            meta = json.loads(a["meta"].tobytes())
+            if meta["format"] != FORMAT:
+                return None
+            shards = tuple((name, size) for name, size in meta.get("shards", ()))
+            index = Index(
+                folder=file.parent,
+                classes=tuple(meta["classes"]),
+                text=a["text"].tobytes(),
+                shards=tuple(name for name, _ in shards),
+                places=a.get("places"),
+                **{name: a[name] for name in ARRAYS},
+            )
+            directories = tuple((path, mtime_ns, images) for path, mtime_ns, images in meta.get("directories", ()))
+            return CachedIndex(index, directories, meta.get("scanned_ns", 0), shards)
+    except Exception:  # numpy, zipfile and json each report a torn file in ways of their own
+        return None
+
+
+def write_cached(cached: CachedIndex, file: Path) -> None:
+    """Write by rename. An error is ignored: without the file the next start scans again."""
+    index = cached.index
+    meta = {"format": FORMAT, "classes": index.classes}
+    if cached.shards:
+        meta |= {"shards": cached.shards}
+    else:
+        meta |= {"directories": cached.directories, "scanned_ns": cached.scanned_ns}
+    joined = {"meta": json.dumps(meta).encode(), "text": index.text}
+    arrays: dict[str, Any] = {name: np.frombuffer(data, np.uint8) for name, data in joined.items()}
+    arrays |= {name: getattr(index, name) for name in ARRAYS}
+    if index.places is not None:
+        arrays["places"] = index.places
+    with contextlib.suppress(OSError):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with whole(file) as part, open(part, "wb") as out:
+            np.savez(out, **arrays)

@@ -12,35 +12,28 @@ import os
 import tarfile
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 
+from fixres_dist.base.commands import command
 from fixres_dist.base.errors import UserError
 from fixres_dist.base.files import sync, whole, write_text
 from fixres_dist.data import order
-from fixres_dist.data import scan as folders
-from fixres_dist.data.headers import Seen, look_at
-from fixres_dist.data.index import Index
-from fixres_dist.data.listing import EXTENSIONS, class_names, walk
-from fixres_dist.data.scan import Progress
+from fixres_dist.data.folders import CLASSES, EXTENSIONS, class_names, modified_ns
+from fixres_dist.data.headers import read_headers
+from fixres_dist.data.index import CachedIndex, Index, open_shard, read_cached, write_cached
+from fixres_dist.data.progress import Progress
 
-CLASSES, INDEX = "classes.json", "index.npz"
+INDEX = "index.npz"  # the cached index that is written beside the shards
 MOST_CLASSES = 1 << 24
 
 
 def is_sharded(folder: Path) -> bool:
-    """Tars, and no class folders that they may have been unpacked to."""
+    """Whether a split is tar shards: with tars and no class folders, to which they may have been unpacked."""
     return any(folder.glob("*.tar")) and (
         (folder / CLASSES).is_file() or not any(path.is_dir() for path in folder.iterdir())
     )
-
-
-def count(folder: Path) -> int:
-    """Images of a split, of folders or of shards; a header is read only where shards have no index yet."""
-    if not is_sharded(folder):
-        return sum(1 for name in class_names(folder) for _ in walk(folder / name))
-    return len(load(folder.parent, folder.name))
 
 
 def write_shards(index: Index, out: Path, samples_per_shard: int, progress: Progress | None = None) -> int:
@@ -72,11 +65,10 @@ def write_shards(index: Index, out: Path, samples_per_shard: int, progress: Prog
             made += 1
         if progress:
             progress(stop, n)
-    kept = scan(out, out / INDEX, None)
-    if kept.fingerprint != index.fingerprint:
+    if load(out, out / INDEX, fresh=True).fingerprint != index.fingerprint:
         raise UserError(
             f"{out} does not hold the samples of {index.folder}: a file has changed since it was indexed. Next: remove {out}, "
-            f"python -m fixres_dist data index --data {index.folder.parent} --fresh, and the same command again."
+            f"{command('data', 'index', '--data', index.folder.parent, '--fresh')}, and the same command again."
         )
     return made
 
@@ -106,65 +98,67 @@ def label_name(name: str) -> str:
     return f"{folder}{slash}{file[: len(file) - len(file.lstrip('.'))]}{stem}.cls" if dot else f"{name}.cls"
 
 
-def load(
-    root: Path, split: str, cache: Path | None = None, progress: Progress | None = None, fresh: bool = False
-) -> Index:
-    """The index of the shards in `root/split`: the cached one or the one beside them, or made now by reading the tars: if
-    `fresh`, or if a shard or the class names were written after it."""
-    folder = root / split
+def load(folder: Path, file: Path, progress: Progress | None = None, fresh: bool = False) -> Index:
+    """The index of the shards in `folder`: the cached `file`, the index beside the shards, or, if both are older than a shard
+    or the class names, and always with `fresh`, a new one. Raises UserError for a shard that cannot be read."""
     tars = sorted(folder.glob("*.tar"))
-    sizes = [[path.name, path.stat().st_size] for path in tars]
-    written = max(folders.mtime(path) or 0 for path in (*tars, folder / CLASSES))
-    kept = folders.cache_file(folder, cache)
-    for candidate in () if fresh else (kept, folder / INDEX):
-        cached = folders.read_cached(candidate)
-        if cached and cached[1].get("shards") == sizes and (folders.mtime(candidate) or 0) >= written:
-            return replace(cached[0], folder=folder)
-    return scan(folder, kept, progress)
+    sizes = tuple((path.name, path.stat().st_size) for path in tars)
+    written = max(modified_ns(path) or 0 for path in (*tars, folder / CLASSES))
+    for candidate in () if fresh else (file, folder / INDEX):
+        cached = read_cached(candidate)
+        if cached and cached.shards == sizes and (modified_ns(candidate) or 0) >= written:
+            return replace(cached.index, folder=folder)
+    open_shard.cache_clear()  # a shard may have been replaced by another file
+    index = listed(folder, tars)
+    index, _ = read_headers(index, np.arange(len(index)), progress)
+    write_cached(CachedIndex(index, shards=sizes), file)
+    return index
 
 
-def scan(folder: Path, kept: Path, progress: Progress | None) -> Index:
-    """Read every shard's table of contents and every image's header; keep the result. Raises UserError for a bad shard."""
-    shards = sorted(folder.glob("*.tar"))
-    rows: list[Row] = []
-    for number, shard in enumerate(shards):
-        rows += read_tar(shard, number)
-        if progress:
-            progress(len(rows), max(len(rows), round(len(rows) * len(shards) / (number + 1))))
-    rows.sort(key=lambda row: row[:3])  # as an ImageFolder: by class, directory, file name
-    names = [os.fsencode(f"{row[1]}/{row[2]}" if row[1] else row[2]) for row in rows]
-    labels = np.array([row[0] for row in rows], np.int32)
+def listed(folder: Path, shards: list[Path]) -> Index:
+    """The index as far as the tables of contents tell: without sizes and marks."""
+    members = sorted(member for number, shard in enumerate(shards) for member in read_members(shard, number))
+    names = [os.fsencode(member.name) for member in members]
     if len(set(names)) < len(names):
         raise UserError(f"a name stands twice in the shards of {folder}. Next: write them again with `data shard`.")
+    labels = np.array([member.label for member in members], np.int32)
     numbers = range(int(labels.max(initial=-1)) + 1)
     classes = tuple(class_names(folder) if (folder / CLASSES).is_file() else map(str, numbers))
-    if len(labels) and labels.max() >= len(classes):
+    if len(numbers) > len(classes):
         raise UserError(
-            f"{folder} has label {labels.max()} and {len(classes)} classes in {CLASSES}. Accepted: 0 to {len(classes) - 1}."
+            f"{folder} has label {numbers[-1]} and {len(classes)} classes in {CLASSES}. Accepted: 0 to {len(classes) - 1}."
         )
-    index = Index(
+    return Index(
         folder,
         classes,
         b"".join(names),
         np.cumsum([len(name) for name in names], dtype=np.int64),
         labels,
-        np.array([row[4].size for row in rows], np.int32).reshape(-1, 2),
-        np.array([row[4].mark for row in rows], np.uint32),
-        tuple(shard.name for shard in shards),
-        np.array([row[3] for row in rows], np.int64).reshape(-1, 3),
+        sizes=np.zeros((len(names), 2), np.int32),
+        marks=np.zeros(len(names), np.uint32),
+        shards=tuple(shard.name for shard in shards),
+        places=np.array([member.place for member in members], np.int64).reshape(-1, 3),
     )
-    folders.keep(index, {"shards": [[shard.name, shard.stat().st_size] for shard in shards]}, kept)
-    return index
 
 
-Row = tuple[int, str, str, tuple[int, int, int], Seen]  # label, directory, file name, place, what its header says
+class Member(NamedTuple):
+    """An image in a shard; they sort as the files of an ImageFolder do."""
+
+    label: int
+    directory: str
+    file: str
+    place: tuple[int, int, int]  # number of the shard, first byte in it, length in bytes
+
+    @property
+    def name(self) -> str:
+        return f"{self.directory}/{self.file}" if self.directory else self.file
 
 
-def read_tar(shard: Path, number: int) -> list[Row]:
-    """Every image in a shard."""
-    images: list[tuple[str, Any]] = []
+def read_members(shard: Path, number: int) -> list[Member]:
+    """Every image in a shard, from the tar's headers and the label files; raises UserError."""
+    images: list[tuple[str, tarfile.TarInfo]] = []
     labels: dict[str, int] = {}
-    rows = []
+    found = []
     try:
         with tarfile.open(shard, "r:") as tar, open(shard, "rb") as file:
             for member in tar:
@@ -190,15 +184,6 @@ def read_tar(shard: Path, number: int) -> list[Row]:
             file.seek(max(0, shard.stat().st_size - 1024))
             if file.read() != bytes(1024):
                 raise tarfile.ReadError("the end mark is missing")
-            for name, member in images:
-                if (key := label_name(name)) not in labels:
-                    raise UserError(
-                        f"{shard} holds {name!r} without its label {key!r}. Next: write it again with `data shard`."
-                    )
-                file.seek(member.offset_data)
-                seen = look_at(io.BytesIO(file.read(member.size)), member.size)
-                directory, _, base = name.rpartition("/")
-                rows.append((labels[key], directory, base, (number, member.offset_data, member.size), seen))
     except OSError as error:
         raise UserError(
             f"cannot read {shard}: {error.strerror or error}. Accepted: a file this user may read."
@@ -207,4 +192,11 @@ def read_tar(shard: Path, number: int) -> list[Row]:
         raise UserError(
             f"shard {shard} is torn or no tar: {error}. Next: remove it, and run the same `data shard` command again."
         ) from None
-    return rows
+    for name, member in images:
+        if (key := label_name(name)) not in labels:
+            raise UserError(
+                f"{shard} holds {name!r} without its label {key!r}. Next: write it again with `data shard`."
+            )
+        directory, _, base = name.rpartition("/")
+        found.append(Member(labels[key], directory, base, (number, member.offset_data, member.size)))
+    return found

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
-from pathlib import Path
 
 import torch
 
-from fixres_dist.base.files import whole
 from fixres_dist.data.index import Index
-from fixres_dist.data.scan import Progress
+from fixres_dist.data.progress import Progress
 from fixres_dist.data.torch_cpu import Bad, Undecodable, load, start_worker
 
 CHUNK = 64  # samples a worker takes at a time
@@ -48,12 +45,3 @@ def check(samples: range) -> list[Bad]:
         except Undecodable as error:
             bad.append(Bad(sample, str(error)))
     return bad
-
-
-def write_deny_list(path: Path, found: dict[str, list[tuple[str, str]]]) -> None:
-    """`split/name`, a tab, the reason; by rename. Names keep their bytes, whatever their encoding."""
-    lines = ["# files that cannot be decoded; used by data.deny_list"]
-    for split, entries in found.items():
-        lines += [f"{split}/{name}\t{' '.join(reason.split())}" for name, reason in entries]
-    with whole(path) as part:
-        part.write_bytes(b"".join(os.fsencode(line) + b"\n" for line in lines))

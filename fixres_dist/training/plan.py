@@ -10,8 +10,8 @@ from fixres_dist.base.text import duration
 from fixres_dist.config import recipes
 from fixres_dist.config.recipes import Facts
 from fixres_dist.config.schema import Config
-from fixres_dist.data import demo, scan, shards, sources
-from fixres_dist.data.listing import class_names
+from fixres_dist.data import dataset, demo
+from fixres_dist.data.folders import class_names
 from fixres_dist.models import nvidia_apex
 from fixres_dist.training.cache import rule
 from fixres_dist.training.stages import Stage, batch_per_device, stages
@@ -45,7 +45,7 @@ def count(config: Config) -> Counts:
         return Counts(demo.N_TRAIN, demo.N_VAL, class_count(config), "the built-in example")
     if not config.data.root:
         return Counts(*IMAGENET, "ImageNet-1k assumed: no --data given")
-    files = [shards.count(root / s) for s in ("train", "val")]
+    files = [dataset.count(root, split) for split in ("train", "val")]
     return Counts(files[0], files[1], class_count(config), str(root))
 
 
@@ -56,8 +56,8 @@ def check(config: Config, world_size: int, dry: bool) -> None:
             "no data set given. Next: --data DIR (with train/ and val/), --data demo, or data.root in the profile."
         )
     if config.data.root not in ("", "demo"):
-        scan.check_folder(Path(config.data.root))
-    sources.denied(config.data.deny_list, "train")
+        dataset.check_folder(Path(config.data.root))
+    dataset.denied(config.data.deny_list, "train")
     weights = config.model.weights
     if weights not in recipes.WEIGHTS and not Path(weights).is_file():
         raise recipes.no_weights(weights)

@@ -18,7 +18,7 @@ from fixres_dist.base.environment import cache_folder
 from fixres_dist.base.errors import UserError
 from fixres_dist.base.files import write_text
 from fixres_dist.config.schema import Config
-from fixres_dist.data import backends, class_maps, geometry, sources, torch_cpu
+from fixres_dist.data import backends, class_maps, dataset, geometry, torch_cpu
 from fixres_dist.data.index import Index
 from fixres_dist.data.requests import Pictures, Request
 from fixres_dist.models import fast_trunk, nvidia_apex, precision, weights
@@ -172,10 +172,15 @@ def open_session(
     keep_compiled_code(cache_folder(data.cache))
     for turn in (True, False):
         if ranks.is_main is turn:
-            root = sources.folder(data.root, data.cache)
+            root = dataset.folder(data.root, data.cache)
             for split, folder in ({split: root / split for split in splits} | dict(sets or {})).items():
-                indexes[split] = sources.load(
-                    folder.parent, folder.name, data.cache, ranks.is_main, data.deny_list, data.on_bad
+                indexes[split] = dataset.load(
+                    folder.parent,
+                    folder.name,
+                    data.cache,
+                    deny_list=data.deny_list,
+                    on_bad=data.on_bad,
+                    show=ranks.is_main,
                 )
         ranks.barrier()
     mark("index")

@@ -16,7 +16,8 @@ from support.folders import write_photos
 from fixres_dist.base.errors import UserError
 from fixres_dist.cli.data import verify_command
 from fixres_dist.cli.main import main
-from fixres_dist.data import geometry, scan, sources
+from fixres_dist.data import dataset, geometry, headers
+from fixres_dist.data.index import Index
 from fixres_dist.data.requests import Pictures, make_request
 
 
@@ -38,11 +39,11 @@ def test_verify_finds_bad_files_and_the_deny_list_leaves_them_out(
     assert "train: 18 images, 1 cannot be decoded" in text
     assert f"{torn}: image file is truncated" in text
     assert f"data.deny_list={deny}" in text
-    train = sources.load(data, "train", deny_list=str(deny))
-    val = sources.load(data, "val", deny_list=str(deny))
+    train = dataset.load(data, "train", deny_list=str(deny))
+    val = dataset.load(data, "val", deny_list=str(deny))
     assert (len(train), len(val)) == (17, 12)
     assert "ash/002.jpg" not in [train.name(i) for i in range(17)]
-    whole = scan.load(data, "train")
+    whole = dataset.load(data, "train")
     kept = [i for i in range(18) if whole.name(i) != "ash/002.jpg"]
     assert [train.name(i) for i in range(17)] == [whole.name(i) for i in kept]
     assert train.sizes.tolist() == whole.sizes[kept].tolist()
@@ -63,10 +64,10 @@ def test_shard_and_train_from_shards(data: Path, tmp_path: Path, capsys: pytest.
     assert "train: 18 images in 4 shards, 4 written now" in capsys.readouterr().out
     assert main(command) == 0
     assert "train: 18 images in 4 shards, 0 written now" in capsys.readouterr().out
-    scan.check_folder(tmp_path / "shards")
+    dataset.check_folder(tmp_path / "shards")
     assert json.loads((tmp_path / "shards" / "val" / "classes.json").read_text()) == ["ash", "birch", "cedar"]
     for split in ("train", "val"):
-        assert sources.load(tmp_path / "shards", split).fingerprint == sources.load(data, split).fingerprint
+        assert dataset.load(tmp_path / "shards", split).fingerprint == dataset.load(data, split).fingerprint
 
 
 @pytest.mark.parametrize("backend", ["torch", "dali"])
@@ -75,7 +76,7 @@ def test_show_writes_what_the_model_sees(data: Path, tmp_path: Path, backend: st
     arguments = ["--data", str(data), "--split", "train", "--res", "64", "--samples", "0,5", "--out", str(out)]
     more = ["--transform", "test_aug", "--resize-rule", "fixres", "--seed", "3", "--epoch", "2", "--backend", backend]
     assert main(["data", "show", *arguments, *more]) == 0
-    samples = sources.load(data, "train")
+    samples = dataset.load(data, "train")
     pictures = Pictures("test_aug", 64, geometry.resize_of("fixres", 64, 1.0, "bilinear"), 6)
     want = p.reference(samples, make_request(samples, pictures, np.array([0, 5]), 2), pictures)
     for sample, expected in zip((0, 5), want, strict=True):
@@ -112,16 +113,16 @@ def test_a_file_replaced_in_place_is_found_by_a_fresh_index_and_by_verify(
     root = write_photos(tmp_path / "data", 3, 2)
     for directory in (root / "train", *(root / "train").iterdir()):
         os.utime(directory, (1e9, 1e9))  # long before the scan, which else does not rely on it
-    first = sources.load(root, "train")
+    first = dataset.load(root, "train")
     Image.new("RGB", (31, 30)).save(first.path(1))  # its directory does not change
-    assert sources.load(root, "train").sizes.tolist() == first.sizes.tolist()
+    assert dataset.load(root, "train").sizes.tolist() == first.sizes.tolist()
     assert main(["data", "verify", "--data", str(root)]) == 0
     assert "train: 9 images, 0 cannot be decoded" in capsys.readouterr().out
-    second = sources.load(root, "train")
+    second = dataset.load(root, "train")
     assert second.sizes[1].tolist() == [30, 31]
     Image.new("RGB", (31, 30), "red").save(first.path(1))
     assert main(["data", "index", "--data", str(root), "--fresh"]) == 0
-    third = sources.load(root, "train")
+    third = dataset.load(root, "train")
     assert third.fingerprint == second.fingerprint
     assert third.contents != second.contents
 
@@ -133,28 +134,33 @@ def test_verify_refuses_a_deny_list_that_cannot_be_written_before_it_decodes(dat
 
 
 def test_a_deny_list_that_leaves_nothing_is_refused(data: Path, tmp_path: Path) -> None:
-    deny, samples = tmp_path / "all.txt", scan.load_all(data, "train")
+    deny, samples = tmp_path / "all.txt", dataset.load(data, "train", on_bad="skip")
     deny.write_text("\n".join(["train/", *(f"train/{samples.name(k)}" for k in range(len(samples)))]))
     with pytest.raises(UserError, match=rf"no image is left in .*train: data\.deny_list={deny} names all"):
-        sources.load(data, "train", deny_list=str(deny))
+        dataset.load(data, "train", deny_list=str(deny))
 
 
 def test_a_missing_deny_list_is_refused(data: Path) -> None:
     with pytest.raises(UserError, match=r"data\.deny_list is 'nowhere\.txt'"):
-        sources.load(data, "train", deny_list="nowhere.txt")
+        dataset.load(data, "train", deny_list="nowhere.txt")
 
 
 def test_only_changed_directories_are_read_again(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for folder in (data / "train", *(data / "train").iterdir()):
         os.utime(folder, (1e9, 1e9))
     read: list[str] = []
-    real = scan.look
-    monkeypatch.setattr(scan, "look", lambda path: read.append(path.parent.name) or real(path))  # type: ignore[func-returns-value]
-    scan.load(data, "train", tmp_path / "cache")
+    real = headers.look
+
+    def counted(index: Index, sample: int) -> headers.Seen:
+        read.append(index.path(sample).parent.name)
+        return real(index, sample)
+
+    monkeypatch.setattr(headers, "look", counted)
+    dataset.load(data, "train", str(tmp_path / "cache"))
     assert len(read) == 18
     read.clear()
     (data / "train" / "birch" / "new.jpg").write_bytes(p.encode(p.photograph(30, 40, 0)))
-    again = scan.load(data, "train", tmp_path / "cache")
+    again = dataset.load(data, "train", str(tmp_path / "cache"))
     assert read == ["birch"] * 7
     assert again.sizes[again.find("birch/new.jpg")].tolist() == [30, 40]  # type: ignore[index]
-    assert again.fingerprint == scan.load(data, "train", tmp_path / "fresh").fingerprint
+    assert again.fingerprint == dataset.load(data, "train", str(tmp_path / "fresh")).fingerprint

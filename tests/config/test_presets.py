@@ -17,7 +17,7 @@ from fixres_dist.base.json_lines import read_lines
 from fixres_dist.base.signals import StopFlag
 from fixres_dist.config import reading, recipes
 from fixres_dist.config.schema import Config
-from fixres_dist.data import geometry, order, scan, torch_cpu
+from fixres_dist.data import dataset, geometry, order, torch_cpu
 from fixres_dist.data.requests import Pictures, every_sample
 from fixres_dist.models.build import build_model
 from fixres_dist.runs import checkpoint, rundir
@@ -56,7 +56,7 @@ def test_as_coded_is_the_original_protocol(tmp_path: Path) -> None:
     model.bn2.train()
     optimizer = torch.optim.SGD(model.parameters(), lr=8.0 * 0.4 * 6 / 512, momentum=0.9, weight_decay=1e-4)
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, step_size=30)
-    found = scan.load(data, "train", tmp_path)
+    found = dataset.load(data, "train", str(tmp_path))
     pictures = Pictures("test", 64, geometry.Resize(int(256 / 224 * 64), True, "bilinear"), 0)
     (batch,) = torch_cpu.batches(found, every_sample(found, pictures, 12, 0, 1), 64, "bilinear", workers=0)
     mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))

@@ -17,7 +17,7 @@ from support import pictures as p
 
 from fixres_dist.base.errors import UserError
 from fixres_dist.config.schema import Data
-from fixres_dist.data import backends, geometry, scan, sources
+from fixres_dist.data import backends, dataset, geometry, headers
 from fixres_dist.data.index import Index
 from fixres_dist.data.requests import Pictures, Request, make_request
 from fixres_dist.data.torch_cpu import Batch
@@ -85,7 +85,7 @@ def folder(root: Path, name: str, data: bytes | None) -> tuple[Index, int]:
         (root / "train" / "a" / f"{i}.jpg").write_bytes(p.encode(p.photograph(100 + 9 * i, 130, i)))
     if data is not None:
         (root / "train" / "a" / name).write_bytes(data)
-    found = scan.load_all(root, "train")
+    found = dataset.load(root, "train", on_bad="skip")
     return found, found.find(f"a/{name}") or 0
 
 
@@ -123,7 +123,7 @@ def test_unreadable_headers_are_refused_or_skipped(tmp_path: Path, kind: str, ba
     data, reason = HEADER_REFUSED[kind]
     found, odd = folder(tmp_path, "3b.jpg", data)
     with pytest.raises(UserError, match="3b.jpg.*" + reason):
-        sources.load(tmp_path, "train")
+        dataset.load(tmp_path, "train")
     batch = one_batch(backend, found, list(range(7)))
     assert [bad.sample for bad in batch.skipped] == [odd]
     assert batch.samples.tolist() == [k for k in range(7) if k != odd]
@@ -135,7 +135,7 @@ def test_unreadable_headers_are_refused_or_skipped(tmp_path: Path, kind: str, ba
 def test_what_breaks_in_decoding_is_skipped_with_its_reason(tmp_path: Path, kind: str, backend: Backend) -> None:
     data, reason = DECODING_FAILS[kind]
     found, odd = folder(tmp_path, "3b.jpg", data)
-    assert len(sources.load(tmp_path, "train")) == 7, "its header is fine"
+    assert len(dataset.load(tmp_path, "train")) == 7, "its header is fine"
     batch = one_batch(backend, found, list(range(7)))
     assert [bad.sample for bad in batch.skipped] == [odd]
     assert reason in batch.skipped[0].reason
@@ -217,7 +217,7 @@ def test_a_file_without_permission(tmp_path: Path, backend: Backend) -> None:
     open_to_all(tmp_path)
     found.path(odd).chmod(0)
     with as_an_ordinary_user():
-        assert scan.look(found.path(odd)).reason == "Permission denied"
+        assert headers.look(found, odd).reason == "Permission denied"
         batch = one_batch(backend, found, list(range(7)))
     assert [tuple(bad) for bad in batch.skipped] == [(odd, "Permission denied")]
     neighbours_unharmed(backend, found, batch)
@@ -229,7 +229,7 @@ def test_a_directory_without_permission_is_a_user_error(tmp_path: Path) -> None:
     (tmp_path / "train" / "b").chmod(0)
     open_to_all(tmp_path)
     with as_an_ordinary_user(), pytest.raises(UserError, match=r"cannot list .*train/b: Permission denied"):
-        scan.load(tmp_path, "train", tmp_path / "cache")
+        dataset.load(tmp_path, "train", str(tmp_path / "cache"))
     (tmp_path / "train" / "b").chmod(0o755)
 
 
@@ -242,13 +242,13 @@ def test_links_are_followed_and_loops_are_not(tmp_path: Path) -> None:
     (train / "a" / "itself").symlink_to(train / "a" / "itself")
     (train / "a" / "up").symlink_to(train)
     (train / "a" / "dangling.jpg").symlink_to(tmp_path / "nowhere.jpg")
-    found = scan.load_all(tmp_path, "train")
+    found = dataset.load(tmp_path, "train", on_bad="skip")
     assert [found.name(i) for i in range(len(found))] == [
         *(f"a/{i}.jpg" for i in range(6)),
         "a/dangling.jpg",
         "a/linked/far.jpg",
     ]
-    _, reasons = scan.recheck(found)
+    _, reasons = dataset.recheck(found)
     assert reasons == {6: "No such file or directory"}
 
 
@@ -256,7 +256,7 @@ def test_a_pipe_named_like_an_image_blocks_nothing(tmp_path: Path) -> None:
     folder(tmp_path, "x.jpg", None)
     os.mkfifo(tmp_path / "train" / "a" / "pipe.jpg")
     with pytest.raises(UserError, match=r"pipe\.jpg: not a regular file"):
-        scan.load(tmp_path, "train")
+        dataset.load(tmp_path, "train")
 
 
 @both_backends
@@ -266,7 +266,7 @@ def test_a_pipe_named_like_an_image_blocks_nothing(tmp_path: Path) -> None:
 def test_names_that_are_not_utf8_or_very_long(tmp_path: Path, name: bytes, backend: Backend) -> None:
     found, odd = folder(tmp_path, os.fsdecode(name), JPEG)
     assert os.fsencode(found.name(odd)) == b"a/" + name
-    assert scan.load_all(tmp_path, "train").fingerprint == found.fingerprint
+    assert dataset.load(tmp_path, "train", on_bad="skip").fingerprint == found.fingerprint
     batch = one_batch(backend, found, list(range(7)))
     assert (len(batch.images), batch.skipped) == (7, ())
 

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from fixres_dist.base.errors import UserError
-from fixres_dist.data import demo, scan
+from fixres_dist.data import dataset, demo
 
 
 def digest(root: Path) -> str:
@@ -21,8 +21,8 @@ def test_the_same_files_whatever_the_number_of_processes(tmp_path: Path) -> None
     for name, workers, seed in (("a", 1, 0), ("b", 2, 0), ("c", 2, 1)):
         demo.write_demo(tmp_path / name, n_train=32, n_val=16, workers=workers, seed=seed)
     assert digest(tmp_path / "a") == digest(tmp_path / "b") != digest(tmp_path / "c")
-    scan.check_folder(tmp_path / "a")
-    found = scan.load(tmp_path / "a", "train", tmp_path / "cache")
+    dataset.check_folder(tmp_path / "a")
+    found = dataset.load(tmp_path / "a", "train", str(tmp_path / "cache"))
     assert len(found) == 32
     assert found.classes == demo.CLASSES
     with Image.open(found.path(0)) as image:

@@ -9,11 +9,11 @@ import pytest
 from torchvision.datasets import ImageFolder
 
 from fixres_dist.base.errors import UserError
-from fixres_dist.data import scan
+from fixres_dist.data import dataset, folders
 
 
 def test_the_same_samples_as_torchvisions_image_folder(photos: Path, tmp_path: Path) -> None:
-    found = scan.load(photos, "train", tmp_path)
+    found = dataset.load(photos, "train", str(tmp_path))
     reference = ImageFolder(str(photos / "train"))
     assert list(found.classes) == reference.classes
     assert [(str(found.path(i)), int(found.labels[i])) for i in range(len(found))] == reference.samples
@@ -33,12 +33,12 @@ def test_cached_until_a_directory_changes(photos: Path, tmp_path: Path) -> None:
     old(data)
     scans: list[int] = []
     count = lambda done, total: scans.append(total)  # noqa: E731
-    first = scan.load(data, "train", tmp_path / "cache", count)
-    second = scan.load(data, "train", tmp_path / "cache", count)
+    first = folders.load(data / "train", tmp_path / "kept.npz", count)
+    second = folders.load(data / "train", tmp_path / "kept.npz", count)
     assert scans == [84], "the second load must come from the cache"
     assert first.fingerprint == second.fingerprint
     shutil.copy(first.path(0), data / "train" / "ash" / "new.jpg")
-    third = scan.load(data, "train", tmp_path / "cache", count)
+    third = folders.load(data / "train", tmp_path / "kept.npz", count)
     assert len(third) == 85
     assert third.fingerprint != first.fingerprint
 
@@ -49,17 +49,17 @@ def test_a_directory_changed_while_it_was_scanned_is_scanned_again(photos: Path,
     os.utime(data / "train" / "birch", (time.time(), time.time()))
     scans: list[int] = []
     for _ in range(2):
-        scan.load(data, "train", tmp_path / "cache", lambda done, total: scans.append(total))
+        folders.load(data / "train", tmp_path / "kept.npz", lambda done, total: scans.append(total))
     assert scans == [84, 84]
 
 
 def test_a_torn_cache_is_no_obstacle(photos: Path, tmp_path: Path) -> None:
     data = shutil.copytree(photos, tmp_path / "data")
     old(data)
-    scan.load(data, "val", tmp_path / "cache")
+    dataset.load(data, "val", str(tmp_path / "cache"))
     (kept,) = (tmp_path / "cache" / "index").glob("*.npz")
     kept.write_bytes(kept.read_bytes()[:100])
-    assert len(scan.load(data, "val", tmp_path / "cache")) == 33
+    assert len(dataset.load(data, "val", str(tmp_path / "cache"))) == 33
 
 
 def test_unreadable_files_are_named_with_their_reason(photos: Path, tmp_path: Path) -> None:
@@ -67,7 +67,7 @@ def test_unreadable_files_are_named_with_their_reason(photos: Path, tmp_path: Pa
     (data / "train" / "ash" / "empty.jpg").touch()
     (data / "train" / "birch" / "page.jpg").write_text("<html>404</html>")
     with pytest.raises(UserError) as caught:
-        scan.load(data, "train", tmp_path / "cache")
+        dataset.load(data, "train", str(tmp_path / "cache"))
     text = str(caught.value)
     assert "2 of 86" in text
     assert "empty.jpg: empty file" in text
@@ -99,6 +99,6 @@ def test_what_is_no_data_set_is_refused(photos: Path, tmp_path: Path, damage: st
     else:
         (data / "val" / "ash").rename(data / "val" / "oak")
     with pytest.raises(UserError) as caught:
-        scan.check_folder(data)
+        dataset.check_folder(data)
     for word in words:
         assert word in str(caught.value)

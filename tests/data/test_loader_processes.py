@@ -15,10 +15,10 @@ SCRIPT = """
 import sys
 from pathlib import Path
 import numpy as np
-from fixres_dist.data import geometry, index, plan, torch_cpu
-photos = index.load(Path(sys.argv[1]), "val")
-pictures = plan.Pictures("test", 32, geometry.resize_of("fixres", 32, 1.0, "bilinear"), 0)
-endless = (plan.request(photos, pictures, np.array([k % len(photos)]), 0) for k in range(10**9))
+from fixres_dist.data import dataset, geometry, requests, torch_cpu
+photos = dataset.load(Path(sys.argv[1]), "val")
+pictures = requests.Pictures("test", 32, geometry.resize_of("fixres", 32, 1.0, "bilinear"), 0)
+endless = (requests.make_request(photos, pictures, np.array([k % len(photos)]), 0) for k in range(10**9))
 batches = torch_cpu.batches(photos, endless, 32, "bilinear", 2)
 for _ in sys.stdin:
     numbers = [int(next(batches).samples[0]) for _ in range(12)]

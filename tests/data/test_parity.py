@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from support import pictures as p
 
-from fixres_dist.data import dali, geometry, pixels, scan
+from fixres_dist.data import dali, dataset, geometry, pixels
 from fixres_dist.data.index import Index
 from fixres_dist.data.requests import Pictures, make_request
 
@@ -31,7 +31,7 @@ COMBINATIONS = [
 
 @pytest.fixture(scope="module")
 def samples(tmp_path_factory: pytest.TempPathFactory) -> Index:
-    return scan.load(p.write_folder(tmp_path_factory.mktemp("parity"), 108), "train")
+    return dataset.load(p.write_folder(tmp_path_factory.mktemp("parity"), 108), "train")
 
 
 @pytest.mark.parametrize(("res", "rule", "transform"), COMBINATIONS)
@@ -104,7 +104,7 @@ def test_exif_orientation_is_ignored(tmp_path: Path) -> None:
     exif[0x0112] = 6
     (folder / "turned.jpg").write_bytes(p.encode(p.photograph(90, 130, 0), exif=exif))
     (folder / "upright.jpg").write_bytes(p.encode(p.photograph(90, 130, 0)))
-    found = scan.load(tmp_path, "train")
+    found = dataset.load(tmp_path, "train")
     assert found.sizes.tolist() == [[90, 130]] * 2
     pictures = Pictures("test", 64, geometry.resize_of("fixres", 64, 1.0, "bilinear"), 0)
     request = make_request(found, pictures, np.arange(2), 0)

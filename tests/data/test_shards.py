@@ -14,7 +14,7 @@ import torch
 from support import pictures as p
 
 from fixres_dist.base.errors import UserError
-from fixres_dist.data import geometry, index, order, shards, sources
+from fixres_dist.data import dataset, geometry, index, order, shards
 from fixres_dist.data.index import Index
 from fixres_dist.data.requests import Pictures, every_sample, make_request, train_steps
 
@@ -35,12 +35,12 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def sharded(data: Path, tmp_path: Path) -> Path:
-    shards.write_shards(sources.load(data, "val"), tmp_path / "val", 30)
+    shards.write_shards(dataset.load(data, "val"), tmp_path / "val", 30)
     return tmp_path
 
 
 def test_the_same_samples_from_folder_and_shards(data: Path, sharded: Path) -> None:
-    a, b = sources.load(data, "val"), sources.load(sharded, "val")
+    a, b = dataset.load(data, "val"), dataset.load(sharded, "val")
     assert [path.name for path in sorted((sharded / "val").glob("*.tar"))] == [f"00000{k}.tar" for k in range(4)]
     assert (a.classes, a.text, a.labels.tolist(), a.sizes.tolist()) == (
         b.classes,
@@ -58,12 +58,12 @@ def test_the_same_samples_from_folder_and_shards(data: Path, sharded: Path) -> N
 
 def test_without_our_index_the_tars_are_read(data: Path, sharded: Path, tmp_path: Path) -> None:
     (sharded / "val" / shards.INDEX).unlink()
-    assert sources.load(sharded, "val", str(tmp_path / "cache")).fingerprint == sources.load(data, "val").fingerprint
-    assert shards.count(sharded / "val") == shards.count(data / "val") == 101
+    assert dataset.load(sharded, "val", str(tmp_path / "cache")).fingerprint == dataset.load(data, "val").fingerprint
+    assert dataset.count(sharded, "val") == dataset.count(data, "val") == 101
 
 
 def test_writing_goes_on_where_it_was_stopped(data: Path, tmp_path: Path) -> None:
-    samples, out = sources.load(data, "val"), tmp_path / "val"
+    samples, out = dataset.load(data, "val"), tmp_path / "val"
 
     def stop_at(done: int, total: int) -> None:
         if done == 60:
@@ -76,11 +76,11 @@ def test_writing_goes_on_where_it_was_stopped(data: Path, tmp_path: Path) -> Non
     assert shards.write_shards(samples, out, 30) == 2
     assert {name: (out / name).stat().st_mtime_ns for name in before} == before
     assert shards.write_shards(samples, out, 30) == 0
-    assert sources.load(tmp_path, "val").fingerprint == samples.fingerprint
+    assert dataset.load(tmp_path, "val").fingerprint == samples.fingerprint
 
 
 def test_another_data_set_or_size_is_not_mixed_in(data: Path, sharded: Path) -> None:
-    samples = sources.load(data, "val")
+    samples = dataset.load(data, "val")
     with pytest.raises(UserError, match="another data set or of another size"):
         shards.write_shards(samples, sharded / "val", 31)
     with pytest.raises(UserError, match="not empty"):
@@ -94,16 +94,16 @@ def test_a_torn_shard_is_named(sharded: Path, after: str) -> None:
         last = tar.getmembers()[-1]
     os.truncate(shard, shard.stat().st_size // 2 if after == "half of it" else last.offset_data + 512)
     with pytest.raises(UserError, match=r"000002\.tar is torn.*data shard"):
-        sources.load(sharded, "val")
+        dataset.load(sharded, "val")
 
 
 def test_a_shard_torn_during_the_run_costs_its_lost_samples_only(sharded: Path) -> None:
-    samples = sources.load(sharded, "val")
+    samples = dataset.load(sharded, "val")
     assert samples.places is not None
     shard = sharded / "val" / "000001.tar"
     with open(shard, "rb+") as file:
         file.truncate(shard.stat().st_size // 2)
-    shards.indexes.open_shard.cache_clear()
+    index.open_shard.cache_clear()
     lost = [
         i
         for i, (number, offset, size) in enumerate(samples.places.tolist())
@@ -142,14 +142,14 @@ def test_tar_members_that_are_refused(tmp_path: Path, odd: tuple[tarfile.TarInfo
         tar.addfile(*member("class_0/a.cls"))
         tar.addfile(*odd)
     with pytest.raises(UserError, match=words):
-        sources.load(tmp_path, "val", str(tmp_path / "cache"))
+        dataset.load(tmp_path, "val", str(tmp_path / "cache"))
 
 
 @pytest.mark.parametrize("text", ["[1, 2]", "7", "[", '"ash"'])
 def test_class_names_that_are_no_list_are_refused(sharded: Path, text: str) -> None:
     (sharded / "val" / shards.CLASSES).write_text(text)
     with pytest.raises(UserError, match=r"classes\.json is no list of class names"):
-        sources.load(sharded, "val")
+        dataset.load(sharded, "val")
 
 
 def test_an_unreadable_shard_is_not_called_torn(sharded: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -158,12 +158,12 @@ def test_an_unreadable_shard_is_not_called_torn(sharded: Path, monkeypatch: pyte
 
     monkeypatch.setattr(shards.tarfile, "open", refuse)
     with pytest.raises(UserError, match=r"cannot read .*000000\.tar: Permission denied"):
-        sources.load(sharded, "val", fresh=True)
+        dataset.load(sharded, "val", fresh=True)
 
 
 def test_a_shard_or_class_names_written_later_are_read_anew(sharded: Path, tmp_path: Path) -> None:
     """Tars are padded to 10 KB, so another one is easily of the same size."""
-    first = sources.load(sharded, "val")
+    first = dataset.load(sharded, "val")
     shard, beside = sharded / "val" / "000003.tar", sharded / "val" / shards.INDEX
     with tarfile.open(shard) as tar:
         entries = [(entry, tar.extractfile(entry).read()) for entry in tar.getmembers()]  # type: ignore[union-attr]
@@ -173,16 +173,16 @@ def test_a_shard_or_class_names_written_later_are_read_anew(sharded: Path, tmp_p
             tar.addfile(entry, io.BytesIO(data))
     assert shard.stat().st_size == size
     os.utime(shard, ns=(beside.stat().st_mtime_ns + 1,) * 2)
-    again = sources.load(sharded, "val", str(tmp_path / "cache"))
+    again = dataset.load(sharded, "val", str(tmp_path / "cache"))
     assert (again.fingerprint, again.contents) == (first.fingerprint, first.contents)
     assert again.places.tolist() != first.places.tolist()  # type: ignore[union-attr]
     assert all(
         np.array_equal(again.read(k), first.read(k)) == (again.places[k] == first.places[k]).all() for k in range(101)
     )  # type: ignore[index]
-    kept = shards.indexes.cache_file(sharded / "val", tmp_path / "cache")
+    kept = index.cache_file(sharded / "val", tmp_path / "cache")
     (sharded / "val" / shards.CLASSES).write_text('["x", "y", "z"]')
     os.utime(sharded / "val" / shards.CLASSES, ns=(kept.stat().st_mtime_ns + 1,) * 2)
-    assert sources.load(sharded, "val", str(tmp_path / "cache")).classes == ("x", "y", "z")
+    assert dataset.load(sharded, "val", str(tmp_path / "cache")).classes == ("x", "y", "z")
 
 
 def test_names_of_other_writers(tmp_path: Path) -> None:
@@ -193,7 +193,7 @@ def test_names_of_other_writers(tmp_path: Path) -> None:
             if name != "b/z":
                 tar.addfile(*member(name, p.encode(p.photograph(20, 20, 0))))
             tar.addfile(*member(shards.label_name(name), str(number // 2).encode()))
-    found = sources.load(tmp_path, "val", str(tmp_path / "cache"))
+    found = dataset.load(tmp_path, "val", str(tmp_path / "cache"))
     assert [found.name(k) for k in range(len(found))] == ["a/.y.b.jpg", "a/x.jpg", "b/..jpg"]
     assert found.labels.tolist() == [0, 0, 1]
     names = {
@@ -209,11 +209,11 @@ def test_names_of_other_writers(tmp_path: Path) -> None:
 def test_a_tar_beside_class_folders_is_not_the_data_set(data: Path, tmp_path: Path) -> None:
     root = Path(shutil.copytree(data, tmp_path / "copy"))
     (root / "val" / "n01440764.tar").write_bytes(b"as ImageNet's extraction leaves it")
-    assert sources.load(root, "val").fingerprint == sources.load(data, "val").fingerprint
+    assert dataset.load(root, "val").fingerprint == dataset.load(data, "val").fingerprint
 
 
 def test_what_a_killed_start_left_is_removed(data: Path, tmp_path: Path) -> None:
-    samples, out = sources.load(data, "val"), tmp_path / "val"
+    samples, out = dataset.load(data, "val"), tmp_path / "val"
     shards.write_shards(samples, out, 60)
     (out / ".000001.tar.4711").write_bytes(b"half")
     assert shards.write_shards(samples, out, 60) == 0
@@ -252,17 +252,17 @@ def steps_seen(backend: object, samples: Index, first: int, world: int, transfor
 @pytest.mark.parametrize("backend", [p.torch_batches, p.dali_batches], ids=["torch", "dali"])
 def test_any_resume_world_size_and_source_sees_the_same(data: Path, sharded: Path, backend: object) -> None:
     """9 steps of 20 over 101 samples: past the end of the first epoch, whose last step has one sample."""
-    folder = sources.load(data, "val")
+    folder = dataset.load(data, "val")
     whole = steps_seen(backend, folder, 0, 1, "test_aug")
     assert sorted(sample for step, sample, *_ in whole if step < 6) == list(range(101))  # type: ignore[operator,type-var]
     for first, world, split in ((0, 2, sharded), (1, 3, data), (4, 7, sharded), (5, 1, sharded), (8, 2, data)):
-        resumed = steps_seen(backend, sources.load(split, "val"), first, world, "test_aug")
+        resumed = steps_seen(backend, dataset.load(split, "val"), first, world, "test_aug")
         assert resumed == [row for row in whole if row[0] >= first]  # type: ignore[operator]
 
 
 @pytest.mark.parametrize("backend", [p.torch_batches, p.dali_batches], ids=["torch", "dali"])
 def test_evaluation_sees_101_files_on_3_ranks_once_each(data: Path, backend: object) -> None:
-    samples = sources.load(data, "val")
+    samples = dataset.load(data, "val")
     pictures = Pictures("test", 32, geometry.resize_of("fixres", 32, 1.0, "bilinear"), 0)
     seen: list[int] = []
     for rank in range(3):
@@ -289,7 +289,7 @@ def test_a_late_step_costs_no_more_than_the_first() -> None:
 
 def test_a_shard_stays_open_while_it_is_read(sharded: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever other threads do to the cache of open shards: here it keeps nothing at all."""
-    samples = sources.load(sharded, "val")
+    samples = dataset.load(sharded, "val")
     wanted = [samples.read(k) for k in range(101)]
     monkeypatch.setattr(index, "open_shard", lambda path: io.FileIO(path))
     assert all(np.array_equal(samples.read(k), wanted[k]) for k in range(101))

@@ -23,7 +23,7 @@ from fixres_dist.cli.main import main
 from fixres_dist.cli.sweep import bests
 from fixres_dist.config import reading, recipes
 from fixres_dist.config.schema import Config
-from fixres_dist.data import scan
+from fixres_dist.data import dataset
 from fixres_dist.evaluation import activations
 from fixres_dist.models.build import build_model, gmacs
 from fixres_dist.training.predictions import Predictions, paired_gain
@@ -158,7 +158,7 @@ def test_real_labels_follow_imagenets_numbers(finished: Path, photos: Path, tmp_
     given = ["--data", tmp_path / "data", "--labels", tmp_path / "real.json", "--predictions", tmp_path / "p.npz"]
     found = result(tmp_path, "--run", finished, *given)
     after = Predictions.read(tmp_path / "p.npz")
-    in_order = scan.load(tmp_path / "data", "val", tmp_path / "cache")
+    in_order = dataset.load(tmp_path / "data", "val", str(tmp_path / "cache"))
     numbers = [int(in_order.name(k)[-13:-5]) for k in range(33)]
     hits = [p in lists[n - 1] for p, n in zip(after.predicted, numbers, strict=True) if lists[n - 1]]
     assert found["real"]["n"] == len(hits) == 32

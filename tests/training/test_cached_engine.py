@@ -19,7 +19,7 @@ from fixres_dist.base.json_lines import read_lines
 from fixres_dist.base.signals import StopFlag
 from fixres_dist.config import reading
 from fixres_dist.config.schema import Config
-from fixres_dist.data import scan
+from fixres_dist.data import dataset
 from fixres_dist.runs.rundir import RunDir, prepare
 from fixres_dist.training import worker
 from fixres_dist.training.session import Session
@@ -152,7 +152,7 @@ def test_a_picture_that_can_be_decoded_again_has_features_again(tmp_path: Path, 
     for directory in (data / "train").iterdir():
         os.utime(directory, (1e9, 1e9))
     whole, torn = (photos / "train" / "birch" / "007.jpg"), data / "train" / "birch" / "007.jpg"
-    scan.load_all(data, "train")
+    dataset.load(data, "train", on_bad="skip")
     torn.write_bytes(whole.read_bytes()[:-400])
     cached = ["run.engine=cached", "run.batch_per_device=4", "data.on_bad=skip"]
     assert json.loads(trained(tmp_path, "torn", data, *cached).results.read_text())["skipped"] == 1

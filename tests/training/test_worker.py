@@ -23,7 +23,7 @@ from fixres_dist.base.errors import UserError
 from fixres_dist.base.json_lines import keep_lines, read_lines
 from fixres_dist.base.signals import SIGNALS, StopFlag
 from fixres_dist.config import reading
-from fixres_dist.data import geometry, scan, torch_cpu
+from fixres_dist.data import dataset, geometry, torch_cpu
 from fixres_dist.data.requests import Pictures, make_request
 from fixres_dist.runs import checkpoint, rundir
 from fixres_dist.training.ranks import variables
@@ -344,7 +344,7 @@ def test_who_am_i_under_every_launcher() -> None:
 
 def test_pictures_are_those_of_pil_and_torchvision(photos: Path, tmp_path: Path) -> None:
     """Decode, scale and crop of every training photo against PIL: the usual loader's pixels."""
-    found = scan.load(photos, "train", tmp_path)
+    found = dataset.load(photos, "train", str(tmp_path))
     resize = geometry.resize_of("fixefficientnet", 64, 0.875, "bicubic")
     requests = [make_request(found, Pictures("test", 64, resize, 0), torch.arange(84).numpy(), 0)]
     (batch,) = torch_cpu.batches(found, requests, 64, "bicubic", workers=0)
