@@ -2,12 +2,62 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 from support.folders import write_photos
-from support.slurm_service import devcluster, undisturbed  # noqa: F401  (fixtures)
+from support.slurm_service import devcluster, slurm_here, undisturbed  # noqa: F401  (fixtures)
+
+
+def found(*modules: str) -> bool:
+    try:
+        return all(map(importlib.util.find_spec, modules))
+    except ModuleNotFoundError:  # the package of a submodule
+        return False
+
+
+class Need(NamedTuple):
+    """Something that not every machine has, and the tests that need it."""
+
+    name: str
+    found: bool
+    tests: str
+    how: str  # to have it
+    files: tuple[str, ...] = ()  # that cannot be imported without it
+
+
+NEEDS = (
+    Need(
+        *("Slurm", not slurm_here.missing_packages(), "the tests in tests/cluster that start one"),
+        how=f"apt-get install {' '.join(slurm_here.PACKAGE_OF.values())}",
+    ),
+    Need(
+        *("DALI", found("nvidia.dali"), "the tests of both loaders"),
+        how="pip install nvidia-dali-cuda130 (Linux only)",
+        files=(
+            "cli/test_data_commands.py",
+            *(f"data/test_{name}.py" for name in ("bad_files", "parity", "pixels", "shards")),
+        ),
+    ),
+    Need(
+        *("ONNX", found("onnxruntime", "onnxscript"), "the tests of export"),
+        how="pip install -e .[export]",
+        files=("publishing/test_export.py",),
+    ),
+)
+IN_CI = "CI" in os.environ  # there nothing is skipped: what is missing is a failure
+collect_ignore = [] if IN_CI else [file for need in NEEDS if not need.found for file in need.files]
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """What is skipped, why, and how to have it: pytest's own header is hidden by -q."""
+    if reporter := session.config.pluginmanager.get_plugin("terminalreporter"):
+        for name, there, tests, how, _ in NEEDS:
+            what = "fail" if IN_CI else "are skipped"
+            reporter.write_line(f"{name}: found" if there else f"{name}: missing, {tests} {what}. Next: {how}")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
