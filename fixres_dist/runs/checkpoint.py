@@ -1,7 +1,7 @@
-"""Checkpoints: the tuned tensors, the optimizer, the step, and the fingerprint of all that must match.
+"""Checkpoints: the tuned tensors, the optimizer, the step, and the fingerprint of everything that must match at a resume.
 
-A directory step_00001200/ is complete or invisible (written beside, then renamed). Tensors are safetensors, the rest
-JSON: reading one runs no code. World size is not part of it.
+A directory step_00001200/ is complete or invisible (written under another name, then renamed). Tensors are safetensors,
+the rest JSON: reading one runs no code. World size is not part of it.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ from torch import nn
 from fixres_dist.base.errors import UserError
 from fixres_dist.base.files import sync, whole
 
-KEPT = 2  # newest ones; the best stays too
+KEPT = 2  # of the newest; the one with the best top-1 stays too
 
 
 @dataclass(frozen=True)
 class Progress:
-    """What a run knows beyond its tensors; everything else follows from the step."""
+    """Where training stands, beside the tensors; everything else follows from the step."""
 
     step: int  # optimizer steps done over both stages
-    stage: str
-    seconds: float = 0.0  # worked on training, over all starts
-    best_top1: float = -1.0  # of the evaluations while this stage trains
+    stage: str  # pretrain | fix
+    seconds: float = 0.0  # of training, over all starts
+    best_top1: float = -1.0  # per cent, of the evaluations while this stage trains
     best_step: int = -1
     loss_scale: dict[str, Any] = field(default_factory=dict)  # precision.LossScale.state
 
@@ -43,37 +43,33 @@ class Progress:
 
 @dataclass(frozen=True)
 class Tensors:
-    """What a checkpoint holds of the tuned tensors and the optimizer, copied to the CPU: training may go on."""
+    """A checkpoint's tensors, copied to the CPU: training may go on while they are written."""
 
-    head: dict[str, torch.Tensor]
-    optimizer: dict[
-        str, torch.Tensor
-    ]  # momentum_buffer:NAME of every parameter, average:NAME where weights are averaged
+    head: dict[str, torch.Tensor]  # the tuned tensors by their names in the model
+    optimizer: dict[str, torch.Tensor]  # momentum_buffer:PARAMETER, and average:PARAMETER where weights are averaged
 
     @classmethod
     def of(cls, model: nn.Module, names: tuple[str, ...], optimizer: torch.optim.Optimizer) -> Tensors:
         state = model.state_dict()
-        owners: dict[Any, str] = {parameter: name for name, parameter in model.named_parameters()}
         kept = {
-            f"{key}:{owners[p]}": value
-            for p, state in optimizer.state.items()
-            for key, value in state.items()
+            f"{key}:{name}": value
+            for name, parameter in model.named_parameters()
+            for key, value in optimizer.state.get(parameter, {}).items()
             if value is not None
         }
-        return cls(
-            *(
-                {n: t.detach().to("cpu", copy=True).contiguous() for n, t in tensors.items()}
-                for tensors in ({name: state[name] for name in names}, kept)
-            )
-        )
+        return cls(copied({name: state[name] for name in names}), copied(kept))
+
+
+def copied(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
 
 
 class Writer:
-    """Saves behind the loop's back: `save` returns once the tensors are copied, one thread does the files.
+    """Asynchronous saves: `save` returns once the tensors are copied, and one thread writes the files.
 
-    An error of that thread is raised by the next `save` or `wait`. Leaving the `with` waits, so a run's lock is not
-    given back under a save. Once a checkpoint is on disk, `saved` is told (in the thread) its step and `stall_ms`, how
-    long the caller was held up: by the copy, and by the save before if that was not through.
+    An error of that thread is raised by the next `save` or `wait`. Leaving the `with` block waits, so that the run stays
+    locked until the last file is written. Once a checkpoint is on disk, the thread calls `saved(step=..., stall_ms=...)`:
+    the milliseconds that the caller waited, for the copy and for the save before it, if that was still being written.
     """
 
     def __init__(self, folder: Path, saved: Callable[..., None]) -> None:
@@ -95,8 +91,8 @@ class Writer:
         progress: Progress,
         fingerprint: dict[str, Any],
     ) -> None:
-        """Write step_NNNNNNNN/; rank 0 only."""
-        if torch.cuda.is_initialized():
+        """Write step_NNNNNNNN/ with the tensors `names` of the model; rank 0 only."""
+        if next(model.parameters()).is_cuda:
             torch.cuda.synchronize()  # work that was queued before is no part of the stall
         started = time.perf_counter()
         self.wait()
@@ -110,14 +106,14 @@ class Writer:
         self.pending = self.thread.submit(work)
 
     def wait(self) -> None:
-        """Until the save in hand is on disk."""
+        """Until the last save is on disk; raises what its thread raised."""
         pending, self.pending = self.pending, None
         if pending:
             pending.result()
 
 
 def write(folder: Path, tensors: Tensors, progress: Progress, fingerprint: dict[str, Any]) -> None:
-    """step_NNNNNNNN/ below `folder`, whole or not at all, without what is no longer kept."""
+    """Write step_NNNNNNNN/ into `folder`, whole or not at all, then delete checkpoints that are no longer kept."""
     final = folder / f"step_{progress.step:08d}"
     with whole(final) as part:
         part.mkdir(parents=True)
@@ -150,7 +146,10 @@ def progress_of(path: Path) -> Progress:
 
 
 def restore(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, fingerprint: dict[str, Any]) -> Progress:
-    """Load a checkpoint; raises UserError naming what differs when it belongs to another run, data set or trunk."""
+    """Load a checkpoint into `model` and `optimizer`, in place.
+
+    Raises UserError that names the differences if the fingerprint is another: of another configuration, data set or trunk.
+    """
     meta = read(path / "meta.json")
     kept = meta["fingerprint"]
     differ = [f"{key} was {value}, is {fingerprint[key]}" for key, value in kept.items() if fingerprint[key] != value]
@@ -158,8 +157,10 @@ def restore(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, fing
         raise UserError(
             f"{path} cannot be resumed: {'; '.join(differ)}. Put back what changed, or start under another --name."
         )
-    load_tensors(path, model)
-    parameters = dict(model.named_parameters())
+    state, parameters = model.state_dict(), dict(model.named_parameters())
+    with torch.no_grad():
+        for name, value in read(path / "head.safetensors").items():
+            state[name].copy_(value)
     for name, value in read(path / "optimizer.safetensors").items():
         key, _, parameter = name.partition(":")
         optimizer.state[parameters[parameter]][key] = value.to(parameters[parameter].device)
@@ -167,7 +168,7 @@ def restore(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, fing
 
 
 def read(file: Path) -> Any:
-    """JSON or tensors of a checkpoint; raises UserError for a damaged file, which every start would meet again."""
+    """JSON or tensors of a checkpoint; raises UserError for a damaged file, since a retry would read the same bytes."""
     try:
         return json.loads(file.read_text()) if file.suffix == ".json" else load_file(file)
     except (FileNotFoundError, ValueError, SafetensorError) as error:
@@ -176,11 +177,3 @@ def read(file: Path) -> Any:
         raise UserError(
             f"{file} cannot be read ({error}). Next: rm -r {file.parent}, then the same command: it goes on from {start}."
         ) from None
-
-
-def load_tensors(path: Path, model: nn.Module) -> None:
-    """Copy a checkpoint's tuned tensors into `model`, in place."""
-    state = model.state_dict()
-    with torch.no_grad():
-        for name, value in read(path / "head.safetensors").items():
-            state[name].copy_(value)

@@ -1,4 +1,4 @@
-"""What a person sees of a run: console, metrics.jsonl, TensorBoard, state.json. Rank 0 only."""
+"""Progress of a run: on the console, in metrics.jsonl, TensorBoard and state.json. Rank 0 only."""
 
 from __future__ import annotations
 
@@ -17,11 +17,13 @@ from fixres_dist.runs.rundir import RunDir
 
 
 class Tracker:
-    """Opened for one stage at a step: what an earlier start wrote beyond it is dropped, so curves do not zigzag."""
+    """The log of one stage, from step `first_step` on: lines that an earlier start wrote beyond it are dropped, so that
+    curves do not go back. `resumed`: from a checkpoint of this stage. Steps count over both stages, up to `total_steps`.
+    """
 
     def __init__(self, run: RunDir, config: Config, first_step: int, total_steps: int, resumed: bool) -> None:
         self.run, self.first_step, self.total_steps, self.opened = run, first_step, total_steps, time.monotonic()
-        # Evaluations at a stage's ends are made after the last save or before the first one, so they are made again.
+        # Evaluations at a stage's ends are made before the first save or after the last one, so a resume makes them again.
         again = ("after", "pretrained") if resumed else ("before",)
         keep_lines(
             run.metrics,
@@ -36,17 +38,17 @@ class Tracker:
         self.bar = tqdm(total=total_steps, initial=first_step, bar_format=layout, disable=None)  # only on a terminal
 
     def say(self, text: str) -> None:
+        """Print a line; above the progress bar where there is one."""
         if self.bar.disable:
             print(text, flush=True)
         else:
             self.bar.write(text)
 
     def step(self, step: int, stage: str, epoch: float, values: dict[str, float]) -> None:
-        """One line per `run.log_every` optimizer steps; `values` are the train/ scalars."""
+        """Log optimizer steps up to `step`, and the time left; `values` are the train/ scalars, `epoch` may be a fraction."""
         eta_s = (self.total_steps - step) * (time.monotonic() - self.opened) / (step - self.first_step)
-        append(
-            self.run.metrics, {"step": step, "stage": stage, "epoch": round(epoch, 4), **values, "time": time.time()}
-        )
+        line = {"step": step, "stage": stage, "epoch": round(epoch, 4)}
+        append(self.run.metrics, {**line, **values, "time": time.time()})
         for name, value in values.items():
             self.board.add_scalar(f"train/{name}", value, step)
         self.run.update_state(
@@ -64,13 +66,12 @@ class Tracker:
             self.bar.set_postfix_str(text)
 
     def evaluation(self, step: int, label: str, res: int, summary: dict[str, float]) -> None:
+        """Log an evaluation at `res` pixels: top1 and top5 in per cent, loss, n images."""
         append(self.run.metrics, {"step": step, "evaluation": label, "res": res, **summary, "time": time.time()})
         for name in ("top1", "top5", "loss"):
             self.board.add_scalar(f"eval/{name}", summary[name], step)
-        self.say(
-            f"evaluation ({label}, {res} px): top-1 {summary['top1']:.2f} | top-5 {summary['top5']:.2f} | "
-            f"loss {summary['loss']:.4f} | n {summary['n']}"
-        )
+        text = f"evaluation ({label}, {res} px): top-1 {summary['top1']:.2f} | top-5 {summary['top5']:.2f}"
+        self.say(f"{text} | loss {summary['loss']:.4f} | n {summary['n']}")
 
     def flush(self) -> None:
         self.board.flush()
@@ -81,14 +82,14 @@ class Tracker:
 
 
 def write_curve(run: RunDir, label: str, tag: str, points: dict[int, float]) -> None:
-    """A curve over something other than steps, as a sub-run of its own."""
+    """A curve over resolutions instead of steps, in TensorBoard's sub-run `label`."""
     with SummaryWriter(str(run.root / "tb" / label)) as board:
         for x, value in points.items():
             board.add_scalar(tag, value, x)
 
 
 def write_histograms(run: RunDir, label: str, tag: str, values: dict[int, NDArray[np.float32]]) -> None:
-    """The distribution of all `values` of each x, in the sub-run of that curve."""
+    """The distribution of `values` at each resolution, in TensorBoard's sub-run `label`."""
     with SummaryWriter(str(run.root / "tb" / label)) as board:
         for x, found in values.items():
             board.add_histogram(tag, found.ravel(), x)
