@@ -34,9 +34,9 @@ from fixres_dist.bench.data import write_photographs
 from fixres_dist.bench.model import Setting
 from fixres_dist.bench.turns import Variant
 from fixres_dist.data import dataset, geometry
+from fixres_dist.data.decoding import Batch
 from fixres_dist.data.index import Index
 from fixres_dist.data.requests import Pictures, chunks, make_request
-from fixres_dist.data.torch_cpu import Batch
 
 B0, B4, B7, L2 = (f"tf_efficientnet_{name}" for name in ("b0", "b4", "b7", "l2"))
 GPU_SIZES = {B0: (320, 256), B4: (380, 128), B7: (600, 32), L2: (600, 16)}

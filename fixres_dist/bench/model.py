@@ -25,7 +25,7 @@ from fixres_dist.bench import data, turns
 from fixres_dist.bench.turns import Turn, Variant
 from fixres_dist.config import reading
 from fixres_dist.config.schema import Config
-from fixres_dist.data.torch_cpu import Batch
+from fixres_dist.data.decoding import Batch
 from fixres_dist.models import policies, precision
 from fixres_dist.models.build import build_model, pretrained_cfg
 from fixres_dist.models.parts import Parts, parts_of, set_modes

@@ -29,7 +29,7 @@ from fixres_dist.bench.model import Setting, Work
 from fixres_dist.bench.turns import Variant
 from fixres_dist.config import reading
 from fixres_dist.config.schema import Config
-from fixres_dist.data import torch_cpu
+from fixres_dist.data import backends
 from fixres_dist.data.requests import Pictures, train_steps
 from fixres_dist.runs.rundir import RunDir
 from fixres_dist.training.session import Session
@@ -98,7 +98,7 @@ def loaded(live: Session, meter: Meter) -> Iterator[Any]:
 
 def ahead(live: Session) -> int:
     """More batches than a loader has made while others had their turn."""
-    return 2 * torch_cpu.worker_count(live.config.data.workers, 1) + 2
+    return 2 * backends.worker_count(live.config.data.workers, 1) + 2
 
 
 def with_and_without_cache(

@@ -1,29 +1,32 @@
-"""One door to both backends: which one runs, and what happens to a file that cannot be decoded."""
+"""The batches of a run: which backend makes them, and what happens to a file that cannot be decoded."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Iterator
 from typing import Protocol, TypeVar
 
 import torch
 
+from fixres_dist.base.commands import command
 from fixres_dist.base.errors import UserError
 from fixres_dist.config.schema import Data
-from fixres_dist.data import torch_cpu
+from fixres_dist.data.decoding import Bad, Batch
 from fixres_dist.data.geometry import Resize
 from fixres_dist.data.index import Index
 from fixres_dist.data.requests import Request
-from fixres_dist.data.torch_cpu import Bad, Batch
 
 OnSkip = Callable[[Index, Bad], None]
 
 
-class Loaded(Protocol):
+class HasSkipped(Protocol):
+    """A batch of pictures or of cached features."""
+
     @property
     def skipped(self) -> tuple[Bad, ...]: ...
 
 
-L = TypeVar("L", bound=Loaded)
+AnyBatch = TypeVar("AnyBatch", bound=HasSkipped)
 
 
 def choose(setting: str, device: torch.device) -> tuple[str, str]:
@@ -31,6 +34,17 @@ def choose(setting: str, device: torch.device) -> tuple[str, str]:
     if setting != "auto":
         return setting, f"data.backend={setting}"
     return ("dali", "decoding on the GPU") if device.type == "cuda" else ("torch", "the faster one on a CPU")
+
+
+def worker_count(setting: int | str, local_size: int) -> int:
+    """Loader processes or threads of each of a node's `local_size` ranks.
+
+    `auto`: the rank's share of the CPUs that the node gives the job; with several ranks one of them is left for training.
+    """
+    if setting != "auto":
+        return int(setting)
+    cpus = len(os.sched_getaffinity(0)) // local_size
+    return max(1, cpus - 1 if local_size > 1 else cpus)
 
 
 def batches(
@@ -46,35 +60,37 @@ def batches(
 ) -> Iterator[Batch]:
     """The batch of every request, in their order, by the backend that `settings` choose; no request exceeds `batch`.
 
-    A file that cannot be decoded ends the run with a UserError that names it, or with `data.on_bad: skip` is given to
-    `on_skip` and has no row in its batch.
+    A file that cannot be decoded has no row in its batch. With `data.on_bad: stop` it raises a UserError that names it; with
+    `skip` it is reported to `on_skip`.
     """
     name, _ = choose(settings.backend, device)
     if name == "dali":
-        from fixres_dist.data import dali  # seconds to import, and only here
+        from fixres_dist.data import dali  # takes seconds to import
 
         cuda = device.type == "cuda"
         hints = (settings.hw_decoder_load, settings.preallocate_width, settings.preallocate_height)
         how = dali.Settings(batch, max(1, workers), device.index or 0 if cuda else None, *hints)
-        loaded = dali.batches(index, requests, res, resize, how)
+        made = dali.batches(index, requests, res, resize, how)
     else:
-        loaded = torch_cpu.batches(index, requests, res, resize.interpolation, workers)
-    return watched(index, loaded, settings.on_bad, on_skip)
+        from fixres_dist.data import torch_cpu  # takes seconds to compile
+
+        made = torch_cpu.batches(index, requests, res, resize.interpolation, workers)
+    return checked(index, made, settings.on_bad, on_skip)
 
 
-def watched(index: Index, loaded: Iterator[L], on_bad: str, on_skip: OnSkip) -> Iterator[L]:
-    """`loaded`, with what `data.on_bad` wants done about the samples that could not be decoded."""
-    for found in loaded:
-        for bad in found.skipped:
+def checked(index: Index, made: Iterator[AnyBatch], on_bad: str, on_skip: OnSkip) -> Iterator[AnyBatch]:
+    """The same batches; samples without a row are reported to `on_skip`, or raise UserError with `on_bad: stop`."""
+    for batch in made:
+        for bad in batch.skipped:
             if on_bad == "stop":
                 raise refusal(index, bad)
             on_skip(index, bad)
-        yield found
+        yield batch
 
 
 def refusal(index: Index, bad: Bad) -> UserError:
+    verify = command("data", "verify", "--data", index.folder.parent, "--deny-list", "bad.txt")
     return UserError(
-        f"cannot decode {index.where(bad.sample)}: {bad.reason}. "
-        f"Next: python -m fixres_dist data verify --data {index.folder.parent} --deny-list bad.txt finds every such file; "
+        f"cannot decode {index.where(bad.sample)}: {bad.reason}. Next: {verify} finds every such file; "
         "then run the same command again with data.deny_list=bad.txt, or with data.on_bad=skip."
     )

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,10 +24,10 @@ from nvidia.dali import Pipeline, fn, types
 from nvidia.dali.plugin.pytorch import feed_ndarray
 
 from fixres_dist.data import headers
+from fixres_dist.data.decoding import Bad, Batch, Undecodable, load, rows
 from fixres_dist.data.geometry import Resize, View, vertical_first
 from fixres_dist.data.index import Index
 from fixres_dist.data.requests import Request
-from fixres_dist.data.torch_cpu import Bad, Batch, Undecodable, load, rows
 
 READ_AHEAD = 2  # requests being read beyond those in the pipeline
 INTERPOLATION = {"bilinear": types.INTERP_LINEAR, "bicubic": types.INTERP_CUBIC}
@@ -58,12 +59,15 @@ class Geometry(NamedTuple):
     place: NDArray[np.int32]  # where the res x res window starts in what was scaled; below zero is black
 
 
-class Part(NamedTuple):
-    """A request on its way: its files, and how they were decoded."""
+@dataclass
+class Part:
+    """A request between the reading of its files and its batch."""
 
     request: Request
     files: list[Future[NDArray[np.uint8]]]
-    decoded: bool  # by us, because DALI refused one of them
+    decoded: bool  # the files are pixels, decoded by us because DALI refused one of them
+    good: list[int] = field(default_factory=list)  # rows that were fed to the pipeline
+    bad: list[Bad] = field(default_factory=list)  # the other rows' samples
 
 
 def geometry(views: list[View], res: int, two_passes: bool) -> Geometry:
@@ -101,7 +105,13 @@ def fields(resize: Resize, two_passes: bool) -> list[str]:
     return ["anchor", "shape", "size1", "start1", "end1", *second, *(["place"] if resize.by_height else [])]
 
 
-def build(source: Iterator[Any], res: int, resize: Resize, settings: Settings, two_passes: bool) -> Pipeline:
+def build(
+    feed: Iterator[tuple[list[NDArray[np.uint8]], list[View]]],
+    res: int,
+    resize: Resize,
+    settings: Settings,
+    two_passes: bool,
+) -> Pipeline:
     """The one graph, for training and evaluation: files and geometry in, uint8 [n, res, res, 3] out.
 
     Scaling in two passes with 8 bits between them is what PIL does (0.005 grey levels from it on average); one pass
@@ -110,10 +120,10 @@ def build(source: Iterator[Any], res: int, resize: Resize, settings: Settings, t
     device = "cpu" if settings.device_id is None else "gpu"
     pipe = Pipeline(settings.batch, settings.threads, settings.device_id, prefetch_queue_depth=2)
     with pipe:
-        files, *numbers = fn.external_source(
-            source, num_outputs=1 + len(used := fields(resize, two_passes)), batch=True
-        )
-        g = dict(zip(used, numbers, strict=True))
+        names = fields(resize, two_passes)
+        source = tensors(feed, res, names, two_passes)
+        files, *numbers = fn.external_source(source, num_outputs=1 + len(names), batch=True)
+        g = dict(zip(names, numbers, strict=True))
         options: dict[str, Any] = {"output_type": types.RGB, "adjust_orientation": False, "jpeg_fancy_upsampling": True}
         if device == "gpu":
             options |= {
@@ -150,6 +160,51 @@ def readable(index: Index, sample: int, decoded: bool) -> NDArray[np.uint8]:
     return np.concatenate([np.frombuffer(start, np.uint8), pixels.reshape(-1)])
 
 
+class Queue:
+    """The requests on their way: their files are read ahead by threads, and fed to the pipeline in order."""
+
+    def __init__(self, index: Index, requests: Iterable[Request], pool: ThreadPoolExecutor) -> None:
+        self.index, self.requests, self.pool = index, iter(requests), pool
+        self.reading: deque[Part] = deque()
+        self.running: deque[Part] = deque()  # in the pipeline
+
+    def start(self, request: Request, decoded: bool) -> Part:
+        files = [self.pool.submit(readable, self.index, sample, decoded) for sample in request.samples.tolist()]
+        return Part(request, files, decoded)
+
+    def feed(self) -> Iterator[tuple[list[NDArray[np.uint8]], list[View]]]:
+        """The files and views of one request after another, without its undecodable samples."""
+        while True:
+            while len(self.reading) <= READ_AHEAD and (request := next(self.requests, None)) is not None:
+                self.reading.append(self.start(request, False))
+            if not self.reading:
+                return
+            part, files = self.reading.popleft(), []
+            for row, file in enumerate(part.files):
+                try:
+                    files.append(file.result())
+                    part.good.append(row)
+                except Undecodable as error:
+                    part.bad.append(Bad(int(part.request.samples[row]), str(error)))
+            self.running.append(part)
+            yield files, [part.request.views[row] for row in part.good]
+
+    def repeat(self) -> None:
+        """Put what was in the pipeline before what is being read; its first request is now decoded by us."""
+        again = [self.start(part.request, decoded=k == 0) for k, part in enumerate(self.running)]
+        self.reading.extendleft(reversed(again))
+        self.running.clear()
+
+
+def tensors(
+    feed: Iterator[tuple[list[NDArray[np.uint8]], list[View]]], res: int, names: list[str], two_passes: bool
+) -> Iterator[list[Any]]:
+    """A request as the graph takes it: files and `names` of their geometry; for no files, a black pixel's."""
+    for files, views in feed:
+        table = geometry(views or [View(False, (0, 0, 1, 1), (res, res), (0, 0), (1.0, 1.0, 1.0))], res, two_passes)
+        yield [files or [NOTHING], *(getattr(table, name) for name in names)]
+
+
 def batches(
     index: Index,
     requests: Iterable[Request],
@@ -158,63 +213,33 @@ def batches(
     settings: Settings,
     two_passes: bool | None = None,
 ) -> Iterator[Batch]:
-    """The batch of every request, in their order, read and decoded ahead; images uint8 on the pipeline's device.
+    """The batch of every request, in their order, read and decoded ahead; on the pipeline's device.
 
-    Raises RuntimeError where DALI fails on pictures that were decoded for it.
+    `two_passes` (see `build`): by default on a GPU. Raises RuntimeError where DALI fails on pixels that we decoded.
     """
     passes = settings.device_id is not None if two_passes is None else two_passes
-    todo = iter(requests)
-    reading: deque[Part] = deque()
-    running: deque[tuple[Part, list[int], list[Bad]]] = (
-        deque()
-    )  # in the pipeline: part, rows with a picture, the others
     with ThreadPoolExecutor(max(2, settings.threads)) as pool:
-
-        def submit(request: Request, decoded: bool) -> Part:
-            return Part(request, [pool.submit(readable, index, s, decoded) for s in request.samples.tolist()], decoded)
-
-        def source() -> Iterator[list[Any]]:
-            while True:
-                while len(reading) <= READ_AHEAD and (request := next(todo, None)) is not None:
-                    reading.append(submit(request, False))
-                if not reading:
-                    return
-                part, files, good, bad = reading.popleft(), [], [], []
-                for row, file in enumerate(part.files):
-                    try:
-                        files.append(file.result())
-                        good.append(row)
-                    except Undecodable as error:
-                        bad.append(Bad(int(part.request.samples[row]), str(error)))
-                running.append((part, good, bad))
-                views = [part.request.views[row] for row in good] or [
-                    View(False, (0, 0, 1, 1), (res, res), (0, 0), (1.0, 1.0, 1.0))
-                ]
-                table = geometry(views, res, passes)._asdict()
-                yield [files or [NOTHING], *(table[name] for name in fields(resize, passes))]
-
-        pipe = build(source(), res, resize, settings, passes)
+        queue = Queue(index, requests, pool)
+        pipe = build(queue.feed(), res, resize, settings, passes)
         while True:
             try:
                 (output,) = pipe.run()
             except StopIteration:
                 return
             except RuntimeError:
-                # A file that DALI cannot decode takes its batch with it, often unnamed, and ends the pipeline. Its batch
-                # is decoded here, which finds the file, and what followed it goes in again.
-                if not running or running[0][0].decoded:
+                # A file that DALI cannot decode fails its whole batch, often unnamed, and ends the pipeline. We decode that
+                # batch, which finds the file, and start a new pipeline with it and the batches after it.
+                if not queue.running or queue.running[0].decoded:
                     raise
-                again = [submit(part.request, k == 0) for k, (part, _, _) in enumerate(running)]
-                reading.extendleft(reversed(again))
-                running.clear()
-                pipe = build(source(), res, resize, settings, passes)
+                queue.repeat()
+                pipe = build(queue.feed(), res, resize, settings, passes)
                 continue
-            part, good, bad = running.popleft()
-            images = pictures(output, len(good), settings.device_id)
-            factors = [part.request.views[row].jitter for row in good]
+            part = queue.running.popleft()
+            images = pictures(output, len(part.good), settings.device_id)
+            factors = [part.request.views[row].jitter for row in part.good]
             if any(row != (1.0, 1.0, 1.0) for row in factors):
                 images = jittered(images, torch.tensor(factors, device=images.device))
-            yield Batch(images, *rows(index, part.request.samples[good]), tuple(bad))
+            yield Batch(images, *rows(index, part.request.samples[part.good]), tuple(part.bad))
 
 
 def pictures(output: Any, count: int, device_id: int | None) -> torch.Tensor:

@@ -15,9 +15,9 @@ from fixres_dist.base.errors import UserError
 from fixres_dist.base.files import write_text
 from fixres_dist.base.json_lines import append
 from fixres_dist.config import recipes
+from fixres_dist.data.decoding import Bad
 from fixres_dist.data.index import Index
 from fixres_dist.data.requests import Pictures, train_steps
-from fixres_dist.data.torch_cpu import Bad
 from fixres_dist.models import nvidia_apex
 from fixres_dist.runs.rundir import RunDir
 from fixres_dist.training import plan

@@ -18,7 +18,7 @@ from fixres_dist.base.environment import cache_folder
 from fixres_dist.base.errors import UserError
 from fixres_dist.base.files import write_text
 from fixres_dist.config.schema import Config
-from fixres_dist.data import backends, class_maps, dataset, geometry, torch_cpu
+from fixres_dist.data import backends, class_maps, dataset, decoding, geometry
 from fixres_dist.data.index import Index
 from fixres_dist.data.requests import Pictures, Request
 from fixres_dist.models import fast_trunk, nvidia_apex, precision, weights
@@ -60,12 +60,12 @@ class Session:
     ) -> Iterator[Loaded]:
         """The pictures of every request, or what the trunk made of them where there is a `store`."""
         if store:
-            return backends.watched(index, store.batches(index, requests), self.config.data.on_bad, self.on_skip)
+            return backends.checked(index, store.batches(index, requests), self.config.data.on_bad, self.on_skip)
         return self.pictures(index, requests, res)
 
-    def pictures(self, index: Index, requests: Iterable[Request], res: int) -> Iterator[torch_cpu.Batch]:
+    def pictures(self, index: Index, requests: Iterable[Request], res: int) -> Iterator[decoding.Batch]:
         settings, device, size = self.config.data, self.ranks.device, batch_per_device(self.config, res)
-        workers = torch_cpu.worker_count(settings.workers, self.ranks.local_size)
+        workers = backends.worker_count(settings.workers, self.ranks.local_size)
         return backends.batches(index, requests, res, self.resize(res), settings, device, workers, size, self.on_skip)
 
     def to_device(self, images: torch.Tensor, memory_format: torch.memory_format | None = None) -> torch.Tensor:
@@ -146,7 +146,7 @@ def black(images: torch.Tensor) -> torch.Tensor:
     return images.new_zeros(1, *images.shape[1:])
 
 
-def tell(index: Index, bad: torch_cpu.Bad) -> None:
+def tell(index: Index, bad: decoding.Bad) -> None:
     print(f"skipped {index.where(bad.sample)}: {bad.reason}", flush=True)
 
 

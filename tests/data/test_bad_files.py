@@ -18,9 +18,9 @@ from support import pictures as p
 from fixres_dist.base.errors import UserError
 from fixres_dist.config.schema import Data
 from fixres_dist.data import backends, dataset, geometry, headers
+from fixres_dist.data.decoding import Batch
 from fixres_dist.data.index import Index
 from fixres_dist.data.requests import Pictures, Request, make_request
-from fixres_dist.data.torch_cpu import Batch
 
 PHOTO = p.photograph(120, 160, 7)
 Backend = Callable[[Index, list[Request], Pictures], list[Batch]]

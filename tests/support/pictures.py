@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from fixres_dist.data import dali, torch_cpu
+from fixres_dist.data.decoding import Batch
 from fixres_dist.data.geometry import View
 from fixres_dist.data.index import Index
 from fixres_dist.data.requests import Pictures, Request
@@ -75,17 +76,17 @@ def reference(samples: Index, request: Request, pictures: Pictures) -> Pixels:
     return np.stack(made)
 
 
-def torch_batches(samples: Index, requests: list[Request], pictures: Pictures) -> list[torch_cpu.Batch]:
+def torch_batches(samples: Index, requests: list[Request], pictures: Pictures) -> list[Batch]:
     return list(torch_cpu.batches(samples, requests, pictures.res, pictures.resize.interpolation, 0))
 
 
 def dali_batches(
     samples: Index, requests: list[Request], pictures: Pictures, two_passes: bool | None = None
-) -> list[torch_cpu.Batch]:
+) -> list[Batch]:
     largest = max(1, *(len(r.samples) for r in requests))
     settings = dali.Settings(largest, 2)
     return list(dali.batches(samples, requests, pictures.res, pictures.resize, settings, two_passes))
 
 
-def pixels(batches: list[torch_cpu.Batch]) -> Pixels:
+def pixels(batches: list[Batch]) -> Pixels:
     return torch.cat([batch.images for batch in batches]).permute(0, 2, 3, 1).numpy().astype(np.int16)

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from fixres_dist.base.errors import UserError
+from fixres_dist.data.decoding import Bad, Batch
 from fixres_dist.data.geometry import resize_of
 from fixres_dist.data.index import Index
 from fixres_dist.data.requests import Pictures, Request, every_sample, make_request, whole_batches
-from fixres_dist.data.torch_cpu import Bad, Batch
 from fixres_dist.evaluation.measures import top1_of_parts
 from fixres_dist.training.predict import score_batches
 from fixres_dist.training.predictions import Predictions, calibration, paired_gain

@@ -27,17 +27,17 @@ import torch
 from numpy.typing import NDArray
 
 from fixres_dist.base.files import whole, write_text
-from fixres_dist.data import torch_cpu
+from fixres_dist.data import decoding
+from fixres_dist.data.decoding import Bad
 from fixres_dist.data.index import Index
 from fixres_dist.data.requests import Request
-from fixres_dist.data.torch_cpu import Bad
 
 READERS, AHEAD = 4, 8  # threads, and batches that they are ahead of the loop: a read waits without Python's lock
 Span = tuple[int, int]  # samples first .. stop - 1
 
 
 class Rows(NamedTuple):
-    """A batch as torch_cpu.Batch is, with features in the pictures' place: what Session.inputs takes as well."""
+    """A batch as decoding.Batch is, with features in the pictures' place: what Session.inputs takes as well."""
 
     images: tuple[torch.Tensor, ...]  # each [n, ...], in the trunk's number format, channels last where there are maps
     labels: torch.Tensor  # int64 [n]
@@ -45,7 +45,7 @@ class Rows(NamedTuple):
     skipped: tuple[Bad, ...] = ()
 
 
-Loaded = torch_cpu.Batch | Rows
+Loaded = decoding.Batch | Rows
 
 
 @dataclass(frozen=True)
@@ -176,7 +176,7 @@ class Store:
                 raise OSError(f"{self.folder} ends within the features of sample {sample}")
         samples = np.array([sample for sample, _, _ in wanted], np.int64)
         features = (self.shaped(*pair) for pair in zip(buffers, self.shapes, strict=True))
-        return Rows(tuple(features), *torch_cpu.rows(index, samples), tuple(bad))
+        return Rows(tuple(features), *decoding.rows(index, samples), tuple(bad))
 
     def shaped(self, buffer: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
         values = buffer.view(self.dtype)
@@ -200,9 +200,9 @@ class Store:
 
 def decodable(index: Index, sample: int) -> bool:
     try:
-        torch_cpu.load(index, sample)
+        decoding.load(index, sample)
         return True
-    except torch_cpu.Undecodable:
+    except decoding.Undecodable:
         return False
 
 
