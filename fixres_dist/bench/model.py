@@ -31,6 +31,7 @@ from fixres_dist.models.build import build_model, pretrained_cfg
 from fixres_dist.models.parts import Parts, parts_of, set_modes
 from fixres_dist.training.ranks import join
 from fixres_dist.training.session import Session, open_session
+from fixres_dist.training.stage_session import StageSession
 from fixres_dist.training.stages import Stage, stages
 from fixres_dist.training.step import backward, distribute
 from fixres_dist.training.throughput import Meter
@@ -244,11 +245,12 @@ def stepper(live: Session) -> Callable[[int, Iterator[Any]], int]:
     for group in optimizer.param_groups:
         group["lr"] = stage.learning_rate(0)
     scale = precision.LossScale(live.arithmetic, optimizer, parts.head if parts.trains_blocks else None)
-    head, meter = distribute(live, stage, parts), Meter()
+    work = StageSession(live, stage, parts)
+    head, meter = distribute(work), Meter()
 
     def one(step: int, batches: Iterator[Any]) -> int:
         optimizer.zero_grad()
-        samples = backward(live, stage, parts, head, scale, step, batches, meter)
+        samples = backward(work, head, scale, step, batches, meter)
         scale.step()
         return len(samples)
 

@@ -38,6 +38,12 @@ def make_request(
     return Request(samples, geometry.train_views(p.transform, sizes, samples, p.res, p.resize, p.seed, epoch))
 
 
+def micro_batches(images: int, world_size: int, batch_per_device: int) -> int:
+    """Forward passes that a step of `images` takes on every rank: the same number on each, since they share collectives."""
+    largest_part = -(-images // world_size)
+    return max(1, -(-largest_part // batch_per_device))
+
+
 def chunks(samples: NDArray[np.int64], size: int) -> list[NDArray[np.int64]]:
     """Parts of at most `size`; one empty part for no samples, since every rank takes part in every step."""
     return [samples[i : i + size] for i in range(0, len(samples), size)] or [samples]
@@ -54,11 +60,17 @@ def train_steps(
     world_size: int,
     repeats: int = 1,
 ) -> Iterator[list[Request]]:
-    """For each optimizer step `first` .. `stop - 1` of a stage, this rank's requests. Starting late costs nothing."""
+    """For each optimizer step `first` .. `stop - 1` of a stage, this rank's requests; the last ones may be empty.
+
+    Every rank has `micro_batches` of them. Starting late costs nothing.
+    """
+    n = len(index)
     for step in range(first, stop):
-        samples, views = order.train_draws(len(index), pictures.seed, step, global_batch, rank, world_size, repeats)
-        parts = zip(chunks(samples, batch_per_device), chunks(views, batch_per_device), strict=True)
-        yield [make_request(index, pictures, part, keys) for part, keys in parts]
+        samples, views = order.train_draws(n, pictures.seed, step, global_batch, rank, world_size, repeats)
+        images = min(global_batch, n - step % order.steps_per_epoch(n, global_batch) * global_batch)
+        starts = (k * batch_per_device for k in range(micro_batches(images, world_size, batch_per_device)))
+        parts = [slice(start, start + batch_per_device) for start in starts]
+        yield [make_request(index, pictures, samples[part], views[part]) for part in parts]
 
 
 def first_samples(

@@ -145,6 +145,17 @@ def progress_of(path: Path) -> Progress:
     return Progress(**read(path / "meta.json")["progress"])
 
 
+def resume(
+    folder: Path, start: Progress, model: nn.Module, optimizer: torch.optim.Optimizer, fingerprint: dict[str, Any]
+) -> tuple[Progress, bool]:
+    """(where the stage of `start` continues, whether from a checkpoint, which is loaded then)."""
+    found = complete(folder)
+    newest = progress_of(found[-1]) if found else None
+    if newest and newest.stage == start.stage:
+        return restore(found[-1], model, optimizer, fingerprint), True
+    return replace(start, seconds=newest.seconds if newest else 0.0), False
+
+
 def restore(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, fingerprint: dict[str, Any]) -> Progress:
     """Load a checkpoint into `model` and `optimizer`, in place.
 

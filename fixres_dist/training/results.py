@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import resource
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +12,13 @@ import torch
 from fixres_dist.base.environment import processor, versions
 from fixres_dist.base.errors import UserError
 from fixres_dist.base.files import write_text
-from fixres_dist.base.json_lines import append
 from fixres_dist.config import recipes
-from fixres_dist.data.decoding import Bad
-from fixres_dist.data.index import Index
-from fixres_dist.data.requests import Pictures, train_steps
 from fixres_dist.models import nvidia_apex
 from fixres_dist.runs.rundir import RunDir
-from fixres_dist.training import plan
+from fixres_dist.training import plan, samples
 from fixres_dist.training.predictions import Predictions
-from fixres_dist.training.ranks import Ranks
 from fixres_dist.training.session import Session
-from fixres_dist.training.stages import Stage, stages
+from fixres_dist.training.stages import stages
 
 LIBRARIES_GIB = 0.7  # resident once torch, timm and the rest are imported
 
@@ -50,7 +44,7 @@ def write_results(
         "transform": config.data.train_transform,
         "resize_rule": config.data.resize_rule,
         "n": int(after.counted.sum()),
-        "skipped": count_skipped(run),
+        "skipped": samples.count_skipped(run),
         "before": {key: before.summary()[key] for key in kept},
         "after": {key: after.summary()[key] for key in kept},
         **after.gain_over(before),
@@ -98,48 +92,10 @@ def prediction(session: Session, seconds: float) -> dict[str, Any] | None:
     }
 
 
-def skipping(run: RunDir, ranks: Ranks) -> Callable[[Index, Bad], None]:
-    """What a run does about an image it has to do without: a line in skipped/rank_K.jsonl, once per start."""
-    seen: set[str] = set()
-
-    def note(index: Index, bad: Bad) -> None:
-        name = f"{index.folder.name}/{index.name(bad.sample)}"
-        if name not in seen:
-            seen.add(name)
-            (run.root / "skipped").mkdir(exist_ok=True)
-            append(run.root / "skipped" / f"rank_{ranks.rank}.jsonl", {"name": name, "reason": bad.reason})
-            print(f"skipped {index.where(bad.sample)}: {bad.reason}", flush=True)
-
-    return note
-
-
-def count_skipped(run: RunDir) -> int:
-    """Images that this run, over all its starts and ranks, could not decode."""
-    files = (run.root / "skipped").glob("rank_*.jsonl")
-    return len({json.loads(line)["name"] for file in files for line in file.read_text().splitlines()})
-
-
 def hardware(session: Session) -> dict[str, Any]:
     device = session.ranks.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
     return {"device": name, "devices": session.ranks.world_size, "nodes": list(session.ranks.nodes)}
-
-
-def record(here: RunDir, session: Session, stage: Stage, step: int, samples: list[int]) -> None:
-    """A line of samples/rank_K.jsonl: what this rank has seen at this step (run.record_samples=true)."""
-    k, batch, ranks = step - stage.first, stage.tune.global_batch, session.ranks
-    epoch = k // stage.per_epoch
-    pictures = Pictures(stage.transform, stage.res, session.resize(stage.res), stage.seed)
-    (whole,) = train_steps(
-        session.train, pictures, batch, batch, k, k + 1, ranks.rank, ranks.world_size, stage.tune.repeats
-    )
-    views = [view for sample, view in zip(*whole[0], strict=True) if sample in samples]  # one that was skipped is not
-    file = here.root / "samples" / f"rank_{session.ranks.rank}.jsonl"
-    file.parent.mkdir(exist_ok=True)
-    append(
-        file,
-        {"epoch": epoch, "step": step, "stage": stage.name, "samples": samples, "views": [v.record() for v in views]},
-    )
 
 
 def sentence(summary: dict[str, Any]) -> str:

@@ -55,6 +55,13 @@ class Session:
     def resize(self, res: int) -> geometry.Resize:
         return geometry.resize_of(self.config.data.resize_rule, res, self.spec.crop_pct, self.spec.interpolation)
 
+    def batch_per_device(self, res: int) -> int:
+        """Images of one forward pass of a rank at `res` pixels."""
+        return batch_per_device(self.config, res)
+
+    def pictures_of(self, transform: str, res: int, seed: int = 0) -> Pictures:
+        return Pictures(transform, res, self.resize(res), seed)
+
     def batches(
         self, index: Index, requests: Iterable[Request], res: int, store: Store | None = None
     ) -> Iterator[Loaded]:
@@ -64,7 +71,7 @@ class Session:
         return self.pictures(index, requests, res)
 
     def pictures(self, index: Index, requests: Iterable[Request], res: int) -> Iterator[decoding.Batch]:
-        settings, device, size = self.config.data, self.ranks.device, batch_per_device(self.config, res)
+        settings, device, size = self.config.data, self.ranks.device, self.batch_per_device(res)
         workers = backends.worker_count(settings.workers, self.ranks.local_size)
         return backends.batches(index, requests, res, self.resize(res), settings, device, workers, size, self.on_skip)
 
@@ -93,17 +100,17 @@ class Session:
         """The same function with the frozen trunk as it runs (models/fast_trunk.py); probed at `res`, or at data.res."""
         res = res or self.config.data.res
         pictures = sum(map(len, self.splits.values())) * max(1, self.config.tune.epochs) // self.ranks.world_size
-        size = batch_per_device(self.config, res)
+        size = self.batch_per_device(res)
         return fast_trunk.with_fast_trunk(parts, self.arithmetic, self.config.run, size, res, pictures, self.decided)
 
     def full(self, n: int, res: int) -> int:
         """The batch size that `n` pictures are filled up to for a compiled trunk: an epoch's last batch is no new graph."""
-        size = batch_per_device(self.config, res)
+        size = self.batch_per_device(res)
         parts = (-(-stage.global_batch // self.ranks.world_size) for stage in self.config.stage_settings())
         return min((s for s in (*(min(part, size) for part in parts), size) if s >= n), default=n)
 
     @torch.no_grad()
-    def features(self, fast: fast_trunk.FastTrunk, images: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def trunk_features(self, fast: fast_trunk.FastTrunk, images: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """What the cached engine keeps of uint8 pictures, in the trunk's own number format."""
         n, res = len(images), images.shape[-1]
         if fast.compiled:
@@ -113,9 +120,9 @@ class Session:
 
     @torch.no_grad()
     def inputs(self, parts: Parts, images: torch.Tensor | tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-        """What the head takes, in fp32 without autograd: for uint8 pictures, or for their `features` as they were kept."""
+        """What the head takes, in fp32 without autograd: for uint8 pictures, or for their `trunk_features` as they are kept."""
         if isinstance(parts.trunk, fast_trunk.FastTrunk):
-            found = images if isinstance(images, tuple) else self.features(parts.trunk, images)
+            found = images if isinstance(images, tuple) else self.trunk_features(parts.trunk, images)
             device = self.ranks.device
             found = parts.trunk.finish([f.to(device, non_blocking=True) for f in found])
         elif isinstance(images, tuple):
@@ -137,8 +144,9 @@ class Session:
 
     def requests(self, which: Callable[..., Iterator[Request]], index: Index, res: int) -> Iterator[Request]:
         """This rank's requests for the split as it is tested."""
-        pictures, size = Pictures("test", res, self.resize(res), 0), batch_per_device(self.config, res)
-        return which(index, pictures, size, self.ranks.rank, self.ranks.world_size)
+        return which(
+            index, self.pictures_of("test", res), self.batch_per_device(res), self.ranks.rank, self.ranks.world_size
+        )
 
 
 def black(images: torch.Tensor) -> torch.Tensor:

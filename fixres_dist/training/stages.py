@@ -29,14 +29,19 @@ class Stage:
     def stop(self) -> int:
         return self.first + self.tune.epochs * self.per_epoch
 
+    def epochs_after(self, step: int) -> tuple[int, bool]:
+        """(epochs that are complete after `step` steps, whether one ends there)."""
+        epochs, rest = divmod(step - self.first, self.per_epoch)
+        return epochs, rest == 0
+
     def batch_size(self, step: int) -> int:
         """Images of optimizer step `step` over all ranks; an epoch's last step may have fewer."""
         return min(self.tune.global_batch, self.n - (step - self.first) % self.per_epoch * self.tune.global_batch)
 
     def averages(self, done: int) -> int:
         """How many epoch ends the average of the weights holds after `done` steps, the one at `done` included."""
-        epochs, rest = divmod(done - self.first, self.per_epoch)
-        return max(0, epochs - self.tune.epochs + self.tune.average_epochs) if rest == 0 else 0
+        epochs, ends = self.epochs_after(done)
+        return max(0, epochs - self.tune.epochs + self.tune.average_epochs) if ends else 0
 
     def images_until(self, step: int) -> int:
         epochs, k = divmod(step - self.first, self.per_epoch)

@@ -1,10 +1,9 @@
-"""One optimizer step: this rank's pictures or features, the gradients of the global batch, the head over all ranks."""
+"""One optimizer step: gradients of the global batch, the head over all ranks, exact statistics before the first one."""
 
 from __future__ import annotations
 
 import contextlib
 import inspect
-import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,127 +12,99 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from fixres_dist.data import order
-from fixres_dist.data.requests import Pictures, Request, first_samples, train_steps
 from fixres_dist.models import batchnorm
-from fixres_dist.models.parts import Parts
 from fixres_dist.models.pooled_head import pooled_head
 from fixres_dist.models.precision import LossScale
-from fixres_dist.training.cache.store import Loaded, Store
-from fixres_dist.training.session import Session
-from fixres_dist.training.stages import Stage, batch_per_device
+from fixres_dist.training.cache.store import Loaded
+from fixres_dist.training.stage_session import StageSession
 from fixres_dist.training.throughput import Meter
 
 
-@torch.no_grad()
-def average_weights(optimizer: torch.optim.Optimizer, count: int, use: bool) -> None:
-    """Take the weights into their running mean as the `count`-th (kept with the momenta, so a resume has it); `use`: take it.
-
-    Statistics stay as they are: those of a last BN before which nothing trains belong to any weights.
-    """
-    for parameter, state in ((p, optimizer.state[p]) for group in optimizer.param_groups for p in group["params"]):
-        state["average"] = parameter.clone() if count == 1 else state["average"].lerp_(parameter, 1 / count)
-        if use:
-            parameter.copy_(state["average"])
-
-
-def step_batches(
-    session: Session, stage: Stage, first: int, meter: Meter, store: Store | None
-) -> Iterator[tuple[int, Iterator[Loaded]]]:
-    """(step, this rank's micro-batches) from step `first` to the stage's end; loading runs ahead over step and epoch ends."""
-    ranks, size = session.ranks, batch_per_device(session.config, stage.res)
-    pictures = Pictures(stage.transform, stage.res, session.resize(stage.res), stage.seed)
-
-    def requests() -> Iterator[list[Request]]:
-        span = (first - stage.first, stage.stop - stage.first)
-        return train_steps(
-            *(session.train, pictures, stage.tune.global_batch, size, *span, ranks.rank, ranks.world_size),
-            stage.tune.repeats,
-        )
-
-    loaded = meter.waiting(session.batches(session.train, itertools.chain.from_iterable(requests()), stage.res, store))
-    for step in range(first, stage.stop):
-        low, high = order.rank_part(0, stage.batch_size(step), ranks.rank, ranks.world_size)
-        yield step, itertools.islice(loaded, max(1, -(-(high - low) // size)))
-
-
 def backward(
-    session: Session,
-    stage: Stage,
-    parts: Parts,
+    work: StageSession,
     head: nn.Module,
     scale: LossScale,
     step: int,
     micro_batches: Iterator[Loaded],
     meter: Meter,
 ) -> list[int]:
-    """Gradients of the mean loss over the global batch, accumulated over micro-batches; returns the samples seen.
+    """Accumulate the gradients of the mean loss over the global batch; returns the samples that this rank has seen.
 
-    With `ema` statistics a frozen trunk's outputs are joined first, so that the head's BN sees the rank's whole batch.
+    With `ema` statistics the outputs of a frozen trunk are joined first, so that the head's BN sees the rank's whole batch.
     """
-    joined = parts.trunk is not None and stage.tune.bn_stats == "ema"
-    batches = list(micro_batches) if joined else micro_batches
-    groups = iter([batches]) if joined else ([batch] for batch in batches)
-    batch_size, samples = stage.batch_size(step), []
+    ranks, tune = work.session.ranks, work.stage.tune
+    joined = work.parts.trunk is not None and tune.bn_stats == "ema"
+    groups = iter([list(micro_batches)]) if joined else ([batch] for batch in micro_batches)
+    batch_size, samples = work.stage.batch_size(step), []
     group = next(groups, None)
     while group is not None:
-        every = [session.inputs(parts, batch.images) for batch in group]
+        every = [work.inputs(batch.images) for batch in group]
         inputs = every[0] if len(every) == 1 else tuple(map(torch.cat, zip(*every, strict=True)))
-        labels = torch.cat([batch.labels for batch in group]).to(session.ranks.device)
+        labels = torch.cat([batch.labels for batch in group]).to(ranks.device)
         samples += [int(sample) for batch in group for sample in batch.samples]
         group = next(groups, None)
-        with contextlib.nullcontext() if group is None or session.ranks.world_size == 1 else head.no_sync():  # type: ignore[operator]
-            logits = session.logits(parts, head, inputs)
-            loss = F.cross_entropy(logits, labels, reduction="sum", label_smoothing=stage.tune.label_smoothing)
-            # DDP averages over ranks; wanted is the mean over the global batch, whatever a rank's part of it.
-            with batchnorm.statistics_kept(parts):
-                scale.backward(loss * (session.ranks.world_size / batch_size), last=group is None)
+        with contextlib.nullcontext() if group is None or ranks.world_size == 1 else head.no_sync():  # type: ignore[operator]
+            logits = work.logits(head, inputs)
+            loss = F.cross_entropy(logits, labels, reduction="sum", label_smoothing=tune.label_smoothing)
+            # DDP averages over ranks, and the loss is the mean over the global batch, however large this rank's part is.
+            with batchnorm.statistics_kept(work.parts):
+                scale.backward(loss * (ranks.world_size / batch_size), last=group is None)
         meter.add(loss.detach(), len(labels))
     return samples
 
 
-def distribute(session: Session, stage: Stage, parts: Parts) -> nn.Module:
-    """The head as it trains, in DDP where there are ranks: its gradients are all that crosses the network."""
+def distribute(work: StageSession) -> nn.Module:
+    """The head as it trains: wrapped in DDP where there are several ranks, so that only its gradients are reduced."""
+    parts, ranks = work.parts, work.session.ranks
     own = pooled_head(parts)
-    if session.ranks.world_size == 1:
+    if ranks.world_size == 1:
         return own
-    if stage.tune.bn_stats == "ema":
+    if work.stage.tune.bn_stats == "ema":
         batchnorm.share_batch_statistics(parts)
-    device = session.ranks.device
+    # Buffers are the same on every rank by construction. The option has another name from torch 2.15 on.
     options = inspect.signature(DistributedDataParallel).parameters
-    # Buffers are the same on every rank by construction. The option's name is another one from torch 2.15 on.
     buffers: dict[str, Any] = {
         "forward_sync_buffers" if "forward_sync_buffers" in options else "broadcast_buffers": False
     }
-    head = DistributedDataParallel(own, [device.index] if device.type == "cuda" else None, **buffers)
-    # DDP lays its buckets out anew after the first backward; sums over three or more ranks depend on the layout, so a
-    # resumed run is bit-identical only if that has happened before its first real step. No image, no gradient, no statistics.
+    head = DistributedDataParallel(own, [ranks.device.index] if ranks.device.type == "cuda" else None, **buffers)
+    # DDP orders its buckets anew after the first backward pass, and sums over three or more ranks depend on that order.
+    # A resumed run is bit-identical only if this has happened before its first real step: so two backward passes of an
+    # empty batch come first. They have no gradient and leave the statistics alone.
     modes = {module: module.training for module in parts.head.modules()}
     parts.head.eval()
     for _ in range(2):
-        nothing = torch.zeros(0, 3, stage.res, stage.res, dtype=torch.uint8)
-        session.logits(parts, head, session.inputs(parts, nothing)).sum().backward()
+        nothing = torch.zeros(0, 3, work.stage.res, work.stage.res, dtype=torch.uint8)
+        work.logits(head, work.inputs(nothing)).sum().backward()
         parts.head.zero_grad()
     for module, training in modes.items():
         module.training = training
     return head
 
 
-def measure_statistics(session: Session, stage: Stage, parts: Parts, store: Store | None) -> int:
+@torch.no_grad()
+def measure_statistics(work: StageSession) -> int:
     """Set the last BN's mean and variance from the first `bn_stats_images` samples of the order; returns how many.
 
-    One pass and one all-reduce of fp64 sums: the same at any world size. Without autograd and before any training.
+    One pass and one all-reduce of fp64 sums, so the result is the same at any world size.
     """
-    bn = session.model.get_submodule(parts.tuned.last_bn)
+    bn = work.session.model.get_submodule(work.parts.tuned.last_bn)
     moments = batchnorm.Moments(bn.num_features)  # type: ignore[arg-type]
     hook = bn.register_forward_pre_hook(lambda _, inputs: moments.add(inputs[0]))
-    pictures = Pictures(stage.transform, stage.res, session.resize(stage.res), stage.seed)
-    size, ranks = batch_per_device(session.config, stage.res), session.ranks
-    requests = first_samples(session.train, pictures, stage.tune.bn_stats_images, size, ranks.rank, ranks.world_size)
-    with torch.no_grad():
-        for batch in session.batches(session.train, requests, stage.res, store):
-            session.logits(parts, parts.head, session.inputs(parts, batch.images))
+    for batch in work.statistics_batches():
+        work.logits(work.parts.head, work.inputs(batch.images))
     hook.remove()
-    ranks.total(moments.sums)
+    work.session.ranks.total(moments.sums)
     moments.set(bn)
-    return min(stage.tune.bn_stats_images, stage.n)
+    return min(work.stage.tune.bn_stats_images, work.stage.n)
+
+
+@torch.no_grad()
+def average_weights(optimizer: torch.optim.Optimizer, count: int, use: bool) -> None:
+    """Take the weights into their running mean as its `count`-th member; with `use`, continue with the mean.
+
+    The mean is kept with the momenta, so a checkpoint holds it. Statistics stay: nothing trains before the last BN.
+    """
+    for parameter, state in ((p, optimizer.state[p]) for group in optimizer.param_groups for p in group["params"]):
+        state["average"] = parameter.clone() if count == 1 else state["average"].lerp_(parameter, 1 / count)
+        if use:
+            parameter.copy_(state["average"])

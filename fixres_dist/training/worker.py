@@ -23,7 +23,7 @@ from fixres_dist.data import backends
 from fixres_dist.models import weights
 from fixres_dist.runs import checkpoint
 from fixres_dist.runs.rundir import Locked, RunDir
-from fixres_dist.training import results
+from fixres_dist.training import samples
 from fixres_dist.training.loop import train_stage
 from fixres_dist.training.ranks import Ranks, join
 from fixres_dist.training.session import open_session
@@ -67,7 +67,7 @@ def work(here: RunDir, config: Config, flag: StopFlag) -> int:
             return code
         writer = stack.enter_context(checkpoint.Writer(here.checkpoints, lambda **saved: here.event("saved", **saved)))
         startup.mark("rendezvous")
-        on_skip = results.skipping(here, ranks)
+        on_skip = samples.skipping(here, ranks)
         choices = here.root / "choices.json"
         session = open_session(config, ranks, not here.pretrained.exists(), on_skip, kept=choices, mark=startup.mark)
         todo = stages(config, len(session.train))

@@ -93,7 +93,7 @@ def test_kept_features_are_the_streamed_inputs_bit_by_bit(tmp_path: Path, number
     model = lived_in(build_model("test_efficientnet", 5))
     live = session(model, None, number)
     parts = live.with_fast_trunk(parts_of(model, "classifier+bn"))
-    made = live.features(parts.trunk, pictures(6))
+    made = live.trunk_features(parts.trunk, pictures(6))
     assert made[0].dtype == precision.DTYPES.get(number, torch.float32)
     store = open_store(tmp_path, {}, 6, 1, made)
     begin_writing(store, {})

@@ -7,7 +7,7 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -18,102 +18,89 @@ from fixres_dist.base.environment import versions
 from fixres_dist.base.errors import UserError
 from fixres_dist.data import order
 from fixres_dist.data.index import Index
-from fixres_dist.data.requests import Pictures, make_request
-from fixres_dist.models import weights
+from fixres_dist.data.requests import make_request
 from fixres_dist.models.fast_trunk import FastTrunk
-from fixres_dist.models.parts import Parts
+from fixres_dist.models.weights import digest
 from fixres_dist.runs.rundir import Locked, RunDir
 from fixres_dist.training.cache import rule
 from fixres_dist.training.cache.store import Span, Store, begin_writing, open_store
 from fixres_dist.training.session import Session
-from fixres_dist.training.stages import Stage, batch_per_device
+from fixres_dist.training.stage_session import StageSession
 
-SEGMENT_BATCHES, SEGMENTS = 4, 512  # a segment is the larger of 4 forwards and 1/512 of the split
+SEGMENT_BATCHES, SEGMENTS = 4, 512  # a segment is the larger of 4 forward passes and 1/512 of the split
 WAIT_S = 2.0  # between looks at whether another run has finished writing the same features
 Stop = Callable[[], int]  # number of the stop signal that has come, or 0
 
 
 class Stopped(Exception):
-    """A stop signal, agreed by all ranks; what is written stays, and the next start goes on there."""
+    """A stop signal that all ranks have agreed on. What is written stays, and the next start continues from there."""
 
     def __init__(self, number: int) -> None:
         super().__init__(number)
         self.number = number
 
 
-def specification(session: Session, stage: Stage, parts: Parts, index: Index, views: int) -> dict[str, Any]:
-    """All that decides a feature but for rounding: memory format, compiling and batch move its last digits only."""
-    state, head = parts.model.state_dict(), parts.head.state_dict()
-    resize, found = session.resize(stage.res), versions()
+def cache_key(work: StageSession, index: Index, views: int) -> dict[str, Any]:
+    """What the features depend on. Leaves out memory format, compile and batch size: they change only rounding."""
+    session, parts, res = work.session, work.parts, work.stage.res
+    state, head, installed = parts.model.state_dict(), parts.head.state_dict(), versions()
     return {
         "model": session.config.model.timm_name,
-        "trunk weights": weights.digest({name: value for name, value in state.items() if name not in head}),
+        "trunk weights": digest({name: value for name, value in state.items() if name not in head}),
         "cut before": list(parts.tuned.modules),
         "sample list": index.fingerprint,
         "contents": index.contents,
         "views": views,
-        "res": stage.res,
-        "resize": list(resize),
+        "res": res,
+        "resize": list(session.resize(res)),
         "mean and std": [list(session.spec.mean), list(session.spec.std)],
         "precision": session.arithmetic.name,
         "device": session.ranks.device.type,
-        "versions": {name: found[name] for name in ("torch", "timm")},
+        "versions": {name: installed[name] for name in ("torch", "timm")},
     }
 
 
-def open_stores(session: Session, stage: Stage, parts: Parts, stop: Stop, check: bool) -> dict[str, Store]:
-    """The features of the stage's train and val pictures by split, written where they are missing; {} when it streams.
+def open_stores(work: StageSession, stop: Stop, check: bool) -> StageSession:
+    """`work` with the features of its train and val pictures, written where they are missing; as it is where it streams.
 
-    Give them to `Session.batches` or `Session.evaluate`, and what comes back to `Session.inputs`. `check`: compare the
-    checksums of what is there. Raises Stopped, and UserError where the cached engine is asked for and cannot run (rule.py).
+    `check`: compare the checksums of the features that exist. Raises Stopped, and UserError where run.engine=cached
+    cannot be done (rule.py).
     """
-    setting, trunk = session.config.run.engine, parts.trunk
+    session, stage, trunk = work.session, work.stage, work.parts.trunk
+    setting, ranks = session.config.run.engine, session.ranks
     rule.check(setting, stage)
     if rule.obstacle(stage) or setting == "stream" or not isinstance(trunk, FastTrunk):
-        return {}
+        return work
     folder = rule.feature_folder(session.config)
-    specs = {}
+    example = session.trunk_features(trunk, torch.zeros(1, 3, stage.res, stage.res, dtype=torch.uint8))
+    stores, keys = {}, {}
     for split, index in session.splits.items():
         views = rule.VIEWS[stage.transform] if split == "train" else 1
-        specs[split] = session.ranks.from_main(
-            session.ranks.is_main and specification(session, stage, parts, index, views)
-        )
-    found = stores(session, trunk, stage.res, specs, folder)
+        keys[split] = ranks.from_main(ranks.is_main and cache_key(work, index, views))
+        stores[split] = open_store(folder, keys[split], len(index), views, example)
 
     def decide() -> dict[str, Any]:
-        gaps = {split: sum(b - a for a, b in s.missing()) * s.views for split, s in found.items()}
-        size = sum(s.missing_bytes() for s in found.values())
-        need = rule.Need(sum(gaps.values()), size, rule.free_bytes(folder), folder)
+        pictures = sum(store.views * (b - a) for store in stores.values() for a, b in store.missing())
+        size = sum(store.missing_bytes() for store in stores.values())
+        need = rule.Need(pictures, size, rule.free_bytes(folder), folder)
         streamed = rule.streamed_pictures(stage, len(session.val), rule.evaluations(session.config))
-        chosen, why = rule.choose(setting, stage, streamed, need)
-        return {"engine": chosen, "why": why}
+        engine, why = rule.choose(setting, stage, streamed, need)
+        return {"engine": engine, "why": why}
 
-    decided = session.decided(f"engine of {stage.name} (run.engine={setting})", decide)
-    if decided["engine"] == "stream":
-        return {}
-    for split, store in found.items():
+    if session.decided(f"engine of {stage.name} (run.engine={setting})", decide)["engine"] == "stream":
+        return work
+    for split, store in stores.items():
         check_shared(session, store)
         if check:
-            store.verify(session.splits[split], session.ranks.rank, session.ranks.world_size)
-        session.ranks.barrier()
-        if session.ranks.from_main(session.ranks.is_main and bool(store.missing())):
-            write_missing(session, stage, trunk, store, specs[split], session.splits[split], stop)
-    return found
-
-
-def stores(
-    session: Session, trunk: FastTrunk, res: int, specs: dict[str, dict[str, Any]], folder: Path
-) -> dict[str, Store]:
-    """Of each split, written or not."""
-    example = session.features(trunk, torch.zeros(1, 3, res, res, dtype=torch.uint8))
-    return {
-        split: open_store(folder, spec, len(session.splits[split]), spec["views"], example)
-        for split, spec in specs.items()
-    }
+            store.verify(session.splits[split], ranks.rank, ranks.world_size)
+        ranks.barrier()
+        if ranks.from_main(ranks.is_main and bool(store.missing())):
+            write_missing(work, trunk, store, keys[split], session.splits[split], stop)
+    return replace(work, stores=stores)
 
 
 def check_shared(session: Session, store: Store) -> None:
-    """Every rank reads what every other one writes; raises UserError where the folder is on a disk of a node's own."""
+    """Every rank reads what the others write; raises UserError where the folder is on a node's own disk."""
     ranks = session.ranks
     name = ranks.from_main(f".seen-{time.time_ns()}")
     if ranks.is_main:
@@ -132,35 +119,39 @@ def check_shared(session: Session, store: Store) -> None:
 
 
 def write_missing(
-    session: Session, stage: Stage, trunk: FastTrunk, store: Store, spec: dict[str, Any], index: Index, stop: Stop
+    work: StageSession, trunk: FastTrunk, store: Store, key: dict[str, Any], index: Index, stop: Stop
 ) -> None:
-    """One pass of the trunk over the samples without features, each rank over a part; alone, or after another run's."""
-    ranks, size = session.ranks, batch_per_device(session.config, stage.res)
+    """One pass of the trunk over the samples without features, each rank over a part of them.
+
+    Where another run is writing the same features, wait for it and write what it has left.
+    """
+    session, size = work.session, work.batch_per_device
+    ranks = session.ranks
     with contextlib.ExitStack() as stack:
-        for k in itertools.count():
-            if ranks.from_main(ranks.is_main and locked(stack, store, say=k == 0)):
+        for attempt in itertools.count():
+            if ranks.from_main(ranks.is_main and locked(stack, store, say=attempt == 0)):
                 break
             agree(session, stop)
             time.sleep(WAIT_S)
         if ranks.is_main:
-            begin_writing(store, spec)
+            begin_writing(store, key)
         gaps = ranks.from_main(ranks.is_main and store.missing())
         shares = [share(gaps, rank, ranks.world_size, segment_length(store, size)) for rank in range(ranks.world_size)]
         own, rounds, started = shares[ranks.rank], max(map(len, shares)), time.monotonic()
-        chunks = [(a, min(b, a + size)) for first, b in own for a in range(first, b, size)]
-        pictures = Pictures("test", stage.res, session.resize(stage.res), 0)
-        requests = (make_request(index, pictures, np.arange(a, b), 0) for a, b in chunks)
-        loaded = session.pictures(index, requests, stage.res)
+        pictures = session.pictures_of("test", work.stage.res)
+        spans = ((a, min(b, a + size)) for first, b in own for a in range(first, b, size))
+        requests = (make_request(index, pictures, np.arange(a, b), 0) for a, b in spans)
+        loaded = session.pictures(index, requests, work.stage.res)
 
-        def made(span: Span) -> Iterator[tuple[NDArray[np.int64], list[tuple[torch.Tensor, ...]]]]:
+        def computed(span: Span) -> Iterator[tuple[NDArray[np.int64], list[tuple[torch.Tensor, ...]]]]:
             for _ in range(-(-(span[1] - span[0]) // size)):
                 batch = next(loaded)
                 views = [batch.images, batch.images.flip(-1)][: store.views]
-                yield batch.samples.cpu().numpy(), [session.features(trunk, images) for images in views]
+                yield batch.samples.cpu().numpy(), [session.trunk_features(trunk, images) for images in views]
 
         for k in range(rounds):
             if k < len(own):
-                store.write(own[k], made(own[k]))
+                store.write(own[k], computed(own[k]))
             agree(session, stop)
             if ranks.is_main and (k + 1) * 10 // rounds > k * 10 // rounds:
                 text = f"features of {index.folder.name}: {100 * (k + 1) // rounds} % written to {store.folder}"

@@ -1,0 +1,87 @@
+"""A session at work on one stage: the model cut into trunk and head, and the stage's pictures or cached features."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from fixres_dist.data.requests import Pictures, Request, first_samples, micro_batches, train_steps
+from fixres_dist.models.parts import Parts
+from fixres_dist.training.cache.store import Loaded, Store
+from fixres_dist.training.predict import predict
+from fixres_dist.training.predictions import Predictions
+from fixres_dist.training.session import Session
+from fixres_dist.training.stages import Stage
+from fixres_dist.training.throughput import Meter
+
+
+@dataclass(frozen=True)
+class StageSession:
+    """`stores`: cached features by split; empty where the stage decodes its pictures."""
+
+    session: Session
+    stage: Stage
+    parts: Parts
+    stores: Mapping[str, Store] = field(default_factory=dict)
+
+    @property
+    def batch_per_device(self) -> int:
+        """Images of one forward pass of this rank, at most."""
+        return self.session.batch_per_device(self.stage.res)
+
+    @property
+    def pictures(self) -> Pictures:
+        """The pictures that the stage trains on."""
+        return self.session.pictures_of(self.stage.transform, self.stage.res, self.stage.seed)
+
+    def how(self) -> dict[str, str]:
+        """What results.json and the events say of it: the engine, and how the frozen trunk is arranged."""
+        trunk = str(getattr(self.parts.trunk, "how", "trained"))
+        return {"engine": "cached" if self.stores else "stream", "trunk": trunk}
+
+    def requests(self, first: int, stop: int, batch_per_device: int) -> Iterator[list[Request]]:
+        """This rank's requests of the optimizer steps `first` .. `stop - 1`, counted as the run counts them."""
+        stage, ranks = self.stage, self.session.ranks
+        return train_steps(
+            *(self.session.train, self.pictures, stage.tune.global_batch, batch_per_device),
+            *(first - stage.first, stop - stage.first, ranks.rank, ranks.world_size, stage.tune.repeats),
+        )
+
+    def steps(self, first: int, meter: Meter) -> Iterator[tuple[int, Iterator[Loaded]]]:
+        """(step, its micro-batches) from step `first` to the stage's end.
+
+        The loader runs ahead over the ends of steps and epochs; `meter` counts the time spent waiting for it.
+        """
+        stage, size = self.stage, self.batch_per_device
+        requests = itertools.chain.from_iterable(self.requests(first, stage.stop, size))
+        loaded = meter.waiting(self.loaded("train", requests))
+        for step in range(first, stage.stop):
+            yield (
+                step,
+                itertools.islice(loaded, micro_batches(stage.batch_size(step), self.session.ranks.world_size, size)),
+            )
+
+    def statistics_batches(self) -> Iterator[Loaded]:
+        """This rank's part of the first `bn_stats_images` samples of the order: what exact statistics are measured on."""
+        count, ranks = self.stage.tune.bn_stats_images, self.session.ranks
+        args = (self.session.train, self.pictures, count, self.batch_per_device, ranks.rank, ranks.world_size)
+        return self.loaded("train", first_samples(*args))
+
+    def loaded(self, split: str, requests: Iterator[Request]) -> Iterator[Loaded]:
+        """What the head's inputs are computed from: pictures, or the cached features where there are some."""
+        return self.session.batches(self.session.splits[split], requests, self.stage.res, self.stores.get(split))
+
+    def inputs(self, images: torch.Tensor | tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        return self.session.inputs(self.parts, images)
+
+    def logits(self, head: nn.Module, inputs: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        return self.session.logits(self.parts, head, inputs)
+
+    def evaluate(self, note: str) -> Predictions:
+        """Of every validation image at the stage's resolution."""
+        (found,) = predict(self.session, [self.parts], self.stage.res, note, store=self.stores.get("val"))
+        return found
