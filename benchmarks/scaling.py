@@ -58,7 +58,7 @@ def all_reduce_s(size: int, ranks: int, bandwidth: float) -> float:
 
 def feature_bytes(facts: Facts) -> int:
     """Of an image in the cache, bf16: the map that the last, widening convolution takes."""
-    return 2 * facts.conv_head_parameters // facts.features * math.ceil(facts.res / 32) ** 2
+    return 2 * facts.conv_head_parameters // facts.classifier_inputs * math.ceil(facts.res / 32) ** 2
 
 
 def decode_ms(res: int) -> float:

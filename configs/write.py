@@ -65,7 +65,7 @@ def measure(timm_name: str, res: int, train_res: int) -> dict[str, object]:
         "res": res,
         "train_res": train_res,
         "parameters": count(model),
-        "features": model.num_features,
+        "classifier_inputs": model.num_features,
         "bn_parameters": count(model.bn2),
         "conv_head_parameters": count(model.conv_head),
         "last_block_parameters": count(model.blocks[-1][-1]),

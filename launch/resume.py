@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -36,7 +37,7 @@ def main() -> int:
 
 def resume(run: rundir.RunDir, args: argparse.Namespace) -> int:
     nodes = [f"cluster.nodes={args.nodes}"] if args.nodes else []
-    values = reading.merge(reading.plain(run.config()), reading.overrides([*nodes, *args.overrides]))
+    values = reading.merge(asdict(run.config()), reading.overrides([*nodes, *args.overrides]))
     config = reading.parse(Config, recipes.with_absolute_paths(values))
     least, most = config.cluster.node_range()
     plan.check(config, least * config.cluster.gpus_per_node if least == most else 1, dry=False)

@@ -16,6 +16,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -153,7 +154,7 @@ def train_run(
             "log_every": -(-steps // 4),  # lines to take the speed from
         },
     }
-    config = reading.parse(Config, reading.merge(reading.plain(setting.config()), changes))
+    config = reading.parse(Config, reading.merge(asdict(setting.config()), changes))
     here.root.mkdir(parents=True)
     (here.root / "config.yaml").write_text(reading.dump(config))
     command = [sys.executable, "-m", "fixres_dist", "train", "--run", str(here.root)]

@@ -1,7 +1,7 @@
-"""`--model b0 --res 320 --weights ns` to a configuration: the recipes in configs/, and a generic one for any timm model.
+"""From `--model b0 --weights ns` to a configuration: the recipes in configs/, and a generic one for any timm model.
 
-A recipe also carries the facts a plan needs of its model (parameters, multiply-adds, memory), measured by
-configs/write.py on the meta device, so that a dry run imports no torch.
+A recipe also carries facts about its model (parameters, multiply-adds, memory), which configs/write.py has measured on
+the meta device, so that the plan of a dry run imports no torch.
 """
 
 from __future__ import annotations
@@ -14,79 +14,80 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from fixres_dist.base.commands import command
 from fixres_dist.base.errors import UserError, unknown
 from fixres_dist.config.reading import merge, parse, read_yaml
 
 FROM_SCRATCH = ("demo", "r50")  # recipes with a first stage of their own and no weights
 TIMM_WEIGHTS = ("ns", "ap", "pretrained")
 WEIGHTS = (*TIMM_WEIGHTS, "none")
-# Keys that hold a path, and the words that are none.
+# (section, key) of paths, and the values that are no path.
 PATHS = {
-    "model.weights": WEIGHTS,
-    "data.root": ("demo",),
-    "data.deny_list": (),
-    "data.cache": (),
-    "run.feature_cache": (),
+    ("model", "weights"): WEIGHTS,
+    ("data", "root"): ("demo",),
+    **dict.fromkeys([("data", "deny_list"), ("data", "cache"), ("run", "feature_cache")], ()),
 }
+# How many of classifier, last BN, conv_head and last block a policy trains; classifier+bn_stats: and the BN's statistics.
+TRAINED = {"classifier": 1, "classifier+bn_stats": 1, "classifier+bn": 2, "classifier+bn+conv_head": 3, "last_block": 4}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Facts:
-    """What the plan needs of a model; counts for 1,000 classes, costs for one image at the recipe's resolution."""
+    """Facts about a model: counts for 1,000 classes, costs for one image at the resolution `res`."""
 
-    res: int
-    train_res: int  # the weights' own resolution
+    res: int  # pixels
+    train_res: int  # pixels; the resolution of the weights' training
     parameters: int
-    features: int  # inputs of the classifier
+    classifier_inputs: int
     bn_parameters: int  # affine of the last BN
     conv_head_parameters: int
     last_block_parameters: int  # of the last block alone
     modules: tuple[str, ...]  # last block, conv_head, last BN, classifier
     multiply_adds_g: float  # 1e9, forward
-    traffic_mib: float  # activations read and written by an eager bf16 forward
+    traffic_mib: float  # activations that an eager bf16 forward reads and writes
     peak_mib: float  # largest input + output of one layer, bf16
-    feature_kib: float  # before conv_head, which is where the cached engine cuts (trunk.py); bf16
-    last_block_feature_kib: float  # before the last block
+    feature_kib: float  # conv_head's input, which the cached engine stores; bf16
+    last_block_feature_kib: float  # the last block's input, bf16
 
     def tuned(self, policy: str) -> str:
-        """The modules that train under `policy`, as tuning.select finds them."""
-        count = {"classifier": 1, "classifier+bn_stats": 1, "classifier+bn": 2, "classifier+bn+conv_head": 3}
-        names = "everything" if policy == "all" else ", ".join(self.modules[-count.get(policy, 4) :])
+        """The modules that train under `policy`, as models/policies.py selects them."""
+        names = "everything" if policy == "all" else ", ".join(self.modules[-TRAINED[policy] :])
         return names + (f" and statistics of {self.modules[-2]}" if policy == "classifier+bn_stats" else "")
 
     def trainable(self, policy: str, num_classes: int) -> int:
         """Parameters that train under `policy`."""
-        count = (self.features + 1) * num_classes
         if policy == "all":
             return self.total(num_classes)
-        if policy in ("classifier+bn", "classifier+bn+conv_head", "last_block"):
-            count += self.bn_parameters
-        if policy in ("classifier+bn+conv_head", "last_block"):
-            count += self.conv_head_parameters
-        return count + (self.last_block_parameters if policy == "last_block" else 0)
-
-    def kept_kib(self, policy: str, res: int) -> float:
-        """bf16 features of one picture that the cached engine keeps under `policy`."""
-        if policy == "classifier":
-            return 2 * self.features / 1024
-        size = self.last_block_feature_kib if policy == "last_block" else self.feature_kib
-        return size * (-(-res // 32) / -(-self.res // 32)) ** 2
+        classifier = (self.classifier_inputs + 1) * num_classes
+        others = (self.bn_parameters, self.conv_head_parameters, self.last_block_parameters)
+        return classifier + sum(others[: TRAINED[policy] - 1])
 
     def total(self, num_classes: int) -> int:
-        return self.parameters + (self.features + 1) * (num_classes - 1000)
+        """All parameters."""
+        return self.parameters + (self.classifier_inputs + 1) * (num_classes - 1000)
+
+    def kept_kib(self, policy: str, res: int) -> float:
+        """KiB of the bf16 features of one image at `res` pixels that the cached engine stores under `policy`."""
+        if policy == "classifier":
+            return 2 * self.classifier_inputs / 1024
+        size = self.last_block_feature_kib if policy == "last_block" else self.feature_kib
+        return size * (-(-res // 32) / -(-self.res // 32)) ** 2
 
 
 @dataclass(frozen=True)
 class Recipe:
-    name: str  # what --model takes
+    name: str  # the value of --model
     weights: str
     values: dict[str, Any]  # sections of the configuration
-    facts: Facts | None
-    published: dict[str, str] | None  # row of configs/published.csv
+    facts: Facts | None = None
+    published: dict[str, str] | None = None  # row of configs/published.csv
+
+    def with_weights(self, weights: str) -> Recipe:
+        return Recipe(self.name, weights, merge(self.values, {"model": {"weights": weights}}), self.facts)
 
 
 def folder() -> Path:
-    """configs/ of the checkout, of a run's code snapshot, or as installed."""
+    """configs/ of the checkout, of a run's code snapshot, or of the installed package."""
     beside = Path(__file__).parents[2] / "configs"
     return beside if beside.is_dir() else Path(__file__).parents[1] / "configs"
 
@@ -116,30 +117,34 @@ def every() -> list[Recipe]:
 
 def find(name: str, weights: str = "") -> Recipe:
     """The recipe for `--model name --weights weights`; raises UserError for an unknown model or weights it lacks."""
+    variants = [w for n, w in published() if n == name]
     if name in FROM_SCRATCH:
         recipe = read(folder() / f"{name}.yaml", name, "none")
-        return with_weights(recipe, weights) if weights else recipe
-    variants = [w for n, w in published() if n == name]
-    if variants:
+    elif variants:
         if weights in ("ns", "ap") and weights not in variants:
             raise UserError(f"{name} has no {weights!r} weights; accepted: {', '.join(variants)}, none, or a file.")
-        default = weights if weights in variants else variants[0]
-        recipe = read(folder() / f"{name}_{default}.yaml", name, default)
-        return with_weights(recipe, weights) if weights and weights not in (default, "pretrained") else recipe
+        chosen = weights if weights in variants else variants[0]
+        recipe = read(folder() / f"{name}_{chosen}.yaml", name, chosen)
+        weights = "" if weights == "pretrained" else weights
+    else:
+        recipe = generic(name, weights)
+    return recipe.with_weights(weights) if weights not in ("", recipe.weights) else recipe
+
+
+def generic(name: str, weights: str) -> Recipe:
+    """The recipe for any timm model."""
     known = timm_names()
     if name.partition(".")[0] not in known:
-        hint = "`python launch/submit.py --list` shows the recipes; any timm model name works too."
+        hint = f"`{command('submit', '--list')}` shows the recipes; any timm model name works too."
         raise unknown("model", name, [*model_names(), *(sorted(known) if len(name) > 3 else ())], hint)
     if weights in ("ns", "ap"):
         raise UserError(
             f"weights {weights!r} belong to the recipes b0 .. b8 and l2; for {name} accepted: pretrained, none, a file."
         )
-    values = read_yaml((folder() / "generic.yaml").read_text())
-    values = merge(values, {"model": {"name": name, "timm_name": name}})
+    values = merge(read_yaml((folder() / "generic.yaml").read_text()), {"model": {"name": name, "timm_name": name}})
     if "efficientnet" not in name:
         values["data"]["resize_rule"] = "timm"
-    recipe = Recipe(name, "pretrained", values, None, None)
-    return with_weights(recipe, weights) if weights else recipe
+    return Recipe(name, "pretrained", values)
 
 
 def no_weights(file: str | Path) -> UserError:
@@ -156,14 +161,12 @@ def check_classes(origin: str, own: int, wanted: int, new_classifier: bool) -> N
 
 
 def with_absolute_paths(values: dict[str, Any]) -> dict[str, Any]:
-    """`values` with its paths as they are meant here: a job starts in the run's code/."""
-    changes: dict[str, dict[str, str]] = {}
-    for name, words in PATHS.items():
-        section, _, key = name.partition(".")
+    """`values` with absolute paths: relative ones are meant from here, and a job starts in the run's code/."""
+    for (section, key), words in PATHS.items():
         path = (values.get(section) or {}).get(key)
         if isinstance(path, str) and path not in ("", *words):
-            changes.setdefault(section, {})[key] = str(Path(path).expanduser().absolute())
-    return merge(values, changes)
+            values = merge(values, {section: {key: str(Path(path).expanduser().absolute())}})
+    return values
 
 
 def presets() -> list[str]:
@@ -174,11 +177,7 @@ def preset(name: str) -> dict[str, Any]:
     """Sections of the configuration that `--preset name` lays over a recipe; raises UserError for an unknown one."""
     if name not in presets():
         raise unknown("preset", name, presets())
-    return read_yaml((folder() / "presets" / f"{name}.yaml").read_text())
-
-
-def with_weights(recipe: Recipe, weights: str) -> Recipe:
-    return Recipe(recipe.name, weights, merge(recipe.values, {"model": {"weights": weights}}), recipe.facts, None)
+    return dict(read_yaml((folder() / "presets" / f"{name}.yaml").read_text()))
 
 
 @cache

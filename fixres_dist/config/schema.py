@@ -1,10 +1,13 @@
-"""TODO"""
+"""The configuration: frozen dataclasses, two levels. The comments of the fields are the reference documentation.
+
+Each section refuses values out of range with a UserError. No torch: every login-node command imports this.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 from fixres_dist.base.errors import UserError
 
@@ -13,10 +16,12 @@ Transform = Literal["test", "test_flip", "test_aug", "random_resized_crop"]
 Policy = Literal["classifier", "classifier+bn_stats", "classifier+bn", "classifier+bn+conv_head", "last_block", "all"]
 
 
-def at_least(section: Any, name: str, low: float) -> None:
-    value = getattr(section, name)
-    if value != "auto" and value < low:
-        raise UserError(f"{name} is {value}; accepted: {low} or more.")
+def at_least(section: object, low: float, *names: str) -> None:
+    """Raises UserError for a field of `names` below `low`."""
+    for name in names:
+        value = getattr(section, name)
+        if value != "auto" and value < low:
+            raise UserError(f"{name} is {value}; accepted: {low} or more.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,39 +32,34 @@ class Model:
     num_classes: int = 0  # 0: as many as the data set has
 
     def __post_init__(self) -> None:
-        at_least(self, "num_classes", 0)
+        at_least(self, 0, "num_classes")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Data:
     root: str = ""  # directory with train/ and val/, a folder per class in each; or demo, the built-in example
-    res: int = 224  # test resolution in pixels: the one that is fixed, and evaluated
-    resize_rule: ResizeRule = (
-        "timm"  # how an image becomes res x res when testing (docs/method.md); train uses the same
-    )
-    train_transform: Transform = "test_aug"  # what the fixing stage sees
+    res: int = 224  # test resolution in pixels: the model is fixed for it, and evaluated at it
+    resize_rule: ResizeRule = "timm"  # how an image becomes res x res, in tests and in training (docs/method.md)
+    train_transform: Transform = "test_aug"  # how the fixing stage augments an image
     backend: Literal["auto", "dali", "torch"] = "auto"  # decoder and resizer; auto: dali on a GPU, torch on a CPU
     on_bad: Literal["stop", "skip"] = "stop"  # a file that cannot be decoded: stop and name it, or do without it
     deny_list: str = ""  # file of images to leave out, as `data verify --deny-list` writes it
     hw_decoder_load: float = 0.65  # share of the JPEGs that the GPU's decoding engine takes (dali)
-    preallocate_width: int = (
-        0  # of the largest photograph, for the GPU decoder's buffers; 0: they grow as needed (dali)
-    )
+    preallocate_width: int = 0  # pixels of the largest photograph, for the GPU decoder's buffers (dali); 0: they grow
     preallocate_height: int = 0
     workers: int | Literal["auto"] = "auto"  # loader processes per rank; auto: the CPUs this rank may use; 0: none
-    cache: str = ""  # where scanned indexes and features are kept; empty: $FIXRES_CACHE or ~/.cache/fixres_dist
+    cache: str = ""  # directory of scanned indexes and features; empty: $FIXRES_CACHE or ~/.cache/fixres_dist
 
     def __post_init__(self) -> None:
-        at_least(self, "res", 32)
-        for name in ("workers", "preallocate_width", "preallocate_height"):
-            at_least(self, name, 0)
+        at_least(self, 32, "res")
+        at_least(self, 0, "workers", "preallocate_width", "preallocate_height")
         if not 0 <= self.hw_decoder_load <= 1:
             raise UserError(f"hw_decoder_load is {self.hw_decoder_load}; accepted: 0 to 1.")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Tune:
-    policy: Policy = "classifier+bn"  # what trains (tuning.py); the default is what the paper says
+    policy: Policy = "classifier+bn"  # which tensors train (models/policies.py); the default is the paper's
     bn_stats: Literal["exact", "ema"] = "exact"  # the last BN's statistics: measured once, or by momentum
     bn_stats_images: int = 50_000  # samples that exact statistics are measured on
     epochs: int = 1
@@ -73,21 +73,17 @@ class Tune:
     momentum: float = 0.9
     weight_decay: float = 1e-4
     label_smoothing: float = 0.1  # training loss only; the note gives no value, 0.1 is our choice
-    average_epochs: int = 0  # end with the mean of the tuned weights after each of the last N epochs; 0: the last ones
+    average_epochs: int = 0  # end with the mean of the tuned weights of the last N epochs' ends; 0: the last weights
 
     def __post_init__(self) -> None:
-        for name in ("global_batch", "bn_stats_images", "repeats", "decay_epochs"):
-            at_least(self, name, 1)
-        for name in ("epochs", "warmup_epochs", "average_epochs"):
-            at_least(self, name, 0)
+        at_least(self, 1, "global_batch", "bn_stats_images", "repeats", "decay_epochs")
+        at_least(self, 0, "epochs", "warmup_epochs", "average_epochs", "base_lr", "weight_decay")
         if self.average_epochs > self.epochs:
             raise UserError(f"average_epochs is {self.average_epochs} of {self.epochs} epochs; accepted: 0 .. epochs.")
         if self.average_epochs and self.policy == "all":
             raise UserError(
                 "average_epochs needs a frozen trunk: with policy all every BN's statistics would be wrong."
             )
-        for name in ("base_lr", "weight_decay"):
-            at_least(self, name, 0)
         for name in ("momentum", "label_smoothing"):
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}; accepted: 0 <= {name} < 1.")
@@ -96,7 +92,7 @@ class Tune:
             object.__setattr__(self, "bn_stats", "ema")
 
     def peak_learning_rate(self) -> float:
-        """The learning rate that the schedule starts from (original: lr = 8 * base_lr * batch / 512)."""
+        """The learning rate that the schedule starts from (the original code's: lr = 8 * base_lr * batch / 512)."""
         return self.base_lr * 8 * self.global_batch / 512 if self.lr_rule == "fixres" else self.base_lr
 
 
@@ -111,23 +107,20 @@ class Pretrain(Tune):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        at_least(self, "res", 32)
+        at_least(self, 32, "res")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
     seed: int = 0  # of the order, the augmentation and new weights
-    # Of the frozen trunk, whose head is fp32, and of all of it under last_block and all; apex-*: by apex.amp, where there is one
+    # Number format of the frozen trunk (the head is fp32); with last_block and all, of the whole model. apex-*: by apex.amp
     precision: Literal["auto", "fp32", "tf32", "bf16", "fp16", "apex-O1", "apex-O2"] = "auto"
-    optimizer: Literal["torch", "apex"] = (
-        "torch"  # SGD by torch, or NVIDIA apex's FusedSGD: the same updates to rounding
-    )
-    activation_checkpointing: bool = False  # tune.policy=all: blocks run twice instead of keeping what gradients need
+    optimizer: Literal["torch", "apex"] = "torch"  # torch's SGD, or apex's FusedSGD: equal updates, up to rounding
+    activation_checkpointing: bool = False  # with policy all: run blocks twice instead of keeping their activations
     memory_format: Literal["auto", "channels_last", "contiguous"] = "auto"  # auto: a short probe of the frozen trunk
     compile: bool | Literal["auto"] = "auto"  # torch.compile the frozen trunk; auto: on a GPU, if the probe says so
-    engine: Literal["auto", "stream", "cached"] = (
-        "auto"  # stream: decode and run the trunk every epoch; cached: once (engine.py)
-    )
+    # stream: decode and run the trunk in every epoch; cached: once (training/cache/rule.py)
+    engine: Literal["auto", "stream", "cached"] = "auto"
     feature_cache: str = ""  # directory of the cached engine's files, seen by all ranks; empty: features/ in data.cache
     batch_per_device: int | Literal["auto"] = "auto"  # images per forward of a rank; auto: chosen from the resolution
     log_every: int = 10  # optimizer steps
@@ -136,15 +129,15 @@ class Run:
     record_samples: bool = False  # samples/rank_K.jsonl: which sample, in which view, at which step
 
     def __post_init__(self) -> None:
-        for name, low in (("log_every", 1), ("save_every_s", 0), ("eval_every", 0), ("batch_per_device", 1)):
-            at_least(self, name, low)
+        at_least(self, 1, "log_every", "batch_per_device")
+        at_least(self, 0, "save_every_s", "eval_every")
         if not 0 <= self.seed < 2**63:
             raise UserError(f"seed is {self.seed}; accepted: 0 .. 2**63 - 1.")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Cluster:
-    nodes: str = "1"  # a number, or MIN-MAX: start with what there is
+    nodes: str = "1"  # a number, or MIN-MAX: start with as many as are free
     gpus_per_node: int = 8  # ranks per node; on a node without GPUs: processes
     cpus_per_task: int = 8
     mem: str = "0"  # per node, Slurm's units; 0: all of it
@@ -162,8 +155,8 @@ class Cluster:
 
     def __post_init__(self) -> None:
         self.node_range()
-        for name, low in (("gpus_per_node", 1), ("cpus_per_task", 1), ("signal_delay_s", 1), ("max_restarts", 0)):
-            at_least(self, name, low)
+        at_least(self, 1, "gpus_per_node", "cpus_per_task", "signal_delay_s")
+        at_least(self, 0, "max_restarts")
 
     def node_range(self) -> tuple[int, int]:
         """(fewest, most) nodes."""
@@ -187,17 +180,17 @@ class Config:
     cluster: Cluster = Cluster()
 
     def __post_init__(self) -> None:
-        policies = [section.policy for section in (self.pretrain, self.tune) if section]
+        policies = [stage.policy for stage in self.stage_settings()]
         if self.run.activation_checkpointing and "all" not in policies:
             raise UserError(
-                f"activation_checkpointing with policy {policies[-1]}: no gradient runs through the frozen blocks, so nothing of "
-                "theirs is kept. Next: run.activation_checkpointing=false, or tune.policy=all"
+                f"activation_checkpointing with policy {policies[-1]}: no gradient runs through the frozen blocks, so they keep "
+                "no activations. Next: run.activation_checkpointing=false, or tune.policy=all"
             )
 
     def stage_settings(self) -> tuple[Tune, ...]:
-        """Of the stages, in order."""
+        """The settings of the stages, in order."""
         return (self.pretrain, self.tune) if self.pretrain else (self.tune,)
 
     def resolutions(self) -> tuple[int, ...]:
-        """Of the stages, in order, in pixels."""
+        """The resolutions of the stages, in order, in pixels."""
         return (self.pretrain.res, self.data.res) if self.pretrain else (self.data.res,)

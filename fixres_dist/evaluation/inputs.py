@@ -6,7 +6,7 @@ import argparse
 import contextlib
 import copy
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ def source(args: argparse.Namespace, res: int | None) -> Config:
     if args.run and (args.model or args.checkpoint):
         raise UserError("--run and --model/--checkpoint exclude each other. Next: give one of the two.")
     if args.run:
-        values = reading.plain(RunDir(args.run).config())
+        values = asdict(RunDir(args.run).config())
     elif args.model and args.checkpoint:
         values = dict(recipes.find(args.model, args.checkpoint).values)
     else:
@@ -54,7 +54,7 @@ def data_source(args: argparse.Namespace) -> Config:
         raise UserError(
             "--softmax is scored on one split. Next: leave out --model, --checkpoint, --res, --eval-set, --only."
         )
-    values = reading.plain(RunDir(args.run).config()) if args.run else {}
+    values = asdict(RunDir(args.run).config()) if args.run else {}
     flags = {"data": {"root": args.data}} if args.data else {}
     config = reading.parse(Config, reading.merge(reading.merge(values, flags), reading.overrides(args.overrides)))
     if not config.data.root:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from dataclasses import asdict
 from pathlib import Path
 
 import safetensors
@@ -16,7 +17,7 @@ from torch import nn
 
 from fixres_dist.base.errors import UserError
 from fixres_dist.base.files import whole
-from fixres_dist.config import reading, recipes
+from fixres_dist.config import recipes
 from fixres_dist.config.schema import Config
 from fixres_dist.models.build import build_model, check_resolutions, classifier_name, pretrained_cfg
 
@@ -166,7 +167,7 @@ def write_weights(model: nn.Module, file: Path, config: Config, res: int) -> Non
             meta = {
                 "timm_name": config.model.timm_name,
                 "res": str(res),
-                "model": json.dumps(reading.plain(config)["model"]),
+                "model": json.dumps(asdict(config.model)),
             }
             save_file(state, part, {**meta, "format": "pt"})
         part.chmod(mode)
