@@ -24,7 +24,7 @@ sys.path.insert(0, str(ROOT))
 from fixres_dist.base.environment import git, processor, versions
 from fixres_dist.config.schema import Config
 from fixres_dist.data import demo
-from fixres_dist.evaluation.inputs import Subject, opened, split_with, weights_after
+from fixres_dist.evaluation.inputs import Subject, opened, parts_with, weights_after
 from fixres_dist.models import weights
 from fixres_dist.models.build import build_model
 from fixres_dist.publishing import export
@@ -51,7 +51,7 @@ def names(model: Any) -> list[str]:
 def compare(run: RunDir, config: Config) -> dict[str, Any]:
     after, res = weights_after(run), config.data.res
     with opened(config, [Subject("after", after)], run.root) as live:
-        (ours,) = predict(live, [split_with(live, after)], res, config.data.resize_rule)
+        (ours,) = predict(live, [parts_with(live, after)], res, config.data.resize_rule)
     with tempfile.TemporaryDirectory() as folder:
         model = build_model(config.model.timm_name, len(class_names(run)))
         weights.fill(model, weights.read_state(after), str(after))

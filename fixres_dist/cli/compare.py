@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import asdict
 
 from fixres_dist.base.errors import EXIT_DONE, UserError, check_output
 from fixres_dist.base.files import write_text
@@ -11,7 +12,7 @@ from fixres_dist.runs.rundir import RunDir
 
 
 def compare(args: argparse.Namespace) -> int:
-    from fixres_dist.publishing import tables
+    """The gain of one file's predictions over another's, or of one run's over another's after fixing."""
     from fixres_dist.training.predictions import Predictions
 
     check_output(args.json)
@@ -25,8 +26,9 @@ def compare(args: argparse.Namespace) -> int:
             f"{files[0]} and {files[1]} are of different images (sample lists {old} and {new}). "
             "Accepted: predictions on the same files of one data set."
         )
-    result = {"before": before.summary(), "after": after.summary(), **after.gain_over(before)}
-    print(f"top-1 {before.summary()['top1']:.2f} and {after.summary()['top1']:.2f}: {tables.gain(result)}")
+    summaries, gain = (before.summary(), after.summary()), after.gain_over(before)
+    print(f"top-1 {summaries[0].top1:.2f} and {summaries[1].top1:.2f}: {gain.phrase()}")
     if args.json:
-        write_text(args.json, json.dumps(result, indent=1) + "\n")
+        record = {"before": asdict(summaries[0]), "after": asdict(summaries[1]), **asdict(gain)}
+        write_text(args.json, json.dumps(record, indent=1) + "\n")
     return EXIT_DONE

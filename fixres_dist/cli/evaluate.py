@@ -13,10 +13,9 @@ from fixres_dist.base.text import parse_size
 from fixres_dist.cli.compare import compare
 from fixres_dist.cli.extract import extract
 from fixres_dist.cli.fetch import fetch
-from fixres_dist.config import reading
-from fixres_dist.config.schema import Config
-from fixres_dist.data import class_maps
-from fixres_dist.evaluation.inputs import add_source, data_source, opened, source, split_with, subjects
+from fixres_dist.data import class_maps, dataset
+from fixres_dist.evaluation.inputs import add_source, data_config, model_config, opened, subjects
+from fixres_dist.evaluation.measures import Evaluation
 from fixres_dist.runs.rundir import RunDir
 
 
@@ -63,89 +62,72 @@ def evaluate(args: argparse.Namespace) -> int:
     check_output(args.json)
     if args.softmax:
         return evaluate_softmax(args)
-    config = source(args, parse_size(args.res))
+    config = model_config(args, parse_size(args.res))
     sets = class_maps.named_sets(args.eval_set, args.split)
-    found = [s for s in subjects(args, config) if args.only in (None, s.label)]
-    if not found:
+    chosen = [s for s in subjects(args.run) if args.only in (None, s.label)]
+    if not chosen:
         raise UserError(f"--only {args.only} is about a run. Next: --run DIR, or leave it out.")
-    results = {}
-    from fixres_dist.training.predict import predict
+    from fixres_dist.evaluation.evaluate import evaluate, keep
 
-    with opened(config, found, args.run, args.split, sets) as live:
-        real = class_maps.real_labels(args.labels, live.splits[args.split], len(live.classes)) if args.labels else None
-        every = [split_with(live, subject.weights) for subject in found]
-        for name in live.splits:
-            made = predict(live, every, config.data.res, name, name)
-            predictions = {subject.label: p for subject, p in zip(found, made, strict=True)}
-            if live.ranks.is_main:
-                results[name] = describe(live, name, predictions, real if name == args.split else None)
-                keep(args, config, live.splits[name].fingerprint, results[name], predictions)
-        if results:
-            main = results[args.split]
-            told = {"model": config.model.name, "split": args.split, **main[found[-1].label], **main, "sets": results}
-            show(config.model.name, results, args.json, told)
+    records = {}
+    with opened(config, chosen, args.run, args.split, sets) as session:
+        for evaluation, predictions in evaluate(session, chosen, args.split, args.labels):
+            if not session.ranks.is_main:
+                continue
+            is_split, sample_list = evaluation.set == args.split, session.splits[evaluation.set].fingerprint
+            records[evaluation.set] = evaluation.record()
+            print(evaluation_text(config.model.name, evaluation))
+            if evaluation.gain and not (args.data and is_split):
+                keep(RunDir(args.run), config, evaluation, predictions, sample_list)
+            if args.predictions:
+                name = args.predictions.stem + ("" if is_split else f"-{evaluation.set}")
+                predictions[chosen[-1].label].save(args.predictions.with_stem(name), sample_list)
+    if args.json and records:
+        main = records[args.split]
+        summary = {"model": config.model.name, "split": args.split, **main[chosen[-1].label], **main, "sets": records}
+        write_text(args.json, json.dumps(summary, indent=1) + "\n")
     return EXIT_DONE
-
-
-def describe(live: Any, name: str, predictions: dict[str, Any], real: list[list[int]] | None) -> dict[str, Any]:
-    from fixres_dist.evaluation.measures import describe
-
-    index, res = live.splits[name], live.config.data.res
-    return describe(name, res, index, live.columns[name], live.classes, predictions, real)
-
-
-def keep(
-    args: argparse.Namespace,
-    config: Config,
-    sample_list: str,
-    result: dict[str, Any],
-    predictions: dict[str, Any],
-) -> None:
-    """evaluations/SET-RES.json in the run, with the predictions beside it; --predictions FILE.npz and FILE-SET.npz.
-
-    A run keeps only what was evaluated as it says itself, at any resolution: its own split, its own settings.
-    """
-    if len(predictions) == 2 and not (args.data and result["set"] == args.split) and same_settings(args.run, config):
-        folder = args.run / "evaluations"
-        folder.mkdir(exist_ok=True)
-        stem = f"{result['set']}-{result['res']}"
-        for label, made in predictions.items():
-            made.save(folder / f"{stem}-{label}.npz", sample_list)
-        write_text(folder / f"{stem}.json", json.dumps(result, indent=1) + "\n")
-    if args.predictions:
-        main = result["set"] == args.split
-        file = args.predictions if main else args.predictions.with_stem(f"{args.predictions.stem}-{result['set']}")
-        list(predictions.values())[-1].save(file, sample_list)
-
-
-def same_settings(run: Path, config: Config) -> bool:
-    differ = reading.differences(reading.identity(RunDir(run).config()), reading.identity(config))
-    return all(text.startswith("data.res ") for text in differ)
-
-
-def show(model: str, results: dict[str, dict[str, Any]], file: Path | None, told: dict[str, Any]) -> None:
-    from fixres_dist.publishing import tables
-
-    for result in results.values():
-        print("\n".join(tables.evaluation_lines(model, result)))
-    if file:
-        write_text(file, json.dumps(told, indent=1) + "\n")
 
 
 def evaluate_softmax(args: argparse.Namespace) -> int:
-    config = data_source(args)
-    from fixres_dist.data import dataset
     from fixres_dist.evaluation.extract import from_softmax
-    from fixres_dist.evaluation.measures import describe
+    from fixres_dist.evaluation.measures import measure
 
-    data = config.data
-    classes = class_maps.trained_classes(config, args.run, args.split)
+    config = data_config(args)
+    data, classes = config.data, class_maps.trained_classes(config, args.run, args.split)
     root = dataset.folder(data.root, data.cache)
     index = dataset.load(root, args.split, data.cache, deny_list=data.deny_list, on_bad="skip")
     columns = class_maps.class_map(index.classes, classes, index.folder)
-    predictions = {"softmax": from_softmax(args.softmax, index, columns, len(classes))}
+    predictions = from_softmax(args.softmax, index, columns, len(classes))
     real = class_maps.real_labels(args.labels, index, len(classes)) if args.labels else None
-    result = describe(args.split, None, index, columns, classes, predictions, real)
-    keep(args, config, index.fingerprint, result, predictions)
-    show(str(args.softmax[0]), {args.split: result}, args.json, {**result["softmax"], **result})
+    evaluation = measure(args.split, None, index, columns, classes, {"softmax": predictions}, real)
+    print(evaluation_text(str(args.softmax[0]), evaluation))
+    if args.predictions:
+        predictions.save(args.predictions, index.fingerprint)
+    if args.json:
+        record = evaluation.record()
+        write_text(args.json, json.dumps({**record["softmax"], **record}, indent=1) + "\n")
     return EXIT_DONE
+
+
+def evaluation_text(model: str, evaluation: Evaluation) -> str:
+    """One evaluated set for the console: its accuracy, the gain, and the classes with the lowest and the highest top-1."""
+    known, total, labels = evaluation.classes_of_set, evaluation.classes_of_model, list(evaluation.summaries)
+    lines = [] if known == total else [f"{evaluation.set}: logits restricted to its {known} of {total} classes"]
+    where = f" at {evaluation.res} px" if evaluation.res else ""
+    for label, s in evaluation.summaries.items():
+        calibration = evaluation.calibrations.get(label)
+        ece = f"ECE {calibration.ece:.2f} | " if calibration else ""
+        who = f", {label}" if label in ("before", "after") else ""
+        accuracy = f"top-1 {s.top1:.2f} | top-5 {s.top5:.2f} | loss {s.loss:.4f} | {ece}n {s.n}"
+        lines.append(f"{model}{where} on {evaluation.set}{who}: {accuracy}")
+    if evaluation.gain:
+        lines.append(f"  gain {evaluation.gain.phrase()}")
+    if real := evaluation.real:
+        scores = ", ".join(f"{real.top1[label]:.2f} {label}" for label in labels)
+        gain = f"; gain {real.gain.phrase()}" if real.gain else ""
+        lines.append(f"  by ReaL labels: top-1 {scores}, n {real.n}{gain}")
+    ranked = sorted((row[labels[-1]] or 0.0, name) for name, row in evaluation.by_class.items() if row["n"])
+    for text, rows in (("worst", ranked[:3]), ("best", ranked[::-1][:3])):
+        lines.append(f"  {text} classes: " + ", ".join(f"{name} {top1:.1f}" for top1, name in rows))
+    return "\n".join(lines)

@@ -12,6 +12,7 @@ from fixres_dist.base.files import write_text
 from fixres_dist.base.text import parse_sizes
 from fixres_dist.evaluation.inputs import add_source, weights_after, weights_before
 from fixres_dist.publishing import model_card
+from fixres_dist.runs.results import Results
 from fixres_dist.runs.rundir import RunDir
 
 FORMATS = {
@@ -51,7 +52,7 @@ def add_parsers(commands: Any) -> None:
 
 def export(args: argparse.Namespace) -> int:
     run = RunDir(args.run)
-    config, res = run.config(), model_card.results(run)["res"]
+    config, res = run.config(), Results.read(run).res
     parse_alphas(str(args.alpha))
     if args.res and args.format != "onnx":
         raise UserError(f"--res goes with --format onnx: {args.format} holds for every resolution. Next: leave it out.")
@@ -63,6 +64,7 @@ def export(args: argparse.Namespace) -> int:
         raise UserError(f"{own} holds the fixed weights themselves. Next: another --out, or leave it out.")
     sizes = parse_sizes(args.res) if args.res else [res]
     files = [FORMATS[args.format].format(size) for size in (sizes if args.format == "onnx" else [res])]
+    from fixres_dist.evaluation.interpolation import interpolated, starting_state
     from fixres_dist.models import weights
     from fixres_dist.publishing import export
 
@@ -71,7 +73,7 @@ def export(args: argparse.Namespace) -> int:
     model = weights.open_model(config, len(classes), with_weights=starting)
     state = weights.read_state(weights_after(run))
     if args.alpha != 1:
-        state = export.interpolated(starting_state(run, model), state, args.alpha)
+        state = interpolated(starting_state(run, model), state, args.alpha)
     weights.fill(model, state, str(run.root))
     out.mkdir(parents=True, exist_ok=True)
     for file, size in zip(files, sizes, strict=True):
@@ -100,11 +102,3 @@ def parse_alphas(text: str) -> list[float]:
     if not all(0 <= alpha <= 1 for alpha in alphas):
         raise UserError(f"alpha is {text!r}; accepted: 0 (the starting head) to 1 (the fixed one), such as 0,0.5,1.")
     return alphas
-
-
-def starting_state(run: RunDir, model: Any) -> dict[str, Any]:
-    """The whole model before fixing, on the CPU; without stage one that is `model`, which holds the starting weights."""
-    from fixres_dist.models import weights
-
-    file = weights_before(run)
-    return weights.read_state(file) if file else {name: value.cpu() for name, value in model.state_dict().items()}

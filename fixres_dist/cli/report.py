@@ -22,7 +22,7 @@ def report(args: argparse.Namespace) -> int:
         print(f"left out, no run directories: {', '.join(others)}", file=sys.stderr)
     rows = [report.row(run) for run in runs if run.results.exists()]
     if args.json:
-        print(json.dumps({"runs": rows, "unfinished": report.unfinished(runs)}, indent=1))
+        print(json.dumps({"runs": [row.record() for row in rows], "unfinished": report.unfinished(runs)}, indent=1))
         return EXIT_DONE
     out = args.out or runs[0].root.parent / "report"
     text = report.markdown(runs, rows, out)

@@ -1,67 +1,103 @@
-"""Why fixing works, in numbers: the pooled features that enter the classifier, against those it was trained on.
+"""Why fixing works, in numbers: the inputs of the classifier at test time, against those that it was trained on.
 
-Training sees crops that enlarge objects, at the training resolution. Other apparent sizes, and another number of cells that
-the pooling averages over, shift the features (arXiv 1906.06423); tuning the last BatchNorm and the classifier repairs that.
+Training crops enlarge objects, and the pooling averages over a number of cells that grows with the resolution. Both shift
+the statistics of the pooled activations when the resolution changes (Touvron et al., arXiv 1906.06423, section 3);
+tuning the last BatchNorm and the classifier repairs the shift.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from fixres_dist.config import recipes
+from fixres_dist.config.schema import Config
 from fixres_dist.data import order
 from fixres_dist.data.requests import Pictures, chunks, make_request
-from fixres_dist.evaluation.extract import pooled
+from fixres_dist.evaluation.extract import classifier_inputs
+from fixres_dist.models.build import native_size
 from fixres_dist.models.parts import Parts
 from fixres_dist.training.session import Session
 from fixres_dist.training.stages import batch_per_device
 
 IMAGES = 2000  # spread evenly over the split; a sample is enough for distributions
-NEAR_ZERO = 0.05  # of the reference's standard deviation
+NEAR_ZERO = 0.05  # in standard deviations of the reference
 
-REFERENCE = "training"  # the label of what training showed: the weights before fixing, in the training transform
+REFERENCE = "training"  # label of the reference: the weights before fixing, on pictures as training transforms them
 
-Features = dict[tuple[str, int], NDArray[np.float32]]  # (label, resolution) -> [n, channels]
+ClassifierInputs = dict[tuple[str, int], NDArray[np.float32]]  # (label, resolution) -> [n, channels]
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Of the classifier's inputs from one model at one resolution; the last two compare them with the reference's."""
+
+    weights: str  # the model's label
+    res: int
+    mean: float
+    std: float
+    near_zero_percent: float
+    channel_shift: (
+        float  # of a channel's mean, in standard deviations of that channel in the reference; mean over channels
+    )
+    distance: float  # first Wasserstein distance of a channel's distributions, in the reference's standard deviation; the same
+
+
+def collect_all(session: Session, models: Mapping[str, Parts]) -> ClassifierInputs:
+    """The reference first, then each model, by label, at training and at test resolution; on every rank."""
+    stage, low = session.config.pretrain, training_resolution(session.config)
+    transform = stage.train_transform if stage else "random_resized_crop"
+    found = {(REFERENCE, low): collect(session, next(iter(models.values())), low, transform)}
+    for label, parts in models.items():
+        for res in dict.fromkeys((low, session.config.data.res)):
+            found[label, res] = collect(session, parts, res, "test")
+    return found
+
+
+def training_resolution(config: Config) -> int:
+    """Of the weights before fixing, in pixels: stage one's resolution, else the recipe's, else timm's."""
+    if config.pretrain:
+        return config.pretrain.res
+    facts = recipes.find(config.model.name).facts
+    return facts.train_res if facts else native_size(config.model.timm_name)
 
 
 @torch.no_grad()
-def collect(live: Session, parts: Parts, res: int, transform: str) -> NDArray[np.float32]:
-    """Pooled features [n, channels] of up to 2,000 validation images, the same ones for every call, on every rank."""
-    index, ranks = live.val, live.ranks
+def collect(session: Session, parts: Parts, res: int, transform: str) -> NDArray[np.float32]:
+    """Classifier inputs [n, channels] of up to 2,000 validation images, the same images in every call, on every rank."""
+    index, ranks = session.val, session.ranks
     chosen = np.unique(np.linspace(0, len(index) - 1, min(IMAGES, len(index))).round().astype(np.int64))
     low, high = order.rank_part(0, len(chosen), ranks.rank, ranks.world_size)
-    pictures = Pictures(transform, res, live.resize(res), 0)
+    pictures = Pictures(transform, res, session.resize(res), 0)
     requests = (
-        make_request(index, pictures, p, 0) for p in chunks(chosen[low:high], batch_per_device(live.config, res))
+        make_request(index, pictures, p, 0) for p in chunks(chosen[low:high], batch_per_device(session.config, res))
     )
     parts.model.eval()
     parts.head.eval()
     rows: list[torch.Tensor] = []
-    with pooled(parts) as found:
-        for batch in live.batches(index, requests, res):
-            live.logits(parts, parts.head, live.inputs(parts, batch.images))
+    with classifier_inputs(parts) as found:
+        for batch in session.batches(index, requests, res):
+            session.logits(parts, parts.head, session.inputs(parts, batch.images))
             rows.append(batch.samples)
     features = torch.cat(found).cpu()
-    table = torch.zeros(len(chosen), features.shape[1] + 1)  # the last column: seen
+    table = torch.zeros(len(chosen), features.shape[1] + 1)  # the last column marks the rows that are filled
     places = torch.from_numpy(np.searchsorted(chosen, torch.cat(rows).numpy()))
     table[places] = torch.cat([features, torch.ones(len(features), 1)], 1)
     ranks.total(table)
-    return table[table[:, -1] == 1, :-1].numpy()
+    filled: NDArray[np.float32] = table[table[:, -1] == 1, :-1].numpy()
+    return filled
 
 
-def statistics(features: Features) -> list[dict[str, Any]]:
-    """Per (label, resolution): mean, std, share near zero, and what separates it from the first entry, the reference.
-
-    `channel_shift`: how far a channel's mean is from its mean there, in units of the channel's standard deviation there;
-    `distance`: first Wasserstein distance of a channel's distribution, in units of the overall one. Averages over channels.
-    """
-    base = next(iter(features.values()))
+def statistics(inputs: ClassifierInputs) -> list[Statistics]:
+    """One row per (label, resolution); the first entry of `inputs` is the reference."""
+    base = next(iter(inputs.values()))
     ordered, scale, spread = np.sort(base, axis=0), float(base.std()), base.std(0)
     rows = []
-    for (label, res), values in features.items():
+    for (label, res), values in inputs.items():
         shift = np.abs(values.mean(0) - base.mean(0))[spread > 0] / spread[spread > 0]
         found = {
             "mean": values.mean(dtype=np.float64),
@@ -70,5 +106,5 @@ def statistics(features: Features) -> list[dict[str, Any]]:
             "channel_shift": shift.mean(),
             "distance": np.abs(np.sort(values, axis=0) - ordered).mean(dtype=np.float64) / scale,
         }
-        rows.append({"weights": label, "res": res} | {key: round(float(value), 6) for key, value in found.items()})
+        rows.append(Statistics(label, res, **{key: round(float(value), 6) for key, value in found.items()}))
     return rows

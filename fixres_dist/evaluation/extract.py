@@ -1,4 +1,4 @@
-"""Softmax and embeddings of every image as .npy, in the data set's order; and predictions from such files."""
+"""Softmax and embeddings of every image as .npy, in the data set's order; and predictions from softmax files."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from fixres_dist.base.commands import command
 from fixres_dist.base.errors import UserError
 from fixres_dist.base.files import write_text
 from fixres_dist.data.index import Index
@@ -29,8 +30,8 @@ META = "extract.json"
 
 
 @contextlib.contextmanager
-def pooled(parts: Parts) -> Iterator[list[torch.Tensor]]:
-    """Collects what enters the classifier, [n, channels], of every forward pass of the head while it is open."""
+def classifier_inputs(parts: Parts) -> Iterator[list[torch.Tensor]]:
+    """A list to which every forward pass of the head, within the block, adds the classifier's input: fp32 [n, channels]."""
     found: list[torch.Tensor] = []
     classifier = parts.model.get_submodule(classifier_name(parts.model))
     hook = classifier.register_forward_pre_hook(lambda _, inputs: found.append(inputs[0].detach().float().flatten(1)))
@@ -41,53 +42,54 @@ def pooled(parts: Parts) -> Iterator[list[torch.Tensor]]:
 
 
 @torch.no_grad()
-def extract(live: Session, parts: Parts, split: str, out: Path, dtype: str) -> int:
-    """Write softmax.npy [n, classes], embeddings.npy [n, channels], labels.npy, names.txt to `out`; returns n.
+def extract(session: Session, parts: Parts, split: str, out: Path, dtype: str) -> int:
+    """Write softmax.npy [n, classes], embeddings.npy [n, channels], labels.npy [n] and names.txt to `out`; returns n.
 
-    Every rank streams its contiguous rows into the same files; batches are cut from the split, not from a rank's part, so
-    the bytes are the same at any world size. `out` appears when it is whole. An image that cannot be decoded is a row of NaN.
+    Rows are in the order of the split's index; an image that cannot be decoded is a row of NaN. Every rank writes its
+    contiguous rows into the same files. Batches are cut from the split, not from a rank's part, so the bytes are the same
+    at any world size. `out` appears only when it is complete.
     """
-    index, ranks, res = live.splits[split], live.ranks, live.config.data.res
+    index, ranks, res = session.splits[split], session.ranks, session.config.data.res
     parts.model.eval()
     parts.head.eval()
-    part = out.with_name(f".{out.name}.part")
-    with pooled(parts) as features, contextlib.ExitStack() as stack:
-        nothing = torch.zeros(1, 3, res, res, dtype=torch.uint8)
-        live.logits(parts, parts.head, live.inputs(parts, nothing))
-        widths = {"softmax": len(live.classes), "embeddings": features.pop().shape[1]}
+    unfinished = out.with_name(f".{out.name}.part")
+    with classifier_inputs(parts) as embeddings, contextlib.ExitStack() as stack:
+        blank = torch.zeros(1, 3, res, res, dtype=torch.uint8)
+        session.logits(parts, parts.head, session.inputs(parts, blank))
+        widths = {"softmax": len(session.classes), "embeddings": embeddings.pop().shape[1]}
         if ranks.is_main:
-            part.mkdir(parents=True, exist_ok=True)
+            unfinished.mkdir(parents=True, exist_ok=True)
             for name, width in widths.items():
-                np.lib.format.open_memmap(part / f"{name}.npy", "w+", np.dtype(dtype), (len(index), width))
+                np.lib.format.open_memmap(unfinished / f"{name}.npy", "w+", np.dtype(dtype), (len(index), width))
         ranks.barrier()
         # Written, not mapped: two nodes that map one page of a network file system overwrite each other's rows.
-        files = {name: stack.enter_context(open(part / f"{name}.npy", "r+b")) for name in widths}
-        starts = {name: np.lib.format.open_memmap(part / f"{name}.npy", "r").offset for name in widths}
-        wrote = torch.zeros(1)
-        requests = live.requests(whole_batches, index, res)
-        mine, hidden = len(index) // ranks.world_size, None if ranks.is_main else True
-        bar = stack.enter_context(tqdm(total=mine, desc="extracting", unit="img", leave=False, disable=hidden))
-        for batch in live.batches(index, requests, res):
-            logits = live.logits(parts, parts.head, live.inputs(parts, batch.images))
-            for name, values in (("softmax", logits.softmax(1)), ("embeddings", features.pop())):
+        files = {name: stack.enter_context(open(unfinished / f"{name}.npy", "r+b")) for name in widths}
+        starts = {name: np.lib.format.open_memmap(unfinished / f"{name}.npy", "r").offset for name in widths}
+        written = torch.zeros(1)
+        requests = session.requests(whole_batches, index, res)
+        own_rows, hidden = len(index) // ranks.world_size, None if ranks.is_main else True
+        bar = stack.enter_context(tqdm(total=own_rows, desc="extracting", unit="img", leave=False, disable=hidden))
+        for batch in session.batches(index, requests, res):
+            logits = session.logits(parts, parts.head, session.inputs(parts, batch.images))
+            for name, values in (("softmax", logits.softmax(1)), ("embeddings", embeddings.pop())):
                 write_rows(files[name], starts[name], batch, values.cpu().numpy().astype(dtype))
             rows = len(batch.labels) + len(batch.skipped)
-            wrote += rows
+            written += rows
             bar.update(rows)
-    if int(ranks.total(wrote)) != len(index):
-        raise RuntimeError(f"{int(wrote)} rows were written of {len(index)}")
+    if int(ranks.total(written)) != len(index):
+        raise RuntimeError(f"{int(written)} rows were written of {len(index)}")
     if ranks.is_main:
-        np.save(part / "labels.npy", np.array(live.columns[split], np.int64)[index.labels])
-        (part / "names.txt").write_bytes(b"".join(os.fsencode(index.name(k)) + b"\n" for k in range(len(index))))
-        told = {"model": live.config.model.name, "split": split, "res": res, "sample_list": index.fingerprint}
-        write_text(part / META, json.dumps(told, indent=1) + "\n")
-        os.replace(part, out)
+        np.save(unfinished / "labels.npy", np.array(session.columns[split], np.int64)[index.labels])
+        (unfinished / "names.txt").write_bytes(b"".join(os.fsencode(index.name(k)) + b"\n" for k in range(len(index))))
+        meta = {"model": session.config.model.name, "split": split, "res": res, "sample_list": index.fingerprint}
+        write_text(unfinished / META, json.dumps(meta, indent=1) + "\n")
+        os.replace(unfinished, out)
     ranks.barrier()
     return len(index)
 
 
 def write_rows(file: IO[bytes], start: int, batch: Loaded, values: NDArray[Any]) -> None:
-    """The rows of a request, which are consecutive samples: NaN for those that could not be decoded."""
+    """Write a batch to its place in a .npy file whose data begin at `start`; its samples are consecutive, skipped ones NaN."""
     samples = batch.samples.numpy()
     first = min([*samples.tolist(), *(bad.sample for bad in batch.skipped)])
     rows = np.full((len(samples) + len(batch.skipped), values.shape[1]), np.nan, values.dtype)
@@ -97,43 +99,34 @@ def write_rows(file: IO[bytes], start: int, batch: Loaded, values: NDArray[Any])
 
 
 def from_softmax(files: Sequence[Path], index: Index, columns: Sequence[int], classes: int) -> Predictions:
-    """Predictions from softmax [n, classes] of the images of `index`; of several files, from their mean.
+    """Predictions from softmax.npy [n, classes] of the images of `index`; from several files, of their mean.
 
-    Raises UserError for a file that is no softmax of these images: rows, classes, sample list.
+    `columns`: the model's class of each folder of `index`. A row of NaN is an image without a prediction. Raises
+    UserError for a file that is no softmax of these images and classes.
     """
-    n, given = len(index), [open_softmax(file, index, classes) for file in files]
-    rows = torch.zeros(n, 6, dtype=torch.float64)
-    rows[:, :2] = torch.tensor([1.0, -1.0])  # without a prediction, where the row is NaN
-    smallest = max(float(np.finfo(a.dtype).smallest_subnormal) for a in given)
-    chosen, labels = list(columns), torch.from_numpy(index.labels.astype(np.int64))
-    for start in range(0, n, 4096):
-        part = np.mean([a[start : start + 4096].astype(np.float64) for a in given], axis=0)
-        there = ~np.isnan(part).any(1)
-        if not (part[there] >= 0).all() or not np.allclose(part[there].sum(1), 1, atol=0.02):
-            raise UserError(f"{files[0]} holds no softmax: its rows are not shares that add up to 1.")
-        scores = torch.from_numpy(part[there][:, chosen]).clamp_min(smallest).log()
-        places = start + torch.from_numpy(np.flatnonzero(there))
-        rows[places] = score(scores, labels[places])
-    found = from_rows(rows, index)
-    return found.of_classes(columns)
+    mean = torch.from_numpy(np.mean([read_softmax(file, index, classes) for file in files], axis=0, dtype=np.float64))
+    decoded, labels = ~mean.isnan().any(1), torch.from_numpy(index.labels.astype(np.int64))
+    rows = torch.zeros(len(index), 6, dtype=torch.float64)
+    rows[:, :2] = torch.tensor([1.0, -1.0])
+    rows[decoded] = score(mean[decoded][:, list(columns)].log(), labels[decoded])
+    return from_rows(rows, index).of_classes(columns)
 
 
-def open_softmax(file: Path, index: Index, classes: int) -> NDArray[Any]:
+def read_softmax(file: Path, index: Index, classes: int) -> NDArray[np.floating]:
     try:
-        values = np.load(file, mmap_mode="r", allow_pickle=False)
+        values: NDArray[np.floating] = np.load(file, allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
-        raise UserError(
-            f"--softmax {file} cannot be read: {error}. Accepted: softmax.npy as `extract` writes it."
-        ) from None
-    shape = list(getattr(values, "shape", ()))  # an .npz has none
+        raise UserError(f"--softmax {file} cannot be read: {error}. Accepted: softmax.npy of `extract`.") from None
+    shape, again = list(getattr(values, "shape", ())), command("extract")  # an .npz has no shape
     if shape != [len(index), classes] or values.dtype.kind != "f":
         raise UserError(
-            f"--softmax {file} is {getattr(values, 'dtype', 'no array')} {shape}; {index.folder} has {len(index)} images and the model "
-            f"{classes} classes. Accepted: float [{len(index)}, {classes}]. Next: python -m fixres_dist extract on this data set."
+            f"--softmax {file} is {getattr(values, 'dtype', 'no array')} {shape}; {index.folder} has {len(index)} images "
+            f"and the model {classes} classes. Accepted: float [{len(index)}, {classes}]. Next: {again} on this data set."
         )
-    beside = file.with_name(META)
-    if beside.is_file() and json.loads(beside.read_text())["sample_list"] != index.fingerprint:
-        raise UserError(
-            f"--softmax {file} is of other images than {index.folder}. Next: --data or --split of the extraction."
-        )
-    return values
+    meta, sums = file.with_name(META), values.sum(1, dtype=np.float64)
+    if meta.is_file() and json.loads(meta.read_text())["sample_list"] != index.fingerprint:
+        raise UserError(f"--softmax {file} is of other images than {index.folder}. Next: the extraction's data set.")
+    if not (np.isnan(sums) | np.isclose(sums, 1, atol=0.02)).all():
+        raise UserError(f"{file} holds no softmax: its rows are not shares that add up to 1. Next: {again}.")
+    # In float16 a small share is 0, whose logarithm would be infinite.
+    return values.clip(np.finfo(values.dtype).smallest_subnormal)

@@ -1,19 +1,26 @@
-"""Which weights on which data a command works on: a run's before and after, or a checkpoint of any model."""
+"""The weights and the data that a command evaluates: a run's model before and after fixing, or a weights file. No torch at import."""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from fixres_dist.base.environment import cache_folder
 from fixres_dist.base.errors import UserError
 from fixres_dist.config import reading, recipes
 from fixres_dist.config.schema import Config
 from fixres_dist.runs.rundir import RunDir
+
+if TYPE_CHECKING:
+    import torch
+
+    from fixres_dist.models.parts import Parts
+    from fixres_dist.training.session import Session
 
 
 def add_source(p: argparse.ArgumentParser, models: bool = True) -> None:
@@ -27,8 +34,11 @@ def add_source(p: argparse.ArgumentParser, models: bool = True) -> None:
     p.add_argument("overrides", nargs="*", metavar="section.key=value", help="such as data.resize_rule=timm")
 
 
-def source(args: argparse.Namespace, res: int | None) -> Config:
-    """The configuration to evaluate under: a run's, or a model's with --checkpoint as its weights."""
+def model_config(args: argparse.Namespace, res: int | None = None) -> Config:
+    """The configuration to evaluate a model under: that of --run, or one for --model with --checkpoint as its weights.
+
+    `res`: the test resolution in pixels, where it is not the configuration's.
+    """
     if args.run and (args.model or args.checkpoint):
         raise UserError("--run and --model/--checkpoint exclude each other. Next: give one of the two.")
     if args.run:
@@ -36,31 +46,24 @@ def source(args: argparse.Namespace, res: int | None) -> Config:
     elif args.model and args.checkpoint:
         values = dict(recipes.find(args.model, args.checkpoint).values)
     else:
-        raise UserError("what shall be evaluated? Accepted: --run DIR, or --model M --checkpoint FILE.")
-    flags: dict[str, dict[str, Any]] = {"data": {}}
-    if args.data:
-        flags["data"]["root"] = args.data
-    if res is not None:
-        flags["data"]["res"] = res
-    config = reading.parse(Config, reading.merge(reading.merge(values, flags), reading.overrides(args.overrides)))
-    if not config.data.root:
-        raise UserError("no data set given. Next: --data DIR, with train/ and val/.")
-    return config
+        raise UserError("nothing to evaluate was given. Accepted: --run DIR, or --model M --checkpoint FILE.")
+    return with_data(args, values, {} if res is None else {"res": res})
 
 
-def data_source(args: argparse.Namespace) -> Config:
-    """The configuration of a data set alone, for what needs no model: a run's, or --data."""
+def data_config(args: argparse.Namespace) -> Config:
+    """The configuration of a data set alone, for --softmax, which needs no model."""
     if args.model or args.checkpoint or args.res or args.eval_set or args.only:
         raise UserError(
             "--softmax is scored on one split. Next: leave out --model, --checkpoint, --res, --eval-set, --only."
         )
-    values = asdict(RunDir(args.run).config()) if args.run else {}
-    flags = {"data": {"root": args.data}} if args.data else {}
+    return with_data(args, asdict(RunDir(args.run).config()) if args.run else {}, {})
+
+
+def with_data(args: argparse.Namespace, values: Mapping[str, Any], data: dict[str, Any]) -> Config:
+    flags = {"data": data | ({"root": args.data} if args.data else {})}
     config = reading.parse(Config, reading.merge(reading.merge(values, flags), reading.overrides(args.overrides)))
     if not config.data.root:
-        raise UserError(
-            "no data set given, whose labels a softmax could be compared with. Next: --data DIR, or --run DIR."
-        )
+        raise UserError("no data set given. Next: --data DIR, with train/ and val/, or --run DIR.")
     return config
 
 
@@ -68,65 +71,67 @@ def data_source(args: argparse.Namespace) -> Config:
 class Subject:
     """One set of weights to evaluate."""
 
-    label: str
-    weights: Path | None  # None: as the configuration says
+    label: str  # before, after, checkpoint, or what the user calls it
+    weights: Path | None  # None: those that the configuration names
 
 
-def subjects(args: argparse.Namespace, config: Config) -> list[Subject]:
-    """Before and after for a run, the file for a checkpoint."""
-    if not args.run:
+def subjects(run: Path | None) -> list[Subject]:
+    """Before and after fixing for a run; without one, the weights that --checkpoint put into the configuration."""
+    if not run:
         return [Subject("checkpoint", None)]
-    return [Subject("before", weights_before(RunDir(args.run))), Subject("after", weights_after(RunDir(args.run)))]
+    return [Subject("before", weights_before(RunDir(run))), Subject("after", weights_after(RunDir(run)))]
 
 
 def weights_before(run: RunDir) -> Path | None:
-    """The whole model after stage one; without stage one the starting weights, which the configuration names."""
+    """The whole model after stage one; without stage one None: the starting weights, which the configuration names."""
     return run.pretrained if run.pretrained.exists() else None
 
 
 def weights_after(run: RunDir) -> Path:
+    """The whole fixed model; raises UserError for a run that has not finished."""
     return run.finished(run.root / "export" / "model.safetensors")
 
 
 @contextlib.contextmanager
 def opened(
     config: Config,
-    found: list[Subject],
+    subjects: Sequence[Subject],
     run: Path | None,
     split: str = "val",
     sets: Mapping[str, Path] | None = None,
-) -> Iterator[Any]:
-    """A session with `split` and `sets`; its own weights are loaded only if a subject has none of its own."""
+) -> Iterator[Session]:
+    """A session with `split` and the named `sets`; the ranks of the job part at its end.
+
+    The configuration's weights are loaded only if a subject has no file of its own. A run is evaluated as it was trained:
+    with its class order, and with what its first start decided (choices.json).
+    """
     from fixres_dist.data import class_maps
     from fixres_dist.training.ranks import join
     from fixres_dist.training.session import open_session
 
-    ranks = join(run or meeting_place())
+    rendezvous = run or cache_folder()
+    rendezvous.mkdir(parents=True, exist_ok=True)
+    ranks = join(rendezvous)
     try:
-        needed = any(subject.weights is None for subject in found)
+        needed = any(subject.weights is None for subject in subjects)
         trained = class_maps.trained_classes(config, run, split)
-        kept = run / "choices.json" if run else None  # the run's own arithmetic
+        kept = run / "choices.json" if run else None
         yield open_session(config, ranks, load_weights=needed, splits=(split,), sets=sets, trained=trained, kept=kept)
     finally:
         ranks.stop()
 
 
-def split_with(live: Any, weights: Path | dict[str, Any] | None) -> Any:
-    """A copy of the session's model with `weights` (a file, a state dict, or as opened), cut for evaluation in the run's
-    own arithmetic."""
+def parts_with(session: Session, weights: Path | dict[str, torch.Tensor] | None) -> Parts:
+    """A copy of the session's model, cut into trunk and head and prepared for evaluation in the run's own arithmetic.
+
+    `weights`: a file or a state dict of the whole model; None keeps the session's.
+    """
     from fixres_dist.models.parts import parts_of
     from fixres_dist.models.weights import fill, read_state
 
-    model = copy.deepcopy(live.model)
-    if weights is not None:
-        state = weights if isinstance(weights, dict) else read_state(weights)
-        fill(model, state, "the interpolation" if state is weights else str(weights))
-    return live.with_fast_trunk(parts_of(model, live.config.tune.policy))
-
-
-def meeting_place() -> Path:
-    from fixres_dist.base.environment import cache_folder
-
-    folder = cache_folder()
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
+    model = copy.deepcopy(session.model)
+    if isinstance(weights, Path):
+        fill(model, read_state(weights), str(weights))
+    elif weights is not None:
+        fill(model, weights, "the interpolation")
+    return session.with_fast_trunk(parts_of(model, session.config.tune.policy))

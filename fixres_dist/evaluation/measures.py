@@ -1,67 +1,175 @@
-"""Exact evaluation: every image of the split once, at any world size; paired gains, calibration, parts of the split."""
+"""What is measured on a set, and the files that keep it: accuracy, calibration, paired gain, ReaL and per-class accuracy.
+
+No torch, so that `report` starts at once.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fixres_dist.data.index import Index
-from fixres_dist.training.predictions import Predictions, calibration
+from fixres_dist.runs.results import Gain, Summary
+from fixres_dist.runs.rundir import RunDir
+from fixres_dist.training.predictions import Calibration, Predictions, calibration
+
+LABELS = ("before", "after", "checkpoint", "softmax")  # what an evaluated model is called
 
 
-def top1_of_parts(place: NDArray[np.integer], predictions: dict[str, Predictions], parts: int) -> list[dict[str, Any]]:
-    """[{n, LABEL: top-1, ..}] of the images whose `place` is 0, 1, .. parts - 1; None where a part has no image."""
-    rows: list[dict[str, Any]] = [{"n": 0} for _ in range(parts)]
-    for label, p in predictions.items():
-        kept = p.counted & (place >= 0)
-        counts = np.bincount(place[kept], minlength=parts)
-        hits = np.bincount(place[kept], p.correct1[kept], parts)
-        for row, n, hit in zip(rows, counts.tolist(), hits.tolist(), strict=True):
-            row |= {"n": n, label: round(100 * hit / n, 4) if n else None}
-    return rows
+@dataclass(frozen=True)
+class Real:
+    """Top-1 in percent by ReaL labels, of each model by its label, over the `n` images that have such labels."""
+
+    n: int
+    top1: dict[str, float]
+    gain: Gain | None
 
 
-def real_accuracy(lists: list[list[int]], predictions: dict[str, Predictions]) -> dict[str, Any]:
-    """Top-1 by ReaL labels (right if in the list; empty lists out): {n, LABEL: top-1, delta_top1, delta_ci95}."""
-    listed, judged = np.array([bool(labels) for labels in lists]), {}
-    found: dict[str, Any] = {}
-    for label, p in predictions.items():
-        hits = np.array([int(c) in labels for c, labels in zip(p.predicted, lists, strict=True)])
-        judged[label] = replace(p, correct1=hits, predicted=np.where(listed, p.predicted, -1))
-        summary = judged[label].summary()
-        found |= {"n": summary["n"], label: summary["top1"]}
-    return found | before_after(judged)
+@dataclass(frozen=True)
+class Evaluation:
+    """One or several models on one set; models are named by label: before and after, checkpoint, or softmax."""
+
+    set: str
+    res: int | None  # None: scored from softmax files
+    classes_of_set: int
+    classes_of_model: int
+    summaries: dict[str, Summary]
+    calibrations: dict[str, Calibration]  # without those whose predictions have no confidence
+    gain: Gain | None  # of after over before, where both were evaluated
+    real: Real | None
+    by_class: dict[str, dict[str, float | None]]  # class -> {"n": images, LABEL: top-1 in percent; None without images}
+
+    def record(self) -> dict[str, Any]:
+        """As evaluations/SET-RES.json holds it; docs/method.md has the keys."""
+        found: dict[str, Any] = {"set": self.set, "res": self.res}
+        found["classes"] = {"of_set": self.classes_of_set, "of_model": self.classes_of_model}
+        for label, summary in self.summaries.items():
+            found[label] = asdict(summary) | (asdict(self.calibrations[label]) if label in self.calibrations else {})
+        found |= asdict(self.gain) if self.gain else {}
+        if self.real:
+            gain = asdict(self.real.gain) if self.real.gain else {}
+            found["real"] = {"n": self.real.n, **self.real.top1, **gain}
+        return found | {"by_class": self.by_class}
+
+    @staticmethod
+    def read(file: Path) -> Evaluation:
+        """What `record` gave; keys of older versions are left out."""
+        found = json.loads(file.read_text())
+        labels = [label for label in LABELS if label in found]
+        real = found.get("real")
+        return Evaluation(
+            set=found["set"],
+            res=found["res"],
+            classes_of_set=found["classes"]["of_set"],
+            classes_of_model=found["classes"]["of_model"],
+            summaries={label: read_summary(found[label]) for label in labels},
+            calibrations={
+                k: Calibration(found[k]["ece"], found[k]["mean_confidence"]) for k in labels if "ece" in found[k]
+            },
+            gain=read_gain(found),
+            real=Real(real["n"], {k: real[k] for k in labels}, read_gain(real)) if real else None,
+            by_class=found["by_class"],
+        )
 
 
-def before_after(predictions: dict[str, Predictions]) -> dict[str, Any]:
-    """The gain where there are both; otherwise nothing."""
-    if not {"before", "after"} <= set(predictions):
-        return {}
-    return predictions["after"].gain_over(predictions["before"])
+@dataclass(frozen=True)
+class Mixture:
+    """Accuracy of the weights at `alpha`, and their gain over those at 0."""
+
+    alpha: float
+    summary: Summary
+    gain: Gain
+
+    def record(self) -> dict[str, Any]:
+        return {"alpha": self.alpha, **asdict(self.summary), **asdict(self.gain)}
 
 
-def describe(
+def read_mixture(run: RunDir, alpha: float) -> Mixture | None:
+    """On the validation split, from the run's alpha.json; None where this alpha was not measured on the run's own data."""
+    file, data = run.root / "alpha.json", run.config().data
+    found = json.loads(file.read_text()) if file.exists() else {}
+    if (found.get("data"), found.get("res"), found.get("resize_rule")) != (data.root, data.res, data.resize_rule):
+        return None
+    for row in found["curves"]["val"]:
+        if row["alpha"] == alpha:
+            return Mixture(alpha, read_summary(row), Gain(row["delta_top1"], tuple(row["delta_ci95"])))
+    return None
+
+
+def read_summary(record: Mapping[str, Any]) -> Summary:
+    return Summary(record["top1"], record["top5"], record["loss"], record["n"], record["skipped"])
+
+
+def read_gain(record: Mapping[str, Any]) -> Gain | None:
+    return Gain(record["delta_top1"], tuple(record["delta_ci95"])) if "delta_top1" in record else None
+
+
+def measure(
     name: str,
     res: int | None,
     index: Index,
     columns: Sequence[int],
     classes: Sequence[str],
-    predictions: dict[str, Predictions],
+    predictions: Mapping[str, Predictions],
     real: list[list[int]] | None = None,
-) -> dict[str, Any]:
-    """An evaluated set as evaluations/SET-RES.json keeps it; docs/method.md has the keys.
+) -> Evaluation:
+    """The evaluation of the set `name` at `res` px from predictions by label.
 
-    `columns`: the model's class of each folder of `index`; `predictions`: by label, such as before and after.
+    `columns`: the model's class of each folder of `index`; `classes`: the model's class names; `real`: for each image the
+    classes that are right, see `class_maps.real_labels`.
     """
-    found: dict[str, Any] = {"set": name, "res": res, "classes": {"of_set": len(columns), "of_model": len(classes)}}
-    found |= {label: {**p.summary(), **calibration(p)} for label, p in predictions.items()}
-    found |= before_after(predictions)
-    if real is not None:
-        found["real"] = real_accuracy(real, predictions)
+    calibrations = {label: calibration(made) for label, made in predictions.items()}
     rows = top1_of_parts(index.labels, predictions, len(columns))
-    found["by_class"] = {classes[column]: row for column, row in zip(columns, rows, strict=True)}
-    return found
+    return Evaluation(
+        set=name,
+        res=res,
+        classes_of_set=len(columns),
+        classes_of_model=len(classes),
+        summaries={label: made.summary() for label, made in predictions.items()},
+        calibrations={label: found for label, found in calibrations.items() if found},
+        gain=gain_of_fixing(predictions),
+        real=None if real is None else real_accuracy(real, predictions),
+        by_class={classes[column]: row for column, row in zip(columns, rows, strict=True)},
+    )
+
+
+def gain_of_fixing(predictions: Mapping[str, Predictions]) -> Gain | None:
+    """None without predictions before and after."""
+    if not {"before", "after"} <= set(predictions):
+        return None
+    return predictions["after"].gain_over(predictions["before"])
+
+
+def real_accuracy(lists: list[list[int]], predictions: Mapping[str, Predictions]) -> Real:
+    """Accuracy by ReaL labels (Beyer et al., arXiv 2006.07159): a prediction is right if it is in its image's list; an image
+    whose list is empty is not counted."""
+    listed, judged = np.array([bool(labels) for labels in lists]), {}
+    for label, made in predictions.items():
+        hits = np.array([int(c) in labels for c, labels in zip(made.predicted, lists, strict=True)])
+        judged[label] = replace(made, correct1=hits, predicted=np.where(listed, made.predicted, -1))
+    summaries = {label: made.summary() for label, made in judged.items()}
+    n = list(summaries.values())[-1].n
+    return Real(n, {label: summary.top1 for label, summary in summaries.items()}, gain_of_fixing(judged))
+
+
+def top1_of_parts(
+    place: NDArray[np.integer], predictions: Mapping[str, Predictions], parts: int
+) -> list[dict[str, float | None]]:
+    """[{"n": images, LABEL: top-1 in percent}] for the images whose `place` [n] is 0, 1, .. parts - 1.
+
+    None where a part has no image; images with a negative place are in no part.
+    """
+    rows: list[dict[str, float | None]] = [{"n": 0} for _ in range(parts)]
+    for label, made in predictions.items():
+        kept = made.counted & (place >= 0)
+        counts = np.bincount(place[kept], minlength=parts)
+        hits = np.bincount(place[kept], made.correct1[kept], parts)
+        for row, n, hit in zip(rows, counts.tolist(), hits.tolist(), strict=True):
+            row |= {"n": n, label: round(100 * hit / n, 4) if n else None}
+    return rows

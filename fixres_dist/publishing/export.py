@@ -19,21 +19,6 @@ ONNX_TOLERANCE = 1e-4  # relative to the largest logit; rounding alone stays bel
 HUB_FILES = ("README.md", "config.json", "model.safetensors")
 
 
-def interpolated(
-    before: dict[str, torch.Tensor], after: dict[str, torch.Tensor], alpha: float
-) -> dict[str, torch.Tensor]:
-    """(1 - alpha) · before + alpha · after, tensor by tensor: exactly `before` at 0, exactly `after` at 1.
-
-    What tuning left alone is equal in both and stays as it is. BN means and variances are interpolated like weights:
-    linearly, which is not the variance of a mixture. Counters (integers) have no between: those of `after`.
-    """
-    if alpha == 0:
-        return dict(before)
-    return {
-        name: torch.lerp(before[name], end, alpha) if end.is_floating_point() else end for name, end in after.items()
-    }
-
-
 def timm_transform(config: Config, res: int) -> tuple[dict[str, Any], bool]:
     """(timm's settings for this evaluation, whether timm then makes the same picture).
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import asdict
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,6 +14,7 @@ from fixres_dist.base.json_lines import append, keep_lines
 from fixres_dist.base.text import duration
 from fixres_dist.config import reading
 from fixres_dist.config.schema import Config
+from fixres_dist.runs.results import Summary
 from fixres_dist.runs.rundir import RunDir
 
 
@@ -65,13 +67,15 @@ class Tracker:
             self.bar.update(step - self.bar.n)
             self.bar.set_postfix_str(text)
 
-    def evaluation(self, step: int, label: str, res: int, summary: dict[str, float]) -> None:
-        """Log an evaluation at `res` pixels: top1 and top5 in per cent, loss, n images."""
-        append(self.run.metrics, {"step": step, "evaluation": label, "res": res, **summary, "time": time.time()})
+    def evaluation(self, step: int, label: str, res: int, summary: Summary) -> None:
+        """Log an evaluation at `res` pixels."""
+        append(
+            self.run.metrics, {"step": step, "evaluation": label, "res": res, **asdict(summary), "time": time.time()}
+        )
         for name in ("top1", "top5", "loss"):
-            self.board.add_scalar(f"eval/{name}", summary[name], step)
-        text = f"evaluation ({label}, {res} px): top-1 {summary['top1']:.2f} | top-5 {summary['top5']:.2f}"
-        self.say(f"{text} | loss {summary['loss']:.4f} | n {summary['n']}")
+            self.board.add_scalar(f"eval/{name}", getattr(summary, name), step)
+        text = f"evaluation ({label}, {res} px): top-1 {summary.top1:.2f} | top-5 {summary.top5:.2f}"
+        self.say(f"{text} | loss {summary.loss:.4f} | n {summary.n}")
 
     def flush(self) -> None:
         self.board.flush()

@@ -186,7 +186,7 @@ def loop(training: Training, flag: StopFlag, startup: StartUp) -> int:
             if count := stage.averages(done):
                 average_weights(optimizer, count, use=last)
             if not last and settings.eval_every and epoch % settings.eval_every == 0:
-                top1 = training.evaluate(f"{stage.name} epoch {epoch}").summary()["top1"]
+                top1 = training.evaluate(f"{stage.name} epoch {epoch}").summary().top1
                 training.progress = training.progress.with_top1(top1)
                 meter.restart()
         due = ranks.is_main and time.monotonic() - saved_at >= settings.save_every_s
@@ -220,8 +220,8 @@ def close(training: Training) -> None:
     if training.tracker:
         if stage.name == "fix":
             images = sum(s.images_until(s.stop) for s in stages(session.config, stage.n))
-            summary = results.write_results(run, session, training.progress.seconds, images, work.how())
+            summary = results.write_results(run, session, training.progress.seconds, images, **work.how())
         write_weights(session.model, weights, session.config, stage.res)
         if stage.name == "fix":
-            training.say(results.sentence(summary))
+            training.say(summary.sentence())
     session.ranks.barrier()

@@ -181,14 +181,6 @@ def time_text(config: Config, facts: Facts, pictures: int, world_size: int) -> s
     return f"about {duration(predicted)} on {world_size} H200 ({speed:,.0f} images/s each; an estimate from memory traffic, +-40 %)"
 
 
-def beside(predicted: float | None, measured: float) -> dict[str, float] | None:
-    """A prediction and how far off it was."""
-    if predicted is None:
-        return None
-    error = 100 * (predicted / measured - 1)
-    return {"predicted": round(predicted, 3), "measured": round(measured, 3), "error_percent": round(error, 1)}
-
-
 def engine_plan(config: Config, facts: Facts | None, counts: Counts, stage: Stage) -> tuple[str, str, int]:
     """(engine of the fixing stage, why, pictures that go through the trunk), as far as it can be told from here."""
     setting, tune, folder = config.run.engine, config.tune, rule.feature_folder(config)

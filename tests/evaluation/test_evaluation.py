@@ -19,13 +19,15 @@ from safetensors.torch import save_file
 from support.commands import environment
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from fixres_dist.base.commands import command
 from fixres_dist.cli.main import main
-from fixres_dist.cli.sweep import bests
 from fixres_dist.config import reading, recipes
 from fixres_dist.config.schema import Config
 from fixres_dist.data import dataset
 from fixres_dist.evaluation import activations
+from fixres_dist.evaluation.sweep import Cost, Limit, Sweep
 from fixres_dist.models.build import build_model, gmacs
+from fixres_dist.runs.results import Summary
 from fixres_dist.training.predictions import Predictions, paired_gain
 
 torch.set_num_threads(1)  # as the processes of torchrun have it: the same kernels, the same bytes
@@ -99,9 +101,9 @@ def test_a_run_is_evaluated_before_and_after_with_the_paired_gain(finished: Path
     found = result(tmp_path, "--run", finished, "--predictions", tmp_path / "p.npz")
     before, after = (Predictions.read(finished / "evaluations" / f"val-64-{k}.npz") for k in ("before", "after"))
     assert 0 < before.correct1.sum() < 33
-    gain, interval = paired_gain(before.correct1, after.correct1)
-    assert (found["delta_top1"], found["delta_ci95"]) == (gain, list(interval))
-    assert found["before"]["top1"] == before.summary()["top1"] != found["after"]["top1"] == found["top1"]
+    gain = paired_gain(before.correct1, after.correct1)
+    assert (found["delta_top1"], found["delta_ci95"]) == (gain.delta_top1, list(gain.delta_ci95))
+    assert found["before"]["top1"] == before.summary().top1 != found["after"]["top1"] == found["top1"]
     assert found["classes"] == {"of_set": 3, "of_model": 3}
     assert set(found["after"]) == {"top1", "top5", "loss", "n", "skipped", "ece", "mean_confidence"}
     kept = json.loads((finished / "evaluations" / "val-64.json").read_text())
@@ -213,8 +215,8 @@ def test_the_command_that_extract_prints_runs_as_it_stands(
     file = ("--model", "test_efficientnet", "--checkpoint", finished / "export" / "model.safetensors", "--res", "64")
     for out, source in (("a", ("--run", finished)), ("b b", (*file, "--data", photos))):
         assert call("extract", *source, "--out", tmp_path / out, "--split", "val", *SMALL) == 0
-        printed = shlex.split(capsys.readouterr().out.splitlines()[-1].partition("Next: python -m fixres_dist ")[2])
-        assert call(*printed) == 0
+        printed = shlex.split(capsys.readouterr().out.splitlines()[-1].partition(f"Next: {command('evaluate')}")[2])
+        assert call("evaluate", *printed) == 0
         assert "n 33" in capsys.readouterr().out
 
 
@@ -285,13 +287,22 @@ def test_sweep_names_the_best_resolution_and_explains_it(
     assert (histogram.step, histogram.histogram_value.num) == (64, 33 * 256)
 
 
-def test_the_best_under_a_limit() -> None:
-    table = {"after": {224: {"top1": 70.0}, 256: {"top1": 71.0}, 288: {"top1": 71.0}}}
-    costs = {r: {"gmacs": r / 100, "images_per_second": 1000.0 - r} for r in (224, 256, 288)}
-    assert bests(table, costs, None, None) == {"best_res": {"after": 256}}, "the smaller of equals"
-    assert bests(table, costs, 2.5, None)["limit"]["best_res"] == {"after": 224}
-    assert bests(table, costs, None, 744.0)["limit"]["best_res"] == {"after": 256}
-    assert bests(table, costs, 1.0, None)["limit"]["best_res"] == {"after": None}
+@pytest.mark.parametrize(
+    ("limit", "expected"),
+    [
+        (None, {"after": 256}),
+        (Limit(max_gmacs=2.5), {"after": 224}),
+        (Limit(min_images_per_second=744.0), {"after": 256}),
+        (Limit(max_gmacs=1.0), {"after": None}),
+    ],
+)
+def test_the_best_under_a_limit(limit: Limit | None, expected: dict[str, int | None]) -> None:
+    """Of 256 and 288 px, which are equally good, the smaller one."""
+    curve = {res: Summary(top1, 90.0, 1.0, 100, 0) for res, top1 in ((224, 70.0), (256, 71.0), (288, 71.0))}
+    costs = {res: Cost(res / 100, 1000.0 - res) for res in curve}
+    swept = Sweep({"after": curve}, costs, limit, {}).record()
+    assert swept["best_res"] == {"after": 256}
+    assert swept.get("limit", swept)["best_res"] == expected
 
 
 def test_multiply_adds_are_those_of_the_recipes() -> None:
@@ -306,96 +317,127 @@ def test_activation_statistics_against_loops() -> None:
     rng = np.random.default_rng(0)
     base, other = rng.normal(1, 2, (40, 3)).astype(np.float32), rng.normal(2, 1, (40, 3)).astype(np.float32)
     reference, found = activations.statistics({("training", 64): base, ("before", 96): other})
-    assert (reference["distance"], reference["channel_shift"]) == (0, 0)
+    assert (reference.distance, reference.channel_shift) == (0, 0)
     moved = [abs(a - b) for k in range(3) for a, b in zip(sorted(base[:, k]), sorted(other[:, k]), strict=True)]
-    assert found["distance"] == pytest.approx(np.mean(moved) / base.std(), rel=1e-4)
+    assert found.distance == pytest.approx(np.mean(moved) / base.std(), rel=1e-4)
     shifts = [abs(other[:, k].mean() - base[:, k].mean()) / base[:, k].std() for k in range(3)]
-    assert found["channel_shift"] == pytest.approx(np.mean(shifts), rel=1e-4)
+    assert found.channel_shift == pytest.approx(np.mean(shifts), rel=1e-4)
     near = sum(abs(v) < 0.05 * base.std() for v in other.ravel())
-    assert found["near_zero_percent"] == pytest.approx(100 * near / 120, abs=1e-3)
+    assert found.near_zero_percent == pytest.approx(100 * near / 120, abs=1e-3)
 
 
+@pytest.fixture(scope="module")
+def mistakes(finished: Path, photos: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """What the refused commands below name: {TMP}, {RUN}, {DATA}."""
+    root = tmp_path_factory.mktemp("mistakes")
+    links(root / "foreign", ash=photos / "val" / "ash", n01440764=photos / "val" / "birch")
+    links(root / "numbered", **{"1": photos / "val" / "ash", "3": photos / "val" / "birch"})
+    save_file({k: v.clone() for k, v in build_model("resnet18", 3).state_dict().items()}, root / "resnet.safetensors")
+    (root / "file").touch()
+    (root / "working").mkdir()
+    (root / "working" / "config.yaml").write_text((finished / "config.yaml").read_text())
+    return {"TMP": str(root), "RUN": str(finished), "DATA": str(photos)}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (
+            "evaluate --run {RUN} --eval-set x={TMP}/foreign",
+            [
+                "1 class folder(s) of 2 that the model does not know: n01440764",
+                "names of its 3 classes (ash, birch, cedar",
+            ],
+        ),
+        ("evaluate --run {RUN} --eval-set x={TMP}/numbered", ["does not know: 3."]),
+        ("evaluate --run {RUN} --eval-set no-such-thing", ["accepted: NAME=DIR"]),
+        ("evaluate --run {RUN} --eval-set x={TMP}/none", ["no directory"]),
+        ("evaluate --run {RUN} --eval-set val={TMP}/foreign", ["a name of its own"]),
+        ("evaluate --model resnet18 --checkpoint none --data {DATA} --only before", ["--only before is about a run"]),
+        (
+            "evaluate --model test_efficientnet --checkpoint {TMP}/resnet.safetensors --data {DATA} --res 64",
+            ["does not fit EfficientNet"],
+        ),
+        ("evaluate --run {RUN} --res 16", ["below 32 px, the models' stride"]),
+        ("sweep --run {RUN} --res 16", ["below 32 px, the models' stride"]),
+        ("extract --run {RUN} --res 16 --out {TMP}/out", ["below 32 px, the models' stride"]),
+        ("evaluate --run {RUN} --res 64,96", ["sweep for several"]),
+        ("evaluate --run {RUN} --json {TMP}", ["{TMP} cannot be written"]),
+        ("evaluate --run {RUN} --json {TMP}/nowhere/out.json", ["{TMP}/nowhere/out.json cannot be written"]),
+        (
+            "extract --run {RUN} --out {TMP}/file/out data.workers=0 run.batch_per_device=4",
+            ["Not a directory", "Accepted: a place that this user may read and write."],
+        ),
+        ("sweep --run {RUN} --res 64 --also c={TMP}/nowhere", ["nowhere is no run directory"]),
+        ("sweep --run {RUN} --res 64 --also c={TMP}/working", ["Next: STATUS working --runs-dir {TMP}"]),
+    ],
+)
 def test_mistakes_get_one_helpful_message(
-    finished: Path, extracted: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    mistakes: dict[str, str], arguments: str, says: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    evaluate = ("evaluate", "--run", finished)
-    foreign = links(tmp_path / "foreign", ash=photos / "val" / "ash", n01440764=photos / "val" / "birch")
-    text = refused(capsys, *evaluate, "--eval-set", f"x={foreign}")
-    assert "1 class folder(s) of 2 that the model does not know: n01440764" in text
-    assert "names of its 3 classes (ash, birch, cedar" in text
-    numbered = links(tmp_path / "numbered", **{"1": photos / "val" / "ash", "3": photos / "val" / "birch"})
-    assert "does not know: 3." in refused(capsys, *evaluate, "--eval-set", f"x={numbered}")
-    assert "accepted: NAME=DIR" in refused(capsys, *evaluate, "--eval-set", "no-such-thing")
-    assert "no directory" in refused(capsys, *evaluate, "--eval-set", f"x={tmp_path / 'none'}")
-    assert "a name of its own" in refused(capsys, *evaluate, "--eval-set", f"val={foreign}")
-    assert "--only before is about a run" in refused(
-        capsys, "evaluate", "--model", "resnet18", "--checkpoint", "none", "--data", photos, "--only", "before"
-    )
-    other = tmp_path / "resnet.safetensors"
-    save_file({k: v.clone() for k, v in build_model("resnet18", 3).state_dict().items()}, other)
-    source = ("--model", "test_efficientnet", "--checkpoint", other, "--data", photos, "--res", "64")
-    assert "does not fit EfficientNet" in refused(capsys, "evaluate", *source)
-    for name, more in (("evaluate", ()), ("sweep", ()), ("extract", ("--out", tmp_path / "o"))):
-        assert "below 32 px, the models' stride" in refused(capsys, name, "--run", finished, "--res", "16", *more)
-    assert not (tmp_path / "o").exists()
-    assert "sweep for several" in refused(capsys, *evaluate, "--res", "64,96")
-    for file in (tmp_path, tmp_path / "nowhere" / "out.json"):
-        assert f"{file} cannot be written" in refused(capsys, *evaluate, "--json", file)
-    (tmp_path / "file").touch()
-    found = refused(capsys, "extract", "--run", finished, "--out", tmp_path / "file" / "out", *SMALL)
-    assert "Not a directory" in found
-    assert "Accepted: a place that this user may read and write." in found
-    sweeping = ("sweep", "--run", finished, "--res", "64", "--also")
-    assert "nowhere is no run directory" in refused(capsys, *sweeping, f"c={tmp_path / 'nowhere'}")
-    (tmp_path / "working").mkdir()
-    (tmp_path / "working" / "config.yaml").write_text((finished / "config.yaml").read_text())
-    text = refused(capsys, *sweeping, f"c={tmp_path / 'working'}")
-    assert f"Next: python launch/status.py working --runs-dir {tmp_path}" in text
+    error = refused(capsys, *(word.format(**mistakes) for word in arguments.split()))
+    for text in says:
+        assert text.format(**mistakes).replace("STATUS", command("status")) in error
+    assert not (Path(mistakes["TMP"]) / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("change", "more", "says"),
+    [
+        (lambda softmax: softmax[:32], (), ["[32, 3]; ", "Accepted: float [33, 3]"]),
+        (lambda softmax: softmax[:, :2], (), ["[33, 2]"]),
+        (lambda softmax: softmax, ("--split", "train"), ["84 images"]),
+        (np.log, (), ["not shares that add up to 1"]),
+        (lambda softmax: np.zeros((33, 3), np.int64), (), ["int64"]),
+        (None, (), ["cannot be read"]),
+    ],
+)
 def test_softmax_files_that_do_not_fit_are_refused(
+    extracted: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], change: Any, more: Any, says: Any
+) -> None:
+    if change:
+        np.save(tmp_path / "s.npy", change(np.load(extracted / "softmax.npy")))
+    error = refused(capsys, "evaluate", "--softmax", tmp_path / "s.npy", "--data", photos, *more)
+    for text in says:
+        assert text in error
+
+
+def test_softmax_of_other_images_is_refused(
     extracted: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def score(values: Any, *more: object) -> str:
-        np.save(tmp_path / "s.npy", values)
-        return refused(capsys, "evaluate", "--softmax", tmp_path / "s.npy", "--data", photos, *more)
-
-    softmax = np.load(extracted / "softmax.npy")
-    assert "[32, 3]; " in score(softmax[:32])
-    assert "Accepted: float [33, 3]" in score(softmax[:32])
-    assert "[33, 2]" in score(softmax[:, :2])
-    assert "84 images" in score(softmax, "--split", "train")
-    assert "not shares that add up to 1" in score(np.log(softmax))
-    assert "int64" in score(np.zeros((33, 3), np.int64))
-    assert "cannot be read" in refused(capsys, "evaluate", "--softmax", tmp_path / "no.npy", "--data", photos)
-    other = links(tmp_path / "other", val=tmp_path / "other-val")
     for k, name in enumerate(CLASSES):
-        links(
-            tmp_path / "other-val" / name,
-            **{f"new{i}.jpg": photos / "val" / name / f"{i + k:03d}.jpg" for i in range(10)},
-        )
-        (tmp_path / "other-val" / name / "last.jpg").symlink_to(photos / "val" / name / "000.jpg")
-    given = ["--softmax", extracted / "softmax.npy", "--data", other]
+        folder = tmp_path / "val" / name
+        links(folder, **{f"new{i}.jpg": photos / "val" / name / f"{i + k:03d}.jpg" for i in range(10)})
+        (folder / "last.jpg").symlink_to(photos / "val" / name / "000.jpg")
+    given = ["--softmax", extracted / "softmax.npy", "--data", tmp_path]
     assert "is of other images" in refused(capsys, "evaluate", *given)
 
 
+@pytest.mark.parametrize(
+    ("labels", "own_names", "says"),
+    [
+        ([[0]] * 33, False, ["stand in several class folders"]),
+        ([[0]] * 8, True, ["has 8 entries", "9 images"]),
+        ([[]] * 9, True, ["no label for any image"]),
+        ([[3]] * 9, True, ["names class 3, the model has 3"]),
+        ({"labels": "no"}, True, ["a list of lists"]),
+    ],
+)
 def test_real_labels_that_do_not_fit_are_refused(
-    finished: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    finished: Path,
+    photos: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    labels: Any,
+    own_names: bool,
+    says: Any,
 ) -> None:
-    def score(labels: Any, data: Path) -> str:
-        (tmp_path / "real.json").write_text(json.dumps(labels))
-        given = ["--run", finished, "--data", data, "--labels", tmp_path / "real.json", "data.workers=0"]
-        return refused(capsys, "evaluate", *given)
-
-    assert "stand in several class folders" in score([[0]] * 33, photos)
+    (tmp_path / "real.json").write_text(json.dumps(labels))
     for name in CLASSES:
-        links(
-            tmp_path / "data" / "val" / name,
-            **{f"{name}{i}.jpg": photos / "val" / name / f"00{i}.jpg" for i in range(3)},
-        )
-    data = tmp_path / "data"
-    assert "has 8 entries" in score([[0]] * 8, data)
-    assert "9 images" in score([[0]] * 8, data)
-    assert "no label for any image" in score([[]] * 9, data)
-    assert "names class 3, the model has 3" in score([[3]] * 9, data)
-    assert "a list of lists" in score({"labels": "no"}, data)
+        files = {f"{name}{i}.jpg": photos / "val" / name / f"00{i}.jpg" for i in range(3)}
+        links(tmp_path / "data" / "val" / name, **files)
+    data = tmp_path / "data" if own_names else photos
+    given = ["--run", finished, "--data", data, "--labels", tmp_path / "real.json", "data.workers=0"]
+    error = refused(capsys, "evaluate", *given)
+    for text in says:
+        assert text in error

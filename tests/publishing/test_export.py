@@ -6,7 +6,7 @@ import inspect
 import json
 import math
 import socket
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +20,15 @@ from support.commands import run as call
 from support.commands import tiny
 from support.folders import write_photos
 
+from fixres_dist.base.commands import command
 from fixres_dist.base.errors import UserError
 from fixres_dist.cli.main import main
 from fixres_dist.data.geometry import resize_of
-from fixres_dist.evaluation.inputs import Subject, opened, split_with
+from fixres_dist.evaluation.inputs import Subject, opened, parts_with
 from fixres_dist.models import weights
 from fixres_dist.models.build import build_model, preprocessing
 from fixres_dist.publishing import export, model_card
+from fixres_dist.runs.results import Results
 from fixres_dist.runs.rundir import RunDir
 from fixres_dist.training.predict import predict
 from fixres_dist.training.predictions import Predictions
@@ -73,7 +75,7 @@ def test_timms_own_evaluation_of_the_export_predicts_the_same(run: RunDir, tmp_p
     config = replace(config, data=replace(config.data, resize_rule=rule))
     fixed = run.root / "export" / "model.safetensors"
     with opened(config, [Subject("after", fixed)], None) as live:
-        (ours,), index = predict(live, [split_with(live, fixed)], 64, ""), live.val
+        (ours,), index = predict(live, [parts_with(live, fixed)], 64, ""), live.val
     model = timm.create_model("test_efficientnet", num_classes=3, checkpoint_path=fixed)
     export.write_config(model, tmp_path / "config.json", config, 64, CLASSES)
     (tmp_path / "model.safetensors").symlink_to(fixed)
@@ -104,11 +106,11 @@ def test_timm_scales_to_the_size_of_the_rule(run: RunDir, rule: str) -> None:
 def test_a_rule_timm_cannot_express_is_said_aloud(
     run: RunDir, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config, found = run.config(), model_card.results(run)
+    config, found = run.config(), Results.read(run)
     monkeypatch.setattr(
         RunDir, "config", lambda self: replace(config, data=replace(config.data, resize_rule="fixres_height"))
     )
-    monkeypatch.setattr(model_card, "results", lambda run: {**found, "resize_rule": "fixres_height"})
+    monkeypatch.setattr(Results, "read", lambda run: replace(found, resize_rule="fixres_height"))
     out = exported(run, tmp_path / "out")
     assert "timm cannot express data.resize_rule=fixres_height" in capsys.readouterr().err
     assert "timm's configuration cannot express this" in (out / "README.md").read_text()
@@ -156,18 +158,19 @@ def test_alpha_zero_and_one_are_the_two_heads_exactly(run: RunDir, tmp_path: Pat
 
 def test_the_curve_between_the_heads_ends_in_before_and_after(run: RunDir, tmp_path: Path) -> None:
     out = exported(run, tmp_path / "half", "--alpha", "0.5")
-    assert "Not measured: `python -m fixres_dist interpolate" in (out / "README.md").read_text()
+    assert f"Not measured: `{command('interpolate')}" in (out / "README.md").read_text()
     assert "model-index" not in (out / "README.md").read_text()
     part = write_photos(tmp_path / "part", 1, 4, ("birch", "cedar")) / "val"
-    command = ["interpolate", "--run", str(run.root), "--alpha", "0,0.5,1", "--eval-set", f"part={part}"]
-    assert main(command) == 0
+    arguments = ["interpolate", "--run", str(run.root), "--alpha", "0,0.5,1", "--eval-set", f"part={part}"]
+    assert main(arguments) == 0
     curves = json.loads((run.root / "alpha.json").read_text())["curves"]
     assert [(row["alpha"], row["n"]) for row in curves["part"]] == [(0.0, 8), (0.5, 8), (1.0, 8)]
     rows = curves["val"]
     found = json.loads(run.results.read_text())
     saved = {when: Predictions.read(run.root / "predictions" / f"{when}.npz") for when in ("before", "after")}
     for row, when in ((rows[0], "before"), (rows[2], "after")):
-        assert {key: row[key] for key in saved[when].summary()} == saved[when].summary()
+        summary = asdict(saved[when].summary())
+        assert {key: row[key] for key in summary} == summary
     assert (rows[0]["delta_top1"], rows[2]["delta_top1"]) == (0.0, found["delta_top1"])
     assert rows[2]["delta_ci95"] == found["delta_ci95"]
     assert Image.open(run.root / "alpha.png").size == (840, 540)

@@ -17,13 +17,24 @@ from fixres_dist.runs.rundir import RunDir
 from fixres_dist.runs.states import Event
 
 RESULTS: dict[str, Any] = {
+    "policy": "classifier+bn",
+    "transform": "test_aug",
+    "resize_rule": "fixefficientnet",
     "n": 50000,
+    "skipped": 0,
     "before": {"top1": 78.7, "top5": 94.4, "loss": 0.9},
     "after": {"top1": 80.1, "top5": 95.3, "loss": 0.8},
     "delta_top1": 1.4,
     "delta_ci95": [1.1, 1.7],
+    "images_seen": 6400000,
     "seconds": 754.0,
     "world_size": 8,
+    "precision": "bf16",
+    "optimizer": "torch SGD",
+    "apex": None,
+    "engine": "stream",
+    "trunk": "contiguous",
+    "versions": {"torch": "2.11"},
     "hardware": {"device": "H200", "devices": 8, "nodes": ["a"]},
 }
 
@@ -49,16 +60,20 @@ def test_a_run_stands_beside_its_published_numbers(tmp_path: Path, capsys: pytes
     run = made(tmp_path / "runs" / "b0-320", "b0", 320)
     (run.root / "sweep.png").touch()
     (run.root / "evaluations").mkdir()
+    counts = {"n": 7500, "skipped": 0}
     shifted = {
         "set": "imagenet-a",
         "res": 320,
-        "before": {"top1": 10.0, "top5": 20.0},
-        "after": {"top1": 9.0, "top5": 19.0},
+        "classes": {"of_set": 200, "of_model": 1000},
+        "before": {"top1": 10.0, "top5": 20.0, "loss": 5.0, **counts},
+        "after": {"top1": 9.0, "top5": 19.0, "loss": 5.1, **counts},
+        "delta_top1": -1.0,
+        "delta_ci95": [-1.4, -0.6],
+        "by_size": [],  # of an older version
+        "by_class": {},
     }
-    (run.root / "evaluations" / "imagenet-a-320.json").write_text(
-        json.dumps({**shifted, "delta_top1": -1.0, "delta_ci95": [-1.4, -0.6], "classes": {}})
-    )
-    (run.root / "evaluations" / "val-320.json").write_text(json.dumps({**RESULTS, "set": "val", "res": 320}))
+    for name in ("imagenet-a", "val"):
+        (run.root / "evaluations" / f"{name}-320.json").write_text(json.dumps({**shifted, "set": name}))
     out = tmp_path / "report"
     assert main(["report", str(run.root), "--out", str(out)]) == 0
     text = (out / "report.md").read_text()
@@ -93,17 +108,17 @@ def test_a_run_that_has_not_finished_is_listed_with_its_state(tmp_path: Path) ->
 def test_other_models_and_other_weights_are_counted(tmp_path: Path) -> None:
     """resnet50 as everybody counts it: 25.6 M parameters; 4.1 G multiply-adds at 224."""
     row = report.row(made(tmp_path / "r", "resnet50", 224))
-    assert (row["parameters_m"], row["multiply_adds_g"], row["published"]) == (25.557, 4.089, None)
+    assert (row.parameters_m, row.multiply_adds_g, row.published) == (25.557, 4.089, None)
     scaled = report.row(made(tmp_path / "b4", "b4", 256, "ap"))
-    assert scaled["multiply_adds_g"] == pytest.approx(recipes.find("b4", "ap").facts.multiply_adds_g / 4, abs=1e-3)  # type: ignore[union-attr]
+    assert scaled.multiply_adds_g == pytest.approx(recipes.find("b4", "ap").facts.multiply_adds_g / 4, abs=1e-3)  # type: ignore[union-attr]
 
 
 def test_counting_agrees_with_the_recipes_facts(tmp_path: Path) -> None:
     """The same model by its timm name has no recipe's facts and is counted."""
     name = "tf_efficientnet_b0.ns_jft_in1k"
     rows = [report.row(made(tmp_path / model, model, 320)) for model in ("b0", name)]
-    keys = ("parameters_m", "multiply_adds_g", "train_res")
-    assert [rows[0][key] for key in keys] == [rows[1][key] for key in keys] == [5.289, 0.785, 224]
+    for row in rows:
+        assert (row.parameters_m, row.multiply_adds_g, row.train_res) == (5.289, 0.785, 224)
 
 
 def test_the_published_curves_are_the_tables() -> None:

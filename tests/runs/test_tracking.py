@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from fixres_dist.base.json_lines import read_lines
 from fixres_dist.config.schema import Config
+from fixres_dist.runs.results import Summary
 from fixres_dist.runs.rundir import RunDir
 from fixres_dist.runs.tracking import Tracker, write_curve, write_histograms
 
@@ -21,7 +23,7 @@ VALUES = {
     "data_wait_percent": 3.0,
     "memory_gib": 0.0,
 }
-SUMMARY = {"top1": 70.0, "top5": 90.0, "loss": 1.25, "n": 33}
+SUMMARY = Summary(top1=70.0, top5=90.0, loss=1.25, n=33, skipped=0)
 
 
 def tracker(run: RunDir, first_step: int = 0, resumed: bool = False) -> Tracker:
@@ -60,7 +62,7 @@ def test_a_line_per_log_and_per_evaluation(run: RunDir) -> None:
     step, evaluation = read_lines(run.metrics)[0], read_lines(run.metrics)[1]
     assert {key: step[key] for key in VALUES} == VALUES
     assert step["epoch"] == 0.5
-    assert {key: evaluation[key] for key in SUMMARY} == SUMMARY
+    assert {key: evaluation[key] for key in asdict(SUMMARY)} == asdict(SUMMARY)
     assert evaluation["res"] == 128
     assert {"time"} == set(step) & set(evaluation) - {"step", "loss"}
 

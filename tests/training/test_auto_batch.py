@@ -109,11 +109,6 @@ def test_predicted_memory_follows_what_a_step_keeps() -> None:
     )
 
 
-def test_a_prediction_is_told_with_its_error() -> None:
-    assert plan.beside(3.0, 2.0) == {"predicted": 3.0, "measured": 2.0, "error_percent": 50.0}
-    assert plan.beside(None, 2.0) is None
-
-
 def test_trying_a_batch_moves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """The attempt itself, on a CPU with the GPU's memory counters pretended."""
     reserved = {"bytes": 70}

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +15,9 @@ from fixres_dist.data.geometry import resize_of
 from fixres_dist.data.index import Index
 from fixres_dist.data.requests import Pictures, Request, every_sample, make_request, whole_batches
 from fixres_dist.evaluation.measures import top1_of_parts
+from fixres_dist.runs.results import Gain
 from fixres_dist.training.predict import score_batches
-from fixres_dist.training.predictions import Predictions, calibration, paired_gain
+from fixres_dist.training.predictions import Calibration, Predictions, calibration, paired_gain
 from fixres_dist.training.ranks import Ranks
 
 ALONE = Ranks(0, 1, 1, ("here",), torch.device("cpu"))
@@ -51,7 +53,7 @@ def test_counts_against_a_table() -> None:
     assert found.correct5.tolist() == [True, True, False]
     expected = [-math.log(math.exp(s[y]) / sum(map(math.exp, s))) for s, y in zip(scores.tolist(), labels, strict=True)]
     assert found.loss.tolist() == pytest.approx(expected, rel=1e-3)
-    assert found.summary() == {
+    assert asdict(found.summary()) == {
         "top1": pytest.approx(100 / 3, abs=1e-3),
         "top5": pytest.approx(200 / 3, abs=1e-3),
         "loss": pytest.approx(np.mean(expected), abs=1e-5),
@@ -79,13 +81,16 @@ def test_calibration_error_against_a_loop_over_bins() -> None:
         if inside.any():
             expected += inside.mean() * abs(hits[inside].mean() - confidence[inside].mean())
     measured = calibration(found)
-    assert measured["ece"] == pytest.approx(100 * expected, abs=1e-3)
-    assert measured["mean_confidence"] == pytest.approx(100 * confidence.mean(), abs=1e-3)
+    assert measured is not None
+    assert measured.ece == pytest.approx(100 * expected, abs=1e-3)
+    assert measured.mean_confidence == pytest.approx(100 * confidence.mean(), abs=1e-3)
     sure = Predictions(*(a[1:10] for a in vars(found).values()))
-    assert calibration(sure)["ece"] >= 0
+    few = calibration(sure)
+    assert few is not None
+    assert few.ece >= 0
     right = np.ones(9, bool)
     perfect = Predictions(sure.predicted, right, right, sure.loss, right.astype(np.float32))
-    assert calibration(perfect) == {"ece": 0.0, "mean_confidence": 100.0}
+    assert calibration(perfect) == Calibration(ece=0.0, mean_confidence=100.0)
 
 
 def test_parts_of_a_split_against_masks() -> None:
@@ -106,13 +111,12 @@ def test_predictions_of_older_runs_are_read_and_gains_count_what_both_decoded(tm
     np.savez_compressed(tmp_path / "old.npz", sample_list=np.frombuffer(b"abc", np.uint8), **kept)
     old, sample_list = Predictions.read_with_list(tmp_path / "old.npz")
     assert sample_list == "abc"
-    assert calibration(old) == {}
+    assert calibration(old) is None
     assert old.summary() == found.summary()
     other = some(40, seed=3)
     other.predicted[5] = -1
     both = found.counted & other.counted
-    gain, interval = paired_gain(found.correct1[both], other.correct1[both])
-    assert other.gain_over(old) == {"delta_top1": gain, "delta_ci95": list(interval)}
+    assert other.gain_over(old) == paired_gain(found.correct1[both], other.correct1[both])
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 7])
@@ -155,16 +159,17 @@ def test_an_evaluation_without_one_readable_image_is_refused() -> None:
 
 
 def test_the_interval_of_one_image_is_all_there_is() -> None:
-    assert paired_gain(np.array([False]), np.array([True])) == (100.0, (-100.0, 100.0))
+    assert paired_gain(np.array([False]), np.array([True])) == Gain(100.0, (-100.0, 100.0))
 
 
 def test_paired_interval() -> None:
     """Two images of a hundred are gained, one is lost: mean 1 point, the interval from the differences' spread."""
     before, after = np.zeros(100, bool), np.zeros(100, bool)
     before[0], after[1:3] = True, True
-    gain, (low, high) = paired_gain(before, after)
+    gain = paired_gain(before, after)
+    low, high = gain.delta_ci95
     spread = np.std([-1] + [1, 1] + [0] * 97, ddof=1)
-    assert gain == 1.0
+    assert gain.delta_top1 == 1.0
     assert (high - low) / 2 == pytest.approx(100 * 1.96 * spread / 10, abs=1e-3)
 
 
@@ -174,6 +179,6 @@ def test_paired_interval_covers_the_truth_about_95_times_in_100() -> None:
         before = rng.random(500) < 0.7
         flips = rng.random(500)
         after = np.where(before, flips > 0.05, flips < 0.3)  # true gain: 0.3 * 0.3 - 0.7 * 0.05 = 5.5 points
-        _, (low, high) = paired_gain(before, after)
+        low, high = paired_gain(before, after).delta_ci95
         covered += low <= 5.5 <= high
     assert 0.92 <= covered / 400 <= 0.98

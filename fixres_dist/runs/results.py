@@ -1,0 +1,103 @@
+"""What a run has measured: summaries of accuracy, the paired gain, and results.json. No torch."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, fields
+
+from fixres_dist.base.files import write_text
+from fixres_dist.runs.rundir import RunDir
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """Of one model on one set: top-1 and top-5 in percent, and the mean cross-entropy without label smoothing."""
+
+    top1: float
+    top5: float
+    loss: float
+
+
+@dataclass(frozen=True)
+class Summary(Accuracy):
+    """Accuracy with the images that it counts, and those skipped because they could not be decoded."""
+
+    n: int
+    skipped: int
+
+
+@dataclass(frozen=True)
+class Gain:
+    """One model's top-1 minus another's on the same images, in percentage points, and its paired 95 % interval."""
+
+    delta_top1: float
+    delta_ci95: tuple[float, float]
+
+    def __str__(self) -> str:
+        """As in a table's cell: `+1.40 (+1.10 to +1.70)`."""
+        low, high = self.delta_ci95
+        return f"{self.delta_top1:+.2f} ({low:+.2f} to {high:+.2f})"
+
+    def phrase(self, n: int | None = None) -> str:
+        """As in a sentence: `+1.40 points (95 % interval +1.10 to +1.70, paired, n 50000)`."""
+        low, high = self.delta_ci95
+        count = "" if n is None else f", n {n}"
+        return f"{self.delta_top1:+.2f} points (95 % interval {low:+.2f} to {high:+.2f}, paired{count})"
+
+
+@dataclass(frozen=True)
+class Hardware:
+    device: str  # the GPU's name, or the processor's
+    devices: int
+    nodes: list[str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Results:
+    """results.json: accuracy on the validation split before and after fixing, and what it was measured with."""
+
+    model: str
+    timm_name: str
+    weights: str
+    res: int
+    policy: str
+    transform: str
+    resize_rule: str
+    n: int
+    skipped: int = 0
+    before: Accuracy
+    after: Accuracy
+    delta_top1: float  # percentage points
+    delta_ci95: tuple[float, float]
+    images_seen: int
+    seconds: float
+    world_size: int
+    precision: str
+    optimizer: str
+    apex: str | None = None  # its version, where the run used it
+    engine: str = ""  # of the fixing stage: stream or cached; older runs do not say
+    trunk: str = ""  # memory format and compilation of the frozen trunk
+    hardware: Hardware
+    versions: dict[str, str | None]
+
+    @property
+    def gain(self) -> Gain:
+        return Gain(self.delta_top1, self.delta_ci95)
+
+    def write(self, run: RunDir) -> None:
+        write_text(run.results, json.dumps(asdict(self), indent=1) + "\n")
+
+    @staticmethod
+    def read(run: RunDir) -> Results:
+        """Raises UserError for a run that has not finished."""
+        found = json.loads(run.finished(run.results).read_text())
+        values = {field.name: found[field.name] for field in fields(Results) if field.name in found}
+        values["before"], values["after"] = Accuracy(**found["before"]), Accuracy(**found["after"])
+        values["delta_ci95"], values["hardware"] = tuple(found["delta_ci95"]), Hardware(**found["hardware"])
+        return Results(**values)
+
+    def sentence(self) -> str:
+        return (
+            f"{self.model} at {self.res} px: top-1 {self.before.top1:.2f} before, {self.after.top1:.2f} after fixing: "
+            f"{self.gain.phrase(self.n)}"
+        )
