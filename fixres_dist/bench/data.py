@@ -199,7 +199,7 @@ def at_scale(scratch: Path) -> dict[str, float]:
             times = []
             for k in range(5):
                 started = time.process_time()
-                order.train_samples(n, k, step, 512, 0, 1)
+                order.train_draws(n, k, step, 512, 0, 1)
                 times.append(time.process_time() - started)
             found[f"order of {n:,}: ms for the 512 samples of step {step}"] = round(1000 * median(times), 3)
     return found

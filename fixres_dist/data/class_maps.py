@@ -80,7 +80,7 @@ def real_labels(path: Path, index: Index, classes: int) -> list[list[int]]:
         raise UserError(f"--labels {path}: {error}. Accepted: real.json, a list of lists of class numbers.") from None
     if (top := max((k for labels in given for k in labels), default=0)) >= classes:
         raise UserError(f"--labels {path} names class {top}, the model has {classes}. Accepted: 0 to {classes - 1}.")
-    names = [index.name(sample).rpartition("/")[2] for sample in range(len(index))]
+    names = [name.rpartition("/")[2] for name in index.names()]
     numbers = [re.match(r"ILSVRC2012_val_(\d{8})\.", name) for name in names]
     if all(numbers):
         places = [int(found[1]) - 1 for found in numbers if found]

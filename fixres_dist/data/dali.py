@@ -1,9 +1,9 @@
-"""The same pictures with DALI: decoded and scaled on a GPU, or on the CPU where there is none.
+"""The backend for GPUs: DALI decodes and scales the same pictures there, or on the CPU where there is no GPU.
 
-DALI has neither our order nor our augmentation: it is fed encoded files and, for each, the region to cut and the size
-to give it. So it shows the same crop of the same sample as the other backend, starts at any sample, and has no state
-to save. A file it may read differently from PIL (anything but a plain JPEG) is decoded by PIL and handed over as plain
-pixels; a file it refuses costs nothing but itself.
+We give DALI encoded files and, for each, the region to cut and the size to scale it to; order and augmentation are ours. So
+it shows the same crop of the same sample as the other backend, starts at any sample, and has no state to save. A file that
+it may decode differently from PIL (anything but a plain JPEG) is decoded by PIL and handed over as pixels. A file that it
+refuses is skipped alone.
 
 The photograph is decoded whole: decoding a region on a GPU crashes in the release of nvImageCodec that DALI 2.4 needs
 (NVIDIA/nvImageCodec#55).
@@ -31,32 +31,18 @@ from fixres_dist.data.requests import Request
 
 READ_AHEAD = 2  # requests being read beyond those in the pipeline
 INTERPOLATION = {"bilinear": types.INTERP_LINEAR, "bicubic": types.INTERP_CUBIC}
-NOTHING = np.frombuffer(b"P6 1 1 255\n\0\0\0", np.uint8)  # a black pixel, for a request without pictures
+BLACK_PIXEL = np.frombuffer(b"P6 1 1 255\n\0\0\0", np.uint8)  # for a request without pictures: no batch may be empty
 
 
 class Settings(NamedTuple):
-    """How to run, not what to show."""
+    """How the pipeline runs; the pictures do not depend on it."""
 
-    batch: int  # no request is larger
+    batch: int  # pictures of the largest request
     threads: int
     device_id: int | None = None  # None: CPU
     hw_decoder_load: float = 0.65  # share of the pictures that a GPU's JPEG engine takes
-    preallocate_width: int = 0  # of the largest photograph, so that decoder buffers are allocated once; 0: as they come
+    preallocate_width: int = 0  # pixels of the largest photograph: decoder buffers are allocated once; 0: as needed
     preallocate_height: int = 0
-
-
-class Geometry(NamedTuple):
-    """Per sample, what the graph takes; rows of (y, x) or (height, width)."""
-
-    anchor: NDArray[np.int32]  # the box, in source pixels
-    shape: NDArray[np.int32]
-    size1: NDArray[np.float32]  # scaling: output size and region, in pixels of the pass's input
-    start1: NDArray[np.float32]
-    end1: NDArray[np.float32]
-    size2: NDArray[np.float32]  # second pass; without one, the first does both axes
-    start2: NDArray[np.float32]
-    end2: NDArray[np.float32]
-    place: NDArray[np.int32]  # where the res x res window starts in what was scaled; below zero is black
 
 
 @dataclass
@@ -70,16 +56,29 @@ class Part:
     bad: list[Bad] = field(default_factory=list)  # the other rows' samples
 
 
-def geometry(views: list[View], res: int, two_passes: bool) -> Geometry:
-    """Crop and flip folded into the region that is scaled: a region that runs backwards comes out mirrored."""
-    table = [window(view, res, two_passes) for view in views]
-    kinds = (np.int32, np.int32, *(np.float32,) * 6, np.int32)
-    columns: list[Any] = [np.array([row[k] for row in table], kind) for k, kind in enumerate(kinds)]
-    return Geometry(*columns)
+def geometry(views: list[View], res: int, resize: Resize, two_passes: bool) -> dict[str, NDArray[Any]]:
+    """What the graph takes of each view, [n, 2] of (y, x) or (height, width) each.
+
+    `anchor`, `shape`: the box in source pixels. `size1`, `start1`, `end1`: output size of the scaling and the region of its
+    input that it scales; `size2`, `start2`, `end2`: those of a second pass (without one, the first scales both axes).
+    `place`: where the res x res window starts in the scaled region, below zero for black; only where a window can leave it.
+    """
+    rows = [window(view, res, two_passes) for view in views]
+    names = [
+        "anchor",
+        "shape",
+        "size1",
+        "start1",
+        "end1",
+    ]  # no others: DALI warns of inputs that the graph does not use
+    names += ["size2", "start2", "end2"] if two_passes else []
+    names += ["place"] if resize.by_height else []
+    whole = ("anchor", "shape", "place")
+    return {name: np.array([row[name] for row in rows], np.int32 if name in whole else np.float32) for name in names}
 
 
-def window(view: View, res: int, two_passes: bool) -> tuple[tuple[float, float], ...]:
-    """One view's row of `Geometry`."""
+def window(view: View, res: int, two_passes: bool) -> dict[str, tuple[float, float]]:
+    """One view's rows of `geometry`. Crop and flip become part of the region: one that runs backwards comes out mirrored."""
     y, x, h, w = view.box
     low = [max(0, offset) for offset in view.offset]
     high = [min(size, offset + res) for size, offset in zip(view.size, view.offset, strict=True)]
@@ -91,18 +90,16 @@ def window(view: View, res: int, two_passes: bool) -> tuple[tuple[float, float],
     if view.flip:
         left, right = right, left
         gap[1] = res - gap[1] - shown[1]
-    box, place = ((y, x), (h, w)), (-gap[0], -gap[1])
+    found: dict[str, tuple[float, float]] = {"anchor": (y, x), "shape": (h, w), "place": (-gap[0], -gap[1])}
     if not two_passes:
-        return (*box, shown, (top, left), (bottom, right), shown, (0, 0), shown, place)
-    if vertical_first(view):
-        return (*box, (shown[0], w), (top, 0), (bottom, w), shown, (0, left), (shown[0], right), place)
-    return (*box, (h, shown[1]), (0, left), (h, right), shown, (top, 0), (bottom, shown[1]), place)
-
-
-def fields(resize: Resize, two_passes: bool) -> list[str]:
-    """The fields of `Geometry` that the graph uses; DALI warns of others."""
-    second = ["size2", "start2", "end2"] if two_passes else []
-    return ["anchor", "shape", "size1", "start1", "end1", *second, *(["place"] if resize.by_height else [])]
+        found |= {"size1": shown, "start1": (top, left), "end1": (bottom, right)}
+    elif vertical_first(view):
+        found |= {"size1": (shown[0], w), "start1": (top, 0), "end1": (bottom, w)}
+        found |= {"size2": shown, "start2": (0, left), "end2": (shown[0], right)}
+    else:
+        found |= {"size1": (h, shown[1]), "start1": (0, left), "end1": (h, right)}
+        found |= {"size2": shown, "start2": (top, 0), "end2": (bottom, shown[1])}
+    return found
 
 
 def build(
@@ -120,8 +117,12 @@ def build(
     device = "cpu" if settings.device_id is None else "gpu"
     pipe = Pipeline(settings.batch, settings.threads, settings.device_id, prefetch_queue_depth=2)
     with pipe:
-        names = fields(resize, two_passes)
-        source = tensors(feed, res, names, two_passes)
+        black = [View(False, (0, 0, 1, 1), (res, res), (0, 0), (1.0, 1.0, 1.0))]
+        names = list(geometry(black, res, resize, two_passes))
+        source = (
+            [files or [BLACK_PIXEL], *geometry(views or black, res, resize, two_passes).values()]
+            for files, views in feed
+        )
         files, *numbers = fn.external_source(source, num_outputs=1 + len(names), batch=True)
         g = dict(zip(names, numbers, strict=True))
         options: dict[str, Any] = {"output_type": types.RGB, "adjust_orientation": False, "jpeg_fancy_upsampling": True}
@@ -145,7 +146,7 @@ def build(
 
 
 def readable(index: Index, sample: int, decoded: bool) -> NDArray[np.uint8]:
-    """What DALI is given of a sample: the file, or its pixels as a PPM. Raises Undecodable."""
+    """What DALI gets for a sample: the file if DALI decodes it as PIL does, else its pixels as a PPM. Raises Undecodable."""
     if not decoded:
         try:
             data = index.read(sample)
@@ -196,15 +197,6 @@ class Queue:
         self.running.clear()
 
 
-def tensors(
-    feed: Iterator[tuple[list[NDArray[np.uint8]], list[View]]], res: int, names: list[str], two_passes: bool
-) -> Iterator[list[Any]]:
-    """A request as the graph takes it: files and `names` of their geometry; for no files, a black pixel's."""
-    for files, views in feed:
-        table = geometry(views or [View(False, (0, 0, 1, 1), (res, res), (0, 0), (1.0, 1.0, 1.0))], res, two_passes)
-        yield [files or [NOTHING], *(getattr(table, name) for name in names)]
-
-
 def batches(
     index: Index,
     requests: Iterable[Request],
@@ -243,7 +235,7 @@ def batches(
 
 
 def pictures(output: Any, count: int, device_id: int | None) -> torch.Tensor:
-    """A copy of the pipeline's output, whose buffers it uses again: uint8 [count, 3, res, res], channels last in memory."""
+    """A copy of the pipeline's output, whose memory DALI reuses: uint8 [count, 3, res, res], channels last in memory."""
     if device_id is None:
         images = torch.from_numpy(np.array(output.as_tensor()))
     else:
@@ -254,28 +246,29 @@ def pictures(output: Any, count: int, device_id: int | None) -> torch.Tensor:
 
 
 def jittered(images: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
-    """uint8 [n, 3, h, w], each with its own row of `factors` [n, 3]; channels last in memory."""
+    """`jitter` on a GPU for the batch at once, on a CPU picture by picture."""
     if images.is_cuda:
         return jitter(images, factors)
-    # One at a time stays in the cache.
+    # One picture at a time stays in the CPU's cache.
     return torch.cat([jitter(image[None], row[None]) for image, row in zip(images, factors, strict=True)])
 
 
 def jitter(images: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
-    """Brightness, contrast and saturation of uint8 [n, 3, h, w] by `factors` [n, 3], in this order; the same as PIL's.
+    """Brightness, contrast and saturation of uint8 [n, 3, h, w] by `factors` [n, 3], in this order, as PIL does it.
 
-    What `pixels.jitter` does, for a whole batch on any device: every step truncates to whole numbers, in fp32, which holds
-    all of them exactly. torchvision's own tensor version rounds otherwise and is a grey level off for strong factors.
+    The result is channels last in memory. As `pixels.jitter`, but for a batch on any device: every step truncates to whole
+    numbers, in fp32, which holds all of them exactly. torchvision's ColorJitter of tensors is off by a grey level for strong
+    factors.
     """
     brightness, contrast, saturation = factors.float().view(-1, 3, 1, 1, 1).unbind(1)
-    # A plane a colour: `grey` reads them twice as fast as channels last.
+    # One plane per colour: `grey` reads them twice as fast as channels last.
     x = images.to(torch.float32, memory_format=torch.contiguous_format)
     x = x.mul_(brightness).clamp_(0, 255).floor_()
     mean = grey(x).mean((1, 2, 3), keepdim=True, dtype=torch.float64).add_(0.5).floor_().float()
     x = x.sub_(mean).mul_(contrast).add_(mean).clamp_(0, 255).floor_()
     base = grey(x)
     x = x.sub_(base).mul_(saturation).add_(base).clamp_(0, 255)
-    # By way of int32, because torch casts float to uint8 value by value.
+    # Through int32, because torch's cast from float to uint8 is not vectorised.
     return x.contiguous(memory_format=torch.channels_last).to(torch.int32).to(torch.uint8)
 
 

@@ -10,10 +10,11 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from io import FileIO
+from itertools import compress, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -83,34 +84,24 @@ class Index:
         """Hash of the marks: it changes when a picture is replaced by another one of the same name and size."""
         return hashlib.sha256(self.marks.tobytes()).hexdigest()[:16]
 
-    def find(self, name: str) -> int | None:
-        """The sample of that name, or None. Searches the joined text: a table of a million names would take 100 MB."""
-        wanted, start = os.fsencode(name), -1
-        while (start := self.text.find(wanted, start + 1)) >= 0:
-            sample = int(np.searchsorted(self.ends, start, "right"))
-            if start == (self.ends[sample - 1] if sample else 0) and start + len(wanted) == self.ends[sample]:
-                return sample
-        return None
+    def names(self) -> Iterator[str]:
+        """Every sample's name, in order."""
+        for start, end in pairwise([0, *self.ends.tolist()]):
+            yield os.fsdecode(self.text[start:end])
 
     def without(self, names: Iterable[str]) -> Index:
         """The index without the samples of these names; unknown names are ignored (a deny list may cover more)."""
-        dropped = sorted({sample for name in names if (sample := self.find(name)) is not None})
-        if not dropped:
+        if not (dropped := set(names)):
             return self
-        keep = np.ones(len(self), bool)
-        keep[dropped] = False
-        lengths = np.diff(self.ends, prepend=0)
-        starts, pieces = [0, *(int(self.ends[s]) for s in dropped)], [int(self.ends[s] - lengths[s]) for s in dropped]
-        text = b"".join(self.text[a:b] for a, b in zip(starts, [*pieces, len(self.text)], strict=True))
-        places = None if self.places is None else self.places[keep]
+        keep = np.array([name not in dropped for name in self.names()], bool)
         return replace(
             self,
-            text=text,
-            ends=np.cumsum(lengths[keep]),
+            text=b"".join(os.fsencode(name) for name in compress(self.names(), keep)),
+            ends=np.cumsum(np.diff(self.ends, prepend=0)[keep]),
             labels=self.labels[keep],
             sizes=self.sizes[keep],
             marks=self.marks[keep],
-            places=places,
+            places=None if self.places is None else self.places[keep],
         )
 
 

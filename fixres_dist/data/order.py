@@ -81,8 +81,3 @@ def train_draws(
     start, stop = rank_part(k * global_batch, min(n, (k + 1) * global_batch), rank, world_size)
     positions = np.arange(start, stop)
     return positions_to_samples(n, seed, epoch, positions // repeats), epoch + (positions % repeats << 32)
-
-
-def train_samples(n: int, seed: int, step: int, global_batch: int, rank: int, world_size: int) -> NDArray[np.int64]:
-    """The samples of `rank` at optimizer step `step`, each drawn once an epoch."""
-    return train_draws(n, seed, step, global_batch, rank, world_size)[0]

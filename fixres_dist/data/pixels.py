@@ -12,8 +12,8 @@ folder can be left with each other's instructions.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -25,6 +25,7 @@ HALF = 1 << (WEIGHT_BITS - 1)
 BAND = 64  # rows that are laid on their side together: as many as stay in the first caches
 
 Bytes = NDArray[np.uint8]
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 class Taps(NamedTuple):
@@ -85,8 +86,10 @@ def scaled_width(pixels: Bytes, taps: Taps) -> Bytes:
     return made
 
 
-def compiled(signature: str) -> Any:
-    return njit(signature, error_model="numpy")
+def compiled(signature: str) -> Callable[[Function], Function]:
+    """numba's decorator, which has no types; with `numpy` a division by zero is no error, so loops can be vectorised."""
+    decorator: Callable[[Function], Function] = njit(signature, error_model="numpy")
+    return decorator
 
 
 @compiled("int64(int64, int64, int64, boolean, int64[::1], int32[:, ::1], float64[::1])")

@@ -73,24 +73,27 @@ def train_steps(
         yield [make_request(index, pictures, samples[part], views[part]) for part in parts]
 
 
+def in_batches(index: Index, pictures: Pictures, samples: NDArray[np.int64], batch: int) -> Iterator[Request]:
+    """These samples, `batch` at a time, in the views of epoch 0; nothing for no samples."""
+    for start in range(0, len(samples), batch):
+        yield make_request(index, pictures, samples[start : start + batch], 0)
+
+
 def first_samples(
-    index: Index, pictures: Pictures, count: int, batch_per_device: int, rank: int, world_size: int
+    index: Index, pictures: Pictures, count: int, batch: int, rank: int, world_size: int
 ) -> Iterator[Request]:
-    """This rank's part of the first `count` samples of the first epoch's order: what exact statistics are measured on."""
-    start, stop = order.rank_part(0, min(count, len(index)), rank, world_size)
-    for part in range(start, stop, batch_per_device):
-        positions = np.arange(part, min(stop, part + batch_per_device))
-        yield make_request(index, pictures, order.positions_to_samples(len(index), pictures.seed, 0, positions), 0)
+    """This rank's part of the first `count` samples of epoch 0's order: exact BN statistics are measured on them."""
+    positions = np.arange(*order.rank_part(0, min(count, len(index)), rank, world_size))
+    samples = order.positions_to_samples(len(index), pictures.seed, 0, positions)
+    return in_batches(index, pictures, samples, batch)
 
 
 def whole_batches(index: Index, pictures: Pictures, batch: int, rank: int, world_size: int) -> Iterator[Request]:
-    """This rank's part of the split's batches: which samples share one does not depend on the world size."""
-    for k in range(*order.rank_part(0, -(-len(index) // batch), rank, world_size)):
-        yield make_request(index, pictures, np.arange(k * batch, min(len(index), (k + 1) * batch)), 0)
+    """This rank's part of the split's batches, in file order: the same batches at any world size."""
+    start, stop = order.rank_part(0, -(-len(index) // batch), rank, world_size)
+    return in_batches(index, pictures, np.arange(start * batch, min(len(index), stop * batch)), batch)
 
 
 def every_sample(index: Index, pictures: Pictures, batch: int, rank: int, world_size: int) -> Iterator[Request]:
-    """This rank's part of the split in file order: over all ranks every sample exactly once, none padded."""
-    start, stop = order.rank_part(0, len(index), rank, world_size)
-    for part in range(start, stop, batch):
-        yield make_request(index, pictures, np.arange(part, min(stop, part + batch)), 0)
+    """This rank's part of the split in file order: over all ranks every sample exactly once, without padding."""
+    return in_batches(index, pictures, np.arange(*order.rank_part(0, len(index), rank, world_size)), batch)

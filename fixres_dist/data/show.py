@@ -1,4 +1,4 @@
-"""The pictures that the model will see, as PNG and as tensors; the test crop of the same photograph beside each."""
+"""Write the pictures that the model will see, as PNG and as arrays, each beside its photograph's test crop."""
 
 from __future__ import annotations
 
@@ -28,18 +28,18 @@ def show(
     out: Path,
 ) -> list[Path]:
     """Write `<sample>.png`, `<sample>.npy` (float32 [3, res, res], normalised) and, where training differs from testing,
-    `<sample>_train_test.png`; returns what was written."""
+    `<sample>_train_test.png`, both side by side; returns the files. Raises UserError for a file that cannot be decoded."""
     out.mkdir(parents=True, exist_ok=True)
     chosen = np.array(samples, np.int64)
     seen = decoded(index, make_request(index, pictures, chosen, epoch), pictures, settings)
     test = Pictures("test", pictures.res, pictures.resize, 0)
     tested = decoded(index, make_request(index, test, chosen, epoch), test, settings)
+    shift, scale = (np.array(values, np.float32).reshape(3, 1, 1) for values in (mean, std))
     written: list[Path] = []
     for sample, picture, other in zip(samples, seen, tested, strict=True):
         written += [out / f"{sample}.png", out / f"{sample}.npy"]
         Image.fromarray(picture).save(written[-2])
-        scaled = (torch.from_numpy(picture).permute(2, 0, 1).float() / 255 - column(mean)) / column(std)
-        np.save(written[-1], scaled.numpy())
+        np.save(written[-1], (picture.transpose(2, 0, 1) / np.float32(255) - shift) / scale)
         if pictures.transform != "test":
             written.append(out / f"{sample}_train_test.png")
             gap = np.full((len(picture), GAP, 3), 255, np.uint8)
@@ -47,12 +47,8 @@ def show(
     return written
 
 
-def column(values: tuple[float, ...]) -> torch.Tensor:
-    return torch.tensor(values).view(3, 1, 1)
-
-
 def decoded(index: Index, request: Request, pictures: Pictures, settings: Data) -> NDArray[np.uint8]:
-    """uint8 [n, res, res, 3]; a file that cannot be decoded is a UserError."""
+    """uint8 [n, res, res, 3]."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     found = backends.batches(
         index, [request], pictures.res, pictures.resize, settings, device, 0, len(request.samples), lambda *_: None

@@ -86,7 +86,7 @@ def folder(root: Path, name: str, data: bytes | None) -> tuple[Index, int]:
     if data is not None:
         (root / "train" / "a" / name).write_bytes(data)
     found = dataset.load(root, "train", on_bad="skip")
-    return found, found.find(f"a/{name}") or 0
+    return found, list(found.names()).index(f"a/{name}") if data is not None else 0
 
 
 def one_batch(backend: Backend, found: Index, samples: list[int], transform: str = "test_aug") -> Batch:

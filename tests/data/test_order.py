@@ -58,7 +58,7 @@ def test_any_world_size_and_any_start_sees_the_same_batches(world_size: int, fir
 
     def batches(world_size: int, first: int) -> list[list[int]]:
         return [
-            [int(s) for rank in range(world_size) for s in order.train_samples(n, 5, step, batch, rank, world_size)]
+            [int(s) for rank in range(world_size) for s in order.train_draws(n, 5, step, batch, rank, world_size)[0]]
             for step in range(first, 28)
         ]
 

@@ -283,7 +283,7 @@ def test_a_late_step_costs_no_more_than_the_first() -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(order, "positions_to_samples", counted)
         for step in (0, 4000):
-            order.train_samples(10**9, 0, step, 512, 3, 8)
+            order.train_draws(10**9, 0, step, 512, 3, 8)
     assert asked == [64, 64]
 
 
