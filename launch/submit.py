@@ -305,7 +305,7 @@ def start_here(run: rundir.RunDir, config: Config, kind: str) -> int:
     if kind == "inline":
         from fixres_dist.training import worker
 
-        return worker.run(run.root)
+        return worker.train(run.root)
     return local.run_local(run, config.cluster.gpus_per_node, TrainJob)
 
 

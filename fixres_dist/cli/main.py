@@ -13,7 +13,7 @@ from fixres_dist.cli import bench, data, evaluate, export, sweep
 def train(args: argparse.Namespace) -> int:
     from fixres_dist.training import worker
 
-    return worker.run(args.run)
+    return worker.train(args.run)
 
 
 def parser() -> argparse.ArgumentParser:

@@ -70,7 +70,7 @@ def step_fits(session: Session, stage: Stage, parts: Parts, n: int) -> bool:
     torch.cuda.reset_peak_memory_stats(device)
     try:
         images = torch.zeros(n, 3, stage.res, stage.res, dtype=torch.uint8)
-        session.logits(tried, parts.head, session.inputs(tried, images)).sum().backward()
+        torch.autograd.backward(session.logits(tried, parts.head, session.inputs(tried, images)).sum())
         torch.cuda.synchronize(device)
         return (
             torch.cuda.max_memory_reserved(device) <= FRACTION * torch.cuda.get_device_properties(device).total_memory

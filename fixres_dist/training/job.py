@@ -22,7 +22,7 @@ class TrainJob:
         flag = StopFlag().install()  # over submitit's handlers
         from fixres_dist.training import worker
 
-        code = worker.run(Path(self.folder), flag)
+        code = worker.train(Path(self.folder), flag)
         if slurm.own_job():
             # No Exception: submitit then writes no result, where a stopped rank's would read as a success or an error.
             raise SystemExit(code)

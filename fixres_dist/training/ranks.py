@@ -1,4 +1,4 @@
-"""Ranks: who am I, how do we meet, and the three collectives the loop uses.
+"""The ranks of a start: which one this process is, how they meet, and the collectives that the loop uses.
 
 Works under submitit (which exports SLURM_* or SUBMITIT_LOCAL_*), torchrun, plain srun, and alone. The ranks meet
 through a file in the run directory, which every node sees: rank 0 binds a free port and publishes address and port
@@ -7,24 +7,27 @@ under a key unique to this start. So no node name has to resolve, and no two job
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import json
 import os
 import socket
-import subprocess
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 import torch.distributed as dist
+from torch.distributed import TCPStore  # type: ignore[attr-defined]  # torch does not list it in __all__
 
 from fixres_dist.base import memory
 from fixres_dist.base.errors import UserError
 from fixres_dist.base.files import write_text
+from fixres_dist.cluster import slurm
 
+T = TypeVar("T")
 MEET_TIMEOUT_S = 600.0  # nodes of one job can start minutes apart
 COLLECTIVE_TIMEOUT_S = 1800.0
 
@@ -62,47 +65,58 @@ class Ranks:
         dist.all_reduce(shared, op=dist.ReduceOp.MAX, group=self.control)
         return [int(v) for v in shared]
 
-    def from_main(self, value: Any) -> Any:
-        """Rank 0's `value` (small, picklable by torch) on every rank."""
-        if self.world_size == 1:
-            return value
-        box = [value]
-        dist.broadcast_object_list(box, src=0, group=self.control)
-        return box[0]
+    def from_main(self, compute: Callable[[], T]) -> T:
+        """What rank 0 computes (small, picklable by torch), on every rank."""
+        box = [compute() if self.is_main else None]
+        if self.world_size > 1:
+            dist.broadcast_object_list(box, src=0, group=self.control)
+        return cast(T, box[0])
 
     def stop(self) -> None:
         if self.world_size > 1 and dist.is_initialized():
             dist.destroy_process_group()
 
 
-def variables(environ: Mapping[str, str]) -> tuple[int, int, int, int, str]:
-    """(rank, world size, local rank, ranks on this node, key of this start) from the launcher's variables."""
+class Launched(NamedTuple):
+    """What the launcher says about this process."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    local_size: int  # ranks on this node
+    key: str  # of this start, the same on all its ranks
+
+
+def launched(environ: Mapping[str, str]) -> Launched:
+    """From the variables of torchrun, submitit or srun; one rank where there are none of them."""
     if "TORCHELASTIC_RUN_ID" in environ:
         names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-        key = f"torchrun-{environ['TORCHELASTIC_RUN_ID']}-{environ['MASTER_PORT']}-{environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
+        parts = (environ["TORCHELASTIC_RUN_ID"], environ["MASTER_PORT"], environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+        key = "-".join(map(str, ("torchrun", *parts)))
     elif "SUBMITIT_LOCAL_JOB_ID" in environ:
         names = ("SUBMITIT_LOCAL_GLOBALID", "SUBMITIT_LOCAL_NTASKS", "SUBMITIT_LOCAL_LOCALID", "SUBMITIT_LOCAL_NTASKS")
         key = f"local-{environ['SUBMITIT_LOCAL_JOB_ID']}"
     elif "SLURM_PROCID" in environ and "SLURM_STEP_ID" in environ:
         rank, world, local = (int(environ[name]) for name in ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"))
         key = f"slurm-{environ['SLURM_JOB_ID']}-{environ['SLURM_STEP_ID']}-{environ.get('SLURM_RESTART_COUNT', 0)}"
-        return rank, world, local, -(-world // int(environ["SLURM_NNODES"])), key
+        return Launched(rank, world, local, -(-world // int(environ["SLURM_NNODES"])), key)
     else:
-        return 0, 1, 0, 1, "alone"
+        return Launched(0, 1, 0, 1, "alone")
     rank, world, local, size = (int(environ.get(name, 1)) for name in names)
-    return rank, world, local, size, key
+    return Launched(rank, world, local, size, key)
 
 
 def join(run_folder: Path, keep_memory: bool = True) -> Ranks:
     """Join the other ranks of this start; a single process needs no process group.
 
-    `keep_memory`: on a CPU, use freed memory again (allocator.py); False leaves the process as it is.
+    `keep_memory`: on a CPU, use freed memory again (base/memory.py); False leaves the process as it is.
+    Raises UserError where rank 0 does not publish its address in MEET_TIMEOUT_S.
     """
-    rank, world, local, local_size, key = variables(os.environ)
+    rank, world, local_rank, local_size, key = launched(os.environ)
     device = torch.device("cpu")
     if torch.cuda.is_available():
         # Never set CUDA_VISIBLE_DEVICES here: two jobs on one node were given different devices by Slurm.
-        device = torch.device("cuda", local % torch.cuda.device_count())
+        device = torch.device("cuda", local_rank % torch.cuda.device_count())
         torch.cuda.set_device(device)
     elif keep_memory:
         memory.keep_freed_memory()
@@ -119,41 +133,35 @@ def join(run_folder: Path, keep_memory: bool = True) -> Ranks:
     return Ranks(rank, world, local_size, tuple(dict.fromkeys(found)), device, control)
 
 
-def meet(file: Path, rank: int, world: int, many_nodes: bool) -> dist.TCPStore:
+def meet(file: Path, rank: int, world: int, many_nodes: bool) -> TCPStore:
+    """Rank 0 opens a store on a free port and publishes its address in `file`; the others connect to it."""
     timeout = datetime.timedelta(seconds=MEET_TIMEOUT_S)
     if rank == 0:
-        store = dist.TCPStore("0.0.0.0", 0, world, is_master=True, timeout=timeout, wait_for_workers=False)
+        store = TCPStore("0.0.0.0", 0, world, is_master=True, timeout=timeout, wait_for_workers=False)
         file.parent.mkdir(exist_ok=True)
         write_text(file, json.dumps({"address": own_address() if many_nodes else "127.0.0.1", "port": store.port}))
         return store
     deadline = time.monotonic() + MEET_TIMEOUT_S
-    while file.name not in (
-        os.listdir(file.parent) if file.parent.exists() else ()
-    ):  # listing defeats NFS's name cache
+    # The folder is listed because NFS caches that a name was not there.
+    while not (file.parent.exists() and file.name in os.listdir(file.parent)):
         if time.monotonic() > deadline:
             raise UserError(
                 f"rank {rank} waited {MEET_TIMEOUT_S:.0f} s for rank 0 to publish {file}; is the run directory shared by all nodes?"
             )
         time.sleep(0.05)
     found = json.loads(file.read_text())
-    return dist.TCPStore(
-        found["address"], found["port"], world, is_master=False, timeout=timeout, wait_for_workers=False
-    )
+    address, port = found["address"], found["port"]
+    return TCPStore(address, port, world, is_master=False, timeout=timeout, wait_for_workers=False)
 
 
 def own_address() -> str:
-    """An address at which other nodes reach this one: MASTER_ADDR if set, what Slurm knows, the host name's, in that order."""
+    """An address at which other nodes reach this one: MASTER_ADDR if set, else Slurm's for this node, else the host name's."""
     if os.environ.get("MASTER_ADDR"):
         return os.environ["MASTER_ADDR"]
     node = os.environ.get("SLURMD_NODENAME", "")
-    if node:
-        try:
-            shown = subprocess.run(
-                ["scontrol", "show", "node", node, "-o"], capture_output=True, text=True, timeout=20
-            ).stdout
-            address = dict(item.partition("=")[::2] for item in shown.split()).get("NodeAddr", "")
-            if address:
-                return socket.gethostbyname(address)
-        except (OSError, subprocess.TimeoutExpired):
-            pass  # containers lack scontrol; the host name is next
-    return socket.gethostbyname(socket.gethostname())
+    shown = slurm.call("scontrol", "show", "node", node, "-o") if node else None  # None in a container without scontrol
+    items = dict(item.partition("=")[::2] for item in shown.stdout.split()) if shown else {}
+    for name in filter(None, (items.get("NodeAddr"), socket.gethostname())):
+        with contextlib.suppress(OSError):
+            return socket.gethostbyname(name)
+    raise UserError(f"no address of {socket.gethostname()} can be found for the other nodes. Next: set MASTER_ADDR.")

@@ -21,8 +21,9 @@ from fixres_dist.config.schema import Config
 from fixres_dist.data import backends, class_maps, dataset, decoding, geometry
 from fixres_dist.data.index import Index
 from fixres_dist.data.requests import Pictures, Request
-from fixres_dist.models import fast_trunk, nvidia_apex, precision, weights
-from fixres_dist.models.build import Preprocessing, preprocessing
+from fixres_dist.models import fast_trunk, precision
+from fixres_dist.models.build import Preprocessing
+from fixres_dist.models.network import open_network
 from fixres_dist.models.parts import Parts
 from fixres_dist.training.cache.store import Loaded, Store
 from fixres_dist.training.ranks import Ranks
@@ -81,20 +82,22 @@ class Session:
         return self.spec.normalised(images).contiguous(memory_format=memory_format or self.memory_format)
 
     def decided(self, name: str, decide: Callable[[], dict[str, Any]], together: bool = False) -> dict[str, Any]:
-        """What rank 0 decides, the same on all ranks; kept with the run, so that its next start goes on in the same way.
+        """What rank 0 decides, the same on all ranks; kept with the run, so that its next start does the same.
 
-        `together`: every rank calls `decide`, whose answers are equal because the ranks agree within it.
+        `together`: every rank calls `decide`, and the ranks agree on the answer within it.
         """
-        known = json.loads(self.kept.read_text()) if self.ranks.is_main and self.kept and self.kept.exists() else {}
-        value = self.ranks.from_main(known.get(name))
-        if value:
-            return value
-        if together or self.ranks.is_main:
-            value = decide()
+        if known := self.ranks.from_main(lambda: self.choices().get(name)):
+            return known
+        value = decide() if together else self.ranks.from_main(decide)
         if self.kept and self.ranks.is_main:
-            write_text(self.kept, json.dumps({**known, name: value}, indent=1) + "\n")
+            write_text(self.kept, json.dumps({**self.choices(), name: value}, indent=1) + "\n")
             print(f"{name}: {', '.join(f'{key} {v}' for key, v in value.items())}", flush=True)
-        return self.ranks.from_main(value)
+        return value
+
+    def choices(self) -> dict[str, dict[str, Any]]:
+        """What has been decided for the run so far (choices.json), by name."""
+        found: dict[str, dict[str, Any]] = json.loads(self.kept.read_text()) if self.kept and self.kept.exists() else {}
+        return found
 
     def with_fast_trunk(self, parts: Parts, res: int = 0) -> Parts:
         """The same function with the frozen trunk as it runs (models/fast_trunk.py); probed at `res`, or at data.res."""
@@ -138,9 +141,9 @@ class Session:
     def logits(self, parts: Parts, head: nn.Module, inputs: tuple[torch.Tensor, ...]) -> torch.Tensor:
         """fp32 [n, classes]. A head is fp32, but in low precision like a trunk where whole blocks of it train."""
         with self.arithmetic.low() if parts.trains_blocks else self.arithmetic.fp32():
-            if parts.trunk is None and not parts.tuned.buffers and not len(inputs[0]):
-                return head(black(inputs[0]))[:0].float()
-            return head(*inputs).float()
+            empty = parts.trunk is None and not parts.tuned.buffers and not len(inputs[0])
+            logits: torch.Tensor = head(black(inputs[0]))[:0] if empty else head(*inputs)
+            return logits.float()
 
     def requests(self, which: Callable[..., Iterator[Request]], index: Index, res: int) -> Iterator[Request]:
         """This rank's requests for the split as it is tested."""
@@ -175,7 +178,6 @@ def open_session(
     `load_weights=False` leaves the model as drawn from the seed, for one whose whole model stands in a file of its own.
     `mark` is told of each part that is through.
     """
-    nvidia_apex.check(config)  # again: a container, or another node, may hold another apex
     data, indexes = config.data, {}
     keep_compiled_code(cache_folder(data.cache))
     for turn in (True, False):
@@ -192,19 +194,14 @@ def open_session(
                 )
         ranks.barrier()
     mark("index")
-    name, classes = config.model.timm_name, trained or indexes[splits[0]].classes
+    classes = trained or indexes[splits[0]].classes
     if config.model.num_classes not in (0, len(classes)):
         raise UserError(
             f"model.num_classes is {config.model.num_classes}; the data set has {len(classes)} classes. Accepted: 0, or that number."
         )
     columns = {split: class_maps.class_map(index.classes, classes, index.folder) for split, index in indexes.items()}
-    model = weights.open_model(config, len(classes), load_weights)
-    chosen = precision.resolve(config.run.precision, ranks.device)
-    layout = memory_format(config, ranks.device)
-    model = model.to(device=ranks.device).to(memory_format=layout)
+    model, spec, arithmetic, layout = open_network(config, len(classes), ranks.device, load_weights)
     mark("model")
-    arithmetic = precision.Arithmetic(chosen, ranks.device)
-    spec = preprocessing(name)
     return Session(config, ranks, model, spec, indexes, classes, columns, arithmetic, layout, on_skip, kept)
 
 
@@ -214,12 +211,3 @@ def keep_compiled_code(cache: Path) -> None:
     own = f"{tempfile.gettempdir()}/torchinductor_"  # importing torch has set its default; a person's setting stands
     if os.environ.get(name, own).startswith(own):
         os.environ[name] = str(cache.absolute() / "inductor")
-
-
-def memory_format(config: Config, device: torch.device) -> torch.memory_format:
-    """Of the model itself. `auto`: channels-last on CPUs, and on GPUs where gradients reach the trunk; what is frozen is
-    arranged by trunk.py."""
-    policies = {config.tune.policy, *([config.pretrain.policy] if config.pretrain else [])}
-    auto = device.type == "cpu" or bool(policies & {"all", "last_block"})
-    last = {"channels_last": True, "contiguous": False}.get(config.run.memory_format, auto)
-    return torch.channels_last if last else torch.contiguous_format

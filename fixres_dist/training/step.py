@@ -74,7 +74,7 @@ def distribute(work: StageSession) -> nn.Module:
     parts.head.eval()
     for _ in range(2):
         nothing = torch.zeros(0, 3, work.stage.res, work.stage.res, dtype=torch.uint8)
-        work.logits(head, work.inputs(nothing)).sum().backward()
+        torch.autograd.backward(work.logits(head, work.inputs(nothing)).sum())
         parts.head.zero_grad()
     for module, training in modes.items():
         module.training = training

@@ -135,7 +135,7 @@ def test_failed_names_the_file_and_the_command(prepared: RunDir, monkeypatch: py
 
     monkeypatch.setattr(worker, "work", full)
     with pytest.raises(OSError, match="No space left"):
-        worker.run(prepared.root, StopFlag())
+        worker.train(prepared.root, StopFlag())
     why, following = prepared.failed.read_text().splitlines()
     assert why == f"no space is left on the disk: {prepared.checkpoints}"
     assert following.startswith("Next: make room, then python launch/submit.py --model test_efficientnet")

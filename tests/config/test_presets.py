@@ -45,7 +45,7 @@ def test_as_coded_is_the_original_protocol(tmp_path: Path) -> None:
     data = write_photos(tmp_path / "photos", 4, 1)
     items = ("tune.epochs=32", "tune.global_batch=6", "tune.base_lr=0.4", "run.log_every=1")
     config = started(tmp_path / "run", data, "as_coded", *items)
-    assert worker.run(tmp_path / "run", StopFlag()) == 0
+    assert worker.train(tmp_path / "run", StopFlag()) == 0
 
     model = build_model(NAME, 3, config.run.seed)
     for p in model.parameters():
@@ -169,10 +169,10 @@ def test_averaged_weights_are_the_mean_of_the_last_epochs_and_survive_a_stop(tmp
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(checkpoint.Writer, "save", keep)
-        assert worker.run(tmp_path / "plain", StopFlag()) == 0
-    assert worker.run(tmp_path / "mean", StopFlag()) == 0
-    assert worker.run(tmp_path / "stopped", Watched(stop_at=8)) == 1
-    assert worker.run(tmp_path / "stopped", StopFlag()) == 0
+        assert worker.train(tmp_path / "plain", StopFlag()) == 0
+    assert worker.train(tmp_path / "mean", StopFlag()) == 0
+    assert worker.train(tmp_path / "stopped", Watched(stop_at=8)) == 1
+    assert worker.train(tmp_path / "stopped", StopFlag()) == 0
     mean, again = (load_file(tmp_path / n / "export" / "model.safetensors") for n in ("mean", "stopped"))
     expected = torch.stack([kept[step] for step in (6, 9, 12)]).mean(0)  # three steps an epoch
     torch.testing.assert_close(mean["classifier.weight"], expected, rtol=1e-6, atol=1e-7)
@@ -183,7 +183,7 @@ def test_averaged_weights_are_the_mean_of_the_last_epochs_and_survive_a_stop(tmp
 def test_repeated_samples_are_recorded_in_views_of_their_own(tmp_path: Path, photos: Path) -> None:
     items = ("pretrain.repeats=3", "pretrain.epochs=2", "pretrain.res=32", "pretrain.global_batch=42")
     started(tmp_path / "run", photos, "own_classes", *items, "tune.epochs=0", "run.record_samples=true")
-    assert worker.run(tmp_path / "run", StopFlag()) == 0
+    assert worker.train(tmp_path / "run", StopFlag()) == 0
     lines = read_lines(tmp_path / "run" / "samples" / "rank_0.jsonl")
     assert [line["step"] for line in lines] == [0, 1, 2, 3]
     for epoch in (lines[:2], lines[2:]):

@@ -70,7 +70,7 @@ def main(folder: Path, counts: Path) -> int:
         self.register_comm_hook(None, gradients)
 
     DistributedDataParallel.__init__ = with_hook  # type: ignore[method-assign]
-    return worker.run(folder)
+    return worker.train(folder)
 
 
 if __name__ == "__main__":

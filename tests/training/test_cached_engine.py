@@ -43,7 +43,7 @@ def trained(runs: Path, name: str, photos: Path, *more: str, flag: StopFlag | No
         *("run.precision=fp32", "run.memory_format=channels_last", "run.engine=stream", f"run.feature_cache={runs}/f"),
     ]
     here = prepare(runs / name, reading.parse(Config, reading.overrides([*items, *more])), ["test"])
-    code = worker.run(here.root, flag or StopFlag())
+    code = worker.train(here.root, flag or StopFlag())
     assert code == 0 or flag
     return here
 

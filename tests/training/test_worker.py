@@ -26,7 +26,7 @@ from fixres_dist.config import reading
 from fixres_dist.data import dataset, geometry, torch_cpu
 from fixres_dist.data.requests import Pictures, make_request
 from fixres_dist.runs import checkpoint, rundir
-from fixres_dist.training.ranks import variables
+from fixres_dist.training.ranks import launched
 from fixres_dist.training.session import keep_compiled_code
 
 
@@ -321,7 +321,7 @@ def test_who_am_i_under_every_launcher() -> None:
         "LOCAL_WORLD_SIZE": "2",
         "MASTER_PORT": "7",
     }
-    assert variables(torchrun)[:4] == (3, 4, 1, 2)
+    assert launched(torchrun)[:4] == (3, 4, 1, 2)
     slurm = {
         "SLURM_PROCID": "5",
         "SLURM_NTASKS": "8",
@@ -330,16 +330,16 @@ def test_who_am_i_under_every_launcher() -> None:
         "SLURM_JOB_ID": "7",
         "SLURM_STEP_ID": "0",
     }
-    assert variables(slurm)[:4] == (5, 8, 1, 4)
-    assert variables(slurm)[4] != variables({**slurm, "SLURM_RESTART_COUNT": "1"})[4]
+    assert launched(slurm)[:4] == (5, 8, 1, 4)
+    assert launched(slurm)[4] != launched({**slurm, "SLURM_RESTART_COUNT": "1"})[4]
     local = {
         "SUBMITIT_LOCAL_JOB_ID": "9",
         "SUBMITIT_LOCAL_GLOBALID": "1",
         "SUBMITIT_LOCAL_NTASKS": "2",
         "SUBMITIT_LOCAL_LOCALID": "1",
     }
-    assert variables(local)[:4] == (1, 2, 1, 2)
-    assert variables({"SLURM_JOB_ID": "1"}) == (0, 1, 0, 1, "alone"), "a shell inside an allocation is no task"
+    assert launched(local)[:4] == (1, 2, 1, 2)
+    assert launched({"SLURM_JOB_ID": "1"}) == (0, 1, 0, 1, "alone"), "a shell inside an allocation is no task"
 
 
 def test_pictures_are_those_of_pil_and_torchvision(photos: Path, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -76,7 +77,7 @@ def open_stores(work: StageSession, stop: Stop, check: bool) -> StageSession:
     stores, keys = {}, {}
     for split, index in session.splits.items():
         views = rule.VIEWS[stage.transform] if split == "train" else 1
-        keys[split] = ranks.from_main(ranks.is_main and cache_key(work, index, views))
+        keys[split] = ranks.from_main(partial(cache_key, work, index, views))
         stores[split] = open_store(folder, keys[split], len(index), views, example)
 
     def decide() -> dict[str, Any]:
@@ -94,7 +95,7 @@ def open_stores(work: StageSession, stop: Stop, check: bool) -> StageSession:
         if check:
             store.verify(session.splits[split], ranks.rank, ranks.world_size)
         ranks.barrier()
-        if ranks.from_main(ranks.is_main and bool(store.missing())):
+        if ranks.from_main(store.missing):
             write_missing(work, trunk, store, keys[split], session.splits[split], stop)
     return replace(work, stores=stores)
 
@@ -102,7 +103,7 @@ def open_stores(work: StageSession, stop: Stop, check: bool) -> StageSession:
 def check_shared(session: Session, store: Store) -> None:
     """Every rank reads what the others write; raises UserError where the folder is on a node's own disk."""
     ranks = session.ranks
-    name = ranks.from_main(f".seen-{time.time_ns()}")
+    name = ranks.from_main(lambda: f".seen-{time.time_ns()}")
     if ranks.is_main:
         store.folder.mkdir(parents=True, exist_ok=True)
         (store.folder / name).touch()
@@ -129,13 +130,13 @@ def write_missing(
     ranks = session.ranks
     with contextlib.ExitStack() as stack:
         for attempt in itertools.count():
-            if ranks.from_main(ranks.is_main and locked(stack, store, say=attempt == 0)):
+            if ranks.from_main(partial(locked, stack, store, say=attempt == 0)):
                 break
             agree(session, stop)
             time.sleep(WAIT_S)
         if ranks.is_main:
             begin_writing(store, key)
-        gaps = ranks.from_main(ranks.is_main and store.missing())
+        gaps = ranks.from_main(store.missing)
         shares = [share(gaps, rank, ranks.world_size, segment_length(store, size)) for rank in range(ranks.world_size)]
         own, rounds, started = shares[ranks.rank], max(map(len, shares)), time.monotonic()
         pictures = session.pictures_of("test", work.stage.res)
