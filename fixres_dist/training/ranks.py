@@ -20,7 +20,7 @@ from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 import torch.distributed as dist
-from torch.distributed import TCPStore  # type: ignore[attr-defined]  # torch does not list it in __all__
+from torch.distributed import TCPStore  # type: ignore[attr-defined,unused-ignore]  # torch does not list it in __all__
 
 from fixres_dist.base import memory
 from fixres_dist.base.errors import UserError
