@@ -5,4 +5,4 @@ import sys
 from fixres_dist.cli.main import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(form="module"))

@@ -1,48 +1,11 @@
-"""How the runs are doing: `python launch/status.py [NAME...] [--watch]`."""
+"""`fixres status` without an installed package: `python launch/status.py` in a checkout."""
 
-from __future__ import annotations
-
-import argparse
-import json
 import sys
-import time
-from dataclasses import asdict
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from fixres_dist.base.errors import EXIT_DONE, exit_code
-from fixres_dist.cluster import status
-from fixres_dist.runs.states import UNFINISHED
-
-
-def main() -> int:
-    p = argparse.ArgumentParser(description=__doc__)
-    p.add_argument("names", nargs="*", metavar="NAME", help="runs; default: all of them")
-    p.add_argument("--runs-dir", type=Path, default=Path("runs"))
-    p.add_argument("--json", action="store_true", help="one JSON list")
-    p.add_argument("--watch", action="store_true", help="again every --every seconds, until all have ended or Ctrl-C")
-    p.add_argument("--every", type=float, default=10.0, metavar="S", help="for --watch; default: 10")
-    args = p.parse_args()
-    try:
-        return exit_code(lambda: show(args))
-    except KeyboardInterrupt:
-        return EXIT_DONE
-
-
-def show(args: argparse.Namespace) -> int:
-    while True:
-        runs = [status.find(name, args.runs_dir) for name in args.names] or status.every(args.runs_dir)
-        rows = status.rows(runs)
-        if args.json:
-            print(json.dumps([asdict(row) for row in rows], indent=1), flush=True)
-        else:
-            clear = "\033[2J\033[H" if args.watch and sys.stdout.isatty() else ""
-            print(clear + status.as_table(rows) if rows else f"no runs in {args.runs_dir}", flush=True)
-        if not args.watch or not any(row.state in UNFINISHED for row in rows):
-            return EXIT_DONE
-        time.sleep(max(1.0, args.every))
-
+from fixres_dist.cli.main import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(["status", *sys.argv[1:]], form="launch"))

@@ -5,14 +5,15 @@ from __future__ import annotations
 import os
 import shlex
 
-FORM = "FIXRES_COMMAND_FORM"  # fixres | module | launch; in the environment, so that jobs and local ranks inherit it
-DOORS = ("submit", "status", "logs", "cancel", "resume", "board")  # the commands that launch/ has a file for
+# fixres | module | launch. It stands in the environment, so that jobs and local ranks name commands as their user does.
+FORM = "FIXRES_COMMAND_FORM"
+LAUNCH = ("submit", "status", "logs", "cancel", "resume", "board")  # the commands that launch/ has a file for
 
 
 def command(name: str, *words: object) -> str:
     """A command line that can be pasted into a shell: `fixres status demo`, every word quoted where it has to be."""
     form = os.environ.get(FORM, "fixres")
-    if form == "launch" and name in DOORS:
+    if form == "launch" and name in LAUNCH:
         start = ["python", f"launch/{name}.py"]
     else:
         start = ["fixres", name] if form == "fixres" else ["python", "-m", "fixres_dist", name]

@@ -67,6 +67,12 @@ def git(checkout: Path, *arguments: str) -> str | None:
     return done.stdout.strip() if done.returncode == 0 else None
 
 
+def shipped(name: str) -> Path:
+    """The folder `configs` or `slurm` of this project: inside an installed package, else beside the package's sources."""
+    package = Path(__file__).resolve().parents[1]
+    return package / name if (package / name).is_dir() else package.parent / name
+
+
 def cache_folder(setting: str = "") -> Path:
     """Where indexes and the built-in example are kept: `data.cache`, $FIXRES_CACHE, or ~/.cache/fixres_dist."""
     return Path(setting or os.environ.get("FIXRES_CACHE") or "~/.cache/fixres_dist").expanduser()

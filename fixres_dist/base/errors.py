@@ -40,6 +40,19 @@ def exit_code(work: Callable[[], int]) -> int:
         return EXIT_USER
 
 
+def only_prints(work: Callable[[], int]) -> int:
+    """The exit code of `work`, which changes nothing: Ctrl-C and a reader that has seen enough, as `head`, may end it."""
+    try:
+        code = work()
+        sys.stdout.flush()
+        return code
+    except KeyboardInterrupt:
+        return EXIT_DONE
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the text that is left must not fail at exit
+        return EXIT_DONE
+
+
 def check_output(file: Path | None) -> None:
     """Refuse a file to write to before the work that it is for."""
     if file and (file.is_dir() or not os.access(file.parent, os.W_OK)):

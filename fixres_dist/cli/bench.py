@@ -1,4 +1,4 @@
-"""`python -m fixres_dist bench data | trunk | step | end-to-end | gpu`: parsing and printing. No torch."""
+"""`fixres bench data | trunk | step | end-to-end | gpu`"""
 
 from __future__ import annotations
 
@@ -22,9 +22,11 @@ LOADERS = ("pil", "torch", "torch normalised", "torch alone", "dali")
 SIZES = "tf_efficientnet_b0@320x256,tf_efficientnet_b4@380x128,tf_efficientnet_b7@600x32,tf_efficientnet_l2@600x16"
 
 
-def add_parsers(subparsers: Any) -> None:
-    bench = subparsers.add_parser("bench", help="measure: data, trunk, step, end-to-end, gpu")
-    sub = bench.add_subparsers(dest="stage", required=True, metavar="STAGE")
+EXAMPLES = ("data --data /data/imagenet", "step --model tf_efficientnet_b4 --res 380", "gpu --json gpu.json")
+
+
+def add_arguments(p: argparse.ArgumentParser) -> None:
+    sub = p.add_subparsers(dest="stage", required=True, metavar="STAGE")
     add_data(sub)
     texts = {
         "trunk": "images/s of the frozen trunk's forward, step by step from plain to ours, beside timm's inference",
@@ -72,7 +74,7 @@ def add_data(sub: Any) -> None:
 
 def add_json(p: argparse.ArgumentParser, stage: str) -> None:
     p.add_argument("--json", type=Path, help="also write the result here")
-    p.set_defaults(func=run, stage=stage)
+    p.set_defaults(stage=stage)
 
 
 def check(args: argparse.Namespace) -> None:

@@ -5,13 +5,23 @@ from __future__ import annotations
 import argparse
 import json
 from dataclasses import asdict
+from pathlib import Path
 
 from fixres_dist.base.errors import EXIT_DONE, UserError, check_output
 from fixres_dist.base.files import write_text
+from fixres_dist.cli.arguments import add_json
 from fixres_dist.runs.rundir import RunDir
 
+EXAMPLES = ("runs/b0-320 runs/b0-320-ap", "before.npz after.npz --json gain.json")
 
-def compare(args: argparse.Namespace) -> int:
+
+def add_arguments(p: argparse.ArgumentParser) -> None:
+    p.add_argument("before", type=Path, help="FILE.npz, or a run: what it predicts after fixing")
+    p.add_argument("after", type=Path, help="the same")
+    add_json(p)
+
+
+def run(args: argparse.Namespace) -> int:
     """The gain of one file's predictions over another's, or of one run's over another's after fixing."""
     from fixres_dist.training.predictions import Predictions
 

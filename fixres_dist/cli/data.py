@@ -1,4 +1,4 @@
-"""`python -m fixres_dist data index | verify | shard | demo | show`: prepare a data set, and look at it."""
+"""`fixres data index | verify | shard | demo | show`: prepare a data set, and look at it."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 from typing import Any, get_args
 
+from fixres_dist.base.commands import command
 from fixres_dist.base.errors import EXIT_DONE, EXIT_FAILED, UserError, check_output, unknown
 from fixres_dist.config import recipes
 from fixres_dist.config.schema import Data, ResizeRule, Transform
@@ -15,14 +16,16 @@ from fixres_dist.data.index import Index
 from fixres_dist.data.progress import progress_bar
 from fixres_dist.data.requests import Pictures
 
-SPLITS = ("train", "val")
+EXAMPLES = (
+    "index --data /data/imagenet",
+    "verify --data /data/imagenet --deny-list bad.txt",
+    "shard --data /data/imagenet --out /data/imagenet-shards",
+    "show --data /data/imagenet --res 320 --samples 0,5,9 --out pictures",
+)
 
 
-def add_parsers(subparsers: Any) -> None:
-    data = subparsers.add_parser(
-        "data", help="prepare a data set: index, verify, shard, demo; show what a model will see"
-    )
-    sub = data.add_subparsers(dest="data_command", required=True, metavar="COMMAND")
+def add_arguments(p: argparse.ArgumentParser) -> None:
+    sub = p.add_subparsers(dest="data_command", required=True, metavar="COMMAND")
 
     p = add(sub, "index", "read every header once, so that jobs start at once", index_command)
     p.add_argument("--fresh", action="store_true", help="read all headers again, whatever is cached")
@@ -40,7 +43,7 @@ def add_parsers(subparsers: Any) -> None:
 
     p = sub.add_parser("demo", help="write the built-in example, a small data set of real JPEG files")
     p.add_argument("--out", type=Path, help="default: where --data demo looks for it")
-    p.set_defaults(func=demo_command)
+    p.set_defaults(part=demo_command)
 
     p = add(sub, "show", "the pictures that the model will see: DIR/<sample>.png and .npy", show_command, splits="val")
     p.add_argument("--res", type=int, required=True, help="pixels")
@@ -54,12 +57,16 @@ def add_parsers(subparsers: Any) -> None:
     p.add_argument("--epoch", type=int, default=0, help="default: 0")
 
 
+def run(args: argparse.Namespace) -> int:
+    return int(args.part(args))
+
+
 def add(sub: Any, name: str, text: str, function: Any, splits: str = "train,val") -> argparse.ArgumentParser:
-    p = sub.add_parser(name, help=text, description=text)
+    p: argparse.ArgumentParser = sub.add_parser(name, help=text, description=text)
     p.add_argument("--data", required=True, help="directory with train/ and val/, or demo")
     p.add_argument("--split", default=splits, help=f"default: {splits}")
     p.add_argument("--cache", default="", help="where indexes are kept; default: $FIXRES_CACHE or ~/.cache/fixres_dist")
-    p.set_defaults(func=function)
+    p.set_defaults(part=function)
     return p
 
 
@@ -90,9 +97,8 @@ def index_command(args: argparse.Namespace) -> int:
         for sample, reason in bad.items():
             print(f"  {found.where(sample)}: {reason}")
         if bad:
-            print(
-                f"{len(bad)} cannot be read. Next: python -m fixres_dist data verify --data {args.data} --deny-list bad.txt"
-            )
+            again = command("data verify", "--data", args.data, "--deny-list", "bad.txt")
+            print(f"{len(bad)} cannot be read. Next: {again}")
     return EXIT_DONE
 
 

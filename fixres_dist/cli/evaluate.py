@@ -1,63 +1,41 @@
-"""`python -m fixres_dist evaluate | extract | compare | fetch`: a model from a run or a file, on a data set."""
+"""`fixres evaluate`"""
 
 from __future__ import annotations
 
 import argparse
 import json
 from pathlib import Path
-from typing import Any
 
 from fixres_dist.base.errors import EXIT_DONE, UserError, check_output
 from fixres_dist.base.files import write_text
 from fixres_dist.base.text import parse_size
-from fixres_dist.cli.compare import compare
-from fixres_dist.cli.extract import extract
-from fixres_dist.cli.fetch import fetch
+from fixres_dist.cli.arguments import add_eval_sets, add_json, add_source
 from fixres_dist.data import class_maps, dataset
-from fixres_dist.evaluation.inputs import add_source, data_config, model_config, opened, subjects
+from fixres_dist.evaluation.inputs import data_config, model_config, opened, subjects
 from fixres_dist.evaluation.measures import Evaluation
 from fixres_dist.runs.rundir import RunDir
 
+EXAMPLES = (
+    "--run runs/b0-320",
+    "--run runs/b0-320 --eval-set v2=/data/imagenetv2 --labels real.json",
+    "--model b0 --checkpoint ns --data /data/imagenet --res 320 --json b0.json",
+)
 
-def add_parsers(commands: Any) -> None:
-    p = commands.add_parser(
-        "evaluate", help="a run before and after, or a weights file, on one or several sets: every image once"
-    )
+
+def add_arguments(p: argparse.ArgumentParser) -> None:
     add_source(p)
-    p.add_argument("--res", help="test resolution in pixels; default: the run's")
-    p.add_argument("--split", default="val", help="folder of the data set to evaluate on; default: val")
-    p.add_argument(
-        "--eval-set", action="append", default=[], metavar="NAME=DIR", help="also on this folder of class folders"
-    )
+    p.add_argument("--res", metavar="PX", help="test resolution; default: the run's")
+    p.add_argument("--split", default="val", metavar="NAME", help="folder of the data set; default: val")
+    add_eval_sets(p)
     p.add_argument("--labels", type=Path, metavar="real.json", help="also top-1 by these ReaL labels of the split")
     p.add_argument("--only", choices=("before", "after"), help="of a run; default: both, and the gain")
-    p.add_argument("--predictions", type=Path, metavar="FILE.npz", help="keep the predictions per image, for `compare`")
-    p.add_argument("--json", type=Path, help="also write the result here")
-    p.add_argument(
-        "--softmax", type=Path, action="append", metavar="FILE.npy", help="what `extract` wrote; several: their mean"
-    )
-    p.set_defaults(func=evaluate)
-    p = commands.add_parser("extract", help="softmax and embeddings of every image, in the data set's order, to .npy")
-    add_source(p)
-    p.add_argument("--res", help="test resolution in pixels; default: the run's")
-    p.add_argument("--split", default="val", help="folder of the data set; default: val")
-    p.add_argument(
-        "--out", type=Path, required=True, metavar="DIR", help="softmax.npy, embeddings.npy, labels.npy, names.txt"
-    )
-    p.add_argument("--dtype", choices=("float32", "float16"), default="float32", help="default: float32")
-    p.set_defaults(func=extract)
-    p = commands.add_parser("compare", help="the gain between two files of predictions, paired image by image")
-    p.add_argument("before", type=Path, help="FILE.npz, or a run: what it predicts after fixing")
-    p.add_argument("after", type=Path, help="the same")
-    p.add_argument("--json", type=Path, help="also write the result here")
-    p.set_defaults(func=compare)
-    p = commands.add_parser("fetch", help="put pretrained weights where offline nodes find them")
-    p.add_argument("--model", required=True, help="a recipe or a timm model name")
-    p.add_argument("--weights", choices=("ns", "ap", "pretrained"), default="", help="ns or ap for the recipes")
-    p.set_defaults(func=fetch)
+    p.add_argument("--predictions", type=Path, metavar="FILE.npz", help="keep the predictions per image, for compare")
+    text = "score what extract wrote; several: their mean"
+    p.add_argument("--softmax", type=Path, action="append", metavar="FILE.npy", help=text)
+    add_json(p)
 
 
-def evaluate(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> int:
     """A run before and after, or a checkpoint, on the split and every named set; a run keeps the results."""
     check_output(args.json)
     if args.softmax:

@@ -1,16 +1,15 @@
-"""`python -m fixres_dist export | interpolate | report`: a run's model and its numbers for others."""
+"""`fixres export`"""
 
 from __future__ import annotations
 
 import argparse
 import sys
 from pathlib import Path
-from typing import Any
 
 from fixres_dist.base.errors import EXIT_DONE, UserError
 from fixres_dist.base.files import write_text
 from fixres_dist.base.text import parse_sizes
-from fixres_dist.evaluation.inputs import add_source, weights_after, weights_before
+from fixres_dist.evaluation.inputs import weights_after, weights_before
 from fixres_dist.publishing import model_card
 from fixres_dist.runs.results import Results
 from fixres_dist.runs.rundir import RunDir
@@ -23,34 +22,23 @@ FORMATS = {
 }
 
 
-def add_parsers(commands: Any) -> None:
-    from fixres_dist.cli.interpolate import interpolate
-    from fixres_dist.cli.report import report
+EXAMPLES = (
+    "--run runs/b0-320",
+    "--run runs/b0-320 --format onnx --res 288,320",
+    "--run runs/b0-320 --format hub --push me/fixefficientnet_b0",
+)
 
-    p = commands.add_parser("export", help="a run's whole model for timm, onnxruntime or the hub, with its model card")
-    p.add_argument("--run", type=Path, required=True, help="a finished run directory")
+
+def add_arguments(p: argparse.ArgumentParser) -> None:
+    p.add_argument("--run", type=Path, required=True, metavar="DIR", help="a finished run directory")
     p.add_argument("--format", choices=FORMATS, default="safetensors", help="default: safetensors")
-    p.add_argument("--out", type=Path, help="folder to write to; default: export/ in the run directory")
-    p.add_argument("--res", help="onnx: comma-separated resolutions, a file for each; default: the run's")
-    p.add_argument("--alpha", type=float, default=1.0, help="0: the starting head, 1: the fixed one (default)")
+    p.add_argument("--out", type=Path, metavar="DIR", help="default: export/ in the run directory")
+    p.add_argument("--res", metavar="A,B,...", help="onnx: a file for each resolution; default: the run's")
+    p.add_argument("--alpha", type=float, default=1.0, help="0: the starting weights, 1: the fixed ones (default)")
     p.add_argument("--push", metavar="OWNER/NAME", help="hub: upload the folder; nothing is uploaded without it")
-    p.set_defaults(func=export)
-    p = commands.add_parser("interpolate", help="top-1 between a run's starting head and its fixed one: table, PNG")
-    add_source(p, models=False)  # weights before and after
-    p.add_argument(
-        "--alpha", default="0,0.25,0.5,0.75,1", help="0: the starting head, 1: the fixed; default: %(default)s"
-    )
-    p.add_argument("--eval-set", action="append", default=[], metavar="NAME=DIR", help="also on these class folders")
-    p.add_argument("--out", type=Path, help="where alpha.json and alpha.png go; default: the run directory")
-    p.set_defaults(func=interpolate)
-    p = commands.add_parser("report", help="runs beside the published numbers: table, plots, the figures of each run")
-    p.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run directories, finished or not")
-    p.add_argument("--out", type=Path, help="folder of report.md and report.png; default: report/ beside the first run")
-    p.add_argument("--json", action="store_true", help="print the rows as JSON; write nothing")
-    p.set_defaults(func=report)
 
 
-def export(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> int:
     run = RunDir(args.run)
     config, res = run.config(), Results.read(run).res
     parse_alphas(str(args.alpha))

@@ -3,14 +3,30 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 from fixres_dist.base.commands import command
 from fixres_dist.base.errors import EXIT_DONE, UserError
 from fixres_dist.base.text import parse_size
+from fixres_dist.cli.arguments import add_source
 from fixres_dist.evaluation.inputs import model_config, opened, parts_with, subjects
 
+EXAMPLES = (
+    "--run runs/b0-320 --out b0-320",
+    "--model b0 --checkpoint ns --data /data/imagenet --res 320 --dtype float16 --out b0",
+)
 
-def extract(args: argparse.Namespace) -> int:
+
+def add_arguments(p: argparse.ArgumentParser) -> None:
+    add_source(p, "--out DIR")
+    p.add_argument("--res", metavar="PX", help="test resolution; default: the run's")
+    p.add_argument("--split", default="val", metavar="NAME", help="folder of the data set; default: val")
+    text = "new folder of softmax.npy, embeddings.npy, labels.npy, names.txt"
+    p.add_argument("--out", type=Path, required=True, metavar="DIR", help=text)
+    p.add_argument("--dtype", choices=("float32", "float16"), default="float32", help="default: float32")
+
+
+def run(args: argparse.Namespace) -> int:
     """Of a run after fixing, or of a checkpoint."""
     config = model_config(args, parse_size(args.res))
     if args.out.exists():

@@ -5,18 +5,30 @@ from __future__ import annotations
 import argparse
 import json
 from dataclasses import asdict
+from pathlib import Path
 
 from fixres_dist.base.environment import versions
 from fixres_dist.base.errors import EXIT_DONE
 from fixres_dist.base.files import write_text
 from fixres_dist.base.text import table
+from fixres_dist.cli.arguments import add_eval_sets, add_source
 from fixres_dist.cli.export import parse_alphas
 from fixres_dist.data import class_maps
 from fixres_dist.evaluation.inputs import model_config, opened, subjects
 from fixres_dist.runs.rundir import RunDir
 
+EXAMPLES = ("--run runs/b0-320", "--run runs/b0-320 --alpha 0,0.5,1 --eval-set v2=/data/imagenetv2")
 
-def interpolate(args: argparse.Namespace) -> int:
+
+def add_arguments(p: argparse.ArgumentParser) -> None:
+    add_source(p, models=False)  # a run has weights before and after
+    text = "0: the starting weights, 1: the fixed ones; default: %(default)s"
+    p.add_argument("--alpha", default="0,0.25,0.5,0.75,1", metavar="A,B,...", help=text)
+    add_eval_sets(p)
+    p.add_argument("--out", type=Path, metavar="DIR", help="for alpha.json and alpha.png; default: the run directory")
+
+
+def run(args: argparse.Namespace) -> int:
     """Top-1 of several mixtures of the starting and the fixed weights: one pass over the images, one trunk if it was frozen."""
     alphas, config = parse_alphas(args.alpha), model_config(args)
     run, before = RunDir(args.run), subjects(args.run)[0]

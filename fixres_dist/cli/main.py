@@ -1,41 +1,95 @@
-"""`python -m fixres_dist COMMAND`, also installed as `fixres`. Parsing and printing only; torch is imported by commands."""
+"""`fixres COMMAND`, which is also `python -m fixres_dist COMMAND`: each command is a file of this folder.
+
+A file has add_arguments(parser), run(arguments) -> exit code, and EXAMPLES. Only the file of the command that is called is
+imported, and it imports torch, where it needs it, in run.
+"""
 
 from __future__ import annotations
 
 import argparse
+import importlib
+import os
 import sys
-from pathlib import Path
+from collections.abc import Sequence
+from typing import Any
 
-from fixres_dist.base.errors import EXIT_FAILED, exit_code
-from fixres_dist.cli import bench, data, evaluate, export, sweep
+from fixres_dist.base.commands import FORM, command
+from fixres_dist.base.errors import EXIT_DONE, EXIT_FAILED, EXIT_USER, exit_code, only_prints, unknown
+
+GROUPS = {
+    "Train": {
+        "submit": "start a run, or go on with it: on Slurm, on this machine, or --dry-run for its plan",
+        "resume": "a new job for a run that failed or was cancelled",
+        "cancel": "stop a run; it saves first",
+        "train": "the worker, which jobs start: train what is left of a run",
+    },
+    "Look": {
+        "status": "state, progress, accuracy and remaining time of each run",
+        "logs": "the log of a rank",
+        "board": "TensorBoard of runs",
+    },
+    "Evaluate": {
+        "evaluate": "accuracy of a run before and after fixing, or of a weights file, on one or several sets",
+        "sweep": "accuracy against test resolution: table, JSON and PNG",
+        "interpolate": "accuracy between a run's starting weights and its fixed ones: table, JSON and PNG",
+        "compare": "the gain between two runs or two files of predictions, paired image by image",
+        "extract": "softmax and embeddings of every image, in the data set's order, to .npy",
+    },
+    "Publish": {
+        "report": "runs beside the published numbers: table and plots",
+        "export": "a run's whole model for timm, ONNX Runtime or the hub, with its model card",
+    },
+    "Prepare": {
+        "data": "index, verify, shard or show a data set; write the built-in example",
+        "fetch": "put pretrained weights where nodes without network find them",
+        "completion": "completion of commands and options in bash or zsh",
+    },
+    "Measure": {"bench": "speed and memory of decoding, trunk, step and whole runs"},
+}
+COMMANDS = {name: text for group in GROUPS.values() for name, text in group.items()}
 
 
-def train(args: argparse.Namespace) -> int:
-    from fixres_dist.training import worker
+def overview() -> str:
+    lines = [f"usage: {command('COMMAND')} [options]     {command('COMMAND')} --help for its options and examples"]
+    for title, group in GROUPS.items():
+        lines += [title, *(f"  {name:<13}{text}" for name, text in group.items())]
+    return "\n".join(lines)
 
-    return worker.train(args.run)
 
-
-def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(
-        prog="fixres", description="Work on runs and data sets; runs are submitted by launch/submit.py."
-    )
-    sub = p.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    t = sub.add_parser("train", help="the worker: go on with a run directory (alone, under torchrun, or in a job)")
-    t.add_argument("--run", type=Path, required=True, help="the run directory")
-    t.set_defaults(func=train)
-    for module in (evaluate, sweep, data, export, bench):
-        module.add_parsers(sub)
+def add_command(p: argparse.ArgumentParser, name: str) -> argparse.ArgumentParser:
+    """Give the parser `p` all that the file of the command `name` says."""
+    module: Any = importlib.import_module(f"fixres_dist.cli.{name}")
+    p.description = COMMANDS[name][0].upper() + COMMANDS[name][1:] + "."
+    p.formatter_class = lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=30)
+    p.epilog = "\n".join(["examples:", *(f"  {command(name)} {words}".rstrip() for words in module.EXAMPLES)])
+    p.set_defaults(func=module.run)
+    module.add_arguments(p)
     return p
 
 
-def main(argv: list[str] | None = None) -> int:
-    args = parser().parse_args(argv)
+def main(argv: Sequence[str] | None = None, form: str = "fixres") -> int:
+    """Run a command, by default that of this process; returns its exit code. `form`: how messages name commands."""
+    name, *words = (sys.argv[1:] if argv is None else argv) or [""]
+    if name == "train":  # a job's: its user came in another form, which the environment says
+        os.environ.setdefault(FORM, form)
+    else:
+        os.environ[FORM] = form
+    if name in ("-h", "--help"):
+        return only_prints(lambda: print(overview()) or EXIT_DONE)
+    if not name:
+        print(overview(), file=sys.stderr)
+        return EXIT_USER
     try:
-        return exit_code(lambda: int(args.func(args)))
+        return exit_code(lambda: call(name, words))
     except KeyboardInterrupt:
         return EXIT_FAILED
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+def call(name: str, words: Sequence[str]) -> int:
+    if name not in COMMANDS:
+        raise unknown("command", name, COMMANDS)
+    p = add_command(argparse.ArgumentParser(prog=command(name)), name)
+    settings_anywhere = p.get_default("overrides") is not None
+    args = (p.parse_intermixed_args if settings_anywhere else p.parse_args)(words)
+    args.words = list(words)
+    return int(args.func(args))

@@ -5,13 +5,23 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from pathlib import Path
 
 from fixres_dist.base.errors import EXIT_DONE
 from fixres_dist.base.files import write_text
 from fixres_dist.runs.rundir import RunDir
 
+EXAMPLES = ("runs/*", "runs/b0-320 --json")
 
-def report(args: argparse.Namespace) -> int:
+
+def add_arguments(p: argparse.ArgumentParser) -> None:
+    p.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run directories, finished or not")
+    text = "folder of report.md and report.png; default: report/ beside the first run"
+    p.add_argument("--out", type=Path, metavar="DIR", help=text)
+    p.add_argument("--json", action="store_true", help="print the rows as JSON; write nothing")
+
+
+def run(args: argparse.Namespace) -> int:
     """One row for each finished run, beside what was published for its model; the state of the others."""
     from fixres_dist.publishing import figures, report
 

@@ -1,4 +1,4 @@
-"""`python -m fixres_dist sweep`: accuracy against test resolution, its cost, and the activations that explain it."""
+"""`fixres sweep`"""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from fixres_dist.base.errors import EXIT_DONE, UserError
 from fixres_dist.base.files import write_text
 from fixres_dist.base.text import parse_sizes, table
-from fixres_dist.evaluation.inputs import Subject, add_source, model_config, opened, parts_with, subjects, weights_after
+from fixres_dist.cli.arguments import add_source
+from fixres_dist.evaluation.inputs import Subject, model_config, opened, parts_with, subjects, weights_after
 from fixres_dist.runs.rundir import RunDir
 
 if TYPE_CHECKING:
@@ -20,27 +21,28 @@ if TYPE_CHECKING:
     from fixres_dist.evaluation.sweep import Sweep
 
 
-def add_parsers(commands: Any) -> None:
-    p = commands.add_parser("sweep", help="accuracy against test resolution, before and after: table, JSON and PNG")
-    add_source(p)
-    p.add_argument("--res", required=True, help="comma-separated resolutions, such as 224,256,288")
-    p.add_argument(
-        "--also", action="append", default=[], metavar="LABEL=RUN", help="another run's curve, such as a control"
-    )
+EXAMPLES = (
+    "--run runs/b0-320 --res 224,256,288,320,352",
+    "--run runs/demo --res 96,128,160 --also control=runs/demo-control --activations",
+    "--model b0 --checkpoint ns --data /data/imagenet --res 224,320 --max-gmacs 0.8",
+)
+
+
+def add_arguments(p: argparse.ArgumentParser) -> None:
+    add_source(p, "--res A,B,...")
+    p.add_argument("--res", required=True, metavar="A,B,...", help="test resolutions, such as 224,256,288")
+    text = "another run's curve, such as a control; repeatable"
+    p.add_argument("--also", action="append", default=[], metavar="LABEL=RUN", help=text)
     p.add_argument("--max-gmacs", type=float, metavar="G", help="also the best within G 1e9 multiply-adds per image")
-    p.add_argument(
-        "--min-images-per-second", type=float, metavar="N", help="also the best at N images/s or more, as measured here"
-    )
-    p.add_argument(
-        "--activations",
-        action="store_true",
-        help="also what enters the classifier, against what did in training",
-    )
-    p.add_argument("--out", type=Path, help="where sweep.json and the PNGs go; default: the run directory")
-    p.set_defaults(func=sweep)
+    text = "also the best at N images/s or more, as measured here"
+    p.add_argument("--min-images-per-second", type=float, metavar="N", help=text)
+    text = "also statistics of the classifier's inputs, beside those in training"
+    p.add_argument("--activations", action="store_true", help=text)
+    text = "for sweep.json and the PNGs; default: the run directory"
+    p.add_argument("--out", type=Path, metavar="DIR", help=text)
 
 
-def sweep(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> int:
     """Evaluate every model at every resolution, one pass over the images per resolution; table, sweep.json, PNG."""
     sizes, config = parse_sizes(args.res), model_config(args)
     own = subjects(args.run)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from fixres_dist.base.commands import command
+from fixres_dist.base.environment import shipped
 from fixres_dist.base.errors import UserError, unknown
 from fixres_dist.config.reading import merge, parse, read_yaml
 
@@ -88,8 +89,7 @@ class Recipe:
 
 def folder() -> Path:
     """configs/ of the checkout, of a run's code snapshot, or of the installed package."""
-    beside = Path(__file__).parents[2] / "configs"
-    return beside if beside.is_dir() else Path(__file__).parents[1] / "configs"
+    return shipped("configs")
 
 
 @cache
@@ -185,7 +185,7 @@ def timm_names() -> frozenset[str]:
     """timm's model entry points and our own, read from the sources: importing timm would import torch."""
     spec = importlib.util.find_spec("timm")
     if spec is None or spec.origin is None:
-        raise UserError("timm is not installed. Next: make setup")
+        raise UserError("timm is not installed. Next: pip install timm")
     pattern = re.compile(r"^@register_model\s+def (\w+)\(", re.MULTILINE)
     sources = [*(Path(spec.origin).parent / "models").glob("*.py"), Path(__file__).parents[1] / "models" / "build.py"]
     return frozenset(name for path in sources for name in pattern.findall(path.read_text(encoding="utf-8")))

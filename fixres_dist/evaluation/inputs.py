@@ -23,17 +23,6 @@ if TYPE_CHECKING:
     from fixres_dist.training.session import Session
 
 
-def add_source(p: argparse.ArgumentParser, models: bool = True) -> None:
-    p.add_argument("--run", type=Path, required=not models, help="a run directory")
-    if models:
-        p.add_argument("--model", help="with --checkpoint: a recipe or a timm model name")
-        p.add_argument("--checkpoint", help="weights file of the whole model, or ns, ap, pretrained")
-    else:
-        p.set_defaults(model=None, checkpoint=None)
-    p.add_argument("--data", help="data set; default: the run's")
-    p.add_argument("overrides", nargs="*", metavar="section.key=value", help="such as data.resize_rule=timm")
-
-
 def model_config(args: argparse.Namespace, res: int | None = None) -> Config:
     """The configuration to evaluate a model under: that of --run, or one for --model with --checkpoint as its weights.
 

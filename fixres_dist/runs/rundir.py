@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from fixres_dist.base.commands import command
-from fixres_dist.base.environment import environment
+from fixres_dist.base.environment import environment, shipped
 from fixres_dist.base.errors import UserError
 from fixres_dist.base.files import whole, write_text
 from fixres_dist.base.json_lines import append
@@ -175,7 +175,7 @@ class RunDir:
         return False
 
 
-def prepare(root: Path, config: Config, command: list[str]) -> RunDir:
+def prepare(root: Path, config: Config, typed: str) -> RunDir:
     """Create the run directory, or reopen the one that belongs to this configuration.
 
     Raises UserError when `root` holds something else: another configuration (the differences are named) or other files.
@@ -187,7 +187,7 @@ def prepare(root: Path, config: Config, command: list[str]) -> RunDir:
     if not run.state_file.exists():
         run.update_state()
     if not run.done.exists():
-        write_text(root / "command.txt", " ".join(command) + "\n")
+        write_text(root / "command.txt", typed + "\n")
         write_text(root / "environment.json", json.dumps(environment(), indent=1) + "\n")
         snapshot_code(run)
     return run
@@ -211,12 +211,15 @@ def check(root: Path, config: Config) -> None:
 
 
 def snapshot_code(run: RunDir) -> None:
-    """Copy the package, launchers and recipes that are running now to code/ (whole or not at all)."""
-    source = Path(__file__).parents[2]
-    if source.resolve() == run.code.resolve():
+    """Copy the package and the recipes that are running now to code/, whole or not at all.
+
+    A checkout has configs/ beside the package, an installed package has it inside.
+    """
+    package, configs = Path(__file__).resolve().parents[1], shipped("configs")
+    if package.parent == run.code.resolve():
         return
     ignore = shutil.ignore_patterns("__pycache__", "*.pyc")
     with whole(run.code) as part:
-        for name in ("fixres_dist", "configs", "launch"):
-            if (source / name).is_dir():
-                shutil.copytree(source / name, part / name, ignore=ignore)
+        shutil.copytree(package, part / "fixres_dist", ignore=ignore)
+        if not configs.is_relative_to(package):
+            shutil.copytree(configs, part / "configs", ignore=ignore)

@@ -36,7 +36,7 @@ def started(root: Path, data: Path, preset: str, *items: str) -> Config:
     ]  # a probe of formats may choose another for each run
     keys = ["data.res=64", f"data.root={data}", "data.workers=0", "run.eval_every=0", *exact, *items]
     config = reading.parse(Config, reading.merge(base, reading.overrides(keys)))
-    rundir.prepare(root, config, ["test"])
+    rundir.prepare(root, config, "test")
     return config
 
 

@@ -145,7 +145,7 @@ def test_every_recipe_builds_at_its_resolution_and_runs_two_steps(
         assert features[0].shape[-1] == -(-config.data.res // 32)
     keys = [f"data.root={four}", "data.res=64", "data.workers=0", "model.weights=none", "tune.global_batch=2"]
     config = reading.parse(Config, reading.merge(recipe.values, reading.overrides([*keys, "run.log_every=1"])))
-    rundir.prepare(tmp_path / "run", config, ["test"])
+    rundir.prepare(tmp_path / "run", config, "test")
     assert worker.train(tmp_path / "run", StopFlag()) == 0
     lines = read_lines(tmp_path / "run" / "metrics.jsonl")
     assert [line["step"] for line in lines if "grad_norm" in line] == [1, 2]

@@ -42,7 +42,7 @@ def trained(runs: Path, name: str, photos: Path, *more: str, flag: StopFlag | No
         *("tune.global_batch=12", "tune.base_lr=0.02", "tune.epochs=2", "run.batch_per_device=12", "run.log_every=1"),
         *("run.precision=fp32", "run.memory_format=channels_last", "run.engine=stream", f"run.feature_cache={runs}/f"),
     ]
-    here = prepare(runs / name, reading.parse(Config, reading.overrides([*items, *more])), ["test"])
+    here = prepare(runs / name, reading.parse(Config, reading.overrides([*items, *more])), "test")
     code = worker.train(here.root, flag or StopFlag())
     assert code == 0 or flag
     return here

@@ -1,0 +1,64 @@
+"""`fixres cancel`"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable
+
+from fixres_dist.base.errors import EXIT_DONE, EXIT_FAILED, UserError
+from fixres_dist.cli.arguments import add_runs_dir
+from fixres_dist.cluster import slurm, status
+from fixres_dist.runs.rundir import RunDir
+
+EXAMPLES = ("b0-320", "b0-320 b1-384 --runs-dir /scratch/runs")
+WAIT_S = 120.0  # Slurm kills what has not left after KillWait, 30 s by default
+
+
+def add_arguments(p: argparse.ArgumentParser) -> None:
+    p.add_argument("names", nargs="+", metavar="NAME", help="the submit command, or resume, goes on from there")
+    add_runs_dir(p)
+
+
+def run(args: argparse.Namespace) -> int:
+    return max([cancel(run) for run in [status.find(name, args.runs_dir) for name in args.names]])
+
+
+def cancel(run: RunDir) -> int:
+    job, owner = run.state().slurm_job, run.root.owner()
+    queued = slurm.queue([owner]) if job else {}
+    if queued is None:
+        raise UserError(f"{run.name} is job {job}, but squeue does not answer. Next: a login node of the cluster.")
+    if job in queued:
+        answer = slurm.call("scancel", job)
+        if answer is None or answer.returncode:
+            raise UserError(f"scancel {job}: {answer.stderr.strip() if answer else 'no answer'}")
+        left = wait(lambda: (now := slurm.queue([owner])) is not None and job not in now)
+    elif run.is_locked():
+        host, _, pid = (run.root / ".lock").read_text().strip().partition(" ")
+        if host != socket.gethostname():
+            raise UserError(f"{run.name} runs on {host}, outside of Slurm. Next: the same command there.")
+        os.kill(int(pid), signal.SIGTERM)  # its ranks agree on the signal
+        left = wait(lambda: not run.is_locked())
+    else:
+        print(f"{run.name} is {status.rows([run])[0].state}, so there is nothing to cancel")
+        return EXIT_DONE
+    if not left:
+        print(f"{run.name} has not left after {WAIT_S:.0f} s. Next: {run.command('status')}", file=sys.stderr)
+        return EXIT_FAILED
+    run.cancel("cancelled; the same command goes on")  # where it had not started, or was killed before it could write
+    print(f"{run.name} is {run.state().state} at step {max(0, run.saved_step())}. Next: {run.command('resume')}")
+    return EXIT_DONE
+
+
+def wait(ended: Callable[[], bool]) -> bool:
+    deadline = time.monotonic() + WAIT_S
+    while not ended():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.5)
+    return True

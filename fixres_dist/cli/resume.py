@@ -1,0 +1,45 @@
+"""`fixres resume`: from the last checkpoint, with the code snapshot of the run; submit takes a new one."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import asdict
+
+from fixres_dist.base.errors import EXIT_DONE
+from fixres_dist.base.files import write_text
+from fixres_dist.base.json_lines import read_lines
+from fixres_dist.cli import submission
+from fixres_dist.cli.arguments import add_overrides, add_runs_dir
+from fixres_dist.cluster import jobs, status
+from fixres_dist.config import reading, recipes
+from fixres_dist.config.schema import Config
+
+EXAMPLES = ("b0-320", "b0-320 cluster.exclude=n7", "b0-320 --nodes 1-4 --runs-dir /scratch/runs")
+
+
+def add_arguments(p: argparse.ArgumentParser) -> None:
+    p.add_argument("name", metavar="NAME")
+    p.add_argument("--nodes", metavar="N", help="a number, or MIN-MAX; default: as before")
+    p.add_argument("--cluster", choices=("slurm", "local", "inline"), help="default: as before")
+    add_runs_dir(p)
+    add_overrides(p, "cluster.exclude=n7")
+
+
+def run(args: argparse.Namespace) -> int:
+    run = status.find(args.name, args.runs_dir)
+    nodes = [f"cluster.nodes={args.nodes}"] if args.nodes else []
+    values = reading.merge(asdict(run.config()), reading.overrides([*nodes, *args.overrides]))
+    config = reading.parse(Config, recipes.with_absolute_paths(values))
+    submission.check(run, config)
+    submitted = [e for e in read_lines(run.root / "events.jsonl") if e["event"] == "submitted"]
+    kind = args.cluster or (submitted[-1]["cluster"] if submitted else jobs.default_cluster())
+    if kind == "slurm":
+        submission.check_slurm(jobs.sbatch_text(config, run))
+    with run.lock(".submit.lock", wait_s=60):
+        if submission.needs_no_job(run, kind):
+            return EXIT_DONE
+        write_text(run.root / "config.yaml", reading.dump(config))
+        run.event("submitted", cluster=kind, command=run.command("resume"))
+        if kind == "slurm":
+            return submission.start_slurm([run], config)
+    return submission.start_here(run, config, kind)

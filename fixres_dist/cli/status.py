@@ -1,0 +1,42 @@
+"""`fixres status`"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from dataclasses import asdict
+
+from fixres_dist.base.errors import EXIT_DONE, only_prints
+from fixres_dist.cli.arguments import add_runs_dir
+from fixres_dist.cluster import status
+from fixres_dist.runs.states import UNFINISHED
+
+EXAMPLES = ("", "b0-320 --watch", "--json")
+
+
+def add_arguments(p: argparse.ArgumentParser) -> None:
+    p.add_argument("names", nargs="*", metavar="NAME", help="runs; default: all of them")
+    add_runs_dir(p)
+    p.add_argument("--json", action="store_true", help="one JSON list")
+    p.add_argument("--watch", action="store_true", help="again every --every seconds, until all have ended or Ctrl-C")
+    p.add_argument("--every", type=float, default=10.0, metavar="S", help="for --watch; default: 10")
+
+
+def run(args: argparse.Namespace) -> int:
+    return only_prints(lambda: show(args))
+
+
+def show(args: argparse.Namespace) -> int:
+    while True:
+        runs = [status.find(name, args.runs_dir) for name in args.names] or status.every(args.runs_dir)
+        rows = status.rows(runs)
+        if args.json:
+            print(json.dumps([asdict(row) for row in rows], indent=1), flush=True)
+        else:
+            clear = "\033[2J\033[H" if args.watch and sys.stdout.isatty() else ""
+            print(clear + status.as_table(rows) if rows else f"no runs in {args.runs_dir}", flush=True)
+        if not args.watch or not any(row.state in UNFINISHED for row in rows):
+            return EXIT_DONE
+        time.sleep(max(1.0, args.every))

@@ -1,0 +1,92 @@
+"""What submit and resume share: the checks before a run starts, and its start on Slurm or on this machine."""
+
+from __future__ import annotations
+
+import os
+
+from fixres_dist.base.errors import EXIT_DONE, UserError
+from fixres_dist.base.files import write_text
+from fixres_dist.cluster import jobs, local, slurm
+from fixres_dist.config import recipes
+from fixres_dist.config.recipes import Recipe
+from fixres_dist.config.schema import Config
+from fixres_dist.runs import rundir
+from fixres_dist.runs.rundir import RunDir
+from fixres_dist.training import plan
+from fixres_dist.training.job import TrainJob
+
+
+def check(run: RunDir, config: Config, dry: bool = False) -> None:
+    """Refuse what can be refused before anything starts: settings, data set, and a directory of another run."""
+    least, most = config.cluster.node_range()
+    plan.check(config, least * config.cluster.gpus_per_node if least == most else 1, dry=dry)
+    rundir.check(run.root, config)
+
+
+def check_model(config: Config, recipe: Recipe) -> None:
+    """Build a model that no recipe describes, without memory for its weights, rather than fail in the queue. Imports torch."""
+    if config.model.weights in recipes.WEIGHTS and recipe.facts:
+        return
+    import torch
+
+    from fixres_dist.models.parts import parts_of
+    from fixres_dist.models.weights import open_model
+
+    with torch.device("meta"):
+        model = open_model(config, plan.count(config).classes)
+    for stage in config.stage_settings():
+        parts_of(model, stage.policy)
+
+
+def check_slurm(text: str) -> None:
+    """Refuse a submission script that Slurm refuses, or that no Slurm answers."""
+    if not jobs.ask_slurm(text):
+        raise UserError(
+            "Slurm does not answer here (sbatch --test-only). Next: a login node of the cluster, or --cluster local."
+        )
+
+
+def needs_no_job(run: RunDir, kind: str) -> bool:
+    """Whether the run is finished, running or queued already; prints which."""
+    status = f"Next: {run.command('status')}"
+    if run.done.exists():
+        print(f"{run.name} is finished; its results: {run.results}")
+        return True
+    if run.is_locked():
+        print(f"{run.name} is running already. {status}")
+        return True
+    job = run.state().job_id
+    queued = (slurm.queue([run.root.owner()]) or {}) if kind == "slurm" and job else {}
+    if job in queued:
+        print(f"{run.name} is in the queue already, as job {job} ({queued[job].state}). {status}")
+    return job in queued
+
+
+def write_demo(config: Config) -> None:
+    """Write the built-in example now, where its progress bar can be seen."""
+    if config.data.root == "demo":
+        from fixres_dist.data import dataset
+
+        dataset.folder("demo", config.data.cache)
+
+
+def start_slurm(runs: list[RunDir], config: Config, at_once: int = 0) -> int:
+    """Submit the prepared runs, several as one array of which `at_once` run at a time (0: all)."""
+    write_demo(config)
+    for run, job in zip(runs, jobs.submit_slurm(config, runs, TrainJob, at_once), strict=True):
+        print(f"submitted {run.name} as job {job}")
+    for name in ("status", "logs", "cancel", "board"):
+        print(f"  {runs[0].command(name)}{' --follow' if name == 'logs' else ''}")
+    return EXIT_DONE
+
+
+def start_here(run: RunDir, config: Config, kind: str) -> int:
+    """Work on the run to its end, in this process (`inline`) or in several (`local`); returns the exit code."""
+    os.environ.setdefault("PYTHONUNBUFFERED", "1")  # a rank's log is followed as it is written
+    write_demo(config)
+    write_text(run.root / "submission.sh", jobs.sbatch_text(config, run))
+    if kind == "inline":
+        from fixres_dist.training import worker
+
+        return worker.train(run.root)
+    return local.run_local(run, config.cluster.gpus_per_node, TrainJob)

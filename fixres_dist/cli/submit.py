@@ -1,0 +1,234 @@
+"""`fixres submit`: prepare run directories and start them. The same command again goes on with them."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import itertools
+from dataclasses import dataclass
+from pathlib import Path
+
+from fixres_dist.base.commands import command
+from fixres_dist.base.environment import shipped
+from fixres_dist.base.errors import EXIT_DONE, UserError, only_prints
+from fixres_dist.base.text import table
+from fixres_dist.cli import submission
+from fixres_dist.cli.arguments import add_overrides, add_runs_dir
+from fixres_dist.cluster import jobs, local
+from fixres_dist.config import reading, recipes
+from fixres_dist.config.schema import Config
+from fixres_dist.runs import rundir
+from fixres_dist.runs.states import State
+from fixres_dist.training import plan
+
+EXAMPLES = (
+    "--list",
+    "--data demo --cluster inline",
+    "--model l2 --res 600 --nodes 4 --dry-run",
+    "--model b0 --res 320 --data /data/imagenet --weights ap --profile site.yaml",
+    "--model b0 --res 320 --data DIR --cluster local --gpus-per-node 2 tune.epochs=3",
+    "--model b0 --res 320 --data DIR --preset own_classes      # DIR has classes of its own",
+    "--model b0 --res 320 --data DIR --grid tune.base_lr=1e-3,1e-4 --at-once 2",
+    "--table 1 --data /data/imagenet --nodes 4",
+)
+
+
+def add_arguments(p: argparse.ArgumentParser) -> None:
+    p.usage = f"{command('submit')} --model M --res PX --data DIR [options] [section.key=value ...]"
+    what = p.add_argument_group("what")
+    what.add_argument("--model", metavar="M", help="a recipe (--list) or any timm model name")
+    what.add_argument("--res", metavar="PX", help="the test resolution that is fixed; default: the recipe's")
+    what.add_argument(
+        "--weights", default="", metavar="W", help="ns, ap, pretrained, none, or a file; default: the recipe's"
+    )
+    what.add_argument("--data", metavar="DIR", help="with train/ and val/, a folder per class; or demo")
+    text = f"settings laid over the recipe: {', '.join(recipes.presets())}; repeatable"
+    what.add_argument("--preset", action="append", default=[], metavar="NAME", help=text)
+    where = p.add_argument_group("where")
+    where.add_argument("--nodes", metavar="N", help="a number, or MIN-MAX: start with what there is")
+    where.add_argument("--gpus-per-node", metavar="G", help="ranks per node; on a machine without GPUs: processes")
+    text = f"YAML with the site's cluster settings, such as {slurm_file('profiles/generic.yaml')}"
+    where.add_argument("--profile", type=Path, metavar="FILE", help=text)
+    text = "default: slurm where sbatch is found, else local"
+    where.add_argument("--cluster", choices=("slurm", "local", "inline"), help=text)
+    where.add_argument("--name", help="of the run directory; default: MODEL-RES")
+    add_runs_dir(where)
+    several = p.add_argument_group("several runs, as one job array")
+    several.add_argument(
+        "--grid", action="append", default=[], metavar="KEY=V1,V2", help="a run for each value; repeatable"
+    )
+    several.add_argument(
+        "--sweep", action="append", dest="grid", help=argparse.SUPPRESS
+    )  # the name of --grid until 0.1
+    several.add_argument("--table", choices=("1", "2"), help="all recipes of a published table")
+    several.add_argument("--at-once", type=int, default=0, metavar="N", help="runs at the same time; default: all")
+    only = p.add_argument_group("without a start")
+    only.add_argument("--list", action="store_true", help="show the recipes with starting and published accuracy")
+    text = "print the plan, the sbatch text and what Slurm says; write nothing"
+    only.add_argument("--dry-run", action="store_true", help=text)
+    text = f"only make the run directory, for {slurm_file('train.sbatch')}"
+    only.add_argument("--prepare", action="store_true", help=text)
+    add_overrides(p, "tune.epochs=3")
+
+
+def slurm_file(name: str) -> Path:
+    """A file of slurm/ as people would type it: relative to the current directory if it lies below."""
+    path = shipped("slurm") / name
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+
+
+def run(args: argparse.Namespace) -> int:
+    if args.list:
+        return only_prints(list_recipes)
+    if args.at_once < 0:
+        raise UserError(f"--at-once is {args.at_once}; accepted: 0 (all) or more.")
+    kind = args.cluster or jobs.default_cluster()
+    targets = asked_for(args, "slurm" if args.dry_run and args.cluster is None else kind)
+    for target in targets:
+        submission.check(target.run, target.config, dry=args.dry_run)
+        if not (args.dry_run or target.run.done.exists() or target.run.is_locked()):
+            submission.check_model(target.config, target.recipe)
+    text = "" if args.prepare else jobs.sbatch_text(targets[0].config, *(t.run for t in targets), at_once=args.at_once)
+    if args.dry_run:
+        return only_prints(lambda: dry_run(targets, text))
+    if kind == "slurm" and not args.prepare:
+        submission.check_slurm(text)
+    return start(targets, kind, args)
+
+
+def dry_run(targets: list[Target], text: str) -> int:
+    print("\n".join(targets[0].plan()))
+    print("".join(f"and        {target.run.root}\n" for target in targets[1:]), end="")
+    print(f"\n# what sbatch would get\n{text}")
+    said = jobs.ask_slurm(text) if jobs.default_cluster() == "slurm" else ""
+    print(f"\n# Slurm says: {said or 'nothing here (sbatch --test-only got no answer)'}")
+    return EXIT_DONE
+
+
+def start(targets: list[Target], kind: str, args: argparse.Namespace) -> int:
+    """Prepare the run directories of the runs that need a job, and start them."""
+    with contextlib.ExitStack() as stack:
+        for target in targets:  # of two submissions of one run, the second waits here, then finds the first one's job
+            target.run.root.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(target.run.lock(".submit.lock", wait_s=60))
+        targets = [target for target in targets if not submission.needs_no_job(target.run, kind)]
+        if not targets:
+            return EXIT_DONE
+        typed = command("submit", *args.words)
+        for target in targets:
+            rundir.prepare(target.run.root, target.config, typed)
+        print("\n".join(targets[0].plan()), flush=True)
+        if args.prepare:
+            for target in targets:
+                print(
+                    f"Next: sbatch {jobs.sbatch_options(target.config)} {slurm_file('train.sbatch')} {target.run.root}"
+                )
+            return EXIT_DONE
+        for target in targets:
+            target.run.event("submitted", cluster=kind, command=typed)
+        if kind == "slurm":
+            return submission.start_slurm([target.run for target in targets], targets[0].config, args.at_once)
+    codes = []
+    for target in targets:
+        codes.append(submission.start_here(target.run, target.config, kind))
+        if target.run.state().state == State.CANCELLED:  # a stop is meant for the runs after it too
+            break
+    return max(codes)
+
+
+def list_recipes() -> int:
+    rows = []
+    for recipe in recipes.every():
+        row = recipe.published
+        assert row is not None
+        start = f"{row['timm_base_top1']} @{row['train_res']}"
+        rows.append((recipe.name, recipe.weights, row["fix_test_res"], start, row["fix_top1"], row["timm_name"]))
+    print(table(("--model", "--weights", "--res", "timm starts at", "published, fixed", "timm name"), rows))
+    print("demo: the built-in example, trained and fixed from new weights in minutes on a CPU")
+    print("r50: ResNet-50 from new weights at 128 px with repeated augmentation, then fixed at 224 px")
+    print("Published: top-1 in arXiv 2003.08237, Tables 1 and 2. Any other timm model name works too, with --res.")
+    return EXIT_DONE
+
+
+@dataclass(frozen=True)
+class Target:
+    """One run that the command asks for."""
+
+    run: rundir.RunDir
+    config: Config
+    recipe: recipes.Recipe
+
+    def plan(self) -> list[str]:
+        world_size = self.config.cluster.node_range()[0] * self.config.cluster.gpus_per_node
+        return plan.lines(self.config, self.recipe.facts, plan.count(self.config), self.run.root, world_size)
+
+
+def asked_for(args: argparse.Namespace, kind: str) -> list[Target]:
+    """The run the command asks for, or those of a grid or a table, each with a directory of its own."""
+    variants: list[dict[str, str]] = [{}]
+    if args.table:
+        if args.model or args.res or args.weights:
+            raise UserError("--table is every recipe of it, so it excludes --model, --res and --weights.")
+        rows = [key for key, row in recipes.published().items() if row["table"] == args.table]
+        variants = [{"model": model, "weights": weights} for model, weights in rows]
+    if args.name and ("/" in args.name or args.name in (".", "..")):  # status lists the folders of one runs directory
+        raise UserError(
+            f"--name is {args.name!r}; accepted: a name without slashes. Next: --runs-dir for another folder."
+        )
+    found = []
+    for variant, chosen in itertools.product(variants, itertools.product(*map(choices, args.grid))):
+        one = argparse.Namespace(**{**vars(args), **variant})
+        one.overrides = [*args.overrides, *(f"{key}={value}" for key, value in chosen)]
+        one.res = args.res or (recipes.find(one.model, one.weights).values["data"]["res"] if args.table else None)
+        config, recipe = configure(one, kind)
+        name = "-".join([recipes.run_name(config.model.name, config.data.res, config.model.weights), *args.preset])
+        if args.name:
+            name = f"{args.name}-{name}" if args.table else args.name
+        name = "-".join([name, *(f"{key.rpartition('.')[2]}={value.replace('/', '_')}" for key, value in chosen)])
+        found.append(Target(rundir.RunDir(args.runs_dir / name), config, recipe))
+    return found
+
+
+def choices(text: str) -> list[tuple[str, str]]:
+    """The (key, value) pairs of one --grid."""
+    key, equals, values = text.partition("=")
+    if not (equals and "." in key and all(values.split(","))):
+        raise UserError(f"--grid is {text!r}; accepted: section.key=v1,v2, such as tune.base_lr=1e-3,1e-4.")
+    return [(key, value) for value in values.split(",")]
+
+
+def configure(args: argparse.Namespace, kind: str) -> tuple[Config, recipes.Recipe]:
+    """Defaults < recipe < preset < profile < flags < section.key=value."""
+    name = args.model or ("demo" if args.data == "demo" else None)
+    if name is None:
+        raise UserError("no --model given. Next: --model b0 --res 320, or --list for the recipes, or --data demo.")
+    recipe = recipes.find(name, args.weights)
+    values = recipe.values
+    for preset in args.preset:
+        values = reading.merge(values, recipes.preset(preset))
+    if args.profile:
+        if not args.profile.is_file():
+            example = slurm_file("profiles/generic.yaml")
+            raise UserError(f"no profile {args.profile}. Accepted: a YAML file such as {example}.")
+        values = reading.merge(values, reading.read_yaml(args.profile.read_text()) or {})
+    gpus = args.gpus_per_node
+    if gpus is None and kind != "slurm":
+        gpus = str(max(1, local.local_gpus()) if kind == "local" else 1)
+    given = {"data": {"res": args.res, "root": args.data}, "cluster": {"nodes": args.nodes, "gpus_per_node": gpus}}
+    flags = {section: {k: v for k, v in keys.items() if v is not None} for section, keys in given.items()}
+    values = reading.merge(reading.merge(values, flags), reading.overrides(args.overrides))
+    if "res" not in values["data"]:
+        raise UserError(
+            f"no --res given, and nothing is published for {name}. Next: --res 288, say: above its training resolution."
+        )
+    if recipe.facts and values.get("pretrain"):
+        values["pretrain"].setdefault("res", recipe.facts.train_res)
+    config = reading.parse(Config, recipes.with_absolute_paths(values))
+    nodes, gpus = config.cluster.nodes, config.cluster.gpus_per_node
+    if kind != "slurm" and nodes != "1":
+        raise UserError(
+            f"--nodes {nodes} needs a cluster; --cluster {kind} is this machine alone. Next: --cluster slurm"
+        )
+    if kind == "inline" and gpus != 1:
+        raise UserError(f"--cluster inline is one process. Next: --cluster local --gpus-per-node {gpus}")
+    return config, recipe

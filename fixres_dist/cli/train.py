@@ -1,0 +1,19 @@
+"""`fixres train`"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+EXAMPLES = ("--run runs/b0-320",)
+
+
+def add_arguments(p: argparse.ArgumentParser) -> None:
+    text = "the run directory; alone, under torchrun (-m fixres_dist train --run DIR), or in a job"
+    p.add_argument("--run", type=Path, required=True, metavar="DIR", help=text)
+
+
+def run(args: argparse.Namespace) -> int:
+    from fixres_dist.training import worker
+
+    return worker.train(args.run)
