@@ -53,6 +53,11 @@ def only_prints(work: Callable[[], int]) -> int:
         return EXIT_DONE
 
 
+def first_line(error: Exception) -> str:
+    """Of the error's message; its type where it has none."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
 def check_output(file: Path | None) -> None:
     """Refuse a file to write to before the work that it is for."""
     if file and (file.is_dir() or not os.access(file.parent, os.W_OK)):

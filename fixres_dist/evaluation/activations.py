@@ -19,7 +19,7 @@ from fixres_dist.config.schema import Config
 from fixres_dist.data import order
 from fixres_dist.data.requests import Pictures, chunks, make_request
 from fixres_dist.evaluation.extract import classifier_inputs
-from fixres_dist.models.build import native_size
+from fixres_dist.models.build import preprocessing
 from fixres_dist.models.parts import Parts
 from fixres_dist.training.session import Session
 from fixres_dist.training.stages import batch_per_device
@@ -63,7 +63,7 @@ def training_resolution(config: Config) -> int:
     if config.pretrain:
         return config.pretrain.res
     facts = recipes.find(config.model.name).facts
-    return facts.train_res if facts else native_size(config.model.timm_name)
+    return facts.train_res if facts else preprocessing(config.model.timm_name).train_res
 
 
 @torch.no_grad()

@@ -1,38 +1,43 @@
-"""BatchNorm statistics: measured exactly, over the batch of all ranks, and left alone where a layer runs twice."""
+"""BatchNorm statistics: measured exactly, shared over ranks in training, updated once where a layer runs twice."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
 from types import MethodType
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from fixres_dist.base.commands import command
 from fixres_dist.base.errors import UserError
 from fixres_dist.models.parts import Parts
 
 
 class Moments:
-    """Sums of a BN's input per channel, in fp64: count, sum, sum of squares. One all-reduce makes them global."""
+    """Sums for a BN's statistics in fp64, per channel: sum, sum of squares, and the count.
+
+    `sums` [2 channels + 1] of several ranks add up, so one all-reduce makes them those of all images.
+    """
 
     def __init__(self, channels: int) -> None:
         self.sums = torch.zeros(2 * channels + 1, dtype=torch.float64)
 
     def add(self, x: torch.Tensor) -> None:
+        """Count in the BN's input [n, channels, ...]."""
         flat = x.detach().double().transpose(0, 1).flatten(1)
         self.sums += torch.cat([flat.sum(1), flat.square().sum(1), flat.new_tensor([flat.shape[1]])]).cpu()
 
     def set(self, bn: nn.Module) -> None:
-        """Mean and unbiased variance, as PyTorch keeps them; raises UserError where nothing was added."""
+        """Write mean and unbiased variance into the BN's running statistics; raises UserError where nothing was added."""
         count = self.sums[-1]
         if not count:
             raise UserError(
-                "none of the images that the last BN's statistics are measured on (tune.bn_stats_images) could be decoded. "
-                "Next: python -m fixres_dist data verify --data DIR"
+                "no statistics for the last BN: none of the first tune.bn_stats_images images could be decoded. "
+                f"Next: {command('data', 'verify', '--data', 'DIR')}"
             )
         mean, square = self.sums[:-1].chunk(2)
         mean = mean / count
@@ -58,9 +63,12 @@ class AllReduceSum(torch.autograd.Function):
 
 
 def normalise_over_ranks(self: Any, x: torch.Tensor) -> torch.Tensor:
-    """A BatchNorm's forward whose batch is every rank's (torch's SyncBatchNorm refuses CPUs and drops timm's activation)."""
+    """Forward of a BatchNorm in train mode over the batches of all ranks, x [n, channels, ...] being this rank's.
+
+    torch's SyncBatchNorm refuses CPUs and drops timm's activation.
+    """
     if not self.training:
-        return type(self).forward(self, x)
+        return cast(torch.Tensor, type(self).forward(self, x))
     x = x.float()
     dims = [d for d in range(x.dim()) if d != 1]
     shape = [1, -1, *[1] * (x.dim() - 2)]
@@ -72,17 +80,17 @@ def normalise_over_ranks(self: Any, x: torch.Tensor) -> torch.Tensor:
     mean, square = (sums[:-1] / count.clamp(min=1)).chunk(2)
     variance = square - mean.square()
     with torch.no_grad():
-        some = count > 0  # on any rank; a step whose images were all skipped leaves no trace
+        some = count > 0  # False where every rank skipped all its images: then the statistics stay
         self.num_batches_tracked += some
         self.running_mean.lerp_(mean + shift.flatten(), self.momentum * some)
         self.running_var.lerp_(variance * count / (count - 1).clamp(min=1), self.momentum * some)
     x = (centred - mean.view(shape)) * torch.rsqrt(variance + self.eps).view(shape)
     x = x * self.weight.view(shape) + self.bias.view(shape) if self.affine else x
-    return self.act(self.drop(x)) if hasattr(self, "act") else x
+    return cast(torch.Tensor, self.act(self.drop(x))) if hasattr(self, "act") else x
 
 
 def share_batch_statistics(parts: Parts) -> None:
-    """Let every BN that runs in train mode see the batch of all ranks: the same result at any world size."""
+    """Let every BN that runs in train mode normalise over the batches of all ranks: the same result at any world size."""
     names = [parts.tuned.last_bn] if parts.trunk is not None else [n for n, _ in parts.model.named_modules()]
     for name in filter(None, names):
         module = parts.model.get_submodule(name)
@@ -92,11 +100,11 @@ def share_batch_statistics(parts: Parts) -> None:
 
 @contextlib.contextmanager
 def statistics_kept(parts: Parts) -> Iterator[None]:
-    """For a backward pass: BatchNorms that checkpointing runs a second time there must not count their batch twice."""
+    """Around a backward pass: activation checkpointing runs BatchNorms again there, and their statistics must not move twice."""
     norms: list[Any] = [m for m in parts.model.modules() if isinstance(m, _BatchNorm)] if parts.recomputes else []
     kept = [(norm.momentum, norm.num_batches_tracked.clone()) for norm in norms]
     for norm in norms:
-        norm.momentum = 0.0  # the statistics are updated with weight zero
+        norm.momentum = 0.0  # the second update has weight zero
     try:
         yield
     finally:

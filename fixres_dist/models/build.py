@@ -1,4 +1,4 @@
-"""Models through timm: build, preprocessing, and weights that cover the model completely or are refused."""
+"""Models by timm: how they are built, what pictures they expect, which sizes they take."""
 
 from __future__ import annotations
 
@@ -6,8 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-import timm
-import timm.layers
+import timm.data
 import torch
 from timm.models import register_model, resnet
 from torch import nn
@@ -18,27 +17,28 @@ from fixres_dist.base.errors import UserError, unknown
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """From timm's pretrained_cfg, never a constant: AdvProp weights want mean and std 0.5, Noisy Student ImageNet's."""
+    """How the weights expect pictures, from timm's pretrained_cfg: AdvProp weights want mean and std 0.5, others ImageNet's."""
 
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     crop_pct: float
     interpolation: str  # bilinear | bicubic
+    train_res: int = 224  # resolution that the weights were trained at, in pixels
 
     def normalised(self, images: torch.Tensor) -> torch.Tensor:
-        """uint8 [n, 3, h, w] to fp32, less the mean and over the standard deviation; the layout in memory stays."""
+        """fp32 [n, 3, h, w] of uint8 [n, 3, h, w]: minus the mean, over the standard deviation; keeps the memory format."""
         x = images.float()
         mean, std = (255 * torch.tensor(v, device=x.device) for v in (self.mean, self.std))
         if x.is_contiguous():
             return x.sub_(mean.view(3, 1, 1)).div_(std.view(3, 1, 1))
-        # A CPU walks the last dimension in memory: by rows [n, h, w * 3], since three channels are too short a walk.
+        # A CPU loops over the last dimension in memory, and three channels are too few for that: rows of [n, h, w * 3].
         rows, width = x.permute(0, 2, 3, 1).flatten(2), x.shape[3]
         rows.sub_(mean.repeat(width)).div_(std.repeat(width))
         return rows.view(len(x), *x.shape[2:], 3).permute(0, 3, 1, 2)
 
 
 def pretrained_cfg(timm_name: str) -> Any:
-    """timm's configuration of the weights; None for an architecture without any, such as one made for tests."""
+    """timm's description of the weights; None for an architecture without any. Raises UserError for an unknown tag."""
     try:
         return timm.get_pretrained_cfg(timm_name)
     except RuntimeError:
@@ -48,28 +48,24 @@ def pretrained_cfg(timm_name: str) -> Any:
 
 
 def preprocessing(timm_name: str) -> Preprocessing:
+    """Of the weights that timm knows by this name; timm's defaults for an architecture without weights."""
     cfg = pretrained_cfg(timm_name)
-    if cfg is None:
-        return Preprocessing((0.485, 0.456, 0.406), (0.229, 0.224, 0.225), 0.875, "bicubic")
-    mode = cfg.interpolation if cfg.interpolation in ("bilinear", "bicubic") else "bicubic"
-    return Preprocessing(tuple(cfg.mean), tuple(cfg.std), cfg.crop_pct, mode)
+    found = timm.data.resolve_data_config(pretrained_cfg=cfg.to_dict() if cfg else {})
+    mode = found["interpolation"] if found["interpolation"] in ("bilinear", "bicubic") else "bicubic"
+    return Preprocessing(tuple(found["mean"]), tuple(found["std"]), found["crop_pct"], mode, found["input_size"][-1])
 
 
-def native_size(timm_name: str) -> int:
-    """The resolution that timm's weights were trained at, in pixels."""
-    cfg = pretrained_cfg(timm_name)
-    return int(cfg.input_size[-1]) if cfg else 224
-
-
-# timm has weights for the largest ResNeXt of the paper's Figure 1 and no builder; its old alias builds 32x8d instead.
+# timm has weights for the largest ResNeXt of the FixRes paper's Figure 1 (arXiv 1906.06423) and no builder for them; its
+# old alias builds 32x8d instead.
 default_cfgs = {"resnext101_32x48d": resnet.default_cfgs["resnext101_32x48d"]}
 
 
-@register_model
+@register_model  # type: ignore[untyped-decorator, unused-ignore]
 def resnext101_32x48d(pretrained: bool = False, **options: Any) -> nn.Module:
     """ResNeXt-101 32x48d (WSL): 829 M parameters, 224 px; FixRes fixes it at 320."""
     sizes = {"block": resnet.Bottleneck, "layers": (3, 4, 23, 3), "cardinality": 32, "base_width": 48}
-    return resnet._create_resnet("resnext101_32x48d", pretrained, **{**sizes, **options})
+    model: nn.Module = resnet._create_resnet("resnext101_32x48d", pretrained, **{**sizes, **options})
+    return model
 
 
 def build_model(timm_name: str, num_classes: int, seed: int = 0) -> nn.Module:
@@ -78,44 +74,44 @@ def build_model(timm_name: str, num_classes: int, seed: int = 0) -> nn.Module:
     A model that timm marks as of fixed input size is built to take others where its class can: a ViT then keeps the
     position embedding of its own grid and resamples it in each forward pass.
     """
+
+    def create(**options: bool) -> nn.Module:
+        model: nn.Module = timm.create_model(timm_name, pretrained=False, num_classes=num_classes, **options)
+        return model.eval()
+
     cfg = pretrained_cfg(timm_name) if timm.is_model(timm_name) else None
-    dynamic = {"dynamic_img_size": True} if cfg is not None and cfg.fixed_input_size else {}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        for options in (dynamic, {}):
-            try:
-                return timm.create_model(timm_name, pretrained=False, num_classes=num_classes, **options).eval()
-            except TypeError:  # its class knows no other size than its own
-                if not options:
-                    raise
-            except RuntimeError as error:
-                raise UserError(f"timm cannot build {timm_name!r}: {error}") from None
-    raise AssertionError("unreachable")
+        try:
+            return create(dynamic_img_size=True) if cfg is not None and cfg.fixed_input_size else create()
+        except TypeError:  # the class has no such option: it takes one size only
+            return create()
+        except RuntimeError as error:
+            raise UserError(f"timm cannot build {timm_name!r}: {error}") from None
 
 
 def own_size(model: nn.Module) -> int:
-    """Pixels that a forward pass is sure to take: the model's own resolution."""
-    return max(64, (getattr(model, "pretrained_cfg", None) or {}).get("input_size", (3, 224, 224))[-1])
+    """The model's own resolution in pixels, at least 64: a forward pass is sure to take it."""
+    return max(64, int((getattr(model, "pretrained_cfg", None) or {}).get("input_size", (3, 224, 224))[-1]))
 
 
 def small_size(model: nn.Module) -> int:
-    """Few pixels that a forward pass takes, where values are needed: 64, or the model's own where it has no choice."""
-    fixed = (getattr(model, "pretrained_cfg", None) or {}).get("fixed_input_size", False)
-    return own_size(model) if fixed else 64
+    """The pixels of a cheap forward pass: 64, or the model's own resolution where that is fixed."""
+    return own_size(model) if (getattr(model, "pretrained_cfg", None) or {}).get("fixed_input_size") else 64
 
 
 def meta_forward(model: nn.Module, count: int, res: int) -> Any:
-    """What `model` returns for `count` pictures of `res` px, in shapes alone: on the meta device, nothing is computed."""
+    """The output of `model` for `count` pictures of `res` px on the meta device: shapes without values, nothing computed."""
     state = {name: value.to("meta") for name, value in [*model.named_parameters(), *model.named_buffers()]}
     with torch.no_grad():
         return torch.func.functional_call(model, state, (torch.zeros(count, 3, res, res, device="meta"),))
 
 
 def gmacs(model: nn.Module, res: int) -> float:
-    """Multiply-adds in 1e9 of one picture's forward pass: convolutions and matrix products, counted on the meta device."""
+    """1e9 multiply-adds of one picture's forward pass: convolutions and matrix products, counted on the meta device."""
     with FlopCounterMode(display=False) as counter:
         meta_forward(model, 1, res)
-    return counter.get_total_flops() / 2e9
+    return float(counter.get_total_flops() / 2e9)
 
 
 def accepts(model: nn.Module, res: int) -> bool:
@@ -127,7 +123,7 @@ def accepts(model: nn.Module, res: int) -> bool:
 
 
 def check_resolutions(model: nn.Module, resolutions: Iterable[int]) -> None:
-    """Refuse a resolution that the model cannot take (no multiple of a patch, a fixed input size), and say what it can."""
+    """Raise UserError for a resolution that the model cannot take, with the nearest that it can."""
     for res in sorted(set(resolutions)):
         if accepts(model, res):
             continue
@@ -141,8 +137,8 @@ def check_resolutions(model: nn.Module, resolutions: Iterable[int]) -> None:
 
 
 def classifier_name(model: nn.Module) -> str:
-    """Qualified name of the classifier layer, by timm's get_classifier."""
+    """Name of the classifier layer among the model's modules, by timm's get_classifier; UserError where there is not one."""
     classifier = getattr(model, "get_classifier", lambda: None)()
     if not isinstance(classifier, nn.Module) or isinstance(classifier, nn.Identity):
         raise UserError(f"{type(model).__name__} has no single classifier layer to tune.")
-    return next(name for name, module in model.named_modules() if module is classifier)
+    return next(str(name) for name, module in model.named_modules() if module is classifier)

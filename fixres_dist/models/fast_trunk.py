@@ -1,7 +1,7 @@
-"""The frozen trunk as it runs: BatchNorms folded in fp32, weights in the precision's format, in the fastest arrangement.
+"""The frozen trunk as it runs: BatchNorms folded in fp32, weights in low precision, in the fastest memory format.
 
 Which memory format is faster, and whether compiling pays, depends on model, size and device (published timings have
-channels-last win by 17 % and lose by 21 % on one GPU), so `auto` tries. The model itself and its tensors stay as they are.
+channels-last win by 17 % and lose by 21 % on one GPU), so `auto` measures. The model and its tensors stay as they are.
 """
 
 from __future__ import annotations
@@ -27,7 +27,6 @@ CLEARLY = 1.1  # how much faster than the usual arrangement another one must be:
 PROBE_IMAGES = 16  # at most, on a CPU; a GPU is probed with a whole batch
 PROBE_S = 0.5  # seconds that rounds of the probe go on for, of at least 5 and at most 20
 COMPILE_PAYS_S = 1200.0  # seconds of eager work from which on compiling, minutes for the largest models, is tried
-
 Choose = Callable[[str, Callable[[], dict[str, Any]]], dict[str, Any]]
 
 
@@ -40,7 +39,7 @@ class Arrangement(NamedTuple):
 
 
 class FastTrunk(nn.Module):
-    """`neck(*body(x))` is the trunk. The cached engine stores the body's output: the neck would make it larger."""
+    """`neck(*body(x))` is the trunk. The cache stores the body's output: the neck would make it larger."""
 
     def __init__(self, body: nn.Module, neck: nn.Module | None, dtype: torch.dtype, how: Arrangement) -> None:
         super().__init__()
@@ -62,16 +61,16 @@ class FastTrunk(nn.Module):
         return FastTrunk(self.body._orig_mod, self.neck, self.dtype, self.how._replace(compile=False))  # type: ignore[arg-type]
 
     def features(self, images: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """fp32 [n, 3, res, res] to what the cached engine keeps, in the trunk's number format."""
-        found = self.body(images.to(self.dtype, memory_format=self.memory_format))
+        """The body's output in `dtype`, each tensor [n, ...], for normalised fp32 images [n, 3, res, res]."""
+        found: tuple[torch.Tensor, ...] = self.body(images.to(self.dtype, memory_format=self.memory_format))
         return tuple(f.clone() for f in found) if self.compiled else found
 
     def finish(self, features: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
-        """The trunk's output from `features`, which may have been read back in any layout."""
+        """The trunk's output from `features`, which may be in any memory format."""
         if self.neck is None:
             return tuple(features)
         laid = (f.contiguous(memory_format=self.memory_format) if f.dim() == 4 else f for f in features)
-        return self.neck(*laid)
+        return cast(tuple[torch.Tensor, ...], self.neck(*laid))
 
     def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return self.finish(self.features(images))
@@ -80,11 +79,11 @@ class FastTrunk(nn.Module):
 def with_fast_trunk(
     parts: Parts, arithmetic: Arithmetic, settings: Run, batch: int, res: int, pictures: int, choose: Choose
 ) -> Parts:
-    """`parts` whose frozen trunk is folded, cast and arranged: the same function, to rounding. Policy `all` has none.
+    """`parts` with its frozen trunk folded, cast and arranged: the same function, to rounding. Policy `all` has no trunk.
 
-    Where several arrangements are possible, the fastest for `batch` pictures of `res` px is taken (on a CPU for at most
-    PROBE_IMAGES); compiling is tried if `pictures`, the number that this rank has still to run, is worth it.
-    `choose(name, probe)` returns what `probe()` finds, or what an earlier start of the run found.
+    Of several possible arrangements, the fastest for `batch` images of `res` px is taken (PROBE_IMAGES at most on a CPU);
+    compiled ones are tried only if it pays for the `pictures` that this rank will run. `choose(name, probe)` returns what
+    `probe()` returns, or what it returned at an earlier start of the run.
     """
     if parts.trunk is None:
         return parts
@@ -107,9 +106,9 @@ def with_fast_trunk(
 
 
 def prepared(trunk: nn.Module, dtype: torch.dtype, res: int = 64) -> nn.Module:
-    """A copy with BatchNorms folded, then cast. BatchNorms that no convolution takes in keep fp32: their inputs may be narrow.
+    """A copy of `trunk` with BatchNorms folded, then cast to `dtype`. BatchNorms that are left stay fp32.
 
-    `res`: pixels of the pictures that folding is checked on.
+    `res`: pixels of the images that folding is checked on.
     """
     own, count = folding.folded(trunk, res)
     own = own if count else copy.deepcopy(own)
@@ -123,9 +122,9 @@ def prepared(trunk: nn.Module, dtype: torch.dtype, res: int = 64) -> nn.Module:
 
 
 def split_neck(trunk: nn.Module) -> tuple[nn.Module, nn.Module | None]:
-    """(body, neck): the neck is a last convolution that only widens (EfficientNet's conv_head: four times the channels).
+    """(body, neck) of `trunk`. The neck is a last convolution that only widens: EfficientNet's conv_head, 4 times the channels.
 
-    Features before it are that much smaller to keep, and one small convolution makes up for it.
+    The features before it are that much smaller to store, and one small convolution is all that is left to compute.
     """
     graph = cast(fx.GraphModule, trunk).graph
     output = next(node for node in graph.nodes if node.op == "output")
@@ -138,48 +137,53 @@ def split_neck(trunk: nn.Module) -> tuple[nn.Module, nn.Module | None]:
 
 
 def arranged(trunk: nn.Module, dtype: torch.dtype, how: Arrangement) -> FastTrunk:
-    """`trunk` as `prepared` made it, laid out and compiled as `how` says; its modules are moved, not copied."""
+    """`trunk` from `prepared` in the memory format of `how`, and compiled if it says so; its modules are not copied."""
     return FastTrunk(*split_neck(trunk), dtype, how)
 
 
 def candidates(settings: Run, device: torch.device) -> list[Arrangement]:
-    """What `auto` chooses from, the usual one first."""
+    """The arrangements to choose from, the usual one first."""
     usual = ["channels_last", "contiguous"] if device.type == "cpu" else ["contiguous", "channels_last"]
     formats = usual if settings.memory_format == "auto" else [settings.memory_format]
     if settings.compile is True:
-        return [Arrangement(formats[0], True)]  # the compiler lays out by itself
+        return [Arrangement(formats[0], True)]  # the compiler chooses layouts by itself
     found = [Arrangement(name, False) for name in formats]
     if settings.compile == "auto" and device.type == "cuda":
         found.append(Arrangement(formats[0], True))
     return found
 
 
-@torch.no_grad()
 def probe(
     trunk: nn.Module, dtype: torch.dtype, choices: list[Arrangement], images: torch.Tensor, pictures: int
 ) -> dict[str, Any]:
-    """The fastest of `choices` for fp32 `images`, and milliseconds per image of each; `pictures` are waiting for this rank.
+    """The fastest of `choices` for fp32 `images` [n, 3, res, res], as choices.json keeps it, and the ms per image of each.
 
-    Rounds alternate and the fastest of each counts, so that whatever else the machine does falls on all alike.
+    `pictures`: how many this rank will run; compiled choices are tried if that takes COMPILE_PAYS_S without.
     """
-    best: dict[Arrangement, float] = {}
-    for compiling in (False, True):
-        tried = [how for how in choices if how.compile is compiling]
-        if compiling and best and min(best.values()) * pictures < COMPILE_PAYS_S * len(images):
-            break
-        trunks = {how: arranged(copy.deepcopy(trunk), dtype, how) for how in tried}
-        for fast in trunks.values():
-            fast(images)
-        started = time.monotonic()
-        for k in range(20):
-            if not tried or (k >= 5 and time.monotonic() - started > PROBE_S):
-                break
-            for how, fast in trunks.items():
-                best[how] = min(best.get(how, float("inf")), seconds(fast, images))
-    usual = choices[0]
-    chosen = min(best, key=lambda how: best[how] if how == usual else best[how] * CLEARLY)
+    best = fastest(trunk, dtype, [how for how in choices if not how.compile], images)
+    if min(best.values()) * pictures >= COMPILE_PAYS_S * len(images):
+        best |= fastest(trunk, dtype, [how for how in choices if how.compile], images)
+    chosen = min(best, key=lambda how: best[how] if how == choices[0] else best[how] * CLEARLY)
     per_image = {str(how): round(1000 * s / len(images), 4) for how, s in best.items()}
     return {"memory_format": chosen.memory_format, "compile": chosen.compile, "ms_per_image": per_image}
+
+
+@torch.no_grad()
+def fastest(
+    trunk: nn.Module, dtype: torch.dtype, choices: list[Arrangement], images: torch.Tensor
+) -> dict[Arrangement, float]:
+    """Least seconds of a forward pass of each choice. Rounds alternate, so that other load on the machine slows all alike."""
+    trunks = {how: arranged(copy.deepcopy(trunk), dtype, how) for how in choices}
+    for fast in trunks.values():
+        fast(images)
+    best = dict.fromkeys(choices, float("inf"))
+    started = time.monotonic()
+    for k in range(20):
+        if k >= 5 and time.monotonic() - started > PROBE_S:
+            break
+        for how, fast in trunks.items():
+            best[how] = min(best[how], seconds(fast, images))
+    return best
 
 
 def seconds(trunk: nn.Module, images: torch.Tensor) -> float:

@@ -25,7 +25,7 @@ def open_network(config: Config, classes: int, device: torch.device, load_weight
 
     apex is looked for again here, after submission: a container, or another node, may hold another one.
     """
-    nvidia_apex.check(config)
+    nvidia_apex.check_apex(config)
     model = open_model(config, classes, load_weights)
     arithmetic = precision.Arithmetic(precision.resolve(config.run.precision, device), device)
     layout = memory_format(config, device)

@@ -1,7 +1,7 @@
-"""What the installed apex can do, found without importing it: apex imports torch, and a login node's commands must not.
+"""What the installed apex can do, found without importing it: apex imports torch, and commands on a login node must not.
 
-NVIDIA's apex has carried ever less since apex.amp left it (NVIDIA/apex #1896, May 2025), and PyPI's `apex` is a web
-toolkit of 2013 with nothing but the name in common. So a capability is looked for, never a version. precision.py uses it.
+NVIDIA removed apex.amp from its apex in May 2025 (NVIDIA/apex #1896), and PyPI's `apex` is an unrelated web toolkit of
+2013. So the parts themselves are looked for, never a version. models/precision.py imports them.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ class Apex:
     path: str  # empty: there is none
     is_nvidia: bool
     has_amp: bool  # apex.amp
-    has_kernels: bool  # amp_C, which the fused optimizers run on
-    version: str  # the commit where pip built it from git, else what the metadata say
+    has_kernels: bool  # amp_C, which the fused optimizers need
+    version: str  # commit if pip built it from git, else the version in its metadata
 
     def describe(self) -> str:
         if not self.path:
@@ -57,7 +57,7 @@ def find() -> Apex:
 
 
 def version() -> str:
-    """NVIDIA's metadata say 0.1 whatever the source, so the commit is told where pip recorded it (PEP 610)."""
+    """The commit where pip recorded it (PEP 610): NVIDIA's metadata say 0.1 for every source."""
     try:
         installed = importlib.metadata.distribution("apex")
     except importlib.metadata.PackageNotFoundError:
@@ -66,42 +66,45 @@ def version() -> str:
     return f"commit {commit[:10]}" if commit else f"version {installed.version}"
 
 
-def check(config: Config) -> None:
-    """Raise UserError where `run.precision` or `run.optimizer` ask for what the installed apex lacks, or cannot do here."""
-    run = config.run
+def check_apex(config: Config) -> None:
+    """The one check of apex: raises UserError if run.precision or run.optimizer need what the apex here, or its amp, cannot do.
+
+    Called at submission and again by the worker, because its node or container may have another apex.
+    """
+    run, policy = config.run, config.tune.policy
     if run.precision not in NEAREST and run.optimizer != "apex":
         return
-    found = find()
+    apex = find()
     instead = NEAREST.get(run.precision, "")
-    remove = "" if found.is_nvidia or not found.path else "pip uninstall apex; "
-    if run.precision in NEAREST:
-        trained = {config.tune.policy} & {"all", "last_block"}
-        if run.compile is True:
-            raise UserError(
-                f"run.precision={run.precision} cannot be compiled: apex.amp patches torch. Next: {instead}"
-            )
-        if run.engine == "cached":
-            raise UserError(
-                f"run.precision={run.precision} with run.engine=cached: features are kept as our own trunk makes them. Next: {instead}"
-            )
-        if config.pretrain:
-            raise UserError(
-                f"run.precision={run.precision} with stage one: apex.amp is set up once in a process. Next: {instead}"
-            )
-        if run.precision == "apex-O2" and trained:
-            raise UserError(
-                f"run.precision=apex-O2 with tune.policy={config.tune.policy}: O2 trains fp32 copies inside the optimizer, which "
-                f"no checkpoint of the model's own tensors resumes exactly. Next: run.precision=apex-O1, or {instead}"
-            )
-        if not found.has_amp:
-            lacks = ", which has no apex.amp" if found.is_nvidia else ""
-            raise UserError(
-                f"run.precision={run.precision} needs apex.amp: {found.describe()}{lacks}. NVIDIA removed amp in May 2025; the "
-                f"last tags with it are 25.04 and 25.05. Nearest here: {instead}. Next: that, or {remove}{BUILD_WITH_AMP}"
-            )
-    if run.optimizer == "apex" and not found.has_kernels:
-        lacks = ", built without its CUDA extensions (no amp_C)" if found.is_nvidia else ""
+    remove = "" if apex.is_nvidia or not apex.path else "pip uninstall apex; "
+    no_amp = ", which has no apex.amp" if apex.is_nvidia else ""
+    no_kernels = ", built without its CUDA extensions (no amp_C)" if apex.is_nvidia else ""
+    of_amp = [
+        (run.compile is True, " cannot be compiled: apex.amp patches torch", ""),
+        (
+            run.engine == "cached",
+            " with run.engine=cached: the cache holds features of our own trunk, not of apex's",
+            "",
+        ),
+        (config.pretrain is not None, " with stage one: apex.amp can be set up only once in a process", ""),
+        (
+            run.precision == "apex-O2" and policy in ("all", "last_block"),
+            f" with tune.policy={policy}: O2 trains fp32 copies inside the optimizer, and a checkpoint of the model's own "
+            "tensors does not resume them exactly",
+            "run.precision=apex-O1, or ",
+        ),
+        (
+            not apex.has_amp,
+            f" needs apex.amp: {apex.describe()}{no_amp}. NVIDIA removed amp in May 2025; the last tags with it are 25.04 "
+            f"and 25.05. To build one: {remove}{BUILD_WITH_AMP}",
+            "",
+        ),
+    ]
+    for refused, why, other in of_amp if run.precision in NEAREST else []:
+        if refused:
+            raise UserError(f"run.precision={run.precision}{why}. Next: {other}{instead}")
+    if run.optimizer == "apex" and not apex.has_kernels:
         raise UserError(
-            f"run.optimizer=apex needs apex.optimizers.FusedSGD: {found.describe()}{lacks}. "
+            f"run.optimizer=apex needs apex.optimizers.FusedSGD: {apex.describe()}{no_kernels}. "
             f"Next: run.optimizer=torch (the same updates), or {remove}{BUILD}"
         )

@@ -1,8 +1,8 @@
-"""What trains under each policy, found by structure, and the model split there into a frozen trunk and a head.
+"""The model cut in two where a policy starts to train: a frozen trunk and a head.
 
-The trunk is everything that no tuned module precedes: it runs without autograd, in low precision if asked. The head is
-the rest, in fp32, and the only part that is wrapped in DDP. The split is a graph cut (torch.fx), so a last BN inside a
-residual branch works as one before the pooling does.
+The trunk is everything before the first tuned module: it runs without autograd, in low precision if asked. The head is
+the rest, in fp32, and the only part that DDP wraps. The cut is made in the model's graph (torch.fx), so a last BN inside
+a residual branch can be tuned as well as one right before the pooling.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ from torch import fx, nn
 from fixres_dist.base.errors import UserError
 from fixres_dist.models.build import meta_forward, own_size
 from fixres_dist.models.policies import Tuned, select
-from fixres_dist.models.weights import digest
+from fixres_dist.models.weights import state_digest
 
 
 @dataclass(frozen=True)
 class Parts:
-    """`head(*trunk(images))` are the logits; trunk is None when gradients reach the images' first layer."""
+    """`head(*trunk(images))` are the logits [n, classes] of images [n, 3, h, w]. Without a trunk the head is the model."""
 
     model: nn.Module
     tuned: Tuned
-    trunk: nn.Module | None
+    trunk: nn.Module | None  # None where gradients reach the first layer
     head: nn.Module
-    trains_blocks: bool = False  # whole blocks train, so the head is worth low precision
-    recomputes: bool = False  # activation checkpointing runs its layers again in the backward pass
+    trains_blocks: bool = False  # whole blocks train, so low precision pays in the head too
+    recomputes: bool = False  # activation checkpointing runs layers a second time in the backward pass
 
 
 def described(parts: Parts) -> str:
@@ -40,15 +40,15 @@ def described(parts: Parts) -> str:
 
 
 def parts_of(model: nn.Module, policy: str, recompute: bool = False) -> Parts:
-    """Set what trains and cut the model there. Parameters and buffers stay shared with `model`.
+    """Cut `model` before what `policy` tunes, and let nothing else require grad. The parts share the model's tensors.
 
-    `recompute`: checkpoint activations where gradients run through every block, policy `all`.
+    `recompute`: under policy `all`, where gradients run through every block, checkpoint activations. Raises UserError
+    for a model that lacks what the policy tunes, or that cannot be cut there.
     """
     checkpoint_activations(model, recompute and policy == "all")
     tuned = select(model, policy)
-    chosen = set(tuned.parameters)
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name in chosen)  # on the parameter: on a module it is a silent no-op
+        parameter.requires_grad_(name in tuned.parameters)  # set on a module it would be ignored without a word
     if policy == "all":
         return Parts(model, tuned, None, model, True, recompute)
     model.eval()
@@ -58,29 +58,24 @@ def parts_of(model: nn.Module, policy: str, recompute: bool = False) -> Parts:
         raise UserError(
             f"{type(model).__name__} cannot be cut at {', '.join(tuned.modules)} ({error}). Next: tune.policy=all"
         ) from None
-    check_cut(model, policy, trunk)
-    return Parts(model, tuned, trunk, head, policy == "last_block")
-
-
-def check_cut(model: nn.Module, policy: str, trunk: nn.Module) -> None:
-    """Refuse a cut through which more than features passes: a head's input has to be a row per image."""
     if not all(isinstance(f, torch.Tensor) and f.shape[0] == 2 for f in meta_forward(trunk, 2, own_size(model))):
         raise UserError(
             f"policy {policy!r} cuts {type(model).__name__} where more than image features passes (a rotary embedding, "
             "say). Next: tune.policy=classifier+bn"
         )
+    return Parts(model, tuned, trunk, head, policy == "last_block")
 
 
-class OutlineTracer(fx.Tracer):
-    """Traces only into modules that contain a tuned one: everything else is a leaf, whatever its control flow."""
+class TunedModulesTracer(fx.Tracer):
+    """Traces only into modules that contain a tuned one: all others stay whole, whatever their control flow."""
 
     def __init__(self, modules: tuple[str, ...]) -> None:
-        # Functions whose control flow timm keeps from tracers, such as the resampling of a ViT's position embedding.
+        # Functions that timm hides from tracers for their control flow, such as the resampling of a ViT's position embedding.
         super().__init__(autowrap_functions=tuple(timm.layers.get_notrace_functions()))
         self.opened = {name[:i] for name in modules for i, c in enumerate(name) if c == "."}
 
     def create_args_for_root(self, *args: Any, **kwargs: Any) -> tuple[Any, list[Any]]:
-        """Optional arguments of the model (a ViT's attention mask) are their defaults: only pictures enter."""
+        """Optional arguments of the model (a ViT's attention mask) take their defaults: images are the only input."""
         fn, given = super().create_args_for_root(*args, **kwargs)
         return fn, [a.node.args[0] if isinstance(a, fx.Proxy) and a.node.args else a for a in given]
 
@@ -89,37 +84,40 @@ class OutlineTracer(fx.Tracer):
 
 
 def cut(model: nn.Module, modules: tuple[str, ...]) -> tuple[fx.GraphModule, fx.GraphModule]:
-    """(trunk, head): the trunk returns a tuple of the tensors that cross the cut, the head takes them in that order."""
-    graph = OutlineTracer(modules).trace(model)
+    """(trunk, head) of `model` before `modules`: the trunk returns a tuple of tensors that the head takes in that order.
+
+    Both are graphs over the model's own modules. Raises fx.proxy.TraceError where a path to `modules` has control flow.
+    """
+    graph = TunedModulesTracer(modules).trace(model)
     after: set[fx.Node] = set()
-    constant: set[fx.Node] = set()  # made of parameters alone: both sides compute it, it does not cross
+    constant: set[fx.Node] = set()  # made of parameters alone: both parts compute it
     for node in graph.nodes:
         if (node.op == "call_module" and node.target in modules) or any(a in after for a in node.all_input_nodes):
             after.add(node)
         elif node.op != "placeholder" and constant.issuperset(node.all_input_nodes):
             constant.add(node)
-    crossing = [n for n in graph.nodes if n not in after | constant and any(user in after for user in n.users)]
+    features = [n for n in graph.nodes if n not in after | constant and any(user in after for user in n.users)]
     trunk, head = fx.Graph(), fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
     for node in graph.nodes:
         if node not in after and node.op != "output":
             copies[node] = trunk.node_copy(node, copies.__getitem__)
-    trunk.output(tuple(copies[node] for node in crossing))
-    inner = {node: head.placeholder(f"feature_{i}") for i, node in enumerate(crossing)}
+    trunk.output(tuple(copies[node] for node in features))
+    copies = {node: head.placeholder(f"feature_{i}") for i, node in enumerate(features)}
     for node in graph.nodes:
         if node in after | constant:
-            inner[node] = head.node_copy(node, inner.__getitem__)
-    sides = fx.GraphModule(model, trunk), fx.GraphModule(model, head)
-    for side in sides:
-        side.graph.eliminate_dead_code()
-        side.recompile()
-    return sides
+            copies[node] = head.node_copy(node, copies.__getitem__)
+    parts = fx.GraphModule(model, trunk), fx.GraphModule(model, head)
+    for part in parts:
+        part.graph.eliminate_dead_code()
+        part.recompile()
+    return parts
 
 
 def set_modes(parts: Parts, bn_stats: str) -> None:
-    """Re-applied at every epoch and after every evaluation: one stray train() would move frozen BN statistics.
+    """Train or eval mode of every layer, set again at each epoch and after each evaluation: a train() would move frozen statistics.
 
-    Dropout and stochastic depth stay off unless the whole network trains, as in the original.
+    Dropout and stochastic depth are off unless the whole network trains, as in the original code.
     """
     parts.model.train(parts.trunk is None)
     parts.head.train(parts.trunk is None)
@@ -128,7 +126,10 @@ def set_modes(parts: Parts, bn_stats: str) -> None:
 
 
 def checkpoint_activations(model: nn.Module, enable: bool) -> None:
-    """Let timm keep only the blocks' inputs and compute the rest again in the backward pass; UserError where it cannot."""
+    """Let timm keep only the blocks' inputs and compute the rest again in the backward pass; UserError where it cannot.
+
+    Chen et al., Training Deep Nets with Sublinear Memory Cost (arXiv 1604.06174).
+    """
     try:
         model.set_grad_checkpointing(enable)  # type: ignore[operator]
     except (AttributeError, AssertionError) as error:
@@ -140,5 +141,5 @@ def checkpoint_activations(model: nn.Module, enable: bool) -> None:
 
 
 def frozen_digest(parts: Parts) -> str:
-    """Of every tensor the policy must not change; compared at resume and at the end of a run."""
-    return digest({k: v for k, v in parts.model.state_dict().items() if k not in parts.tuned.tensors})
+    """Digest of every tensor that the policy must not change; compared at resume and at the end of a run."""
+    return state_digest({k: v for k, v in parts.model.state_dict().items() if k not in parts.tuned.tensors})

@@ -1,4 +1,4 @@
-"""Which tensors train under each policy, found by the model's structure."""
+"""Which tensors each policy trains, found by the model's structure."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ NORMS = (
 
 @dataclass(frozen=True)
 class Tuned:
-    """The exact tensors a policy may change, by name in the model's state dict."""
+    """The tensors that a policy changes, by name in the model's state dict."""
 
     modules: tuple[str, ...]  # the tuned modules, in forward order
-    last_bn: str  # empty when the policy leaves the last BN alone, or the last norm keeps no statistics
+    last_bn: str  # empty where the policy does not tune the last norm's statistics, or that norm keeps none
     parameters: tuple[str, ...]
     buffers: tuple[str, ...]  # BN statistics
 
@@ -34,7 +34,7 @@ class Tuned:
 
 
 def forward_order(model: nn.Module) -> list[str]:
-    """Names of the layers (modules without children, and norms) in the order a forward pass calls them."""
+    """Names of the layers (modules without children, and norms) in the order in which a forward pass calls them."""
     called: list[str] = []
 
     def note(name: str) -> Callable[..., None]:
@@ -51,44 +51,40 @@ def forward_order(model: nn.Module) -> list[str]:
     return called
 
 
-def select(model: nn.Module, policy: str) -> Tuned:
-    """The tuned tensors of `policy`; raises UserError where the model has no layer the policy needs.
+def parameters_of(model: nn.Module, module: str) -> list[str]:
+    return [f"{module}.{name}" for name, _ in model.get_submodule(module).named_parameters()]
 
-    `classifier+bn_stats` is what the original code trains, `classifier+bn` what the paper says (docs/method.md). The
-    last norm layer in forward order plays the BN's part where it is another kind: it has an affine and no statistics.
+
+def select(model: nn.Module, policy: str) -> Tuned:
+    """The tuned tensors of `policy`; raises UserError where the model has no layer that the policy tunes.
+
+    `classifier+bn_stats` is what the original code trains, `classifier+bn` what the paper says (docs/method.md). Where
+    the last norm layer in forward order is no BatchNorm, its affine is tuned all the same; it has no statistics.
     """
     classifier = classifier_name(model)
     if policy == "all":
-        buffers = tuple(
-            n for n, _ in model.named_buffers() if n.rpartition(".")[2].startswith(("running_", "num_batches"))
-        )
-        return Tuned(("",), "", tuple(n for n, _ in model.named_parameters()), buffers)
-    modules, frozen, statistics = [classifier], set(), []
-    order = forward_order(model) if policy != "classifier" else []
+        statistics = ("running_mean", "running_var", "num_batches_tracked")
+        buffers = tuple(name for name, _ in model.named_buffers() if name.rpartition(".")[2] in statistics)
+        return Tuned(("",), "", tuple(name for name, _ in model.named_parameters()), buffers)
+    if policy == "classifier":
+        return Tuned((classifier,), "", tuple(parameters_of(model, classifier)), ())
+    order = forward_order(model)
     norm = next((name for name in reversed(order) if isinstance(model.get_submodule(name), NORMS)), "")
     has_statistics = bool(norm) and getattr(model.get_submodule(norm), "running_mean", None) is not None
     if policy == "last_block":
         modules = last_block(model, order)
-    elif policy != "classifier":
+    else:
         check_norm(model, policy, norm, has_statistics)
-        modules.insert(0, norm)
-    if policy == "classifier+bn_stats":
-        frozen = {norm}
-    if policy == "classifier+bn+conv_head":
-        modules.insert(0, feeding_conv(model, order, norm))
-    if policy != "classifier" and has_statistics:
-        statistics = [f"{norm}.{name}" for name, _ in model.get_submodule(norm).named_buffers()]
-    trained = [
-        f"{module}.{name}"
-        for module in modules
-        if module not in frozen
-        for name, _ in model.get_submodule(module).named_parameters()
-    ]
-    return Tuned(tuple(modules), norm if statistics else "", tuple(dict.fromkeys(trained)), tuple(statistics))
+        conv = [feeding_conv(model, order, norm)] if policy == "classifier+bn+conv_head" else []
+        modules = [*conv, norm, classifier]
+    frozen = norm if policy == "classifier+bn_stats" else None
+    trained = dict.fromkeys(name for m in modules if m != frozen for name in parameters_of(model, m))
+    moved = [f"{norm}.{name}" for name, _ in model.get_submodule(norm).named_buffers()] if has_statistics else []
+    return Tuned(tuple(modules), norm if has_statistics else "", tuple(trained), tuple(moved))
 
 
 def check_norm(model: nn.Module, policy: str, norm: str, has_statistics: bool) -> None:
-    """Refuse a policy that tunes the last norm layer where that layer lacks what it tunes."""
+    """Raise UserError where the last norm layer lacks what the policy tunes; `norm` is empty where there is none."""
     name = type(model).__name__
     if not norm:
         raise UserError(
@@ -100,16 +96,16 @@ def check_norm(model: nn.Module, policy: str, norm: str, has_statistics: bool) -
             f"policy {policy!r} moves the last BatchNorm's statistics, and the last norm of {name}, {norm} ({kind}), "
             "keeps none. Next: tune.policy=classifier+bn tunes its affine"
         )
-    if policy != "classifier+bn_stats" and not list(model.get_submodule(norm).parameters()):
+    if policy != "classifier+bn_stats" and not parameters_of(model, norm):
         raise UserError(
             f"the last norm of {name}, {norm} ({kind}), has no affine to tune. Next: tune.policy=classifier"
         )
 
 
 def feeding_conv(model: nn.Module, order: list[str], norm: str) -> str:
-    """The convolution whose output the last norm takes: the layer with parameters before it, with as many channels."""
+    """The convolution before the last norm: the last layer with parameters before it, with as many channels."""
     before = order[: len(order) - 1 - order[::-1].index(norm)]
-    layer = next((name for name in reversed(before) if list(model.get_submodule(name).parameters())), norm)
+    layer = next((name for name in reversed(before) if parameters_of(model, name)), norm)
     module = model.get_submodule(layer)
     if isinstance(module, nn.Conv2d) and module.out_channels == next(model.get_submodule(norm).parameters()).numel():
         return layer
@@ -120,19 +116,19 @@ def feeding_conv(model: nn.Module, order: list[str], norm: str) -> str:
 
 
 def last_block(model: nn.Module, order: list[str]) -> list[str]:
-    """The last block and all that comes after it, as few modules as hold exactly that, in forward order.
+    """The last block and everything after it, as the fewest modules that hold exactly that, in forward order.
 
-    What a block is, timm says: its models group their parameters by depth, for learning rates that differ by layer.
+    timm says what a block is: its models group their parameters by depth, for learning rates that differ by layer.
     """
     groups = list(group_parameters(model, model.group_matcher()).values()) if hasattr(model, "group_matcher") else []  # type: ignore[operator]
     chosen = {name for group in groups[-2:] for name in group}
     held = [
         name
-        for name, module in model.named_modules()
-        if name and (own := [f"{name}.{n}" for n, _ in module.named_parameters()]) and chosen.issuperset(own)
+        for name, _ in model.named_modules()
+        if name and (own := parameters_of(model, name)) and chosen.issuperset(own)
     ]
     found = [name for name in held if name.rpartition(".")[0] not in held]
-    covered = {f"{name}.{n}" for name in found for n, _ in model.get_submodule(name).named_parameters()}
+    covered = {parameter for name in found for parameter in parameters_of(model, name)}
     blocks = {name.rpartition(".")[0] for name in groups[-2]} if len(groups) > 2 else set()
     if len(blocks) < 2 or covered != chosen:
         raise UserError(

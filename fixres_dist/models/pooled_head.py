@@ -1,8 +1,8 @@
-"""An EfficientNet's head while it trains behind a frozen trunk: norm, activation and pooling in one pass over the map.
+"""An EfficientNet's head in training behind a frozen trunk: norm, activation and pooling in one pass over the feature map.
 
-With fixed statistics (bn_stats=exact) all that goes back through them is the gradient of the BN's affine, and that needs
-two numbers per image and channel. They are taken on the way forward, piece by piece while a piece is in a CPU's cache:
-the map is read once, and nothing of its size is kept for the backward pass.
+With fixed statistics (bn_stats=exact) the backward pass needs only the gradient of the BN's affine, and that takes two
+numbers per image and channel. The forward pass computes them, on pieces that fit into a CPU's cache: the map is read
+once, and nothing of its size is kept for the backward pass.
 """
 
 from __future__ import annotations
@@ -20,15 +20,18 @@ PIECE_BYTES = 1 << 20  # of fp32 values that a CPU takes at once; a GPU takes al
 
 
 class PooledSilu(torch.autograd.Function):
-    """[n, C] of x [n, C, h, w], whose own gradient nobody wants: the map's mean of silu(scale * x + shift)."""
+    """[n, C] of x [n, C, h, w], scale [C] and shift [C]: the map's mean of silu(scale * x + shift).
+
+    x must not require grad: none is computed for it.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
         scale, shift = scale.detach(), shift.detach()
         points = x.permute(0, 2, 3, 1).flatten(1, 2)  # [n, h w, C], a view of a channels-last map
         n, area, channels = points.shape
-        wanted = any(ctx.needs_input_grad[1:])
-        sums = x.new_empty(3 if wanted else 1, n, channels)
+        training = any(ctx.needs_input_grad[1:])
+        sums = x.new_empty(3 if training else 1, n, channels)
         size = max(1, n if x.device.type == "cuda" else PIECE_BYTES // (4 * max(1, area * channels)))
         one = scale.new_ones(())
         for first in range(0, n, size):
@@ -37,7 +40,7 @@ class PooledSilu(torch.autograd.Function):
             y = torch.addcmul(shift, piece, scale, out=values[0])
             gate = y.sigmoid()
             y.mul_(gate)
-            if wanted:  # the slope of SiLU is gate + y (1 - gate)
+            if training:  # the slope of SiLU is gate + y (1 - gate)
                 torch.mul(torch.lerp(y, one, gate, out=values[1]), piece, out=values[2])
             torch.sum(values, 2, out=sums[:, first : first + size])
         means = sums.div_(area)
@@ -51,19 +54,20 @@ class PooledSilu(torch.autograd.Function):
 
 
 class PooledHead(nn.Module):
-    """`rest(pool(norm(x)))`; in one pass where `norm` has fixed statistics. The layers are the model's own."""
+    """`rest(pool(norm(x)))`, in one pass where `norm` has fixed statistics. The layers are the model's own."""
 
     def __init__(self, norm: BatchNormAct2d, pool: nn.Module, rest: nn.Module) -> None:
         super().__init__()
         self.norm, self.pool, self.rest = norm, pool, rest
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """fp32 [n, C, h, w] to logits [n, classes]."""
         norm = self.norm
         if norm.training:
-            return self.rest(self.pool(norm(x)))
+            return cast(torch.Tensor, self.rest(self.pool(norm(x))))
         mean, variance = cast(torch.Tensor, norm.running_mean), cast(torch.Tensor, norm.running_var)
         scale = norm.weight * torch.rsqrt(variance + norm.eps)
-        return self.rest(PooledSilu.apply(x, scale, norm.bias - mean * scale))
+        return cast(torch.Tensor, self.rest(PooledSilu.apply(x, scale, norm.bias - mean * scale)))
 
 
 def pooled_head(parts: Parts) -> nn.Module:

@@ -1,7 +1,7 @@
-"""Number formats: how the trunk, or the whole network where gradients reach it, is computed; a frozen trunk's head is fp32.
+"""Number format of the frozen trunk (its head is fp32) or, with last_block and all, of the whole model.
 
-Two implementations, torch's autocast and GradScaler and NVIDIA's apex.amp, behind the same three things: `low`, the
-context of low-precision work, `fp32`, the context of the rest, and `LossScale`. apex is imported here only.
+torch (autocast, GradScaler) and NVIDIA's apex.amp are used in the same way: `low` is the context of low-precision work,
+`fp32` that of the rest, and `LossScale` takes the steps. apex is imported in this module only.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def resolve(setting: str, device: torch.device) -> str:
-    """`auto`: bf16 where the hardware computes in it, else fp16 on a GPU and fp32 on a CPU."""
+    """run.precision without `auto`: that is bf16 where the hardware computes in it, else fp16 on a GPU and fp32 on a CPU."""
     if setting != "auto":
         return setting
     if device.type == "cpu":
@@ -32,7 +32,7 @@ def resolve(setting: str, device: torch.device) -> str:
 
 @contextlib.contextmanager
 def refusal(setting: str, instead: str) -> Iterator[None]:
-    """apex raises whatever it runs into (no GPU, a torch of another time); here it becomes a UserError."""
+    """Turns what apex raises by itself (no GPU, a torch too new for it) into a UserError; nvidia_apex.check_apex comes before."""
     try:
         yield
     except Exception as error:
@@ -40,12 +40,15 @@ def refusal(setting: str, instead: str) -> Iterator[None]:
 
 
 class Arithmetic:
-    """`name` is what really runs: fp32, tf32, bf16, fp16, apex-O1 or apex-O2."""
+    """How a session computes. `name`: fp32, tf32, bf16, fp16, apex-O1 or apex-O2, as `resolve` returns it.
+
+    Raises UserError where apex is asked for and fails to import.
+    """
 
     def __init__(self, name: str, device: torch.device) -> None:
         self.name, self.device = name, device
         self.dtype = DTYPES.get(name, torch.float32)  # of a frozen trunk's weights; apex casts by itself
-        # By the older names: torch.export reads them, and torch 2.15 refuses that once `fp32_precision` is set for convolutions.
+        # Not by `fp32_precision`, the newer name: once it is set, torch.export fails in torch 2.15, since it reads the older.
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = name == "tf32"
         self.amp: Any = None
         self.level = ""
@@ -56,32 +59,34 @@ class Arithmetic:
             self.amp, self.level = amp, name.removeprefix("apex-")
 
     def initialize(self, *model_and_optimizer: Any) -> Any:
-        """What amp.initialize makes of them at this level."""
+        """The model, or (model, optimizer), as amp.initialize returns it for this level; raises UserError where apex fails."""
         self.patched = True
         with refusal(f"run.precision={self.name}", nvidia_apex.NEAREST[self.name]):
             return self.amp.initialize(*model_and_optimizer, opt_level=self.level, verbosity=0)
 
     def frozen(self, trunk: nn.Module) -> nn.Module:
-        """`trunk` as it runs without gradients: under O2 a copy in fp16 with fp32 BatchNorms, otherwise as it is."""
+        """apex's form of a frozen trunk: under O2 a copy in fp16 with fp32 BatchNorms, under O1 `trunk` itself."""
         return self.initialize(copy.deepcopy(trunk)) if self.level == "O2" else trunk
 
     @contextlib.contextmanager
     def low(self) -> Iterator[None]:
         if self.level == "O1" and not self.patched:
-            self.initialize(nn.Identity())  # without an optimizer: only torch's functions matter here
+            self.initialize(nn.Identity())  # O1 patches torch's functions; the model does not matter
         with torch.autocast(self.device.type, DTYPES[self.name]) if self.name in DTYPES else contextlib.nullcontext():
             yield
 
     @contextlib.contextmanager
     def fp32(self) -> Iterator[None]:
-        """Where O1's patched functions must not cast: the head of a frozen trunk, its statistics, folding."""
+        """Keeps O1's patched functions from casting: for the head of a frozen trunk, its statistics, and folding."""
         with self.amp.disable_casts() if self.level == "O1" and self.patched else contextlib.nullcontext():
             yield
 
 
 class LossScale:
-    """Backward pass and optimizer step of `low_head`, whose gradients are low-precision ones: scaled against fp16's
-    underflow, steps whose gradients overflow left out. Plain without one (None), and in bf16, which does not underflow.
+    """Backward pass and optimizer step with loss scaling (Micikevicius et al., Mixed Precision Training, arXiv 1710.03740).
+
+    `low_head`: the head, if it trains in low precision. With fp16 or apex its loss is scaled against underflow, and a step
+    whose gradients overflow is skipped. With bf16, which does not underflow, or None nothing is scaled.
     """
 
     def __init__(self, arithmetic: Arithmetic, optimizer: torch.optim.Optimizer, low_head: nn.Module | None) -> None:
@@ -93,20 +98,20 @@ class LossScale:
         self.scaler = torch.amp.GradScaler(arithmetic.device.type, enabled=fp16)
 
     def backward(self, loss: torch.Tensor, last: bool) -> None:
-        """`last`: of the micro-batches that a step accumulates; after it the gradients are unscaled."""
+        """Add the gradients of a micro-batch; after the `last` one of a step they are unscaled."""
         if last:
             self.before = self.value
         if self.amp:
-            # Delayed before the last one: apex would set the earlier sums aside, and DDP would not add them up over ranks.
+            # Unscaled only once: apex would set the earlier sums aside, and DDP would not add them up over ranks.
             with self.amp.scale_loss(loss, self.optimizer, delay_unscale=not last) as scaled:
                 scaled.backward()
             return
-        self.scaler.scale(loss).backward()
+        torch.autograd.backward(self.scaler.scale(loss))
         if last:
             self.scaler.unscale_(self.optimizer)
 
     def step(self) -> bool:
-        """Whether the step was taken: one whose gradients overflowed is left out, and the scale falls."""
+        """Take the step and return True; if gradients overflowed, skip it, lower the scale and return False."""
         if self.amp:
             self.optimizer.step()
         else:
@@ -124,7 +129,7 @@ class LossScale:
         return float(self.amp.state_dict()["loss_scaler0"]["loss_scale"]) if self.amp else self.scaler.get_scale()
 
     def state(self) -> dict[str, Any]:
-        """For the checkpoint: the scale follows from the overflows so far, so a resume without it would not be exact."""
+        """For the checkpoint: the scale depends on all overflows so far, so a resume without it would not be exact."""
         return {"skipped": self.skipped, "scaler": (self.amp or self.scaler).state_dict()}
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -134,11 +139,15 @@ class LossScale:
 
 
 def sgd(implementation: str, parameters: list[nn.Parameter], momentum: float, decay: float) -> torch.optim.Optimizer:
-    """SGD with momentum, by torch or by apex in one fused kernel: the same updates to rounding, and the same state."""
+    """SGD with momentum, by `torch` or by `apex` in one fused kernel: the same updates, to rounding, and the same state.
+
+    The learning rate is 0 until the loop sets it. Raises UserError where apex fails.
+    """
     options: dict[str, Any] = {"lr": 0.0, "momentum": momentum, "weight_decay": decay}
     if implementation == "torch":
         return torch.optim.SGD(parameters, **options)
     with refusal("run.optimizer=apex", "run.optimizer=torch"):
         from apex.optimizers import FusedSGD
 
-        return FusedSGD(parameters, **options)
+        fused: torch.optim.Optimizer = FusedSGD(parameters, **options)
+    return fused

@@ -1,4 +1,4 @@
-"""Weights files: read, write, and fill a model completely or refuse."""
+"""A model with its weights: read from a file or timm, checked, filled in completely or refused, written."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from fixres_dist.base.errors import UserError
+from fixres_dist.base.commands import command
+from fixres_dist.base.errors import UserError, first_line
 from fixres_dist.base.files import whole
 from fixres_dist.config import recipes
 from fixres_dist.config.schema import Config
@@ -23,11 +24,10 @@ from fixres_dist.models.build import build_model, check_resolutions, classifier_
 
 
 def open_model(config: Config, classes: int, with_weights: bool = True) -> nn.Module:
-    """The configured model for `classes` classes in eval mode, with the weights of model.weights, or, if not
-    `with_weights`, as drawn from run.seed.
+    """The configured model for `classes` classes, in eval mode on the CPU, with the weights that model.weights names.
 
-    Built under `torch.device("meta")`, the weights are checked and not loaded. Raises UserError for a name or resolution
-    that the model does not take, and for weights that do not fit.
+    Without `with_weights` they are those drawn from run.seed. Under `torch.device("meta")` weights are checked, not loaded.
+    Raises UserError for an unknown name, a resolution that the model cannot take, and weights that do not fit.
     """
     model = build_model(config.model.timm_name, classes, config.run.seed)
     check_resolutions(model, config.resolutions())
@@ -37,29 +37,26 @@ def open_model(config: Config, classes: int, with_weights: bool = True) -> nn.Mo
 
 
 def load_weights(model: nn.Module, timm_name: str, weights: str, new_classifier: bool) -> None:
-    """Fill `model` with `weights` (ns | ap | pretrained | none | a file). On the meta device this is a check, without download.
+    """Fill `model` with `weights` (ns | ap | pretrained | none | a file); raises UserError where they do not fit.
 
-    `new_classifier`: where the weights have another number of classes, keep the model's own new classifier (stage one
-    will train it). Without it that raises UserError, as any tensor does that is left unfilled.
+    `new_classifier`: weights for another number of classes fit too, and the model keeps its new classifier for stage one
+    to train. A model on the meta device is checked only, and nothing is downloaded for it.
     """
-    meta = next(model.parameters()).is_meta
-    origin = f"timm's {timm_name}" if weights in recipes.TIMM_WEIGHTS else weights
+    meta, of_timm = next(model.parameters()).is_meta, weights in recipes.TIMM_WEIGHTS
+    origin = f"timm's {timm_name}" if of_timm else weights
     if weights == "none":
         return
-    if weights not in recipes.TIMM_WEIGHTS:
-        state = read_state(Path(weights))
-    elif meta:
+    if meta and of_timm:
         cfg, wanted = pretrained_cfg(timm_name), classes_of(model.state_dict(), classifier_tensors(model))
         recipes.check_classes(origin, cfg.num_classes if cfg else wanted, wanted, new_classifier)
         return
-    else:
-        state = hub_state(timm_name)
+    state = hub_state(timm_name) if of_timm else read_state(Path(weights))
     state = {name: value.to("meta") for name, value in state.items()} if meta else state
     fill(model, resampled(model, state), origin, new_classifier)
 
 
 def resampled(model: nn.Module, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """`state` with its position embedding [1, tokens, width] on the model's grid: weights of a ViT at another size."""
+    """`state` with a ViT's position embedding [1, tokens, width] resampled to the model's grid, if that is another one."""
     own, given = getattr(model, "pos_embed", None), state.get("pos_embed")
     if own is None or given is None or own.shape == given.shape or own.shape[::2] != given.shape[::2]:
         return state
@@ -69,27 +66,31 @@ def resampled(model: nn.Module, state: dict[str, torch.Tensor]) -> dict[str, tor
 
 
 def hub_state(timm_name: str) -> dict[str, torch.Tensor]:
-    """timm's pretrained weights from the local cache or the hub; UserError names `fetch` when neither has them."""
+    """timm's pretrained weights from the local cache or the hub; raises UserError, which names `fetch`, if neither has them."""
     if pretrained_cfg(timm_name) is None or not timm.is_model_pretrained(timm_name):
         raise UserError(f"timm has no pretrained weights for {timm_name!r}. Accepted: --weights none, or a file.")
     try:
-        return timm.create_model(timm_name, pretrained=True).state_dict()
+        state: dict[str, torch.Tensor] = timm.create_model(timm_name, pretrained=True).state_dict()
     except Exception as error:  # the hub client raises a dozen kinds, from DNS to HTTP status
         where = os.environ.get("HF_HOME", "~/.cache/huggingface")
         raise UserError(
             f"the weights of {timm_name} are not in {where} and the hub cannot be reached ({type(error).__name__}). "
-            f"On a machine with network: python -m fixres_dist fetch --model {timm_name}; then share that folder "
+            f"On a machine with network: {command('fetch', '--model', timm_name)}; then share that folder "
             "and set HF_HOME to it (cluster.env='{HF_HOME: DIR}')."
         ) from error
+    return state
 
 
 def read_state(path: Path) -> dict[str, torch.Tensor]:
-    """A state dict from safetensors, or from a torch file that holds tensors only (pickled code is refused)."""
+    """The state dict in a safetensors file, or in a torch file that holds nothing but tensors, on the CPU.
+
+    Raises UserError for a missing or torn file and for pickled code, which is never run.
+    """
     if not path.is_file():
         raise recipes.no_weights(path)
     try:
         if path.suffix == ".safetensors":
-            return load_file(path)
+            return dict(load_file(path))
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, safetensors.SafetensorError, ValueError, EOFError) as error:
         raise UserError(f"{path} is no readable weights file: {first_line(error)}") from None
@@ -103,13 +104,12 @@ def read_state(path: Path) -> dict[str, torch.Tensor]:
     return {name.removeprefix("module."): value for name, value in state.items()}
 
 
-def first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
-
-
 def fill(model: nn.Module, state: dict[str, torch.Tensor], origin: str, new_classifier: bool = False) -> None:
-    """Load `state` when it covers every tensor of `model` with its shape; otherwise refuse and list what differs."""
-    optional = "num_batches_tracked"  # counts nobody reads; some converters leave them out
+    """Load `state` if it has every tensor of `model` in its shape and no other; else UserError lists what differs.
+
+    `origin`: where `state` is from, for the message. `new_classifier`: as in load_weights.
+    """
+    optional = "num_batches_tracked"  # counters that nothing reads; some converters leave them out
     own = {name: value.shape for name, value in model.state_dict().items() if not name.endswith(optional)}
     differ = {name: f"{name} is missing" for name in own if name not in state}
     differ |= {
@@ -141,8 +141,8 @@ def classes_of(state: dict[str, torch.Tensor], names: set[str]) -> int:
     return next(int(state[name].shape[0]) for name in sorted(names) if name in state)
 
 
-def digest(tensors: dict[str, torch.Tensor]) -> str:
-    """Of names and bytes, whatever the order and the memory format."""
+def state_digest(tensors: dict[str, torch.Tensor]) -> str:
+    """16 hex digits of the names' and values' SHA-256, whatever the order and the memory format."""
     found = hashlib.sha256()
     for name, value in sorted(tensors.items()):
         found.update(name.encode())
@@ -151,7 +151,7 @@ def digest(tensors: dict[str, torch.Tensor]) -> str:
 
 
 def write_weights(model: nn.Module, file: Path, config: Config, res: int) -> None:
-    """A plain state dict, by rename: `timm.create_model(name, num_classes=N, checkpoint_path=file)` reads it.
+    """Write the model's state dict, whole or not at all; `timm.create_model(name, num_classes=N, checkpoint_path=file)` reads it.
 
     safetensors with the model and its resolution in the header, or for `.pth` what torch.save writes.
     """

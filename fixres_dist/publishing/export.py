@@ -8,11 +8,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from fixres_dist.base.errors import UserError
+from fixres_dist.base.errors import UserError, first_line
 from fixres_dist.base.files import whole
 from fixres_dist.config.schema import Config
 from fixres_dist.data import geometry
-from fixres_dist.models import weights
 from fixres_dist.models.build import preprocessing, pretrained_cfg
 
 ONNX_TOLERANCE = 1e-4  # relative to the largest logit; rounding alone stays below 1e-5
@@ -76,7 +75,7 @@ def write_onnx(model: nn.Module, file: Path, res: int) -> float:
     try:
         expected = model(images)
     except (AssertionError, RuntimeError) as error:
-        raise UserError(f"the model does not take {res} px: {weights.first_line(error)}") from None
+        raise UserError(f"the model does not take {res} px: {first_line(error)}") from None
     with whole(file) as part:
         batch = ({0: "batch"},)
         torch.onnx.export(
@@ -107,6 +106,6 @@ def push(folder: Path, repo: str) -> str:
         )
     except Exception as error:  # the client raises a dozen kinds, from DNS to HTTP status
         raise UserError(
-            f"the hub did not take {repo}: {type(error).__name__}: {weights.first_line(error).rstrip('.')}. "
+            f"the hub did not take {repo}: {type(error).__name__}: {first_line(error).rstrip('.')}. "
             "Next: the same command on a machine with network, after hf auth login."
         ) from error

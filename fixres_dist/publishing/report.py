@@ -105,11 +105,11 @@ def costs(config: Config, classes: int) -> tuple[int, float, int]:
             return recipe.facts.total(classes), multiply_adds_g, recipe.facts.train_res
     import torch
 
-    from fixres_dist.models.build import build_model, gmacs, native_size
+    from fixres_dist.models.build import build_model, gmacs, preprocessing
 
     with torch.device("meta"):
         built = build_model(model.timm_name, classes)
-    return sum(p.numel() for p in built.parameters()), gmacs(built, res), native_size(model.timm_name)
+    return sum(p.numel() for p in built.parameters()), gmacs(built, res), preprocessing(model.timm_name).train_res
 
 
 def unfinished(runs: Iterable[RunDir]) -> list[dict[str, Any]]:

@@ -69,7 +69,7 @@ def check(config: Config, world_size: int, dry: bool) -> None:
         name, new_classifier = config.model.timm_name, config.pretrain is not None
         recipes.check_classes(name, IMAGENET[2], class_count(config), new_classifier)
     if not any("container" in argument for argument in config.cluster.srun_args):  # a container may hold another apex
-        nvidia_apex.check(config)
+        nvidia_apex.check_apex(config)
     rule.check(config.run.engine, stages(config, 1)[-1])
     for stage in stages(config, 1):
         section, batch = {"fix": "tune"}.get(stage.name, stage.name), stage.tune.global_batch

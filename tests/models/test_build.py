@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 
 from fixres_dist.base.errors import UserError
 from fixres_dist.models import weights
-from fixres_dist.models.build import build_model, native_size, preprocessing
+from fixres_dist.models.build import build_model, preprocessing
 
 NAME = "test_efficientnet"
 
@@ -90,7 +90,7 @@ def test_names_timm_cannot_build_are_refused() -> None:
 
 
 def test_a_tag_that_timm_does_not_know_is_refused_with_the_nearest() -> None:
-    for ask in (lambda name: build_model(name, 5), preprocessing, weights.hub_state, native_size):
+    for ask in (lambda name: build_model(name, 5), preprocessing, weights.hub_state):
         with pytest.raises(UserError, match=r"unknown weights tag of resnet50 'a1_in1'. Did you mean 'a1_in1k'\?"):
             ask("resnet50.a1_in1")
 

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import resource
-import subprocess
-import sys
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -19,7 +15,7 @@ from fixres_dist.models.pooled_head import PooledHead
 CLASSES = 7
 
 
-def split(name: str, policy: str = "classifier+bn") -> Parts:
+def trained_parts(name: str, policy: str = "classifier+bn") -> Parts:
     """With statistics and affine as of a trained BN, away from 0 and 1."""
     model = build_model(name, CLASSES)
     generator = torch.Generator().manual_seed(0)
@@ -54,7 +50,7 @@ def gradients(parts: Parts, head: nn.Module, x: torch.Tensor) -> tuple[torch.Ten
 def test_logits_and_gradients_are_the_plain_heads(
     n: int, memory_format: torch.memory_format, policy: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    parts = split("test_efficientnet", policy)
+    parts = trained_parts("test_efficientnet", policy)
     x = map_of(parts, n).contiguous(memory_format=memory_format)
     monkeypatch.setattr(
         pooled_head, "PIECE_BYTES", 2 * 4 * x[:1].numel() + 1
@@ -71,18 +67,18 @@ def test_logits_and_gradients_are_the_plain_heads(
 
 
 def test_a_norm_that_takes_its_batchs_statistics_runs_as_it_is() -> None:
-    parts, again = (split("test_efficientnet", "classifier+bn_stats") for _ in range(2))
+    parts, again = (trained_parts("test_efficientnet", "classifier+bn_stats") for _ in range(2))
     for one in (parts, again):
         set_modes(one, "ema")
     x = map_of(parts, 5)
     assert torch.equal(pooled_head.pooled_head(parts)(x), again.head(x))
     for name, value in parts.model.named_buffers():
         assert torch.equal(value, again.model.get_buffer(name)), name
-    assert not torch.equal(parts.model.bn2.running_mean, split("test_efficientnet").model.bn2.running_mean)  # type: ignore[arg-type, union-attr]
+    assert not torch.equal(parts.model.bn2.running_mean, trained_parts("test_efficientnet").model.bn2.running_mean)  # type: ignore[arg-type, union-attr]
 
 
 def test_what_is_kept_for_the_backward_pass_is_a_row_per_image() -> None:
-    parts, kept = split("test_efficientnet"), []
+    parts, kept = trained_parts("test_efficientnet"), []
     x = map_of(parts, 5)
 
     def note(tensor: torch.Tensor) -> torch.Tensor:
@@ -112,46 +108,3 @@ def test_what_is_kept_for_the_backward_pass_is_a_row_per_image() -> None:
 def test_other_heads_stay_as_they_are(name: str, policy: str) -> None:
     parts = parts_of(build_model(name, CLASSES), policy)
     assert pooled_head.pooled_head(parts) is parts.head
-
-
-FAULTS = """
-import resource, sys, threading, torch
-from fixres_dist import allocator
-def faults():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-def fill():
-    torch.empty(1 << 26, dtype=torch.uint8).fill_(1)
-def counted():
-    for k in range(10):  # first the heap grows
-        fill()
-    before = faults()
-    for k in range(10):
-        fill()
-    print(faults() - before)
-assert "keep" not in sys.argv or allocator.keep_freed_memory()
-counted()
-thread = threading.Thread(target=counted)
-thread.start()
-thread.join()
-before = faults()
-allocator.release_freed_memory()
-fill()
-print(faults() - before)
-"""
-
-
-def test_freed_memory_is_used_again() -> None:
-    """A large tensor's pages come from the kernel once, not each time: in the main thread, and in another, which reads
-    features. Given back before a fork, they come anew."""
-
-    def faults(*how: str) -> list[int]:
-        done = subprocess.run([sys.executable, "-c", FAULTS, *how], capture_output=True, text=True, check=True)
-        return [int(line) for line in done.stdout.split()]
-
-    pages = (1 << 26) // resource.getpagesize()
-    main, thread, released = faults("keep")
-    assert main < pages / 10
-    assert thread < pages / 10
-    assert released > pages / 2
-    main, thread, _ = faults()
-    assert min(main, thread) > 10 * pages / 2

@@ -21,7 +21,7 @@ from fixres_dist.data import order
 from fixres_dist.data.index import Index
 from fixres_dist.data.requests import make_request
 from fixres_dist.models.fast_trunk import FastTrunk
-from fixres_dist.models.weights import digest
+from fixres_dist.models.weights import state_digest
 from fixres_dist.runs.rundir import Locked, RunDir
 from fixres_dist.training.cache import rule
 from fixres_dist.training.cache.store import Span, Store, begin_writing, open_store
@@ -47,7 +47,7 @@ def cache_key(work: StageSession, index: Index, views: int) -> dict[str, Any]:
     state, head, installed = parts.model.state_dict(), parts.head.state_dict(), versions()
     return {
         "model": session.config.model.timm_name,
-        "trunk weights": digest({name: value for name, value in state.items() if name not in head}),
+        "trunk weights": state_digest({name: value for name, value in state.items() if name not in head}),
         "cut before": list(parts.tuned.modules),
         "sample list": index.fingerprint,
         "contents": index.contents,
