@@ -95,7 +95,7 @@ def others(items: list[str]) -> list[Subject]:
 
 def sweep_text(swept: Sweep) -> str:
     """Top-1 by resolution, one column per model, and what an image costs; the best resolutions, and the gain between them."""
-    curves, best = swept.curves, swept.best
+    curves, best = swept.curves, swept.best()
     rows = [
         [
             res,
@@ -106,16 +106,16 @@ def sweep_text(swept: Sweep) -> str:
         for res, cost in swept.costs.items()
     ]
 
-    def named(found: dict[str, int] | None) -> str:
-        texts = [f"{label} {res} px ({curves[label][res].top1:.2f})" for label, res in (found or {}).items()]
+    def named(found: dict[str, int]) -> str:
+        texts = [f"{label} {res} px ({curves[label][res].top1:.2f})" for label, res in found.items()]
         return ", ".join(texts) or "none of these resolutions"
 
     lines = [table(["test px", *curves, "GMACs", "images/s"], rows), f"best resolution: {named(best)}"]
     if swept.limit:
-        lines.append(f"best with {swept.limit}: {named(swept.best_within_limit)}")
-    for label, found in swept.gains.items():
+        lines.append(f"best with {swept.limit}: {named(swept.best(swept.limit))}")
+    for label, (gain, n) in swept.gains.items():
         what = f"best after fixing ({best['after']} px) minus best {label} ({best[label]} px)"
-        lines.append(f"{what}: {found.gain.phrase()}, n {found.n}")
+        lines.append(f"{what}: {gain.phrase()}, n {n}")
     return "\n".join(lines)
 
 

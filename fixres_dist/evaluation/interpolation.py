@@ -3,18 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch import nn
 
 from fixres_dist.evaluation.inputs import parts_with, weights_after, weights_before
-from fixres_dist.evaluation.measures import Mixture
 from fixres_dist.models import weights
+from fixres_dist.runs.results import Gain, Summary
 from fixres_dist.runs.rundir import RunDir
 from fixres_dist.training.predict import predict
 from fixres_dist.training.session import Session
 
 State = Mapping[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """Accuracy of the weights at `alpha`, and their gain over those at 0."""
+
+    alpha: float
+    summary: Summary
+    gain: Gain
+
+    def record(self) -> dict[str, Any]:
+        return {"alpha": self.alpha, **asdict(self.summary), **asdict(self.gain)}
 
 
 Curves = dict[str, list[Mixture]]  # set -> one mixture for each alpha

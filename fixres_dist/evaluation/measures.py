@@ -1,14 +1,9 @@
-"""What is measured on a set, and the files that keep it: accuracy, calibration, paired gain, ReaL and per-class accuracy.
-
-No torch, so that `report` starts at once.
-"""
+"""What is measured on a set: accuracy, calibration, paired gain, accuracy by ReaL labels and by class. No torch."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,10 +11,7 @@ from numpy.typing import NDArray
 
 from fixres_dist.data.index import Index
 from fixres_dist.runs.results import Gain, Summary
-from fixres_dist.runs.rundir import RunDir
 from fixres_dist.training.predictions import Calibration, Predictions, calibration
-
-LABELS = ("before", "after", "checkpoint", "softmax")  # what an evaluated model is called
 
 
 @dataclass(frozen=True)
@@ -56,58 +48,6 @@ class Evaluation:
             gain = asdict(self.real.gain) if self.real.gain else {}
             found["real"] = {"n": self.real.n, **self.real.top1, **gain}
         return found | {"by_class": self.by_class}
-
-    @staticmethod
-    def read(file: Path) -> Evaluation:
-        """What `record` gave; keys of older versions are left out."""
-        found = json.loads(file.read_text())
-        labels = [label for label in LABELS if label in found]
-        real = found.get("real")
-        return Evaluation(
-            set=found["set"],
-            res=found["res"],
-            classes_of_set=found["classes"]["of_set"],
-            classes_of_model=found["classes"]["of_model"],
-            summaries={label: read_summary(found[label]) for label in labels},
-            calibrations={
-                k: Calibration(found[k]["ece"], found[k]["mean_confidence"]) for k in labels if "ece" in found[k]
-            },
-            gain=read_gain(found),
-            real=Real(real["n"], {k: real[k] for k in labels}, read_gain(real)) if real else None,
-            by_class=found["by_class"],
-        )
-
-
-@dataclass(frozen=True)
-class Mixture:
-    """Accuracy of the weights at `alpha`, and their gain over those at 0."""
-
-    alpha: float
-    summary: Summary
-    gain: Gain
-
-    def record(self) -> dict[str, Any]:
-        return {"alpha": self.alpha, **asdict(self.summary), **asdict(self.gain)}
-
-
-def read_mixture(run: RunDir, alpha: float) -> Mixture | None:
-    """On the validation split, from the run's alpha.json; None where this alpha was not measured on the run's own data."""
-    file, data = run.root / "alpha.json", run.config().data
-    found = json.loads(file.read_text()) if file.exists() else {}
-    if (found.get("data"), found.get("res"), found.get("resize_rule")) != (data.root, data.res, data.resize_rule):
-        return None
-    for row in found["curves"]["val"]:
-        if row["alpha"] == alpha:
-            return Mixture(alpha, read_summary(row), Gain(row["delta_top1"], tuple(row["delta_ci95"])))
-    return None
-
-
-def read_summary(record: Mapping[str, Any]) -> Summary:
-    return Summary(record["top1"], record["top5"], record["loss"], record["n"], record["skipped"])
-
-
-def read_gain(record: Mapping[str, Any]) -> Gain | None:
-    return Gain(record["delta_top1"], tuple(record["delta_ci95"])) if "delta_top1" in record else None
 
 
 def measure(

@@ -37,19 +37,8 @@ class Limit:
         )
 
     def __str__(self) -> str:
-        texts = [
-            "" if self.max_gmacs is None else f"at most {self.max_gmacs:g} GMACs",
-            "" if self.min_images_per_second is None else f"at least {self.min_images_per_second:g} images/s",
-        ]
-        return " and ".join(filter(None, texts))
-
-
-@dataclass(frozen=True)
-class BestGain:
-    """Of the fixed model at its best resolution over another one at its own, on the `n` images that both could decode."""
-
-    gain: Gain
-    n: int
+        texts = {"at most {:g} GMACs": self.max_gmacs, "at least {:g} images/s": self.min_images_per_second}
+        return " and ".join(text.format(value) for text, value in texts.items() if value is not None)
 
 
 @dataclass(frozen=True)
@@ -57,33 +46,27 @@ class Sweep:
     curves: dict[str, Curve]  # of each model, by label
     costs: dict[int, Cost]
     limit: Limit | None
-    gains: dict[str, BestGain]  # by the label of the other model; empty unless before and after were evaluated
+    # Of `after` over each other model by label, each at its best resolution, and the images that both could decode.
+    gains: dict[str, tuple[Gain, int]]
 
-    @property
-    def best(self) -> dict[str, int]:
-        """The best resolution of each model."""
-        return {label: best_res(curve) for label, curve in self.curves.items()}
-
-    @property
-    def best_within_limit(self) -> dict[str, int] | None:
-        """The same of the resolutions that the limit allows; None if there are none."""
-        allowed = [res for res, cost in self.costs.items() if self.limit is None or self.limit.allows(cost)]
-        found = {label: {res: curve[res] for res in allowed} for label, curve in self.curves.items()}
-        return {label: best_res(curve) for label, curve in found.items()} if allowed else None
+    def best(self, limit: Limit | None = None) -> dict[str, int]:
+        """The best resolution of each model among those that `limit` allows; empty if there are none."""
+        allowed = [res for res, cost in self.costs.items() if limit is None or limit.allows(cost)]
+        return {
+            label: best_res({res: curve[res] for res in allowed}) for label, curve in self.curves.items() if allowed
+        }
 
     def record(self) -> dict[str, Any]:
         """As in sweep.json; docs/method.md has the keys."""
         found: dict[str, Any] = {
             "curves": {label: {res: asdict(s) for res, s in curve.items()} for label, curve in self.curves.items()},
             "costs": {res: asdict(cost) for res, cost in self.costs.items()},
-            "best_res": self.best,
+            "best_res": self.best(),
         }
         if self.limit:
-            within = self.best_within_limit or dict.fromkeys(self.curves)
-            found["limit"] = {**asdict(self.limit), "best_res": within}
-        for label, best in self.gains.items():
-            row = {"points": best.gain.delta_top1, "ci95": best.gain.delta_ci95, "n": best.n}
-            found[f"best_after_minus_best_{label}"] = row
+            found["limit"] = {**asdict(self.limit), "best_res": self.best(self.limit) or dict.fromkeys(self.curves)}
+        for label, (gain, n) in self.gains.items():
+            found[f"best_after_minus_best_{label}"] = {"points": gain.delta_top1, "ci95": gain.delta_ci95, "n": n}
         return found
 
 
@@ -122,12 +105,12 @@ def best_res(curve: Curve) -> int:
     return max(curve, key=lambda res: (curve[res].top1, -res))
 
 
-def gains_over(made: Mapping[str, Mapping[int, Predictions]], best: Mapping[str, int]) -> dict[str, BestGain]:
-    """The gain of `after` over each other model, each at its best resolution, paired image by image."""
+def gains_over(made: Mapping[str, Mapping[int, Predictions]], best: Mapping[str, int]) -> dict[str, tuple[Gain, int]]:
+    """See Sweep.gains; empty unless before and after were evaluated."""
     if not {"before", "after"} <= set(made):
         return {}
     after, gains = made["after"][best["after"]], {}
     for label in (name for name in made if name != "after"):
         other = made[label][best[label]]
-        gains[label] = BestGain(after.gain_over(other), int((after.counted & other.counted).sum()))
+        gains[label] = after.gain_over(other), int((after.counted & other.counted).sum())
     return gains

@@ -11,12 +11,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fixres_dist.config.schema import Config
-from fixres_dist.evaluation.measures import Mixture
 from fixres_dist.publishing.report import Row
 from fixres_dist.runs.results import Summary
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+
+    from fixres_dist.evaluation.interpolation import Mixture
 
 TOP1 = "top-1 (%)"
 

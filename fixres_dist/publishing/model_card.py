@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from fixres_dist.base.commands import command
 from fixres_dist.base.text import markdown_table
 from fixres_dist.config.schema import Config
-from fixres_dist.evaluation.measures import Evaluation, read_mixture
-from fixres_dist.runs.results import Accuracy, Gain, Results
+from fixres_dist.runs.results import Accuracy, BeforeAfter, Results
 from fixres_dist.runs.rundir import RunDir
 
 RULES = {
@@ -32,10 +34,28 @@ def data_name(config: Config) -> str:
     return "the built-in example" if config.data.root == "demo" else Path(config.data.root).name
 
 
-def evaluations(run: RunDir) -> list[Evaluation]:
-    """What `evaluate` kept in the run, without the validation split at the run's resolution, which results.json holds."""
-    found = [Evaluation.read(file) for file in sorted((run.root / "evaluations").glob("*.json"))]
-    return [one for one in found if (one.set, one.res) != ("val", Results.read(run).res)]
+def evaluations(run: RunDir) -> list[dict[str, Any]]:
+    """Records of what `evaluate` kept in the run, but for what results.json says: validation at the run's resolution."""
+    found = [json.loads(file.read_text()) for file in sorted((run.root / "evaluations").glob("*.json"))]
+    return [one for one in found if (one["set"], one["res"]) != ("val", Results.read(run).res)]
+
+
+def of_sets(records: Iterable[dict[str, Any]]) -> list[BeforeAfter]:
+    return [BeforeAfter.read(one, n=one["after"]["n"]) for one in records]
+
+
+def of_exported(run: RunDir, results: Results, alpha: float) -> BeforeAfter | None:
+    """Of the weights at `alpha` on the validation split: from results.json at 1, else from alpha.json; None where
+    `interpolate` has not measured this alpha on the run's own data."""
+    data, file = run.config().data, run.root / "alpha.json"
+    line = {**asdict(results), "set": data_name(run.config())}
+    if alpha == 1:
+        return BeforeAfter.read(line)
+    found = json.loads(file.read_text()) if file.exists() else {}
+    if (found.get("data"), found.get("res"), found.get("resize_rule")) != (data.root, data.res, data.resize_rule):
+        return None
+    rows = (row for row in found["curves"]["val"] if row["alpha"] == alpha)
+    return next((BeforeAfter.read({**line, **row}, after=row) for row in rows), None)
 
 
 TEMPLATE = """\
@@ -78,29 +98,21 @@ Input `images`: [n, 3, px, px] in fp32, px as in the file's name, normalised wit
 [n, {classes}]."""
 
 
-def row(name: str, res: int | None, n: int, before: Accuracy, after: Accuracy, gain: Gain | None) -> list[object]:
+def row(line: BeforeAfter) -> list[object]:
     """A row of the card's table."""
-    return [name, res, n, *(f"{a.top1:.2f} / {a.top5:.2f}" for a in (before, after)), gain]
+    scores = (f"{a.top1:.2f} / {a.top5:.2f}" for a in (line.before, line.after))
+    return [line.set, line.res, line.n, *scores, line.gain]
 
 
 def text(run: RunDir, files: list[str], licence: str | None, alpha: float = 1.0) -> str:
     """The card for a finished run's exported `files`; `licence` is that of the starting weights, where timm knows it."""
-    config, results = run.config(), Results.read(run)
-    name, data, classes = f"{config.model.name} fixed at {results.res} px", data_name(config), len(class_names(run))
-    exported: Accuracy | None
-    if alpha == 1:
-        exported = results.after
-        rows = [row(data, results.res, results.n, results.before, exported, results.gain)]
-        for one in evaluations(run):
-            before, after = one.summaries["before"], one.summaries["after"]
-            rows.append(row(one.set, one.res, after.n, before, after, one.gain))
-    elif mixture := read_mixture(run, alpha):
-        exported = mixture.summary
-        rows = [row(data, results.res, mixture.summary.n, results.before, exported, mixture.gain)]
-    else:
-        exported, rows = None, []
-    head = ("data set", "px", "n", "before: top-1 / top-5", "after", "gain in top-1 (paired 95 % interval)")
-    measure = command("interpolate", "--run", run.root, "--alpha", f"0,{alpha:g},1")
+    config, results, classes = run.config(), Results.read(run), len(class_names(run))
+    name, exported = f"{config.model.name} fixed at {results.res} px", of_exported(run, results, alpha)
+    table = f"Not measured: `{command('interpolate', '--run', run.root, '--alpha', f'0,{alpha:g},1')}` does."
+    if exported:
+        head = ("data set", "px", "n", "before: top-1 / top-5", "after", "gain in top-1 (paired 95 % interval)")
+        others = of_sets(evaluations(run)) if alpha == 1 else []
+        table = markdown_table(head, map(row, [exported, *others]))
     weights = next((file for file in files if file.startswith("model.")), "")
     start = "new weights" if config.model.weights == "none" else f"weights `{Path(config.model.weights).name}`"
     if config.pretrain:
@@ -112,14 +124,14 @@ def text(run: RunDir, files: list[str], licence: str | None, alpha: float = 1.0)
         classes=classes,
         start=start,
         alpha="" if alpha == 1 else mixed,
-        table=markdown_table(head, rows) if rows else f"Not measured: `{measure}` does.",
+        table=table,
         rule=RULES[results.resize_rule].format(res=results.res),
         use=(USE if weights else USE_ONNX).format(timm_name=results.timm_name, classes=classes, file=weights),
         files=", ".join(f"`{file}`" for file in files),
         command=run.submit_command(),
         licence="which timm gives as " + licence if licence else "and of the data they were trained on",
     )
-    return f"---\n{front_matter(name, data, licence, exported)}\n---\n{body}"
+    return f"---\n{front_matter(name, data_name(config), licence, exported.after if exported else None)}\n---\n{body}"
 
 
 def front_matter(name: str, data: str, licence: str | None, exported: Accuracy | None) -> str:

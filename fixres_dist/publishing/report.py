@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,12 +12,10 @@ from fixres_dist.base.text import duration, markdown_table
 from fixres_dist.cluster import status
 from fixres_dist.config import recipes
 from fixres_dist.config.schema import Config
-from fixres_dist.evaluation.measures import Evaluation
-from fixres_dist.publishing.model_card import class_names, data_name, evaluations
-from fixres_dist.runs.results import Results
+from fixres_dist.publishing.model_card import class_names, data_name, evaluations, of_sets
+from fixres_dist.runs.results import BeforeAfter, Results
 from fixres_dist.runs.rundir import RunDir
 
-RESULTS_KEYS = ("model", "timm_name", "weights", "res", "n", "before", "after", "delta_top1", "delta_ci95", "seconds")
 HEAD = (
     *("run", "model", "data", "M parameters", "G multiply-adds", "trained at", "tested at", "before", "after"),
     *("gain (paired 95 %)", "n", "published top-1", "time", "hardware"),
@@ -41,7 +39,7 @@ class Row:
     parameters_m: float  # millions
     multiply_adds_g: float  # 1e9, of a picture at the run's resolution
     published: dict[str, Any] | None  # a row of configs/published.csv
-    evaluations: list[Evaluation]
+    evaluations: list[dict[str, Any]]  # records of the other sets
 
     @property
     def hardware(self) -> str:
@@ -49,15 +47,8 @@ class Row:
 
     def record(self) -> dict[str, Any]:
         """As `report --json` prints it."""
-        results = asdict(self.results)
-        costs = ("data", "classes", "train_res", "parameters_m", "multiply_adds_g", "published")
-        return {
-            "run": self.run,
-            **{key: results[key] for key in RESULTS_KEYS},
-            "hardware": self.hardware,
-            **{key: getattr(self, key) for key in costs},
-            "evaluations": [one.record() for one in self.evaluations],
-        }
+        own = {key: value for key, value in vars(self).items() if key != "results"}
+        return {**asdict(self.results), **own, "hardware": self.hardware}
 
     def cells(self) -> list[object]:
         """Under HEAD."""
@@ -70,13 +61,9 @@ class Row:
         resolutions = [f"{self.multiply_adds_g:.3g}", self.train_res, r.res]
         return [*model, *resolutions, *accuracy, published, duration(r.seconds), self.hardware]
 
-    def set_cells(self) -> Iterator[tuple[object, ...]]:
-        """A line for each evaluated set: run, set, resolution, top-1 before and after, gain."""
-        r = self.results
-        yield self.run, "validation", r.res, f"{r.before.top1:.2f}", f"{r.after.top1:.2f}", r.gain
-        for one in self.evaluations:
-            before, after = (one.summaries[label].top1 for label in ("before", "after"))
-            yield self.run, one.set, one.res, f"{before:.2f}", f"{after:.2f}", one.gain
+    def sets(self) -> list[BeforeAfter]:
+        """The validation split, and the other sets that were evaluated."""
+        return [BeforeAfter.read(asdict(self.results), set="validation"), *of_sets(self.evaluations)]
 
 
 def row(run: RunDir) -> Row:
@@ -140,7 +127,13 @@ def markdown(runs: Sequence[RunDir], rows: Sequence[Row], out: Path) -> str:
     text = ["# Runs", "", markdown_table(HEAD, (row.cells() for row in rows)), ""]
     text += ["![top-1 against parameters and multiply-adds](report.png)", ""]
     text += ["Published: arXiv 2003.08237, on ImageNet. before and after are both at the test resolution.", ""]
-    if robust := [cells for row in rows if row.evaluations for cells in row.set_cells()]:
+    robust = [
+        (row.run, line.set, line.res, f"{line.before.top1:.2f}", f"{line.after.top1:.2f}", line.gain)
+        for row in rows
+        if row.evaluations
+        for line in row.sets()
+    ]
+    if robust:
         head = ("run", "set", "px", "before", "after", "gain (paired 95 %)")
         text += ["## Gain and robustness", "", markdown_table(head, robust), ""]
     for run in runs:

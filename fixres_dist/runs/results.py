@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
+from typing import Any
 
 from fixres_dist.base.files import write_text
 from fixres_dist.runs.rundir import RunDir
@@ -16,6 +18,10 @@ class Accuracy:
     top1: float
     top5: float
     loss: float
+
+    @staticmethod
+    def read(record: Mapping[str, Any]) -> Accuracy:
+        return Accuracy(record["top1"], record["top5"], record["loss"])
 
 
 @dataclass(frozen=True)
@@ -43,6 +49,26 @@ class Gain:
         low, high = self.delta_ci95
         count = "" if n is None else f", n {n}"
         return f"{self.delta_top1:+.2f} points (95 % interval {low:+.2f} to {high:+.2f}, paired{count})"
+
+
+@dataclass(frozen=True)
+class BeforeAfter:
+    """Accuracy before and after on one set: one line of a table."""
+
+    set: str
+    res: int
+    n: int
+    before: Accuracy
+    after: Accuracy
+    gain: Gain
+
+    @staticmethod
+    def read(record: Mapping[str, Any], **changes: Any) -> BeforeAfter:
+        """From a record with these keys, delta_top1 and delta_ci95 for the gain, as the JSON files of a run have them."""
+        found = {**record, **changes}
+        before, after = Accuracy.read(found["before"]), Accuracy.read(found["after"])
+        gain = Gain(found["delta_top1"], tuple(found["delta_ci95"]))
+        return BeforeAfter(found["set"], found["res"], found["n"], before, after, gain)
 
 
 @dataclass(frozen=True)
@@ -92,7 +118,7 @@ class Results:
         """Raises UserError for a run that has not finished."""
         found = json.loads(run.finished(run.results).read_text())
         values = {field.name: found[field.name] for field in fields(Results) if field.name in found}
-        values["before"], values["after"] = Accuracy(**found["before"]), Accuracy(**found["after"])
+        values["before"], values["after"] = Accuracy.read(found["before"]), Accuracy.read(found["after"])
         values["delta_ci95"], values["hardware"] = tuple(found["delta_ci95"]), Hardware(**found["hardware"])
         return Results(**values)
 
