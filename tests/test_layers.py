@@ -11,20 +11,19 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[1] / "fixres_dist"
-# Lowest first. Rooms of one line do not import each other; bench stands beside cli, which starts it.
 ROOMS = (
-    ("base",),
-    ("config",),
-    ("data",),
-    ("models",),
-    ("runs",),
-    ("cluster",),
-    ("training",),
-    ("evaluation",),
-    ("publishing",),
-    ("bench",),
-    ("cli",),
-)
+    "base",
+    "config",
+    "data",
+    "models",
+    "runs",
+    "cluster",
+    "training",
+    "evaluation",
+    "publishing",
+    "bench",
+    "cli",
+)  # lowest first
 LIGHT = ("base", "config", "cluster", "cli", "training.plan", "training.stages", "training.cache.rule", "training.job")
 ONE_HOME = {
     "submitit": {"cluster.jobs", "cluster.local", "training.job"},
@@ -55,10 +54,6 @@ def imports(file: Path) -> Iterator[str]:
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
-def level(room: str) -> int:
-    return next(k for k, rooms in enumerate(ROOMS) if room in rooms)
-
-
 def test_a_room_imports_itself_and_rooms_below() -> None:
     for module, file in modules().items():
         own = module.partition(".")[0]
@@ -66,7 +61,23 @@ def test_a_room_imports_itself_and_rooms_below() -> None:
             top, _, rest = name.partition(".")
             room = rest.partition(".")[0]
             if top == "fixres_dist" and room != own:
-                assert level(room) < level(own), f"{module} imports {name}"
+                assert ROOMS.index(room) < ROOMS.index(own), f"{module} imports {name}"
+
+
+def test_the_picture_shows_the_rooms_and_their_files() -> None:
+    """docs/architecture.md has a line for each room, highest first, and its files on the lines below it."""
+    page = (PACKAGE.parent / "docs" / "architecture.md").read_text()
+    block = page.partition("\n## The rooms\n")[2].partition("\n## ")[0]
+    drawn: dict[str, list[str]] = {}
+    for line in block.splitlines():
+        if line.startswith(" " * 16):
+            drawn[list(drawn)[-1]] += line.split()
+        elif line.startswith(" " * 4):
+            drawn[line.split()[0]] = []
+    assert list(drawn) == list(reversed(ROOMS))
+    for room, files in drawn.items():
+        stand = [name.partition(".")[2].replace(".", "/") for name in modules() if name.startswith(f"{room}.")]
+        assert sorted(files) == sorted(stand), f"{room} is drawn with other files than it has"
 
 
 def test_heavy_libraries_have_one_home() -> None:
