@@ -1,4 +1,4 @@
-"""Data sets beside the one trained on: which of the model's classes their folders are, and ReaL labels. No torch."""
+"""Evaluation sets: which of the model's classes their folders stand for, and ReaL labels. No torch."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from fixres_dist.data.index import Index
 
 
 def trained_classes(config: Config, run: Path | None, split: str) -> tuple[str, ...]:
-    """The model's class names in the order of its logits: from the run, else the data set's train/, else the split.
+    """The model's class names in the order of its logits: from the run, or the data set's train/, or the split.
 
-    Without train/, folders that are numbers stand in the order of the numbers (ImageNet-V2); otherwise by name.
+    The split's folders are sorted by name, or as numbers if all of them are (ImageNet-V2). Empty if there is no such split.
     """
     if run and (kept := run / "class_index.json").is_file():
         return tuple(json.loads(kept.read_text()).values())
@@ -25,15 +25,15 @@ def trained_classes(config: Config, run: Path | None, split: str) -> tuple[str, 
     if (root / "train").is_dir():
         return tuple(class_names(root / "train"))
     if not (root / split).is_dir():
-        return ()  # opening the split says what is wrong
+        return ()  # opening the split raises the error
     names = class_names(root / split)
     return tuple(sorted(names, key=int) if all(name.isdecimal() for name in names) else names)
 
 
 def class_map(folders: Sequence[str], trained: Sequence[str], where: Path) -> tuple[int, ...]:
-    """The model's class of each folder: by class name, or by number where the folders are numbers and no names.
+    """The model's class of each folder: by class name; if all folders are numbers and not all are names, by number.
 
-    Raises UserError naming the folders that are no class of the model.
+    Raises UserError for folders that are no class of the model, and for two folders of one class.
     """
     position: dict[str, int] = {name: k for k, name in enumerate(trained)}
     if not set(folders) <= set(trained) and all(name.isdecimal() for name in folders):
@@ -53,7 +53,7 @@ def class_map(folders: Sequence[str], trained: Sequence[str], where: Path) -> tu
 
 
 def named_sets(items: Sequence[str], split: str) -> dict[str, Path]:
-    """`NAME=DIR` as given to --eval-set; the names become file names."""
+    """The folders of `NAME=DIR` items as given to --eval-set. Raises UserError; names must be usable as file names."""
     found: dict[str, Path] = {}
     for item in items:
         name, _, folder = item.partition("=")
@@ -68,9 +68,10 @@ def named_sets(items: Sequence[str], split: str) -> dict[str, Path]:
 
 
 def real_labels(path: Path, index: Index, classes: int) -> list[list[int]]:
-    """The ReaL labels (arXiv 2006.07159) of every sample of `index`: all classes that are right; empty: not counted.
+    """The ReaL labels (arXiv 2006.07159) of every sample of `index`: all right classes; a sample without any is not counted.
 
-    The file is a list of lists in the order of ILSVRC2012_val_00000001 and on; other names go by file name, sorted.
+    The file is a list of lists in the order of ImageNet's ILSVRC2012_val_00000001 and on; for other names, in the order of
+    the sorted file names. Raises UserError if it does not fit the index or the number of `classes`.
     """
     try:
         given = json.loads(path.read_text())

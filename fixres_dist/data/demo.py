@@ -1,8 +1,8 @@
 """The built-in example: a small image classification data set, drawn rather than downloaded.
 
-A class is a shape with a texture (`star_stripes`). In every photo-like picture the object has about the same size
-relative to the short side. This is what FixRes is about: RandomResizedCrop cuts a part out and enlarges it, so in
-training the objects look larger than they do at test time, and a higher test resolution brings their size back.
+A class is a shape with a texture (`star_stripes`). In every picture the object has about the same size relative to the short
+side. That shows the discrepancy that FixRes is about (arXiv 1906.06423, section 3): RandomResizedCrop enlarges a part of the
+picture, so objects look larger in training than in testing; a higher test resolution brings their size back.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import itertools
 import json
 import math
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -24,6 +24,7 @@ from PIL import Image, ImageDraw, ImageFilter
 
 from fixres_dist.base.errors import UserError
 from fixres_dist.base.files import whole
+from fixres_dist.data.progress import Progress
 
 Array = NDArray[np.floating[Any]]
 Colour = tuple[int, int, int]
@@ -33,17 +34,17 @@ VERSION = 1  # of the pictures: raise it when a change of the drawing changes a 
 MARKER = "demo.json"
 SPLITS = ("train", "val")
 N_TRAIN, N_VAL = 4096, 1920
-OBJECT_RADIUS = (0.27, 0.33)  # of the short side: nearly constant, see above
+OBJECT_RADIUS = (0.27, 0.33)  # of the short side: nearly constant, as the effect needs it
 TEXTURE_PERIOD = (0.08, 0.1)  # of the radius: about 6.5 px in the file, 3.5 px after a resize to 128
 
-# The outline as a radius, about 1 at the most, over the angle.
+# The outline: a radius, of about 1 at most, at an angle in radians.
 SHAPES: dict[str, Callable[[Array], Array]] = {
     "disc": lambda a: np.full_like(a, 0.9),
     "flower": lambda a: 0.78 + 0.22 * np.abs(np.sin(4 * a)),
     "star": lambda a: 0.45 + 0.55 * np.abs(1 - (a * 5 / math.pi) % 2) ** 1.5,
     "triangle": lambda a: 0.55 / np.cos(a % (2 * math.pi / 3) - math.pi / 3),
 }
-# The ink, positive or negative, over coordinates with a period of 2 pi.
+# Ink where the value is positive; coordinates have a period of 2 pi.
 TEXTURES: dict[str, Callable[[Array, Array], Array]] = {
     "checks": lambda u, v: np.sin(u * 0.7) * np.sin(v * 0.7),
     "dots": lambda u, v: 0.5 * (np.sin(u) + np.sin(v)) - 0.3,
@@ -60,17 +61,19 @@ def write_demo(
     n_train: int = N_TRAIN,
     n_val: int = N_VAL,
     workers: int | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> Path:
-    """Write `root/{train,val}/<class>/<index>.jpg` unless it is there; every file depends on (seed, split, index) only.
+    """Write `root/{train,val}/<class>/<index>.jpg` if it does not exist; a file depends on (seed, split, index) alone.
 
-    The pictures are collected in a directory beside `root` whose name holds all that they depend on, and which takes
-    its final name when it is whole: an interrupted call is continued by the next one, and `root` is never half full.
+    `workers`: processes; by default one for each CPU this process may use. The pictures are written to a directory beside
+    `root`, named after everything they depend on and renamed to `root` when it is complete. So the next call continues an
+    interrupted one, and `root` is never incomplete. Raises UserError if `root` holds anything else.
     """
     root = root.resolve()
     spec = {"version": VERSION, "seed": seed, "train": n_train, "val": n_val}
     if _is_written(root, spec):
         return root
+    workers = workers or len(os.sched_getaffinity(0))
     partial_root = root.with_name(f".{root.name}-" + "-".join(str(value) for value in spec.values()))
     jobs = [(split, index) for split in SPLITS for index in range(spec[split])]
     try:
@@ -79,12 +82,10 @@ def write_demo(
         for done, _ in enumerate(_run(partial(_write_picture, partial_root, seed), jobs, workers), start=1):
             if progress:
                 progress(done, len(jobs))
-        for leftover in partial_root.glob("*.part"):  # of an interrupted call
-            leftover.unlink(missing_ok=True)
         (partial_root / MARKER).write_text(json.dumps(spec | {"classes": CLASSES}, indent=1) + "\n")
         partial_root.replace(root)
     except OSError:
-        if not _is_written(root, spec):  # else another process was faster, with the same bytes
+        if not _is_written(root, spec):  # otherwise another process has just written the same files
             raise
     return root
 
@@ -106,9 +107,7 @@ def _is_written(root: Path, spec: dict[str, int]) -> bool:
     return True
 
 
-def _run(work: Callable[[Job], None], jobs: list[Job], workers: int | None) -> Iterable[None]:
-    """Do the jobs in `workers` processes, by default one for each core that this process may use."""
-    workers = workers or len(os.sched_getaffinity(0))
+def _run(work: Callable[[Job], None], jobs: list[Job], workers: int) -> Iterator[None]:
     if workers == 1:
         yield from map(work, jobs)
         return
@@ -117,35 +116,23 @@ def _run(work: Callable[[Job], None], jobs: list[Job], workers: int | None) -> I
 
 
 def _write_picture(root: Path, seed: int, job: Job) -> None:
-    path = root / _name(job)
-    if path.exists():
-        return
-    with whole(path) as part:
-        draw(job[1] % len(CLASSES), _generator(seed, job)).save(part, format="JPEG", quality=90)
-
-
-def _name(job: Job) -> str:
     split, index = job
-    return f"{split}/{CLASSES[index % len(CLASSES)]}/{index:05d}.jpg"
-
-
-def _generator(seed: int, job: Job) -> np.random.Generator:
-    return np.random.default_rng([seed, SPLITS.index(job[0]), job[1]])
-
-
-def _layout(rng: np.random.Generator) -> tuple[int, int, float]:
-    """(width, height, radius of the object) of a picture: the first that is drawn of its random numbers."""
-    short = int(rng.integers(200, 281))
-    size = (short, int(short * rng.uniform(1, 1.45)))
-    width, height = size if rng.random() < 0.35 else size[::-1]
-    return width, height, short * rng.uniform(*OBJECT_RADIUS)
+    label = index % len(CLASSES)
+    path = root / split / CLASSES[label] / f"{index:05d}.jpg"
+    if not path.exists():
+        rng = np.random.default_rng([seed, SPLITS.index(split), index])
+        with whole(path) as part:
+            draw(label, rng).save(part, format="JPEG", quality=90)
 
 
 def draw(label: int, rng: np.random.Generator) -> Image.Image:
-    """One picture of a class: everything but shape and texture is random."""
+    """A picture of a class; everything but its shape and texture is random."""
     shape, texture = CLASSES[label].split("_")
-    width, height, radius = _layout(rng)
-    centre = np.array([width, height]) / 2 + rng.uniform(-0.12, 0.12, 2) * min(width, height)
+    short = int(rng.integers(200, 281))
+    size = (short, int(short * rng.uniform(1, 1.45)))
+    width, height = size if rng.random() < 0.35 else size[::-1]
+    radius = short * rng.uniform(*OBJECT_RADIUS)
+    centre = np.array([width, height]) / 2 + rng.uniform(-0.12, 0.12, 2) * short
 
     picture = _background(width, height, rng)
     mask = _outline(shape, radius, rng.uniform(0, 2 * math.pi), centre % 1)
@@ -166,7 +153,7 @@ def draw(label: int, rng: np.random.Generator) -> Image.Image:
 
 
 def _background(width: int, height: int, rng: np.random.Generator) -> Image.Image:
-    """Soft patches of colour with lines and blobs, out of focus: things that are not to be learned."""
+    """Soft patches of colour with lines and blobs, out of focus, which say nothing about the class."""
     patches = rng.uniform(20, 235, (4, 4, 3))
     muted = (0.6 * patches.mean(axis=2, keepdims=True) + 0.4 * patches).astype(np.uint8)
     picture = Image.fromarray(muted).resize((width, height), Image.Resampling.BICUBIC)
@@ -194,12 +181,12 @@ def _outline(shape: str, radius: float, angle: float, shift: Array) -> Image.Ima
 
 
 def _texture(texture: str, side: int, period: float, rng: np.random.Generator) -> Image.Image:
-    """A mask of ink, turned by a random angle; its edges are as soft as a lens would make them."""
+    """A mask of ink, turned by a random angle, with edges as soft as a lens makes them."""
     y, x = np.mgrid[:side, :side].astype(np.float32) * np.float32(2 * math.pi / period)
     angle, phase_u, phase_v = rng.uniform(0, 2 * math.pi, 3)
     u = x * np.float32(math.cos(angle)) + y * np.float32(math.sin(angle)) + np.float32(phase_u)
     v = y * np.float32(math.cos(angle)) - x * np.float32(math.sin(angle)) + np.float32(phase_v)
-    ink = TEXTURES[texture](u, v) * np.float32(period / 4)  # now the distance to the edge in pixels, nearly
+    ink = TEXTURES[texture](u, v) * np.float32(period / 4)  # about the distance to the edge in pixels
     return Image.fromarray(((ink + 0.5).clip(0, 1) * 255).astype(np.uint8))
 
 

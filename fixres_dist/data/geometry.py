@@ -1,7 +1,7 @@
-"""Which pixels a sample shows: resize rules, crop windows and augmentation, in integers, without pixels.
+"""Which part of a photograph a picture shows: resize rules, crop windows and augmentation, as numbers, without pixels.
 
-Both data backends take their windows from here, so they make the same picture of the same sample.
-Three resize rules exist around FixRes and their numbers do not mix (docs/method.md); train and test use one rule.
+Both backends take their windows from here, so they make the same picture of the same sample. Accuracies under different
+resize rules cannot be compared (docs/method.md), and training and testing use the same rule.
 """
 
 from __future__ import annotations
@@ -19,36 +19,37 @@ ATTEMPTS = 10  # of random_resized_crop before it falls back to the centre, as i
 
 
 class Resize(NamedTuple):
-    """How a whole image is scaled before its crop is taken."""
+    """How a whole photograph is scaled before its crop is taken."""
 
-    size: int  # pixels
-    by_height: bool  # the original repository scales by height; everything else by the shorter side
+    size: int  # pixels of the scaled side
+    by_height: bool  # that side is the height, as in the original repository; otherwise the shorter side
     interpolation: str  # bilinear | bicubic, antialiased
 
 
 class View(NamedTuple):
-    """One picture of one sample: cut `box` from the source, scale it to `size`, cut res x res at `offset`, flip, jitter.
+    """One picture of one sample: cut `box` from the photograph, scale it to `size`, cut res x res at `offset`, flip, jitter.
 
-    An offset below zero, or a window beyond the scaled image, shows black (only `fixres_height` does that).
+    The part of the window outside the scaled photograph is black (only with `fixres_height`).
     """
 
     flip: bool
-    box: tuple[int, int, int, int]  # y, x, height, width in source pixels
+    box: tuple[int, int, int, int]  # y, x, height, width in pixels of the photograph
     size: tuple[int, int]  # height, width after scaling
-    offset: tuple[int, int]  # y, x of the crop in the scaled image
+    offset: tuple[int, int]  # y, x of the crop in the scaled box; may be negative
     jitter: tuple[float, float, float]  # brightness, contrast, saturation factors, applied in this order
 
     def record(self) -> list[float]:
-        """Flat form for samples/rank_K.jsonl: flip, y, x, h, w (source box), size h, w, offset y, x, jitter factors."""
+        """The view in samples/rank_K.jsonl: flip; y, x, h, w of the box; size h, w; offset y, x; three jitter factors."""
         return [int(self.flip), *self.box, *self.size, *self.offset, *(round(f, 6) for f in self.jitter)]
 
 
 def resize_of(rule: str, res: int, crop_pct: float, interpolation: str) -> Resize:
-    """The resize a named rule asks for at test resolution `res`.
+    """The resize of data.resize_rule at test resolution `res`, in pixels.
 
-    `fixefficientnet`: what the published FixEfficientNet numbers were evaluated with (the author's benchmark script).
-    `fixres`: 256/224 margin, bilinear. `fixres_height`: the same by height, as the original code's Resize does.
-    `timm`: the model's own crop_pct and interpolation.
+    `fixefficientnet`: no margin, bicubic. The published numbers of the FixEfficientNet note (arXiv 2003.08237, Tables 1 and 2)
+    were evaluated with it, by the authors' benchmark script. `fixres`: margin 256/224, bilinear, as in the FixRes paper
+    (arXiv 1906.06423). `fixres_height`: the same by height, as the Resize of the paper's code does. `timm`: the model's own
+    crop_pct and interpolation.
     """
     if rule == "fixefficientnet":
         return Resize(res, False, "bicubic")
@@ -58,27 +59,27 @@ def resize_of(rule: str, res: int, crop_pct: float, interpolation: str) -> Resiz
 
 
 def scaled(height: int, width: int, resize: Resize) -> tuple[int, int]:
-    """Height and width after scaling; the longer side is rounded down as torchvision does."""
+    """Height and width in pixels after scaling; the longer side is rounded down, as in torchvision."""
     base = height if resize.by_height else min(height, width)
     return max(1, resize.size * height // base), max(1, resize.size * width // base)
 
 
 def centre(outer: int, inner: int) -> int:
-    """Start of a centred window; torchvision's rounding (half to even), black borders split with the smaller first."""
+    """Start of a centred window: torchvision's rounding (half to even); of an odd black border the first part is smaller."""
     return round((outer - inner) / 2) if outer >= inner else -((inner - outer) // 2)
 
 
 def vertical_first(view: View) -> bool:
-    """Which axis is scaled first; between the two, pixels are rounded to 8 bits, so the order shows in the last digit.
+    """Whether the height is scaled before the width. Pixels are rounded to 8 bits in between, so the order changes the result.
 
-    Pillow's rule since 13: vertically first when the height shrinks by over twice as many pixels as the width.
+    The rule of Pillow 13 and later: the height first if it shrinks by more than twice as many pixels as the width.
     """
     (_, _, h, w), (oh, ow) = view.box, view.size
     return h > oh and h - oh > 2 * (w - ow)
 
 
 def test_view(height: int, width: int, res: int, resize: Resize) -> View:
-    """Scale and centre crop: what evaluation sees, and `train_transform: test`."""
+    """Scale and centre crop: the view of evaluation and of `train_transform: test`."""
     oh, ow = scaled(height, width, resize)
     return View(False, (0, 0, height, width), (oh, ow), (centre(oh, res), centre(ow, res)), (1.0, 1.0, 1.0))
 
@@ -92,11 +93,12 @@ def train_views(
     seed: int,
     epoch: int | NDArray[np.integer],
 ) -> list[View]:
-    """The views of `samples` (of source `sizes` [n, 2], height and width) in `epoch`, or by keys [n] of theirs.
+    """The view of each of `samples` [n], whose photographs have `sizes` [n, 2] (height, width in pixels), in `epoch`.
 
-    `test`: as evaluated. `test_flip`: the same, one in two flipped.
-    `test_aug`: flip, horizontally shifted crop, jitter 0.05 (the original's transforms_v2).
-    `random_resized_crop`: area 0.08-1, ratio 3/4-4/3, flip, jitter 0.3 (the original's training transform).
+    `epoch` may be an array [n] of view keys (order.train_draws). A view depends on `seed`, `epoch` and its sample alone.
+    `test`: as evaluated. `test_flip`: the same, half of them flipped.
+    `test_aug`: flip, horizontally shifted crop, jitter 0.05 (transforms_v2 of the paper's code).
+    `random_resized_crop`: area 0.08-1, ratio 3/4-4/3, flip, jitter 0.3 (its training transform).
     """
     if transform == "test":
         return [test_view(int(h), int(w), res, resize) for h, w in sizes]
@@ -118,7 +120,7 @@ def train_views(
 
 
 def random_box(height: int, width: int, u: list[float]) -> tuple[int, int, int, int]:
-    """torchvision's RandomResizedCrop window from 22 uniforms: ten (area, ratio) attempts, then y and x."""
+    """torchvision's RandomResizedCrop window (y, x, height, width) from 22 uniforms: ten (area, ratio) attempts, y and x."""
     low, high = math.log(3 / 4), math.log(4 / 3)
     for k in range(ATTEMPTS):
         area = height * width * (0.08 + 0.92 * u[2 * k])

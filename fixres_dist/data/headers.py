@@ -19,25 +19,25 @@ from PIL import Image, UnidentifiedImageError
 from fixres_dist.data.index import Index
 from fixres_dist.data.progress import Progress
 
-HEADER_BYTES = 16384  # holds the frame header of nearly every JPEG; where it does not, PIL reads on
+HEADER_BYTES = 16384  # nearly every JPEG has its frame header in them; for the others PIL reads on
 
-FRAMES = {0xC0, 0xC1, 0xC2}  # baseline, extended, progressive: what every decoder here reads
+FRAMES = {0xC0, 0xC1, 0xC2}  # baseline, extended, progressive: all decoders here read them
 OTHER_FRAMES = {0xC3, 0xC5, 0xC6, 0xC7, 0xC9, 0xCA, 0xCB, 0xCD, 0xCE, 0xCF}  # lossless, hierarchical, arithmetic
 
-IN_SCANS = np.zeros(256, bool)  # by the byte after 0xFF: stuffing, fill bytes, restarts, the end
+IN_SCANS = np.zeros(256, bool)  # whether a marker is usual in coded data: stuffing, fill bytes, restarts, the end
 IN_SCANS[[0x00, 0xD9, 0xFF]] = IN_SCANS[0xD0:0xD8] = True
-BETWEEN_SCANS = IN_SCANS.copy()  # and what a progressive JPEG has for each: its tables, its start
+BETWEEN_SCANS = IN_SCANS.copy()  # of a progressive JPEG, where every scan has its own tables and start marker
 BETWEEN_SCANS[[0xC4, 0xDA]] = True
 
 
 class Header(NamedTuple):
     height: int
     width: int
-    plain: bool  # 8-bit gray or YCbCr; the rest (CMYK, Adobe RGB, arithmetic coding, ...) is left to PIL
+    plain: bool  # 8-bit gray or YCbCr; PIL decodes the rest (CMYK, Adobe RGB, arithmetic coding, ...)
 
 
 def header(data: bytes | memoryview) -> Header | None:
-    """The frame header in `data`, the first bytes of a file or all of them; None where there is none, or not yet."""
+    """The frame header of a JPEG in `data`, its first bytes or all of them; None if they hold none."""
     adobe_rgb = False
     for marker, at, end in segments(data):
         if marker == 0xEE and end - at >= 12 and bytes(data[at : at + 5]) == b"Adobe":
@@ -53,7 +53,7 @@ def header(data: bytes | memoryview) -> Header | None:
 
 
 def segments(data: bytes | memoryview) -> Iterator[tuple[int, int, int]]:
-    """(marker, first byte after its length, first byte after it) of a JPEG's segments, up to its first scan."""
+    """Of a JPEG's segments up to its first scan: (marker, where its content begins, where it ends)."""
     if bytes(data[:3]) != b"\xff\xd8\xff":
         return
     at = 2
@@ -71,8 +71,8 @@ def segments(data: bytes | memoryview) -> Iterator[tuple[int, int, int]]:
 
 
 def stray_marker(data: NDArray[np.uint8]) -> bool:
-    """Whether a JPEG has, after its first scan began, a marker that is unusual there: libjpeg refuses a file that is broken
-    in this way, and other decoders paint the rest grey."""
+    """Whether an unusual marker follows the start of a JPEG's first scan: the file is broken. libjpeg refuses it; other
+    decoders make the rest of the picture grey."""
     ends = {marker: end for marker, _, end in segments(data.data)}
     coded = data[ends.get(0xDA, len(data)) :]
     usual = BETWEEN_SCANS if 0xC2 in ends else IN_SCANS
@@ -140,6 +140,6 @@ def look_at(file: BinaryIO, length: int) -> Seen:
             reason = f"{image.height}x{image.width} pixels is too large"
     except UnidentifiedImageError:
         reason = "not an image" if data else "empty file"
-    except Exception as error:  # each of Pillow's plugins has its own kinds
+    except Exception as error:  # Pillow's plugins raise many types
         reason = str(error) or type(error).__name__
     return Seen((0, 0), mark, reason)

@@ -1,8 +1,8 @@
-"""Order and randomness as pure functions of (seed, epoch, sample): nothing to save, nothing to replay.
+"""Order and randomness as pure functions of (seed, epoch, sample), so no sampler state has to be saved.
 
-One global order per epoch: step k of an epoch takes positions [k*B, (k+1)*B) of it and a rank takes its part of that
-slice. So a resumed run, or one on another number of ranks, sees the same batches. The order is a keyed bijection on
-indices and not an array: a slice of it costs the slice, at a thousand samples or a billion.
+There is one global order per epoch. Step k of an epoch takes positions [k*B, (k+1)*B) of it, and a rank takes its part of that
+slice. So a resumed run, or one on another number of ranks, sees the same batches. The order is a keyed bijection on indices
+and not an array: the time to compute a slice depends on the slice, not on the number of samples.
 """
 
 from __future__ import annotations
@@ -11,18 +11,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 U64 = NDArray[np.uint64]
-ROUNDS = 6  # of the Feistel network; 4 already pass a chi-square test of pair positions, two more for safety
+ROUNDS = 6  # of the Feistel network: 4 pass a chi-square test of pair positions; 2 more are a margin
 
 
 def mix(x: U64) -> U64:
-    """SplitMix64's finaliser: a bijection on 64-bit words whose output bits each depend on every input bit."""
+    """The finaliser of SplitMix64: a bijection on 64-bit words in which every output bit depends on every input bit."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
 
 
 def keyed(*words: int | NDArray[np.integer]) -> U64:
-    """One hash of several words (arrays broadcast); the words' order counts."""
+    """The hash of a sequence of words, uint64; arrays are broadcast."""
     state = np.zeros(1, np.uint64)
     for word in words:
         # The odd constant separates (1, 0) from (0, 1) and moves zero away from the finaliser's fixed point.
@@ -33,16 +33,16 @@ def keyed(*words: int | NDArray[np.integer]) -> U64:
 def uniforms(
     seed: int, epoch: int | NDArray[np.integer], samples: NDArray[np.integer], count: int
 ) -> NDArray[np.float64]:
-    """`count` independent uniforms in [0, 1) for each sample: float64 [len(samples), count]. `epoch` may be one a sample."""
+    """`count` independent uniforms in [0, 1) for each sample: float64 [n, count]. `epoch` may be an array [n] of view keys."""
     bits = keyed(seed, 1, np.asarray(epoch).reshape(-1, 1), np.asarray(samples)[:, None], np.arange(count)[None, :])
     return (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
 def positions_to_samples(n: int, seed: int, epoch: int, positions: NDArray[np.integer]) -> NDArray[np.int64]:
-    """The samples that stand at `positions` (each 0 .. n-1) in this epoch's order of n samples.
+    """The samples at `positions` (each 0 .. n-1) in this epoch's order of n samples: int64 [len(positions)].
 
-    A balanced Feistel network permutes the smallest 2^(2w) >= n; a value outside 0 .. n-1 is sent through again until
-    it falls inside (cycle walking), which keeps the map a bijection and takes under four rounds of it on average.
+    A balanced Feistel network permutes 0 .. 2^(2w)-1, the smallest such range that holds n. A result outside 0 .. n-1 is
+    permuted again until it is inside (cycle walking): this keeps the map a bijection and takes under four turns on average.
     """
     half = np.uint64(max(1, ((n - 1).bit_length() + 1) // 2))
     mask = (np.uint64(1) << half) - np.uint64(1)
@@ -59,12 +59,12 @@ def positions_to_samples(n: int, seed: int, epoch: int, positions: NDArray[np.in
 
 
 def steps_per_epoch(n: int, global_batch: int) -> int:
-    """The last batch of an epoch is smaller rather than dropped or padded."""
+    """Optimizer steps per epoch; the last batch is neither dropped nor padded, but smaller."""
     return -(-n // global_batch)
 
 
 def rank_part(start: int, stop: int, rank: int, world_size: int) -> tuple[int, int]:
-    """The contiguous part [start', stop') of a slice that belongs to `rank`; parts differ by one sample at most."""
+    """The part [start', stop') of the slice [start, stop) that belongs to `rank`; parts differ in size by at most one."""
     size = stop - start
     return start + size * rank // world_size, start + size * (rank + 1) // world_size
 
@@ -72,10 +72,10 @@ def rank_part(start: int, stop: int, rank: int, world_size: int) -> tuple[int, i
 def train_draws(
     n: int, seed: int, step: int, global_batch: int, rank: int, world_size: int, repeats: int = 1
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """(samples, keys of their views) of `rank` at optimizer step `step`, counted from the first epoch of the order.
+    """(samples, view keys) of `rank` at optimizer step `step`, counted from the start of epoch 0; both int64 [n of the rank].
 
-    With `repeats` each of an epoch's first n / repeats samples is drawn that many times in a row, each in a view of its
-    own (repeated augmentation, arXiv 1902.05509). A view's key is what `uniforms` takes as the epoch.
+    A view key takes the epoch's place in `uniforms`. With `repeats`, each of an epoch's first n / repeats samples is drawn that
+    many times in a row, each time in another view (repeated augmentation, arXiv 1902.05509).
     """
     epoch, k = divmod(step, steps_per_epoch(n, global_batch))
     start, stop = rank_part(k * global_batch, min(n, (k + 1) * global_batch), rank, world_size)

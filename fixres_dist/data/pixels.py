@@ -1,12 +1,12 @@
 """Pillow's resize and colour jitter of 8-bit pictures, bit for bit, compiled by numba.
 
-Resize: an output line is a weighted sum of input lines, by whole weights of 22 bits. torchvision's has 16-bit ones: as
-fast, but one value in 250 is a grey level off, and jitter makes four levels of it. Jitter: a third of the time of
-whole-picture operations in torch, whose temporaries leave the caches.
+Resize: an output line is a weighted sum of input lines, with 22-bit integer weights. torchvision's resize of tensors has 16-bit
+weights: it is as fast, but one value in 250 is off by a grey level, which jitter turns into four. Jitter takes a third of
+the time of operations on whole pictures in torch, whose intermediate results do not fit into the CPU's caches.
 
-Importing this module compiles it, in 2 s: it is imported where pictures are made, before the processes that make
-them are forked. numba's files of compiled code are not used: nodes of several kinds that start together on a shared
-folder can be left with each other's instructions.
+Importing this module compiles it, which takes 2 s. So only torch_cpu imports it, before the worker processes are forked.
+numba's cache of compiled code is not used: on a shared folder, nodes of several kinds that start together could load each
+other's instructions.
 """
 
 from __future__ import annotations
@@ -22,27 +22,28 @@ from numpy.typing import NDArray
 
 WEIGHT_BITS = 22  # Pillow's PRECISION_BITS
 HALF = 1 << (WEIGHT_BITS - 1)
-BAND = 64  # rows that are laid on their side together: as many as stay in the first caches
+BAND = 64  # rows that are transposed together: as many as fit into the L1 and L2 caches
 
 Bytes = NDArray[np.uint8]
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 class Taps(NamedTuple):
-    """What lines of a scaled picture read of the lines of its source."""
+    """The source lines that each line of a scaled picture is a sum of, and their weights."""
 
-    first: int  # the first line that any of them reads
-    end: int  # and the one after the last
-    begin: NDArray[np.int64]  # [count]: where each begins to read, counted from `first`
-    weights: NDArray[np.int32]  # [count, taps]: zero where it reads no more
+    first: int  # source lines [first, end) are read by any of them
+    end: int
+    begin: NDArray[np.int64]  # [lines]: the first one that each reads, counted from `first`
+    weights: NDArray[np.int32]  # [lines, taps]: of this and the following source lines; zero at the end
 
 
 def resize(
     image: torch.Tensor, size: tuple[int, int], lines: Sequence[range], height_first: bool, interpolation: str
 ) -> torch.Tensor:
-    """These lines (rows, columns) of uint8 [3, height, width] scaled to `size`; the second axis sees 8 bits of the first.
+    """Scale uint8 [3, height, width] to `size`, and return only `lines` (rows, columns) of the result.
 
-    `interpolation` is bilinear or bicubic. The result is channels last in memory, as files are decoded.
+    `interpolation` is bilinear or bicubic. One axis after the other, rounded to 8 bits in between. The result is uint8
+    [3, rows, columns], channels last in memory.
     """
     pixels = image.permute(1, 2, 0).numpy()
     rows, columns = (filter_taps(pixels.shape[k], size[k], lines[k], interpolation == "bicubic") for k in (0, 1))
@@ -56,13 +57,13 @@ def resize(
 
 
 def jitter(image: torch.Tensor, factors: tuple[float, float, float]) -> None:
-    """Brightness, contrast and saturation of uint8 [3, height, width], channels last in memory, in this order, in place."""
+    """Change brightness, contrast and saturation of uint8 [3, height, width], channels last in memory, in place."""
     if factors != (1.0, 1.0, 1.0):
         adjust(image.permute(1, 2, 0).numpy(), *factors)
 
 
 def filter_taps(length: int, size: int, lines: range, cubic: bool) -> Taps:
-    """Of `lines` of `length` lines scaled to `size`, with Pillow's arithmetic."""
+    """The taps of `lines` when `length` lines are scaled to `size`, in Pillow's arithmetic."""
     radius = (2.0 if cubic else 1.0) * max(length / size, 1.0)
     begin = np.empty(len(lines), np.int64)
     weights = np.zeros((len(lines), 2 * math.ceil(radius) + 1), np.int32)
@@ -72,7 +73,7 @@ def filter_taps(length: int, size: int, lines: range, cubic: bool) -> Taps:
 
 
 def scaled_height(pixels: Bytes, taps: Taps) -> Bytes:
-    """uint8 [height, width, 3] to as many rows as `taps` has."""
+    """uint8 [height, width, 3] to uint8 [lines of `taps`, width, 3]."""
     source = np.ascontiguousarray(pixels).reshape(len(pixels), -1)
     made = np.empty((len(taps.begin), *pixels.shape[1:]), np.uint8)
     weighted_sums(source, taps.begin, taps.weights, made.reshape(len(made), -1))
@@ -80,7 +81,7 @@ def scaled_height(pixels: Bytes, taps: Taps) -> Bytes:
 
 
 def scaled_width(pixels: Bytes, taps: Taps) -> Bytes:
-    """uint8 [height, width, 3] to as many columns as `taps` has."""
+    """uint8 [height, width, 3] to uint8 [height, lines of `taps`, 3]."""
     made = np.empty((len(pixels), len(taps.begin), 3), np.uint8)
     sideways_sums(pixels, taps.begin, taps.weights, made)
     return made
@@ -94,7 +95,7 @@ def compiled(signature: str) -> Callable[[Function], Function]:
 
 @compiled("int64(int64, int64, int64, boolean, int64[::1], int32[:, ::1], float64[::1])")
 def fill_taps(length: int, size: int, start: int, cubic: bool, begin: Any, weights: Any, values: Any) -> int:
-    """Where each line from `start` on begins to read, and its weights; returns the line after the last that is read."""
+    """Fill in where each line from `start` on begins to read, and its weights; returns the end of what the last one reads."""
     scale = length / size
     stretch = scale if scale > 1.0 else 1.0
     radius = (2.0 if cubic else 1.0) * stretch
@@ -139,7 +140,7 @@ def to_bytes(sums: Any, line: Any) -> None:
 
 @compiled("void(uint8[:, ::1], int64[::1], int32[:, ::1], uint8[:, ::1])")
 def weighted_sums(source: Any, begin: Any, weights: Any, made: Any) -> None:
-    """Each line of `made` [n, bytes] from those of `source` [lines, bytes] that its weights name."""
+    """Each line of `made` [n, bytes] is a weighted sum of lines of `source` [lines, bytes]."""
     sums = np.empty(made.shape[1], np.int32)
     for k in range(len(begin)):
         for i in range(len(sums)):
@@ -152,7 +153,10 @@ def weighted_sums(source: Any, begin: Any, weights: Any, made: Any) -> None:
 
 @compiled("void(uint8[:, :, :], int64[::1], int32[:, ::1], uint8[:, :, ::1])")
 def sideways_sums(source: Any, begin: Any, weights: Any, made: Any) -> None:
-    """Each column of `made` [height, n, 3] from those of `source` [height, columns, 3] that its weights name."""
+    """Each column of `made` [height, n, 3] is a weighted sum of columns of `source` [height, columns, 3].
+
+    The picture is transposed in bands; transposing it at once with numpy takes three times as long.
+    """
     height, columns = source.shape[:2]
     for top in range(0, height, BAND):
         rows = min(BAND, height - top)
@@ -171,19 +175,20 @@ def sideways_sums(source: Any, begin: Any, weights: Any, made: Any) -> None:
 
 @compiled("int32(uint8, uint8, uint8)")
 def grey(r: Any, g: Any, b: Any) -> Any:
-    """Pillow's convert("L")."""
+    """The grey level of a colour, as Pillow's convert("L")."""
     return (r * 19595 + g * 38470 + b * 7471 + 32768) >> 16
 
 
 @compiled("uint8(float32, float32, float32)")
 def blend(value: Any, base: Any, factor: Any) -> Any:
-    """Pillow's blend: away from `base` by a factor, in fp32, truncated and clipped to 8 bits."""
+    """Pillow's blend: the distance of `value` from `base` times `factor`, in fp32, truncated and clipped to 8 bits."""
     return min(max(np.int32((value - base) * factor + base), np.int32(0)), np.int32(255))
 
 
 @compiled("void(uint8[:, :, ::1], float32, float32, float32)")
 def adjust(pixels: Any, brightness: Any, contrast: Any, saturation: Any) -> None:
-    """Brightness and contrast map 256 values; between them stands the whole picture's mean, so it is read twice."""
+    """`jitter` of uint8 [height, width, 3]. Brightness and contrast are a table of 256 values. Contrast needs the mean grey
+    level after brightness, so the picture is read twice."""
     table = np.empty(256, np.uint8)
     for value in range(256):
         table[value] = blend(value, 0, brightness)

@@ -1,4 +1,4 @@
-"""Which samples in which views a rank loads, request by request; both backends serve the same requests."""
+"""Which samples a rank loads, in which views, request by request; both backends take the same requests."""
 
 from __future__ import annotations
 
