@@ -89,7 +89,7 @@ def checked(index: Index, made: Iterator[AnyBatch], on_bad: str, on_skip: OnSkip
 
 
 def refusal(index: Index, bad: Bad) -> UserError:
-    verify = command("data", "verify", "--data", index.folder.parent, "--deny-list", "bad.txt")
+    verify = command("data verify", "--data", index.folder.parent, "--deny-list", "bad.txt")
     return UserError(
         f"cannot decode {index.where(bad.sample)}: {bad.reason}. Next: {verify} finds every such file; "
         "then run the same command again with data.deny_list=bad.txt, or with data.on_bad=skip."

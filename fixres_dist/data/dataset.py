@@ -63,7 +63,7 @@ def load(
         more = f"\n  and {len(bad) - 5} more" if len(bad) > 5 else ""
         raise UserError(
             f"{len(bad)} of {len(index)} files in {here} are no readable images:\n  {listed}{more}\n"
-            f"Next: {command('data', 'verify', '--data', root, '--deny-list', 'bad.txt')}, then data.deny_list=bad.txt "
+            f"Next: {command('data verify', '--data', root, '--deny-list', 'bad.txt')}, then data.deny_list=bad.txt "
             "(`data shard`: --deny-list bad.txt); or data.on_bad=skip; or move them away."
         )
     return index
@@ -119,7 +119,7 @@ def denied(deny_list: str, split: str) -> list[str]:
         lines = Path(deny_list).read_bytes().splitlines()
     except OSError as error:
         raise UserError(
-            f"data.deny_list is {deny_list!r}: {error.strerror}. Next: {command('data', 'verify')} writes one."
+            f"data.deny_list is {deny_list!r}: {error.strerror}. Next: {command('data verify')} writes one."
         ) from None
     names = (os.fsdecode(line.partition(b"\t")[0]) for line in lines if not line.startswith(b"#"))
     return [name.removeprefix(f"{split}/") for name in names if name.startswith(f"{split}/") and name != f"{split}/"]

@@ -68,7 +68,7 @@ def write_shards(index: Index, out: Path, samples_per_shard: int, progress: Prog
     if load(out, out / INDEX, fresh=True).fingerprint != index.fingerprint:
         raise UserError(
             f"{out} does not hold the samples of {index.folder}: a file has changed since it was indexed. Next: remove {out}, "
-            f"{command('data', 'index', '--data', index.folder.parent, '--fresh')}, and the same command again."
+            f"{command('data index', '--data', index.folder.parent, '--fresh')}, and the same command again."
         )
     return made
 
