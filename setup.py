@@ -1,5 +1,8 @@
-"""Packaging lives in setup.cfg; this file exists for tools that still call it."""
+"""The packages of a wheel; all else of the packaging stands in setup.cfg."""
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
-setup()
+# configs/ and slurm/ travel inside the package, so that an installed fixres submits jobs as a checkout does.
+INSIDE = {"fixres_dist.configs": "configs", "fixres_dist.slurm": "slurm"}
+
+setup(packages=[*find_packages(include=["fixres_dist*"]), *INSIDE], package_dir=INSIDE)
