@@ -1,4 +1,4 @@
-"""Several ranks on this machine, followed to their end."""
+"""A run's ranks as processes of this machine, followed to their end."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,10 +31,10 @@ def local_gpus() -> int:
 
 
 def run_local(run: RunDir, processes: int, job: Job) -> int:
-    """`processes` ranks on this machine, followed to their end; returns the exit code.
+    """Run `processes` ranks and follow them to their end; returns the highest of their exit codes.
 
-    A stop signal to this process or to all of them makes the ranks save and leave; submitit's controller must not
-    end meanwhile.
+    A stop signal to this process, or to all of them, makes the ranks save and leave; submitit's controller, a process
+    between this one and the ranks, ignores it.
     """
     import submitit
 
@@ -55,40 +55,48 @@ def run_local(run: RunDir, processes: int, job: Job) -> int:
     follow(run, started, flag)
     with contextlib.suppress(OSError):
         executor.folder.rmdir()  # submitit leaves an empty folder named %j beside the job's
-    codes = []
-    for rank in range(processes):
-        try:
-            codes.append(int(started.task(rank).result()))
-        except Exception:  # submitit raises several kinds for a task that left no result; FAILED has the reason
-            codes.append(EXIT_FAILED)
+    tasks = [started.task(rank) for rank in range(processes)]
+    codes = [exit_code(task) for task in tasks]
     if run.done.exists():
         return EXIT_DONE
-    state = run.state()
-    said = run.failed.read_text().partition("\n")[0] if run.failed.exists() else ""
-    gone = [
-        started.task(rank).paths for rank in range(processes) if not started.task(rank).paths.result_pickle.exists()
-    ]
-    if flag.signal and state.state in UNFINISHED:  # no rank had come so far as to save
+    if flag.signal and run.state().state in UNFINISHED:  # no rank had come so far as to save
         run.cancel("cancelled; the same command goes on")
-    elif said.startswith(tuple(FULL.values())) or state.final or state.state == State.CANCELLED:
-        pass  # as it was told; on a full disk a rank cannot leave a result either
-    elif gone or not said:
-        lost = f"a process of the run died without a word (exit codes {codes}); its log: {started.paths.stdout.parent}"
-        if gone:
-            ranks = ", ".join(str(paths.task_id) for paths in gone)
-            lost = f"rank {ranks} left no result, killed by hand or out of memory (log: {gone[0].stdout})"
-        if said:  # by the others, who broke because of it
-            lost += f"; after it: {said}"
-            run.failed.unlink()
-        run.fail(lost, f"again, from the last checkpoint: {run.submit_command()}")
+    else:
+        name_lost_ranks(run, tasks, codes)
     if run.failed.exists():
         print(run.failed.read_text(), file=sys.stderr, end="")
     return max(codes)
 
 
+def exit_code(task: submitit.Job[int]) -> int:
+    try:
+        return int(task.result())
+    except Exception:  # submitit raises several kinds for a task that left no result; FAILED has the reason
+        return EXIT_FAILED
+
+
+def name_lost_ranks(run: RunDir, tasks: Sequence[submitit.Job[int]], codes: Sequence[int]) -> None:
+    """Write FAILED for ranks that could not write it themselves; other ranks may have failed because of them."""
+    state = run.state()
+    said = run.failed.read_text().partition("\n")[0] if run.failed.exists() else ""
+    gone = [task.paths for task in tasks if not task.paths.result_pickle.exists()]
+    if state.final or state.state == State.CANCELLED or said.startswith(tuple(FULL.values())) or (said and not gone):
+        return  # explained already; on a full disk a rank cannot leave a result either
+    if gone:
+        ranks = ", ".join(str(paths.task_id) for paths in gone)
+        lost = f"rank {ranks} left no result, killed by hand or out of memory (log: {gone[0].stdout})"
+    else:
+        folder = tasks[0].paths.stdout.parent
+        lost = f"a process of the run died without a word (exit codes {list(codes)}); its log: {folder}"
+    if said:
+        lost += f"; after it: {said}"
+        run.failed.unlink()
+    run.fail(lost, f"again, from the last checkpoint: {run.submit_command()}")
+
+
 @contextlib.contextmanager
 def ignored_signals() -> Iterator[None]:
-    """Children started inside inherit the ignored signals; the training ranks install their own handlers."""
+    """Processes started inside inherit the ignored signals; the ranks install handlers of their own."""
     kept = {number: signal.signal(number, signal.SIG_IGN) for number in SIGNALS}
     try:
         yield
@@ -98,7 +106,7 @@ def ignored_signals() -> Iterator[None]:
 
 
 def follow(run: RunDir, job: submitit.Job[int], flag: StopFlag) -> None:
-    """Copy rank 0's log to this terminal until the job ends; a stop signal is handed on."""
+    """Copy rank 0's log to this terminal until the job ends, and pass a stop signal on to the ranks."""
     log = Path(str(job.paths.stdout).replace("%t", "0"))
     position, told, asked = 0, False, False
     while True:
@@ -111,13 +119,14 @@ def follow(run: RunDir, job: submitit.Job[int], flag: StopFlag) -> None:
             with contextlib.suppress(OSError):  # a terminal that has hung up
                 print(f"stopping {run.name}: its ranks save and leave{again}", flush=True)
             told = True
-        if told and not asked and run.is_locked():  # rank 0 has met the others, so all of them remember signals
-            os.kill(int(job.job_id), signal.SIGTERM)  # submitit's controller, our child, hands it on
+        if told and not asked and run.is_locked():  # then rank 0 has met the others, and all have their handlers
+            os.kill(int(job.job_id), signal.SIGTERM)  # submitit's controller, our child, passes it on
             asked = True
         time.sleep(0.2)
 
 
 def copy_new(log: Path, position: int) -> int:
+    """Print the log from the byte `position` on; returns its new end."""
     try:
         with open(log) as file:
             file.seek(position)

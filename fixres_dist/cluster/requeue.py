@@ -12,7 +12,6 @@ import contextlib
 import re
 import signal
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -59,7 +58,7 @@ def stopped(run: RunDir, number: int, step: int, signal_delay_s: float) -> str:
         run.update_state(Event.STOP_REQUESTED, reason=name, eta_s=None)
         leave_to_batch_script(run, name)
         return f"{name}: saved at step {step}; the batch script asks Slurm why, and requeues."
-    why = slurm.stop(shown, slurm.restart_count(), signal_delay_s, time.time()) if shown else slurm.Stop("cancelled")
+    why = slurm.why_stopped(shown, signal_delay_s) if shown else slurm.Stop("cancelled")
     run.event(Event.STOP_REQUESTED, signal=name, step=step, reason=why.reason)
     return settle(run, job or "", why, f"{name} at step {step}")
 
@@ -115,7 +114,7 @@ def ended(run: RunDir, code: int) -> None:
     if shown is None:
         failed(run, job, code, cluster.max_restarts)
         return
-    why = slurm.stop(shown, slurm.restart_count(), cluster.signal_delay_s, time.time())
+    why = slurm.why_stopped(shown, cluster.signal_delay_s)
     if settled and (why.by_slurm or why.reason == "cancelled"):
         return  # rank 0 has settled it and was killed while leaving
     if why.by_slurm and (run.root / BROKEN).exists() and not slurm.was_preempted(shown):

@@ -1,6 +1,6 @@
-"""What Slurm knows: one scontrol call inside a job, one squeue call for all runs. No torch, and no accounting needed.
+"""Questions to Slurm: one scontrol call inside a job, one squeue call for all runs. No torch; needs no accounting.
 
-Measured with Slurm 22.05: while a job is told to stop, `PreemptTime` is set if it is preempted, the state is COMPLETING
+Measured with Slurm 22.05: when a job gets a stop signal, `PreemptTime` is set if it is preempted, its state is COMPLETING
 if it is cancelled, and `Restarts` is already higher if Slurm requeues it by itself.
 """
 
@@ -13,11 +13,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-ANSWER_S = 20  # a controller that is down lets its clients wait for minutes
+ANSWER_S = 20  # clients of a controller that is down wait for minutes
 EARLY_S = 90  # Slurm may warn of the time limit a minute early
 ALIVE = ("RUNNING", "SIGNALING", "STOPPED", "SUSPENDED", "CONFIGURING")
 
-# squeue's reasons in words; a job whose reason is not here is shown with Slurm's own word.
+# squeue's reasons in words; `status` shows others as Slurm spells them.
 WORDS = {
     "BeginTime": "held for about two minutes after a requeue, then it starts by itself",
     "Resources": "waits for free nodes",
@@ -35,8 +35,7 @@ WORDS = {
     "JobLaunchFailure": "a node could not start it; Slurm tries again",
 }
 
-
-# Parts of sbatch's refusals, and what to change.
+# Parts of sbatch's refusals, with the setting to change.
 REFUSALS = {
     "invalid partition": "there is no such partition: change cluster.partition",
     "node configuration is not available": "no partition has so many nodes, GPUs, CPUs or so much memory: change --nodes, "
@@ -46,16 +45,16 @@ REFUSALS = {
     "invalid account": "the account may not submit here: change cluster.account",
     "invalid qos": "there is no such QOS for you: change cluster.qos",
     "time limit": "the time limit is above the partition's: change cluster.time",
-    "invalid feature": "no node has what cluster.constraint asks for",
+    "invalid feature": "no node has the features of cluster.constraint",
     "invalid node name": "cluster.exclude names a node that does not exist",
 }
 
 
 @dataclass(frozen=True)
 class Stop:
-    """Why a job is told to stop, and whether Slurm requeues it by itself."""
+    """Why a job got a stop signal, and whether Slurm requeues it by itself."""
 
-    # asked: a signal by hand, nothing forces the job off
+    # asked: a signal by hand, and Slurm lets the job run on
     reason: Literal["preempted", "timeout", "cancelled", "asked", "failure"]
     by_slurm: bool = False
 
@@ -96,44 +95,49 @@ def show(job: str) -> dict[str, str] | None:
     return {key: value for key, equals, value in (item.partition("=") for item in answer.stdout.split()) if equals}
 
 
-def stop(job: Mapping[str, str], starts: int, signal_delay_s: float, now: float) -> Stop:
-    """Why `job` (as shown by scontrol) is told to stop; `starts` is SLURM_RESTART_COUNT of the one who asks."""
-    if int(job.get("Restarts", 0)) > starts or job.get("JobState") == "PENDING":
+def why_stopped(job: Mapping[str, str], signal_delay_s: float) -> Stop:
+    """Why `job`, the one of this process as `show` returns it, got a stop signal.
+
+    `signal_delay_s`: how long before the time limit Slurm was asked to warn.
+    """
+    state = job.get("JobState")
+    if requeued_meanwhile(job):
         return Stop("preempted", by_slurm=True)
-    if job.get("JobState") not in ALIVE:
-        return Stop("timeout" if job.get("Reason") == "TimeLimit" or job.get("JobState") == "TIMEOUT" else "cancelled")
+    if state not in ALIVE:
+        return Stop("timeout" if job.get("Reason") == "TimeLimit" or state == "TIMEOUT" else "cancelled")
     if was_preempted(job):
         return Stop("preempted")
-    return Stop("timeout" if seconds_left(job, now) <= signal_delay_s + EARLY_S else "asked")
+    return Stop("timeout" if seconds_left(job) <= signal_delay_s + EARLY_S else "asked")
+
+
+def requeued_meanwhile(job: Mapping[str, str]) -> bool:
+    """Whether `job` waits again, or has been started again, since the start of this process."""
+    starts = int(os.environ.get("SLURM_RESTART_COUNT") or 0)
+    return job.get("JobState") == "PENDING" or int(job.get("Restarts", 0)) > starts
 
 
 def was_preempted(job: Mapping[str, str]) -> bool:
     return job.get("PreemptTime", "None") not in ("None", "Unknown", "(null)")
 
 
-def seconds_left(job: Mapping[str, str], now: float) -> float:
+def seconds_left(job: Mapping[str, str]) -> float:
     try:
-        return time.mktime(time.strptime(job["EndTime"], "%Y-%m-%dT%H:%M:%S")) - now
+        return time.mktime(time.strptime(job["EndTime"], "%Y-%m-%dT%H:%M:%S")) - time.time()
     except (KeyError, ValueError):  # no time limit: EndTime=Unknown
         return float("inf")
-
-
-def restart_count(environ: Mapping[str, str] = os.environ) -> int:
-    return int(environ.get("SLURM_RESTART_COUNT") or 0)
 
 
 def requeue(job: str) -> str:
     """Put `job` back into the queue. Slurm kills it for that, so everything must be saved before.
 
-    Returns why Slurm refused; a job that is requeued already is no refusal.
+    Returns Slurm's refusal; empty if it complied, or has requeued the job already.
     """
     answer = call("scontrol", "requeue", job)
     if answer is None:
         return "scontrol does not answer"
     if answer.returncode == 0:
         return ""
-    shown = show(job) or {}
-    if shown.get("JobState") == "PENDING" or int(shown.get("Restarts", 0)) > restart_count():
+    if requeued_meanwhile(show(job) or {}):
         return ""
     return answer.stderr.strip() or f"scontrol requeue ended with {answer.returncode}"
 
@@ -148,10 +152,8 @@ def queue(users: Iterable[str]) -> dict[str, Queued] | None:
 
 
 def refusal(said: str) -> str:
-    """Slurm's refusal of a submission in plain words, with what this cluster accepts."""
-    text = next(
-        (words for part, words in REFUSALS.items() if part.lower() in said.lower()), "Slurm refuses the submission"
-    )
+    """sbatch's refusal `said` in plain words, with this cluster's partitions."""
+    text = next((words for part, words in REFUSALS.items() if part in said.lower()), "Slurm refuses the submission")
     answer = call("sinfo", "-h", "-o", "%R: %D nodes with %c CPUs, %G, %m MB, time limit %l")
     accepted = "; ".join(sorted(set(answer.stdout.splitlines()))) if answer and answer.returncode == 0 else ""
     reason = " ".join(said.split())
@@ -159,7 +161,7 @@ def refusal(said: str) -> str:
 
 
 def in_words(job: Queued) -> str:
-    """Why the job is where it is; empty for one that runs."""
+    """Why the job waits; empty for one that runs."""
     if job.state in ("RUNNING", "SIGNALING"):
         return ""
     if job.state == "COMPLETING":

@@ -37,8 +37,12 @@ RUNNING = {"JobState": "RUNNING", "Restarts": "0", "PreemptTime": "None", "EndTi
         ({}, slurm.Stop("asked")),
     ],
 )
-def test_why_a_job_is_told_to_stop(shown: dict[str, str], expected: slurm.Stop) -> None:
-    assert slurm.stop(RUNNING | shown, starts=0, signal_delay_s=30, now=1000.0) == expected
+def test_why_a_job_is_told_to_stop(
+    shown: dict[str, str], expected: slurm.Stop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("SLURM_RESTART_COUNT", raising=False)
+    monkeypatch.setattr(time, "time", lambda: 1000.0)
+    assert slurm.why_stopped(RUNNING | shown, signal_delay_s=30) == expected
 
 
 def test_the_id_of_an_array_task_is_never_the_raw_one() -> None:
