@@ -87,7 +87,7 @@ def name_lost_ranks(run: RunDir, tasks: Sequence[submitit.Job[int]], codes: Sequ
         lost = f"rank {ranks} left no result, killed by hand or out of memory (log: {gone[0].stdout})"
     else:
         folder = tasks[0].paths.stdout.parent
-        lost = f"a process of the run died without a word (exit codes {list(codes)}); its log: {folder}"
+        lost = f"a process of the run ended without a message (exit codes {list(codes)}); its log: {folder}"
     if said:
         lost += f"; after it: {said}"
         run.failed.unlink()
