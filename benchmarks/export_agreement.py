@@ -23,12 +23,11 @@ sys.path.insert(0, str(ROOT))
 
 from fixres_dist.base.environment import git, processor, versions
 from fixres_dist.config.schema import Config
-from fixres_dist.data import demo
+from fixres_dist.data import class_maps, demo
 from fixres_dist.evaluation.inputs import Subject, opened, parts_with, weights_after
 from fixres_dist.models import weights
 from fixres_dist.models.build import build_model
 from fixres_dist.publishing import export
-from fixres_dist.publishing.model_card import class_names
 from fixres_dist.runs.rundir import RunDir
 from fixres_dist.training.predict import predict
 
@@ -52,11 +51,12 @@ def compare(run: RunDir, config: Config) -> dict[str, Any]:
     after, res = weights_after(run), config.data.res
     with opened(config, [Subject("after", after)], run.root) as live:
         (ours,) = predict(live, [parts_with(live, after)], res, config.data.resize_rule)
+    classes = list(class_maps.trained_classes(config, run.root, "val"))
     with tempfile.TemporaryDirectory() as folder:
-        model = build_model(config.model.timm_name, len(class_names(run)))
+        model = build_model(config.model.timm_name, len(classes))
         weights.fill(model, weights.read_state(after), str(after))
         weights.write_weights(model, Path(folder) / "model.safetensors", config, res)
-        export.write_config(model, Path(folder) / "config.json", config, res, class_names(run))
+        export.write_config(model, Path(folder) / "config.json", config, res, classes)
         predicted, labels = timms(folder, Path(config.data.root) / "val")
     hits = int((predicted == labels).sum())
     return {

@@ -9,6 +9,7 @@ from pathlib import Path
 from fixres_dist.base.errors import EXIT_DONE, UserError
 from fixres_dist.base.files import write_text
 from fixres_dist.base.text import parse_sizes
+from fixres_dist.data import class_maps
 from fixres_dist.evaluation.inputs import weights_after, weights_before
 from fixres_dist.publishing import model_card
 from fixres_dist.runs.results import Results
@@ -56,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
     from fixres_dist.models import weights
     from fixres_dist.publishing import export
 
-    classes = model_card.class_names(run)
+    classes = list(class_maps.trained_classes(config, run.root, "val"))
     starting = args.alpha != 1 and weights_before(run) is None
     model = weights.open_model(config, len(classes), with_weights=starting)
     state = weights.read_state(weights_after(run))

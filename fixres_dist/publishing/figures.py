@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from fixres_dist.evaluation.interpolation import Mixture
 
 TOP1 = "top-1 (%)"
+# A resolution's name along its line, three points to the left.
+MARK: dict[str, Any] = {"xycoords": ("data", "axes fraction"), "xytext": (-3, 0), "textcoords": "offset points"}
+MARK |= {"rotation": 90, "va": "bottom", "ha": "right", "fontsize": 8}
 
 
 @contextlib.contextmanager
@@ -59,15 +62,8 @@ def sweep_plot(curves: Mapping[str, Mapping[int, Summary]], config: Config, file
         marks = {"fixed at": config.data.res, **({"trained at": config.pretrain.res} if config.pretrain else {})}
         for text, res in marks.items():
             axes.axvline(res, color="tab:gray", lw=0.8, ls=":")
-            where: dict[str, Any] = {
-                "xycoords": ("data", "axes fraction"),
-                "xytext": (-3, 0),
-                "textcoords": "offset points",
-            }
-            axes.annotate(text, (res, 0.02), rotation=90, va="bottom", ha="right", fontsize=8, **where)
-        axes.set_xticks(list(next(iter(curves.values()))))
-        axes.set_xlabel("test resolution (px)")
-        axes.set_ylabel(TOP1)
+            axes.annotate(text, (res, 0.02), **MARK)
+        axes.set(xticks=list(next(iter(curves.values()))), xlabel="test resolution (px)", ylabel=TOP1)
 
 
 def activation_plot(inputs: Mapping[tuple[str, int], NDArray[np.float32]], title: str, file: Path) -> None:
@@ -82,22 +78,17 @@ def activation_plot(inputs: Mapping[tuple[str, int], NDArray[np.float32]], title
     with figure(file, title, (11, 4.5), panels=2) as (left, right):
         for (label, res), values in inputs.items():
             colour = {"training": "black", "before": "tab:gray", "after": "tab:blue"}.get(label, "tab:green")
-            style: dict[str, Any] = {
-                "color": colour,
-                "ls": "--" if res == low else "-",
-                "lw": 1.3,
-                "label": f"{label}, {res} px",
-            }
+            style: dict[str, Any] = {"color": colour, "lw": 1.3, "label": f"{label}, {res} px"}
+            style["ls"] = "--" if res == low else "-"
             left.plot(np.quantile(values, shares), 100 * shares, **style)
             if values is not base:
                 shift = np.abs(values.mean(0) - base.mean(0)) / spread
                 right.plot(np.sort(shift), 100 * np.arange(1, len(shift) + 1) / len(shift), **style)
         left.set_xlim(*np.quantile(np.concatenate([v.ravel() for v in inputs.values()]), [0.001, 0.995]))
-        left.set_xlabel("activation after pooling")
-        left.set_ylabel("activations at or below (%)")
-        right.set_xlabel("shift of a channel's mean from training (standard deviations)")
-        right.set_ylabel("channels at or below (%)")
         right.set_xlim(left=0)
+        left.set(xlabel="activation after pooling", ylabel="activations at or below (%)")
+        shift_label = "shift of a channel's mean from training (standard deviations)"
+        right.set(xlabel=shift_label, ylabel="channels at or below (%)")
 
 
 def alpha_plot(curves: Mapping[str, Sequence[Mixture]], config: Config, file: Path) -> None:
@@ -105,8 +96,7 @@ def alpha_plot(curves: Mapping[str, Sequence[Mixture]], config: Config, file: Pa
     with figure(file, f"{config.model.name} at {config.data.res} px between the two heads") as (axes,):
         for name, mixtures in curves.items():
             axes.plot([m.alpha for m in mixtures], [m.summary.top1 for m in mixtures], "o-", label=name)
-        axes.set_xlabel("alpha: 0 the starting head, 1 the fixed one")
-        axes.set_ylabel(TOP1)
+        axes.set(xlabel="alpha: 0 the starting head, 1 the fixed one", ylabel=TOP1)
 
 
 def published_plot(curves: Mapping[str, Sequence[tuple[float, float, float]]], rows: Sequence[Row], file: Path) -> None:
@@ -114,20 +104,17 @@ def published_plot(curves: Mapping[str, Sequence[tuple[float, float, float]]], r
     from before to after for each run."""
     colours = {"Noisy Student": "tab:blue", "AdvProp": "tab:orange"}
     with figure(file, size=(13, 5), panels=2, share_y=True) as axes:
-        for k, label in enumerate(("parameters (millions)", "multiply-adds (billions)")):
+        for k, cost_label in enumerate(("parameters (millions)", "multiply-adds (billions)")):
             for name, points in curves.items():
-                style: dict[str, Any] = {
-                    "color": colours[name.partition(",")[0]],
-                    "ls": "-" if name.endswith("fixed") else "--",
-                }
                 x, top1 = [point[k] for point in points], [point[2] for point in points]
-                axes[k].plot(x, top1, "o", ms=4, lw=1, label=f"{name} (published, ImageNet)", **style)
+                colour, line = colours[name.partition(",")[0]], "-" if name.endswith("fixed") else "--"
+                label = f"{name} (published, ImageNet)"
+                axes[k].plot(x, top1, "o", ms=4, lw=1, color=colour, ls=line, label=label)
             for i, row in enumerate(rows):
                 colour, cost = f"C{2 + i % 8}", (row.parameters_m, row.multiply_adds_g)[k]
                 before, after = ((cost, accuracy.top1) for accuracy in (row.results.before, row.results.after))
                 axes[k].annotate("", after, before, arrowprops={"arrowstyle": "->", "color": colour})
                 axes[k].plot(*before, "s", mfc="white", color=colour, ms=5)
                 axes[k].plot(*after, "s", color=colour, ms=6, label=f"{row.run} ({row.data})")
-            axes[k].set_xscale("log")
-            axes[k].set_xlabel(label)
+            axes[k].set(xscale="log", xlabel=cost_label)
         axes[0].set_ylabel(TOP1)

@@ -11,6 +11,7 @@ from typing import Any
 from fixres_dist.base.commands import command
 from fixres_dist.base.text import markdown_table
 from fixres_dist.config.schema import Config
+from fixres_dist.data import class_maps
 from fixres_dist.runs.results import Accuracy, BeforeAfter, Results
 from fixres_dist.runs.rundir import RunDir
 
@@ -22,12 +23,6 @@ RULES = {
     "shorter side instead, so timm's own evaluation differs from the numbers above",
     "timm": "the model's own crop_pct and interpolation at {res} px",
 }
-
-
-def class_names(run: RunDir) -> list[str]:
-    """In the order of the classifier's outputs."""
-    names = json.loads((run.root / "class_index.json").read_text())
-    return [names[str(k)] for k in range(len(names))]
 
 
 def data_name(config: Config) -> str:
@@ -106,7 +101,8 @@ def row(line: BeforeAfter) -> list[object]:
 
 def text(run: RunDir, files: list[str], licence: str | None, alpha: float = 1.0) -> str:
     """The card for a finished run's exported `files`; `licence` is that of the starting weights, where timm knows it."""
-    config, results, classes = run.config(), Results.read(run), len(class_names(run))
+    config, results = run.config(), Results.read(run)
+    classes = len(class_maps.trained_classes(config, run.root, "val"))
     name, exported = f"{config.model.name} fixed at {results.res} px", of_exported(run, results, alpha)
     table = f"Not measured: `{command('interpolate', '--run', run.root, '--alpha', f'0,{alpha:g},1')}` does."
     if exported:

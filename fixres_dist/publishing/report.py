@@ -12,7 +12,8 @@ from fixres_dist.base.text import duration, markdown_table
 from fixres_dist.cluster import status
 from fixres_dist.config import recipes
 from fixres_dist.config.schema import Config
-from fixres_dist.publishing.model_card import class_names, data_name, evaluations, of_sets
+from fixres_dist.data import class_maps
+from fixres_dist.publishing.model_card import data_name, evaluations, of_sets
 from fixres_dist.runs.results import BeforeAfter, Results
 from fixres_dist.runs.rundir import RunDir
 
@@ -67,7 +68,8 @@ class Row:
 
 
 def row(run: RunDir) -> Row:
-    config, classes = run.config(), len(class_names(run))
+    config = run.config()
+    classes = len(class_maps.trained_classes(config, run.root, "val"))
     parameters, multiply_adds_g, trained_at = costs(config, classes)
     return Row(
         run=run.name,
