@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -44,6 +45,26 @@ def test_files_load_in_the_forms_people_have(tmp_path: Path, form: str) -> None:
     assert all(torch.equal(v, wanted[k]) for k, v in model.state_dict().items())
 
 
+def test_weights_for_a_model_on_the_meta_device_are_checked_and_not_loaded(tmp_path: Path) -> None:
+    """As at submission: a file of other classes is refused, timm's weights without a download, and what fits is accepted."""
+    save_file(state(classes=10), tmp_path / "w.safetensors")
+    with torch.device("meta"):
+        model, resnet = build_model(NAME, 10), build_model("resnet18.a1_in1k", 10)
+    weights.load_weights(model, NAME, str(tmp_path / "w.safetensors"), new_classifier=False)
+    assert all(value.is_meta for value in model.state_dict().values())
+    with pytest.raises(UserError, match=r"resnet18.a1_in1k classifies 1000 classes, the data set has 10"):
+        weights.load_weights(resnet, "resnet18.a1_in1k", "pretrained", new_classifier=False)
+    weights.load_weights(resnet, "resnet18.a1_in1k", "pretrained", new_classifier=True)
+
+
+def test_a_classifier_of_as_many_classes_and_other_inputs_is_refused(tmp_path: Path) -> None:
+    """Even where stage one trains a new one: these are another model's weights."""
+    other = state(classes=5)
+    other["classifier.weight"] = other["classifier.weight"][:, :7].clone()
+    with pytest.raises(UserError, match="does not fit EfficientNet"):
+        weights.fill(build_model(NAME, 5), other, "a file", new_classifier=True)
+
+
 def test_partial_coverage_is_refused_and_leaves_the_model_alone(tmp_path: Path) -> None:
     broken = state()
     del broken["bn2.weight"]
@@ -70,12 +91,12 @@ def test_another_number_of_classes_needs_stage_one(tmp_path: Path) -> None:
     assert torch.equal(model.conv_stem.weight, state(classes=10)["conv_stem.weight"])
 
 
+@pytest.mark.parametrize("name", ["w.pth", "w.safetensors"])
 @pytest.mark.parametrize("content", [b"", b"no weights at all", b"PK\x03\x04torn"])
-def test_torn_files_are_refused(tmp_path: Path, content: bytes) -> None:
-    for name in ("w.pth", "w.safetensors"):
-        (tmp_path / name).write_bytes(content)
-        with pytest.raises(UserError, match=str(tmp_path / name)):
-            weights.read_state(tmp_path / name)
+def test_torn_files_are_refused(tmp_path: Path, content: bytes, name: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=str(tmp_path / name)):
+        weights.read_state(tmp_path / name)
 
 
 def test_a_pickle_that_holds_code_is_not_opened(tmp_path: Path) -> None:
@@ -89,21 +110,17 @@ def test_names_timm_cannot_build_are_refused() -> None:
         build_model("no_such_model", 5)
 
 
-def test_a_tag_that_timm_does_not_know_is_refused_with_the_nearest() -> None:
-    for ask in (lambda name: build_model(name, 5), preprocessing, weights.hub_state):
-        with pytest.raises(UserError, match=r"unknown weights tag of resnet50 'a1_in1'. Did you mean 'a1_in1k'\?"):
-            ask("resnet50.a1_in1")
+@pytest.mark.parametrize("ask", [lambda name: build_model(name, 5), preprocessing, weights.hub_state])
+def test_a_tag_that_timm_does_not_know_is_refused_with_the_nearest(ask: Callable[[str], object]) -> None:
+    with pytest.raises(UserError, match=r"unknown weights tag of resnet50 'a1_in1'. Did you mean 'a1_in1k'\?"):
+        ask("resnet50.a1_in1")
 
 
-def test_preprocessing_is_timms(tmp_path: Path) -> None:
-    for name in ("resnet18.a1_in1k", "tf_efficientnet_b8.ap_in1k"):
-        spec, cfg = preprocessing(name), timm.get_pretrained_cfg(name)
-        assert (spec.mean, spec.std, spec.crop_pct, spec.interpolation) == (
-            cfg.mean,
-            cfg.std,
-            cfg.crop_pct,
-            cfg.interpolation,
-        )
+@pytest.mark.parametrize("name", ["resnet18.a1_in1k", "tf_efficientnet_b8.ap_in1k"])
+def test_preprocessing_is_timms(name: str) -> None:
+    spec, cfg = preprocessing(name), timm.get_pretrained_cfg(name)
+    assert (spec.mean, spec.std, spec.crop_pct) == (cfg.mean, cfg.std, cfg.crop_pct)
+    assert (spec.interpolation, spec.train_res) == (cfg.interpolation, cfg.input_size[-1])
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])

@@ -69,55 +69,53 @@ def expected(row: tuple[str, str, str, str], policy: str) -> tuple[list[str], st
     return found[policy]
 
 
+@pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("name", [*SMALL, *LARGE])
-def test_tuned_modules_by_structure(name: str) -> None:
-    row = {**SMALL, **LARGE}[name]
-    for policy in POLICIES:
-        model, wanted = meta(name), expected(row, policy)
-        if wanted is None:
-            with pytest.raises(UserError, match=rf"{type(model).__name__}.*Next: tune.policy=classifier"):
-                policies.select(model, policy)
-            continue
-        tuned = policies.select(model, policy)
-        assert (list(tuned.modules), tuned.last_bn) == wanted, policy
-        frozen = wanted[1] if policy == "classifier+bn_stats" else None
-        assert set(tuned.parameters) == {
-            f"{m}.{n}" for m in wanted[0] if m != frozen for n, _ in model.get_submodule(m).named_parameters()
-        }
-        assert set(tuned.buffers) == ({f"{wanted[1]}.{b}" for b in BN_BUFFERS} if wanted[1] else set())
+def test_tuned_modules_by_structure(name: str, policy: str) -> None:
+    model, wanted = meta(name), expected({**SMALL, **LARGE}[name], policy)
+    if wanted is None:
+        with pytest.raises(UserError, match=rf"{type(model).__name__}.*Next: tune.policy=classifier"):
+            policies.select(model, policy)
+        return
+    tuned = policies.select(model, policy)
+    assert (list(tuned.modules), tuned.last_bn) == wanted
+    frozen = wanted[1] if policy == "classifier+bn_stats" else None
+    assert set(tuned.parameters) == {
+        f"{m}.{n}" for m in wanted[0] if m != frozen for n, _ in model.get_submodule(m).named_parameters()
+    }
+    assert set(tuned.buffers) == ({f"{wanted[1]}.{b}" for b in BN_BUFFERS} if wanted[1] else set())
 
 
-@pytest.mark.parametrize("name", list(SMALL))
-def test_exactly_those_change_in_a_step(name: str) -> None:
-    built = build_model(name, 5)
-    for p in built.parameters():  # scales that start at zero would stop the gradient
+@pytest.mark.parametrize(
+    ("name", "policy"), [(name, policy) for name, row in SMALL.items() for policy in POLICIES if expected(row, policy)]
+)
+def test_exactly_those_change_in_a_step(name: str, policy: str) -> None:
+    model = build_model(name, 5)
+    for p in model.parameters():  # scales that start at zero would stop the gradient
         p.data += 0.1 * (p.dim() == 1)
-    before = built.state_dict()
-    for policy in POLICIES:
-        if expected(SMALL[name], policy) is None:
-            continue
-        model = copy.deepcopy(built)
-        parts = parts_of(model, policy)
-        assert {n for n, p in model.named_parameters() if p.requires_grad} == set(parts.tuned.parameters)
-        one_step(parts, "exact")
-        changed = {n for n, v in model.state_dict().items() if not torch.equal(v, before[n])}
-        assert changed == {n for n in parts.tuned.tensors if not n.endswith("num_batches_tracked")}, policy
+    before = copy.deepcopy(model.state_dict())
+    parts = parts_of(model, policy)
+    assert {n for n, p in model.named_parameters() if p.requires_grad} == set(parts.tuned.parameters)
+    one_step(parts, "exact")
+    changed = {n for n, v in model.state_dict().items() if not torch.equal(v, before[n])}
+    assert changed == {n for n in parts.tuned.tensors if not n.endswith("num_batches_tracked")}
 
 
+@pytest.mark.parametrize("policy", ["classifier+bn", "last_block"])
 @pytest.mark.parametrize("name", ["mobilenetv3_small_050", "densenet121", "convnext_atto", "test_vit"])
-def test_trunk_and_head_are_the_model_at_another_resolution(name: str) -> None:
+def test_trunk_and_head_are_the_model_at_another_resolution(name: str, policy: str) -> None:
     model = build_model(name, 5)
     images = torch.randn(2, 3, 96, 96)
     with torch.no_grad():
         logits = model(images)
-        for policy in ("classifier+bn", "last_block"):
-            parts = parts_of(model, policy)
-            assert parts.trunk is not None
-            torch.testing.assert_close(parts.head(*parts.trunk(images)), logits)
+        parts = parts_of(model, policy)
+        assert parts.trunk is not None
+        torch.testing.assert_close(parts.head(*parts.trunk(images)), logits)
 
 
-def test_what_no_policy_can_tune_is_refused_with_the_reason() -> None:
-    for name, policy, words in (
+@pytest.mark.parametrize(
+    ("name", "policy", "words"),
+    [
         ("nfnet_f0", "classifier+bn", "has none. Next: tune.policy=classifier"),
         ("convnext_atto", "classifier+bn_stats", r"head.norm \(LayerNorm2d\), keeps none"),
         ("densenet121", "classifier+bn+conv_head", r"denselayer16.conv2 \(Conv2d\) stands before features.norm5"),
@@ -125,9 +123,11 @@ def test_what_no_policy_can_tune_is_refused_with_the_reason() -> None:
         ("deit_tiny_distilled_patch16_224", "classifier", "no single classifier layer"),
         ("eva02_tiny_patch14_224", "last_block", "rotary embedding"),
         ("pvt_v2_b0", "classifier+bn", "more than image features"),
-    ):
-        with pytest.raises(UserError, match=words):
-            parts_of(meta(name), policy)
+    ],
+)
+def test_what_no_policy_can_tune_is_refused_with_the_reason(name: str, policy: str, words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        parts_of(meta(name), policy)
 
 
 def test_the_widest_resnext_is_built_and_not_its_namesake() -> None:
@@ -152,16 +152,25 @@ def test_vit_at_another_resolution_is_timms_own() -> None:
         torch.testing.assert_close(model(images), other(images))
 
 
-def test_resolutions_that_do_not_fit_are_refused_with_the_nearest_that_does() -> None:
-    for name, res, words in (
+@pytest.mark.parametrize(
+    ("name", "res", "words"),
+    [
         ("test_vit", 100, "patches are 16 px. Accepted near it: 96"),
         ("vit_tiny_patch16_224", 391, "Next: --res 384"),
         ("maxvit_tiny_tf_224", 256, "cannot change freely. Accepted near it: 224"),
-    ):
-        with pytest.raises(UserError, match=words):
-            check_resolutions(meta(name), [own_size(meta(name)), res])
-    check_resolutions(meta("tf_efficientnet_b0"), [33, 420, 472])
-    check_resolutions(meta("swin_tiny_patch4_window7_224"), [224, 288])
+    ],
+)
+def test_resolutions_that_do_not_fit_are_refused_with_the_nearest_that_does(name: str, res: int, words: str) -> None:
+    model = meta(name)
+    with pytest.raises(UserError, match=words):
+        check_resolutions(model, [own_size(model), res])
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes"), [("tf_efficientnet_b0", [33, 420, 472]), ("swin_tiny_patch4_window7_224", [224, 288])]
+)
+def test_resolutions_that_fit_are_accepted(name: str, sizes: list[int]) -> None:
+    check_resolutions(meta(name), sizes)
 
 
 def test_a_vit_is_fixed_and_swept_at_sizes_not_its_own(tmp_path: Path, photos: Path) -> None:
