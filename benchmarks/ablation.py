@@ -7,7 +7,6 @@ fixes the same pretrained weights at 192 px. Finished runs are not run again. Pr
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import statistics
 import sys
@@ -18,6 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from fixres_dist.base.environment import git, processor, versions
+from fixres_dist.cli import main as fixres
 from fixres_dist.runs.rundir import RunDir
 
 # policy, transform, BN statistics, epochs averaged
@@ -38,14 +38,8 @@ DEFAULT = ("classifier+bn", "test_aug", "exact", 0)  # the recipe: the seed's ow
 
 
 def submit(*arguments: object) -> None:
-    """launch/submit.py in this process: loading torch for each of forty runs would take minutes."""
-    spec = importlib.util.spec_from_file_location("submit", ROOT / "launch" / "submit.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["submit"] = module
-    spec.loader.exec_module(module)
-    if module.main([*map(str, arguments), "--cluster", "inline"]) != 0:
+    """`fixres submit` in this process: loading torch for each of forty runs would take minutes."""
+    if fixres.main(["submit", *map(str, arguments), "--cluster", "inline"]) != 0:
         raise SystemExit(f"stopped in {arguments}; the same command goes on from here")
 
 

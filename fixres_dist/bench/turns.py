@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
+from fixres_dist.base.commands import command
 from fixres_dist.base.environment import processor, versions
 
 PRELOADED = ("fixres_dist.bench.model", "fixres_dist.bench.pipeline")  # imported once, by the server that forks
@@ -156,7 +157,7 @@ def result(stage: str, rows: list[dict[str, Any]], ratios: dict[str, Any], **mor
         "stage": stage,
         "hardware": hardware(),
         "versions": versions(),
-        "command": " ".join(["python -m fixres_dist", *sys.argv[1:]]),
+        "command": command("bench", *sys.argv[2:]),
         "rows": rows,
         "ratios": ratios,
         **more,

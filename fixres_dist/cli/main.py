@@ -29,7 +29,7 @@ GROUPS = {
         "board": "TensorBoard of runs",
     },
     "Evaluate": {
-        "evaluate": "accuracy of a run before and after fixing, or of a weights file, on one or several sets",
+        "evaluate": "accuracy of a run before and after fixing, or of a weights file",
         "sweep": "accuracy against test resolution: table, JSON and PNG",
         "interpolate": "accuracy between a run's starting weights and its fixed ones: table, JSON and PNG",
         "compare": "the gain between two runs or two files of predictions, paired image by image",
@@ -50,7 +50,7 @@ COMMANDS = {name: text for group in GROUPS.values() for name, text in group.item
 
 
 def overview() -> str:
-    lines = [f"usage: {command('COMMAND')} [options]     {command('COMMAND')} --help for its options and examples"]
+    lines = [f"usage: {command('COMMAND')} [options]; COMMAND --help shows its options and examples"]
     for title, group in GROUPS.items():
         lines += [title, *(f"  {name:<13}{text}" for name, text in group.items())]
     return "\n".join(lines)
@@ -88,8 +88,12 @@ def main(argv: Sequence[str] | None = None, form: str = "fixres") -> int:
 def call(name: str, words: Sequence[str]) -> int:
     if name not in COMMANDS:
         raise unknown("command", name, COMMANDS)
-    p = add_command(argparse.ArgumentParser(prog=command(name)), name)
-    settings_anywhere = p.get_default("overrides") is not None
-    args = (p.parse_intermixed_args if settings_anywhere else p.parse_args)(words)
+    args = parse(add_command(argparse.ArgumentParser(prog=command(name)), name), words)
     args.words = list(words)
     return int(args.func(args))
+
+
+def parse(p: argparse.ArgumentParser, words: Sequence[str]) -> argparse.Namespace:
+    """A command with settings takes them between its options too, which argparse cannot do for one with subcommands."""
+    intermixed = p.get_default("overrides") is not None
+    return p.parse_intermixed_args(words) if intermixed else p.parse_args(words)

@@ -10,18 +10,22 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from fixres_dist.base.commands import FORM
+
 ROOT = Path(__file__).parents[2]
 
 
 def command(*arguments: object) -> list[str]:
-    """`submit ...` or a `fixres_dist` command, as an argument list."""
+    """A command as an argument list: submit through launch/, all others through the package."""
     first, *rest = map(str, arguments)
     start = [f"{ROOT}/launch/submit.py"] if first == "submit" else ["-m", "fixres_dist", first]
     return [sys.executable, *start, *rest]
 
 
 def environment() -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    """Of a user's shell, whatever commands ran in this process before."""
+    kept = {name: value for name, value in os.environ.items() if name != FORM}
+    return {**kept, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 
 def run(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:

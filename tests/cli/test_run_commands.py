@@ -1,0 +1,146 @@
+"""status, logs, cancel and board on run directories as jobs leave them, without Slurm."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from fixres_dist.base.files import write_text
+from fixres_dist.cli.main import main
+from fixres_dist.config import reading
+from fixres_dist.config.schema import Config
+from fixres_dist.runs.rundir import RunDir
+from fixres_dist.runs.states import Event
+
+
+def make(runs: Path, name: str, **state: object) -> RunDir:
+    run = RunDir(runs / name)
+    run.root.mkdir(parents=True)
+    write_text(run.config_file, reading.dump(reading.parse(Config, {"model": {"name": "b0"}})))
+    run.update_state(**state)
+    return run
+
+
+def write_log(run: RunDir, rank: int, text: str, stream: str = "out") -> None:
+    folder = run.root / "submitit" / "7"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"7_{rank}_log.{stream}").write_text(text)
+
+
+def test_status_lists_runs_with_their_reasons_and_as_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    done = make(tmp_path, "done", total_steps=40, step=40)
+    done.finish()
+    make(tmp_path, "broken", total_steps=1200, step=30).fail("no space", "make room")
+    assert main(["status", "--runs-dir", str(tmp_path)]) == 0
+    head, *lines = capsys.readouterr().out.splitlines()
+    assert head.split() == ["NAME", "STATE", "STEP", "%", "ETA", "IMG/S", "TOP-1", "RESTARTS", "NODES", "LOG"]
+    assert lines[0].split()[:5] == ["done", "done", "40/40", "100", "0s"]
+    assert lines[1].split()[:4] == ["broken", "failed", "30/1200", "2"]
+    assert lines[2] == "  no space. Next: make room"
+    assert main(["status", "done", "--runs-dir", str(tmp_path), "--json"]) == 0
+    (row,) = json.loads(capsys.readouterr().out)
+    assert (row["name"], row["state"], row["percent"]) == ("done", "done", 100.0)
+
+
+def test_status_of_an_empty_folder_and_of_a_wrong_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["status", "--runs-dir", str(tmp_path)]) == 0
+    assert f"no runs in {tmp_path}" in capsys.readouterr().out
+    make(tmp_path, "b0-320")
+    assert main(["status", "b0-230", "--runs-dir", str(tmp_path)]) == 2
+    assert "Did you mean 'b0-320'?" in capsys.readouterr().err
+
+
+def test_logs_print_both_streams_of_a_rank(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = make(tmp_path, "r")
+    assert main(["logs", "r", "--runs-dir", str(tmp_path)]) == 2
+    assert f"r has no log yet. Next: fixres status r --runs-dir {tmp_path}" in capsys.readouterr().err
+    for rank in (0, 1):
+        write_log(run, rank, f"step 1 of rank {rank}\n")
+    write_log(run, 1, "a warning\n", "err")
+    assert main(["logs", "r", "--rank", "1", "--runs-dir", str(tmp_path)]) == 0
+    assert capsys.readouterr() == ("step 1 of rank 1\n", "a warning\n")
+    assert main(["logs", "r", "--rank", "2", "--runs-dir", str(tmp_path)]) == 2
+    assert "r has no rank 2; accepted: 0 .. 1" in capsys.readouterr().err
+
+
+def test_logs_follow_a_run_to_its_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = make(tmp_path, "r")
+    write_log(run, 0, "begun\n")
+    run.finish()
+    assert main(["logs", "r", "--follow", "--runs-dir", str(tmp_path)]) == 0
+    assert capsys.readouterr().out == "begun\n"
+
+
+def test_cancel_of_a_run_that_has_ended_changes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = make(tmp_path, "r")
+    run.finish()
+    before = run.state_file.read_text()
+    assert main(["cancel", "r", "--runs-dir", str(tmp_path)]) == 0
+    assert "r is done, so there is nothing to cancel" in capsys.readouterr().out
+    assert run.state_file.read_text() == before
+
+
+def test_cancel_stops_a_local_run_and_says_how_to_go_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = make(tmp_path, "r")
+    run.update_state(Event.STARTED)
+    holder = "import sys, signal; from pathlib import Path; from fixres_dist.runs.rundir import RunDir\n"
+    holder += "with RunDir(Path(sys.argv[1])).lock(): print('locked', flush=True); signal.pause()"
+    with subprocess.Popen([sys.executable, "-c", holder, run.root], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout
+        assert process.stdout.readline() == "locked\n"
+        assert main(["cancel", "r", "--runs-dir", str(tmp_path)]) == 0
+    assert process.returncode == -signal.SIGTERM
+    assert f"r is cancelled at step 0. Next: fixres resume r --runs-dir {tmp_path}" in capsys.readouterr().out
+    assert run.state().state == "cancelled"
+
+
+def test_cancel_leaves_a_run_of_another_machine(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = make(tmp_path, "r")
+    with run.lock():
+        (run.root / ".lock").write_text("elsewhere 1\n")
+        assert main(["cancel", "r", "--runs-dir", str(tmp_path)]) == 2
+    assert "r runs on elsewhere, outside of Slurm. Next: the same command there." in capsys.readouterr().err
+
+
+def test_board_shows_the_runs_under_their_names(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert main(["board", "--runs-dir", str(tmp_path)]) == 2
+    assert f"no runs in {tmp_path}. Next: --runs-dir DIR" in capsys.readouterr().err
+    for name in ("a", "b"):
+        make(tmp_path, name)
+    started: list[list[str]] = []
+
+    class Server:
+        def __init__(self, arguments: list[str]) -> None:
+            folder = Path(arguments[arguments.index("--logdir") + 1])
+            assert {link.name: link.resolve() for link in folder.iterdir()} == {
+                name: tmp_path / name / "tb" for name in ("a", "b")
+            }
+            started.append(arguments)
+
+        def terminate(self) -> None:
+            self.stopped = True
+
+        def wait(self) -> int:
+            os.kill(os.getpid(), signal.SIGTERM)  # as a user stops the command; the handler ends the server
+            assert self.stopped
+            return -signal.SIGTERM
+
+    assert threading.current_thread() is threading.main_thread()
+    monkeypatch.setattr(subprocess, "Popen", Server)
+    kept = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        assert main(["board", "--runs-dir", str(tmp_path), "--port", "6007"]) == 0
+    finally:
+        for number, handler in kept.items():
+            signal.signal(number, handler)
+    assert started[0][-2:] == ["--port", "6007"]
+    assert "TensorBoard of a, b; Ctrl-C ends it" in capsys.readouterr().out
