@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from argparse import Namespace
 from pathlib import Path
 
@@ -11,14 +10,14 @@ import numpy as np
 import pytest
 from PIL import Image
 from support import pictures as p
-from support.folders import write_photos
+from support.folders import age, write_photos
 
 from fixres_dist.base.errors import UserError
 from fixres_dist.cli.data import verify_command
 from fixres_dist.cli.main import main
-from fixres_dist.data import dataset, geometry, headers
+from fixres_dist.data import dataset, headers
 from fixres_dist.data.index import Index
-from fixres_dist.data.requests import Pictures, make_request
+from fixres_dist.data.requests import make_request
 
 
 @pytest.fixture
@@ -77,7 +76,7 @@ def test_show_writes_what_the_model_sees(data: Path, tmp_path: Path, backend: st
     more = ["--transform", "test_aug", "--resize-rule", "fixres", "--seed", "3", "--epoch", "2", "--backend", backend]
     assert main(["data", "show", *arguments, *more]) == 0
     samples = dataset.load(data, "train")
-    pictures = Pictures("test_aug", 64, geometry.resize_of("fixres", 64, 1.0, "bilinear"), 6)
+    pictures = p.pictures_of("test_aug", 64, "fixres", 6)
     want = p.reference(samples, make_request(samples, pictures, np.array([0, 5]), 2), pictures)
     for sample, expected in zip((0, 5), want, strict=True):
         png = np.asarray(Image.open(out / f"{sample}.png"), np.int16)
@@ -111,8 +110,7 @@ def test_a_file_replaced_in_place_is_found_by_a_fresh_index_and_by_verify(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     root = write_photos(tmp_path / "data", 3, 2)
-    for directory in (root / "train", *(root / "train").iterdir()):
-        os.utime(directory, (1e9, 1e9))  # long before the scan, which else does not rely on it
+    age(root)
     first = dataset.load(root, "train")
     Image.new("RGB", (31, 30)).save(first.path(1))  # its directory does not change
     assert dataset.load(root, "train").sizes.tolist() == first.sizes.tolist()
@@ -146,8 +144,7 @@ def test_a_missing_deny_list_is_refused(data: Path) -> None:
 
 
 def test_only_changed_directories_are_read_again(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for folder in (data / "train", *(data / "train").iterdir()):
-        os.utime(folder, (1e9, 1e9))
+    age(data)
     read: list[str] = []
     real = headers.look
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import io
 import os
 import struct
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -14,17 +12,16 @@ import pytest
 import torch
 from PIL import Image
 from support import pictures as p
+from support.folders import as_an_ordinary_user, open_to_all
 
 from fixres_dist.base.errors import UserError
 from fixres_dist.config.schema import Data
 from fixres_dist.data import backends, dataset, geometry, headers
 from fixres_dist.data.decoding import Batch
 from fixres_dist.data.index import Index
-from fixres_dist.data.requests import Pictures, Request, make_request
+from fixres_dist.data.requests import Pictures, make_request
 
 PHOTO = p.photograph(120, 160, 7)
-Backend = Callable[[Index, list[Request], Pictures], list[Batch]]
-both_backends = pytest.mark.parametrize("backend", [p.torch_batches, p.dali_batches], ids=["torch", "dali"])
 
 
 def sixteen_bit() -> bytes:
@@ -89,27 +86,21 @@ def folder(root: Path, name: str, data: bytes | None) -> tuple[Index, int]:
     return found, list(found.names()).index(f"a/{name}") if data is not None else 0
 
 
-def one_batch(backend: Backend, found: Index, samples: list[int], transform: str = "test_aug") -> Batch:
-    pictures = Pictures(transform, 96, geometry.resize_of("fixefficientnet", 96, 1.0, "bicubic"), 0)
-    (batch,) = backend(found, [make_request(found, pictures, np.array(samples, np.int64), 0)], pictures)
-    return batch
-
-
-def neighbours_unharmed(backend: Backend, found: Index, batch: Batch) -> None:
+def neighbours_unharmed(backend: p.Backend, found: Index, batch: Batch) -> None:
     """The good photographs are bit for bit what they are without the odd one."""
     good = [sample for sample in range(len(found)) if sample in batch.samples.tolist()]
-    alone = one_batch(backend, found, good)
+    alone = p.one_batch(backend, found, good)
     assert torch.equal(alone.images, batch.images)
     assert alone.labels.tolist() == batch.labels.tolist()
 
 
-@both_backends
+@p.both_backends
 @pytest.mark.parametrize("kind", DECODES_LIKE_PIL)
-def test_decoded_like_pil(tmp_path: Path, kind: str, backend: Backend) -> None:
+def test_decoded_like_pil(tmp_path: Path, kind: str, backend: p.Backend) -> None:
     found, odd = folder(tmp_path, "3b.jpg", DECODES_LIKE_PIL[kind])
-    batch = one_batch(backend, found, list(range(7)), "test")
+    batch = p.one_batch(backend, found, list(range(7)), "test")
     assert (batch.skipped, batch.samples.tolist()) == ((), list(range(7)))
-    pictures = Pictures("test", 96, geometry.resize_of("fixefficientnet", 96, 1.0, "bicubic"), 0)
+    pictures = p.pictures_of("test", 96)
     want = p.reference(found, make_request(found, pictures, np.array([odd]), 0), pictures)
     difference = np.abs(batch.images[odd].permute(1, 2, 0).numpy() - want[0])
     # A two-pixel strip is nothing but border, and beyond a border DALI repeats pixels where PIL gives the rest more weight.
@@ -117,50 +108,50 @@ def test_decoded_like_pil(tmp_path: Path, kind: str, backend: Backend) -> None:
     assert difference.mean() <= (1.0 if "3000" in kind else 0.25)
 
 
-@both_backends
+@p.both_backends
 @pytest.mark.parametrize("kind", HEADER_REFUSED)
-def test_unreadable_headers_are_refused_or_skipped(tmp_path: Path, kind: str, backend: Backend) -> None:
+def test_unreadable_headers_are_refused_or_skipped(tmp_path: Path, kind: str, backend: p.Backend) -> None:
     data, reason = HEADER_REFUSED[kind]
     found, odd = folder(tmp_path, "3b.jpg", data)
     with pytest.raises(UserError, match="3b.jpg.*" + reason):
         dataset.load(tmp_path, "train")
-    batch = one_batch(backend, found, list(range(7)))
+    batch = p.one_batch(backend, found, list(range(7)))
     assert [bad.sample for bad in batch.skipped] == [odd]
     assert batch.samples.tolist() == [k for k in range(7) if k != odd]
     neighbours_unharmed(backend, found, batch)
 
 
-@both_backends
+@p.both_backends
 @pytest.mark.parametrize("kind", DECODING_FAILS)
-def test_what_breaks_in_decoding_is_skipped_with_its_reason(tmp_path: Path, kind: str, backend: Backend) -> None:
+def test_what_breaks_in_decoding_is_skipped_with_its_reason(tmp_path: Path, kind: str, backend: p.Backend) -> None:
     data, reason = DECODING_FAILS[kind]
     found, odd = folder(tmp_path, "3b.jpg", data)
     assert len(dataset.load(tmp_path, "train")) == 7, "its header is fine"
-    batch = one_batch(backend, found, list(range(7)))
+    batch = p.one_batch(backend, found, list(range(7)))
     assert [bad.sample for bad in batch.skipped] == [odd]
     assert reason in batch.skipped[0].reason
     neighbours_unharmed(backend, found, batch)
 
 
-@both_backends
-def test_bytes_broken_in_the_middle_decode_as_in_pil(tmp_path: Path, backend: Backend) -> None:
+@p.both_backends
+def test_bytes_broken_in_the_middle_decode_as_in_pil(tmp_path: Path, backend: p.Backend) -> None:
     """libjpeg sees no error in them: all three make the same picture of such a file."""
     middle = len(JPEG) // 2
     found, odd = folder(tmp_path, "3b.jpg", JPEG[:middle] + bytes(64) + JPEG[middle + 64 :])
-    batch = one_batch(backend, found, list(range(7)), "test")
+    batch = p.one_batch(backend, found, list(range(7)), "test")
     assert not batch.skipped
-    pictures = Pictures("test", 96, geometry.resize_of("fixefficientnet", 96, 1.0, "bicubic"), 0)
+    pictures = p.pictures_of("test", 96)
     want = p.reference(found, make_request(found, pictures, np.array([odd]), 0), pictures)
     assert np.abs(batch.images[odd].permute(1, 2, 0).numpy() - want[0]).max() <= 3
 
 
-@both_backends
-def test_a_file_that_vanishes_or_changes_during_the_run(tmp_path: Path, backend: Backend) -> None:
+@p.both_backends
+def test_a_file_that_vanishes_or_changes_during_the_run(tmp_path: Path, backend: p.Backend) -> None:
     found, _ = folder(tmp_path, "x.jpg", None)
     found.path(1).unlink()
     found.path(3).write_bytes(JPEG)
     found.path(4).write_bytes(b"")
-    batch = one_batch(backend, found, list(range(6)))
+    batch = p.one_batch(backend, found, list(range(6)))
     reasons = {bad.sample: bad.reason for bad in batch.skipped}
     assert list(reasons) == [1, 3, 4]
     assert reasons[1] == "No such file or directory"
@@ -169,13 +160,13 @@ def test_a_file_that_vanishes_or_changes_during_the_run(tmp_path: Path, backend:
     neighbours_unharmed(backend, found, batch)
 
 
-@both_backends
-def test_bad_files_do_not_shift_later_batches(tmp_path: Path, backend: Backend) -> None:
+@p.both_backends
+def test_bad_files_do_not_shift_later_batches(tmp_path: Path, backend: p.Backend) -> None:
     """More requests than are in flight at once, a bad file in the first, a middle and the last of them."""
     found, _ = folder(tmp_path, "x.jpg", None)
     for bad in (0, 5):
         found.path(bad).write_bytes(found.path(bad).read_bytes()[:-700])
-    pictures = Pictures("test", 64, geometry.resize_of("fixres", 64, 1.0, "bilinear"), 0)
+    pictures = p.pictures_of("test", 64, "fixres")
     order = [[0, 1], [2, 3], [4, 1], [2], [5, 3], [1, 4], [], [3], [4, 5]]
     requests = [make_request(found, pictures, np.array(part, np.int64), 0) for part in order]
     batches = backend(found, requests, pictures)
@@ -191,34 +182,14 @@ def test_bad_files_do_not_shift_later_batches(tmp_path: Path, backend: Backend) 
             assert torch.equal(batch.images[row], single[sample][0])
 
 
-@contextmanager
-def as_an_ordinary_user() -> Iterator[None]:
-    """Permissions do not hold for root."""
-    root = os.geteuid() == 0
-    if root:
-        os.seteuid(65534)
-    try:
-        yield
-    finally:
-        if root:
-            os.seteuid(0)
-
-
-def open_to_all(path: Path) -> None:
-    """Let any user in, up to the first directory that already does."""
-    for parent in (path, *path.parents):
-        if parent.stat().st_uid == os.geteuid() and not parent.stat().st_mode & 0o001:
-            parent.chmod(parent.stat().st_mode | 0o055)
-
-
-@both_backends
-def test_a_file_without_permission(tmp_path: Path, backend: Backend) -> None:
+@p.both_backends
+def test_a_file_without_permission(tmp_path: Path, backend: p.Backend) -> None:
     found, odd = folder(tmp_path, "3b.jpg", JPEG)
     open_to_all(tmp_path)
     found.path(odd).chmod(0)
     with as_an_ordinary_user():
         assert headers.look(found, odd).reason == "Permission denied"
-        batch = one_batch(backend, found, list(range(7)))
+        batch = p.one_batch(backend, found, list(range(7)))
     assert [tuple(bad) for bad in batch.skipped] == [(odd, "Permission denied")]
     neighbours_unharmed(backend, found, batch)
 
@@ -259,15 +230,15 @@ def test_a_pipe_named_like_an_image_blocks_nothing(tmp_path: Path) -> None:
         dataset.load(tmp_path, "train")
 
 
-@both_backends
+@p.both_backends
 @pytest.mark.parametrize(
     "name", [b"caf\xe9 \xff.jpg", b"n" * 251 + b".jpg", "写真 α.jpg".encode(), b"with\nnewline\t.jpg"]
 )
-def test_names_that_are_not_utf8_or_very_long(tmp_path: Path, name: bytes, backend: Backend) -> None:
+def test_names_that_are_not_utf8_or_very_long(tmp_path: Path, name: bytes, backend: p.Backend) -> None:
     found, odd = folder(tmp_path, os.fsdecode(name), JPEG)
     assert os.fsencode(found.name(odd)) == b"a/" + name
     assert dataset.load(tmp_path, "train", on_bad="skip").fingerprint == found.fingerprint
-    batch = one_batch(backend, found, list(range(7)))
+    batch = p.one_batch(backend, found, list(range(7)))
     assert (len(batch.images), batch.skipped) == (7, ())
 
 

@@ -15,15 +15,22 @@ from fixres_dist.data.index import Index
 HERE = Path("set")
 
 
-def test_folders_are_classes_by_name_or_by_number() -> None:
-    wordnet = [f"n{k:08d}" for k in range(12)]
-    assert class_maps.class_map(wordnet, wordnet, HERE) == tuple(range(12))
-    assert class_maps.class_map(["n00000009", "n00000002"], wordnet, HERE) == (9, 2)
-    lexicographic = sorted(str(k) for k in range(12))
-    assert lexicographic[:4] == ["0", "1", "10", "11"]
-    assert class_maps.class_map(lexicographic, wordnet, HERE) == (0, 1, 10, 11, 2, 3, 4, 5, 6, 7, 8, 9)
-    assert class_maps.class_map(["007"], wordnet, HERE) == (7,)
-    assert class_maps.class_map(["10", "2"], lexicographic, HERE) == (2, 4), "names win: this model was trained on them"
+WORDNET = [f"n{k:08d}" for k in range(12)]
+AS_TEXT = ["0", "1", "10", "11", *map(str, range(2, 10))]  # 0 to 11, sorted as text
+
+
+@pytest.mark.parametrize(
+    ("folders", "trained", "classes"),
+    [
+        (WORDNET, WORDNET, tuple(range(12))),
+        (["n00000009", "n00000002"], WORDNET, (9, 2)),
+        (AS_TEXT, WORDNET, (0, 1, 10, 11, 2, 3, 4, 5, 6, 7, 8, 9)),
+        (["007"], WORDNET, (7,)),
+        (["10", "2"], AS_TEXT, (2, 4)),  # names win: this model was trained on them
+    ],
+)
+def test_folders_are_classes_by_name_or_by_number(folders: list[str], trained: list[str], classes: tuple[int]) -> None:
+    assert class_maps.class_map(folders, trained, HERE) == classes
 
 
 @pytest.mark.parametrize(
@@ -38,7 +45,7 @@ def test_folders_are_classes_by_name_or_by_number() -> None:
 )
 def test_class_maps_that_do_not_fit_are_refused_by_name(folders: list[str], said: str) -> None:
     with pytest.raises(UserError, match=said):
-        class_maps.class_map(folders, [f"n{k:08d}" for k in range(12)], HERE)
+        class_maps.class_map(folders, WORDNET, HERE)
 
 
 def test_the_models_classes_come_from_the_run_the_training_folders_or_the_split(tmp_path: Path) -> None:

@@ -17,18 +17,18 @@ def reference_size(height: int, width: int, size: int) -> tuple[int, int]:
     return image.shape[1], image.shape[2]
 
 
+@pytest.mark.parametrize(("height", "width"), SIZES)
 @pytest.mark.parametrize("res", [64, 224, 320, 475])
 @pytest.mark.parametrize("rule", ["fixefficientnet", "fixres", "timm"])
-def test_test_view_is_torchvisions_resize_and_centre_crop(rule: str, res: int) -> None:
+def test_test_view_is_torchvisions_resize_and_centre_crop(rule: str, res: int, height: int, width: int) -> None:
     resize = geometry.resize_of(rule, res, 0.875, "bicubic")
     assert resize.size == {"fixefficientnet": res, "fixres": int(256 / 224 * res), "timm": int(res / 0.875)}[rule]
-    for height, width in SIZES:
-        view = geometry.test_view(height, width, res, resize)
-        assert view.size == reference_size(height, width, resize.size)
-        rows = torch.arange(view.size[0]).view(1, -1, 1).expand(1, *view.size)
-        columns = torch.arange(view.size[1]).view(1, 1, -1).expand(1, *view.size)
-        cropped = T.CenterCrop(res)(torch.cat([rows, columns]))
-        assert view.offset == (int(cropped[0, 0, 0]), int(cropped[1, 0, 0]))
+    view = geometry.test_view(height, width, res, resize)
+    assert view.size == reference_size(height, width, resize.size)
+    rows = torch.arange(view.size[0]).view(1, -1, 1).expand(1, *view.size)
+    columns = torch.arange(view.size[1]).view(1, 1, -1).expand(1, *view.size)
+    cropped = T.CenterCrop(res)(torch.cat([rows, columns]))
+    assert view.offset == (int(cropped[0, 0, 0]), int(cropped[1, 0, 0]))
 
 
 def test_height_rule_pads_portraits_with_black() -> None:
@@ -40,23 +40,16 @@ def test_height_rule_pads_portraits_with_black() -> None:
     assert 1 - view.size[1] / 384 == pytest.approx(0.146, abs=5e-4)
 
 
-def test_published_resize_targets() -> None:
+@pytest.mark.parametrize(
+    ("res", "target"),
+    [
+        *((128, 146), (160, 182), (224, 256), (288, 329), (320, 365), (384, 438)),
+        *((420, 480), (448, 512), (472, 539), (600, 685), (800, 914)),
+    ],
+)
+def test_published_resize_targets(res: int, target: int) -> None:
     """The original rule int(256/224 * s), as listed for its resolutions."""
-    known = {
-        128: 146,
-        160: 182,
-        224: 256,
-        288: 329,
-        320: 365,
-        384: 438,
-        420: 480,
-        448: 512,
-        472: 539,
-        600: 685,
-        800: 914,
-    }
-    for res, target in known.items():
-        assert geometry.resize_of("fixres", res, 0.875, "bilinear").size == target
+    assert geometry.resize_of("fixres", res, 0.875, "bilinear").size == target
 
 
 def views(transform: str, epoch: int, samples: np.ndarray, size: tuple[int, int] = (200, 300)) -> list[geometry.View]:
@@ -120,11 +113,11 @@ def kolmogorov_smirnov(a: np.ndarray, b: np.ndarray) -> float:
     )
 
 
-def test_extreme_shapes_get_a_window_inside() -> None:
-    for size in ((1, 1), (2, 3000), (3000, 2), (1, 400)):
-        for v in views("random_resized_crop", 0, np.arange(50), size):
-            y, x, h, w = v.box
-            assert h >= 1
-            assert w >= 1
-            assert 0 <= y <= size[0] - h
-            assert 0 <= x <= size[1] - w
+@pytest.mark.parametrize("size", [(1, 1), (2, 3000), (3000, 2), (1, 400)])
+def test_extreme_shapes_get_a_window_inside(size: tuple[int, int]) -> None:
+    for v in views("random_resized_crop", 0, np.arange(50), size):
+        y, x, h, w = v.box
+        assert h >= 1
+        assert w >= 1
+        assert 0 <= y <= size[0] - h
+        assert 0 <= x <= size[1] - w

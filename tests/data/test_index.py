@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 
 import pytest
+from support.folders import age
 from torchvision.datasets import ImageFolder
 
 from fixres_dist.base.errors import UserError
@@ -22,15 +23,9 @@ def test_the_same_samples_as_torchvisions_image_folder(photos: Path, tmp_path: P
         assert found.sizes[i].tolist() == [height, width]
 
 
-def old(folder: Path) -> None:
-    """Give every directory an old time stamp, as a data set that was not written a second ago has."""
-    for base, _, _ in os.walk(folder):
-        os.utime(base, (1e9, 1e9))
-
-
 def test_cached_until_a_directory_changes(photos: Path, tmp_path: Path) -> None:
     data = shutil.copytree(photos, tmp_path / "data")
-    old(data)
+    age(data)
     scans: list[int] = []
     count = lambda done, total: scans.append(total)  # noqa: E731
     first = folders.load(data / "train", tmp_path / "kept.npz", count)
@@ -45,7 +40,7 @@ def test_cached_until_a_directory_changes(photos: Path, tmp_path: Path) -> None:
 
 def test_a_directory_changed_while_it_was_scanned_is_scanned_again(photos: Path, tmp_path: Path) -> None:
     data = shutil.copytree(photos, tmp_path / "data")
-    old(data)
+    age(data)
     os.utime(data / "train" / "birch", (time.time(), time.time()))
     scans: list[int] = []
     for _ in range(2):
@@ -55,7 +50,7 @@ def test_a_directory_changed_while_it_was_scanned_is_scanned_again(photos: Path,
 
 def test_a_torn_cache_is_no_obstacle(photos: Path, tmp_path: Path) -> None:
     data = shutil.copytree(photos, tmp_path / "data")
-    old(data)
+    age(data)
     dataset.load(data, "val", str(tmp_path / "cache"))
     (kept,) = (tmp_path / "cache" / "index").glob("*.npz")
     kept.write_bytes(kept.read_bytes()[:100])

@@ -14,9 +14,9 @@ import torch
 from support import pictures as p
 
 from fixres_dist.base.errors import UserError
-from fixres_dist.data import dataset, geometry, index, order, shards
+from fixres_dist.data import dataset, index, order, shards
 from fixres_dist.data.index import Index
-from fixres_dist.data.requests import Pictures, every_sample, make_request, train_steps
+from fixres_dist.data.requests import every_sample, make_request, train_steps
 
 
 @pytest.fixture(scope="module")
@@ -50,10 +50,14 @@ def test_the_same_samples_from_folder_and_shards(data: Path, sharded: Path) -> N
     )
     assert (a.fingerprint, a.contents) == (b.fingerprint, b.contents)
     assert all(np.array_equal(a.read(i), b.read(i)) for i in range(101))
-    pictures = Pictures("test_aug", 32, geometry.resize_of("fixres", 32, 1.0, "bilinear"), 0)
+
+
+@p.both_backends
+def test_the_same_pictures_from_folder_and_shards(data: Path, sharded: Path, backend: p.Backend) -> None:
+    a, b = dataset.load(data, "val"), dataset.load(sharded, "val")
+    pictures = p.pictures_of("test_aug", 32, "fixres")
     request = make_request(a, pictures, np.arange(101), 4)
-    for backend in (p.torch_batches, p.dali_batches):
-        assert torch.equal(backend(a, [request], pictures)[0].images, backend(b, [request], pictures)[0].images)
+    assert torch.equal(backend(a, [request], pictures)[0].images, backend(b, [request], pictures)[0].images)
 
 
 def test_without_our_index_the_tars_are_read(data: Path, sharded: Path, tmp_path: Path) -> None:
@@ -97,7 +101,8 @@ def test_a_torn_shard_is_named(sharded: Path, after: str) -> None:
         dataset.load(sharded, "val")
 
 
-def test_a_shard_torn_during_the_run_costs_its_lost_samples_only(sharded: Path) -> None:
+@p.both_backends
+def test_a_shard_torn_during_the_run_costs_its_lost_samples_only(sharded: Path, backend: p.Backend) -> None:
     samples = dataset.load(sharded, "val")
     assert samples.places is not None
     shard = sharded / "val" / "000001.tar"
@@ -110,11 +115,9 @@ def test_a_shard_torn_during_the_run_costs_its_lost_samples_only(sharded: Path) 
         if number == 1 and offset + size > shard.stat().st_size
     ]
     assert lost
-    pictures = Pictures("test", 32, geometry.resize_of("fixres", 32, 1.0, "bilinear"), 0)
-    for backend in (p.torch_batches, p.dali_batches):
-        (batch,) = backend(samples, [make_request(samples, pictures, np.arange(101), 0)], pictures)
-        assert [bad.sample for bad in batch.skipped] == lost
-        assert "the shard ends" in batch.skipped[0].reason
+    batch = p.one_batch(backend, samples, list(range(101)), "test", 32, "fixres")
+    assert [bad.sample for bad in batch.skipped] == lost
+    assert "the shard ends" in batch.skipped[0].reason
 
 
 def member(name: str, content: bytes = b"0", kind: bytes = tarfile.REGTYPE) -> tuple[tarfile.TarInfo, io.BytesIO]:
@@ -196,14 +199,20 @@ def test_names_of_other_writers(tmp_path: Path) -> None:
     found = dataset.load(tmp_path, "val", str(tmp_path / "cache"))
     assert [found.name(k) for k in range(len(found))] == ["a/.y.b.jpg", "a/x.jpg", "b/..jpg"]
     assert found.labels.tolist() == [0, 0, 1]
-    names = {
-        "a/x.b.jpg": "a/x.cls",
-        "a.d/x.jpg": "a.d/x.cls",
-        ".x.jpg": ".x.cls",
-        "..jpg": "..jpg.cls",
-        ".jpg": ".jpg.cls",
-    }
-    assert {name: shards.label_name(name) for name in names} == names
+
+
+@pytest.mark.parametrize(
+    ("name", "label"),
+    [
+        ("a/x.b.jpg", "a/x.cls"),
+        ("a.d/x.jpg", "a.d/x.cls"),
+        (".x.jpg", ".x.cls"),
+        ("..jpg", "..jpg.cls"),
+        (".jpg", ".jpg.cls"),
+    ],
+)
+def test_names_of_label_files(name: str, label: str) -> None:
+    assert shards.label_name(name) == label
 
 
 def test_a_tar_beside_class_folders_is_not_the_data_set(data: Path, tmp_path: Path) -> None:
@@ -226,14 +235,14 @@ def test_what_a_killed_start_left_is_removed(data: Path, tmp_path: Path) -> None
     ]
 
 
-def steps_seen(backend: object, samples: Index, first: int, world: int, transform: str) -> list[tuple[object, ...]]:
+def steps_seen(backend: p.Backend, samples: Index, first: int, world: int, transform: str) -> list[tuple[object, ...]]:
     """(step, sample, view) of every rank from step `first` on, with the pictures' sums: what training would be fed."""
-    pictures = Pictures(transform, 32, geometry.resize_of("fixres", 32, 1.0, "bilinear"), 9)
+    pictures = p.pictures_of(transform, 32, "fixres", 9)
     seen: list[tuple[object, ...]] = []
     for rank in range(world):
         steps = list(train_steps(samples, pictures, 20, 6, first, 9, rank, world))
         requests = [request for step in steps for request in step]
-        batches = iter(backend(samples, requests, pictures))  # type: ignore[operator]
+        batches = iter(backend(samples, requests, pictures))
         for number, step in enumerate(steps):
             for request in step:
                 batch = next(batches)
@@ -249,25 +258,25 @@ def steps_seen(backend: object, samples: Index, first: int, world: int, transfor
     return sorted(seen)  # type: ignore[type-var]
 
 
-@pytest.mark.parametrize("backend", [p.torch_batches, p.dali_batches], ids=["torch", "dali"])
-def test_any_resume_world_size_and_source_sees_the_same(data: Path, sharded: Path, backend: object) -> None:
+@p.both_backends
+def test_any_resume_world_size_and_source_sees_the_same(data: Path, sharded: Path, backend: p.Backend) -> None:
     """9 steps of 20 over 101 samples: past the end of the first epoch, whose last step has one sample."""
     folder = dataset.load(data, "val")
     whole = steps_seen(backend, folder, 0, 1, "test_aug")
     assert sorted(sample for step, sample, *_ in whole if step < 6) == list(range(101))  # type: ignore[operator,type-var]
     for first, world, split in ((0, 2, sharded), (1, 3, data), (4, 7, sharded), (5, 1, sharded), (8, 2, data)):
         resumed = steps_seen(backend, dataset.load(split, "val"), first, world, "test_aug")
-        assert resumed == [row for row in whole if row[0] >= first]  # type: ignore[operator]
+        assert resumed == [row for row in whole if row[0] >= first]
 
 
-@pytest.mark.parametrize("backend", [p.torch_batches, p.dali_batches], ids=["torch", "dali"])
-def test_evaluation_sees_101_files_on_3_ranks_once_each(data: Path, backend: object) -> None:
+@p.both_backends
+def test_evaluation_sees_101_files_on_3_ranks_once_each(data: Path, backend: p.Backend) -> None:
     samples = dataset.load(data, "val")
-    pictures = Pictures("test", 32, geometry.resize_of("fixres", 32, 1.0, "bilinear"), 0)
+    pictures = p.pictures_of("test", 32, "fixres")
     seen: list[int] = []
     for rank in range(3):
         requests = list(every_sample(samples, pictures, 8, rank, 3))
-        seen += [s for batch in backend(samples, requests, pictures) for s in batch.samples.tolist()]  # type: ignore[operator]
+        seen += [s for batch in backend(samples, requests, pictures) for s in batch.samples.tolist()]
     assert seen == list(range(101))
 
 

@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 import torchvision.transforms.functional as F
 from numpy.typing import NDArray
 from PIL import Image
 
-from fixres_dist.data import dali, torch_cpu
+from fixres_dist.data import dali, geometry, torch_cpu
 from fixres_dist.data.decoding import Batch
 from fixres_dist.data.geometry import View
 from fixres_dist.data.index import Index
-from fixres_dist.data.requests import Pictures, Request
+from fixres_dist.data.requests import Pictures, Request, make_request
 
 torch.set_num_threads(1)  # as the loader's workers have it
 Pixels = NDArray[np.int16]
+Backend = Callable[[Index, list[Request], Pictures], list[Batch]]
 SIZES = ((375, 500), (500, 375), (333, 500), (500, 500), (151, 203), (640, 427), (300, 911), (701, 260), (1024, 768))
 
 
@@ -76,6 +79,12 @@ def reference(samples: Index, request: Request, pictures: Pictures) -> Pixels:
     return np.stack(made)
 
 
+def pictures_of(
+    transform: str, res: int, rule: str = "fixefficientnet", seed: int = 0, crop_pct: float = 1.0
+) -> Pictures:
+    return Pictures(transform, res, geometry.resize_of(rule, res, crop_pct, "bicubic"), seed)
+
+
 def torch_batches(samples: Index, requests: list[Request], pictures: Pictures) -> list[Batch]:
     return list(torch_cpu.batches(samples, requests, pictures.res, pictures.resize.interpolation, 0))
 
@@ -90,3 +99,20 @@ def dali_batches(
 
 def pixels(batches: list[Batch]) -> Pixels:
     return torch.cat([batch.images for batch in batches]).permute(0, 2, 3, 1).numpy().astype(np.int16)
+
+
+def one_batch(
+    backend: Backend,
+    found: Index,
+    samples: list[int],
+    transform: str = "test_aug",
+    res: int = 96,
+    rule: str = "fixefficientnet",
+) -> Batch:
+    """The batch of these samples at seed 0 and epoch 0."""
+    pictures = pictures_of(transform, res, rule)
+    (batch,) = backend(found, [make_request(found, pictures, np.array(samples, np.int64), 0)], pictures)
+    return batch
+
+
+both_backends = pytest.mark.parametrize("backend", [torch_batches, dali_batches], ids=["torch", "dali"])
