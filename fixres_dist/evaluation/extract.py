@@ -99,10 +99,10 @@ def write_rows(file: IO[bytes], start: int, batch: Loaded, values: NDArray[Any])
 
 
 def from_softmax(files: Sequence[Path], index: Index, columns: Sequence[int], classes: int) -> Predictions:
-    """Predictions from softmax.npy [n, classes] of the images of `index`; from several files, of their mean.
+    """Predictions from softmax.npy [n, classes] of `extract` on the images of `index`; from several files, of their mean.
 
-    `columns`: the model's class of each folder of `index`. A row of NaN is an image without a prediction. Raises
-    UserError for a file that is no softmax of these images and classes.
+    `columns`: the model's class of each folder of `index`. A row of NaN is an image without a prediction. Raises UserError
+    for a file of other images or classes.
     """
     mean = torch.from_numpy(np.mean([read_softmax(file, index, classes) for file in files], axis=0, dtype=np.float64))
     decoded, labels = ~mean.isnan().any(1), torch.from_numpy(index.labels.astype(np.int64))
@@ -113,20 +113,16 @@ def from_softmax(files: Sequence[Path], index: Index, columns: Sequence[int], cl
 
 
 def read_softmax(file: Path, index: Index, classes: int) -> NDArray[np.floating]:
+    accepted = f"Accepted: softmax.npy of `{command('extract')}`"
     try:
         values: NDArray[np.floating] = np.load(file, allow_pickle=False)
+        meta = json.loads(file.with_name(META).read_text())
     except (OSError, ValueError, EOFError) as error:
-        raise UserError(f"--softmax {file} cannot be read: {error}. Accepted: softmax.npy of `extract`.") from None
-    shape, again = list(getattr(values, "shape", ())), command("extract")  # an .npz has no shape
-    if shape != [len(index), classes] or values.dtype.kind != "f":
+        raise UserError(f"--softmax {file} cannot be read: {error}. {accepted}, with {META} beside it.") from None
+    if meta["sample_list"] != index.fingerprint or values.shape != (len(index), classes):
         raise UserError(
-            f"--softmax {file} is {getattr(values, 'dtype', 'no array')} {shape}; {index.folder} has {len(index)} images "
-            f"and the model {classes} classes. Accepted: float [{len(index)}, {classes}]. Next: {again} on this data set."
+            f"--softmax {file} is {list(values.shape)} of split {meta['split']!r}, of other images or classes than "
+            f"{index.folder} and its model: [{len(index)}, {classes}]. {accepted} on the same files of one data set."
         )
-    meta, sums = file.with_name(META), values.sum(1, dtype=np.float64)
-    if meta.is_file() and json.loads(meta.read_text())["sample_list"] != index.fingerprint:
-        raise UserError(f"--softmax {file} is of other images than {index.folder}. Next: the extraction's data set.")
-    if not (np.isnan(sums) | np.isclose(sums, 1, atol=0.02)).all():
-        raise UserError(f"{file} holds no softmax: its rows are not shares that add up to 1. Next: {again}.")
     # In float16 a small share is 0, whose logarithm would be infinite.
     return values.clip(np.finfo(values.dtype).smallest_subnormal)

@@ -35,7 +35,7 @@ class Evaluation:
     calibrations: dict[str, Calibration]  # without those whose predictions have no confidence
     gain: Gain | None  # of after over before, where both were evaluated
     real: Real | None
-    by_class: dict[str, dict[str, float | None]]  # class -> {"n": images, LABEL: top-1 in percent; None without images}
+    by_class: dict[str, dict[str, float | None]]  # class name -> row of `top1_by_class`
 
     def record(self) -> dict[str, Any]:
         """As evaluations/SET-RES.json holds it; docs/method.md has the keys."""
@@ -65,7 +65,7 @@ def measure(
     classes that are right, see `class_maps.real_labels`.
     """
     calibrations = {label: calibration(made) for label, made in predictions.items()}
-    rows = top1_of_parts(index.labels, predictions, len(columns))
+    rows = top1_by_class(index.labels, predictions, len(columns))
     return Evaluation(
         set=name,
         res=res,
@@ -98,18 +98,15 @@ def real_accuracy(lists: list[list[int]], predictions: Mapping[str, Predictions]
     return Real(n, {label: summary.top1 for label, summary in summaries.items()}, gain_of_fixing(judged))
 
 
-def top1_of_parts(
-    place: NDArray[np.integer], predictions: Mapping[str, Predictions], parts: int
+def top1_by_class(
+    labels: NDArray[np.integer], predictions: Mapping[str, Predictions], classes: int
 ) -> list[dict[str, float | None]]:
-    """[{"n": images, LABEL: top-1 in percent}] for the images whose `place` [n] is 0, 1, .. parts - 1.
-
-    None where a part has no image; images with a negative place are in no part.
-    """
-    rows: list[dict[str, float | None]] = [{"n": 0} for _ in range(parts)]
+    """For each class 0, 1, .. classes - 1 of `labels` [n]: {"n": images, LABEL: top-1 in percent; None without images}."""
+    rows: list[dict[str, float | None]] = [{"n": 0} for _ in range(classes)]
     for label, made in predictions.items():
-        kept = made.counted & (place >= 0)
-        counts = np.bincount(place[kept], minlength=parts)
-        hits = np.bincount(place[kept], made.correct1[kept], parts)
+        kept = labels[made.counted]
+        counts = np.bincount(kept, minlength=classes)
+        hits = np.bincount(kept, made.correct1[made.counted], classes)
         for row, n, hit in zip(rows, counts.tolist(), hits.tolist(), strict=True):
             row |= {"n": n, label: round(100 * hit / n, 4) if n else None}
     return rows

@@ -14,7 +14,7 @@ from fixres_dist.data.decoding import Bad, Batch
 from fixres_dist.data.geometry import resize_of
 from fixres_dist.data.index import Index
 from fixres_dist.data.requests import Pictures, Request, every_sample, make_request, whole_batches
-from fixres_dist.evaluation.measures import top1_of_parts
+from fixres_dist.evaluation.measures import top1_by_class
 from fixres_dist.runs.results import Gain
 from fixres_dist.training.predict import score_batches
 from fixres_dist.training.predictions import Calibration, Predictions, calibration, paired_gain
@@ -93,10 +93,10 @@ def test_calibration_error_against_a_loop_over_bins() -> None:
     assert calibration(perfect) == Calibration(ece=0.0, mean_confidence=100.0)
 
 
-def test_parts_of_a_split_against_masks() -> None:
+def test_accuracy_by_class_against_masks() -> None:
     before, after = some(200, seed=1), some(200, seed=2)
     labels = np.arange(200) % 3
-    rows = top1_of_parts(labels, {"before": before, "after": after}, 4)
+    rows = top1_by_class(labels, {"before": before, "after": after}, 4)
     for k in range(3):
         for label, p in (("before", before), ("after", after)):
             kept = (labels == k) & p.counted
