@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -42,17 +43,12 @@ def load_weights(model: nn.Module, timm_name: str, weights: str, new_classifier:
     `new_classifier`: weights for another number of classes fit too, and the model keeps its new classifier for stage one
     to train. A model on the meta device is checked only, and nothing is downloaded for it.
     """
-    meta, of_timm = next(model.parameters()).is_meta, weights in recipes.TIMM_WEIGHTS
-    origin = f"timm's {timm_name}" if of_timm else weights
     if weights == "none":
         return
-    if meta and of_timm:
-        cfg, wanted = pretrained_cfg(timm_name), classes_of(model.state_dict(), classifier_tensors(model))
-        recipes.check_classes(origin, cfg.num_classes if cfg else wanted, wanted, new_classifier)
-        return
-    state = hub_state(timm_name) if of_timm else read_state(Path(weights))
+    meta, of_timm = next(model.parameters()).is_meta, weights in recipes.TIMM_WEIGHTS
+    state = hub_state(timm_name, meta) if of_timm else read_state(Path(weights))
     state = {name: value.to("meta") for name, value in state.items()} if meta else state
-    fill(model, resampled(model, state), origin, new_classifier)
+    fill(model, resampled(model, state), f"timm's {timm_name}" if of_timm else weights, new_classifier)
 
 
 def resampled(model: nn.Module, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -65,12 +61,16 @@ def resampled(model: nn.Module, state: dict[str, torch.Tensor]) -> dict[str, tor
     return {**state, "pos_embed": embedded}
 
 
-def hub_state(timm_name: str) -> dict[str, torch.Tensor]:
-    """timm's pretrained weights from the local cache or the hub; raises UserError, which names `fetch`, if neither has them."""
+def hub_state(timm_name: str, meta: bool = False) -> dict[str, torch.Tensor]:
+    """timm's pretrained weights from the local cache or the hub; `meta`: their shapes, without a download.
+
+    Raises UserError if timm has none, or if neither cache nor hub can give them; that message names `fetch`.
+    """
     if pretrained_cfg(timm_name) is None or not timm.is_model_pretrained(timm_name):
         raise UserError(f"timm has no pretrained weights for {timm_name!r}. Accepted: --weights none, or a file.")
     try:
-        state: dict[str, torch.Tensor] = timm.create_model(timm_name, pretrained=True).state_dict()
+        with torch.device("meta") if meta else contextlib.nullcontext():
+            state: dict[str, torch.Tensor] = timm.create_model(timm_name, pretrained=not meta).state_dict()
     except Exception as error:  # the hub client raises a dozen kinds, from DNS to HTTP status
         where = os.environ.get("HF_HOME", "~/.cache/huggingface")
         raise UserError(
@@ -118,9 +118,10 @@ def fill(model: nn.Module, state: dict[str, torch.Tensor], origin: str, new_clas
         if name in state and state[name].shape != shape
     }
     differ |= {n: f"{n} is not in the model" for n in state if n not in own and not n.endswith(optional)}
-    classifier = classifier_tensors(model)
+    layer = classifier_name(model)
+    classifier = {f"{layer}.{name}" for name in model.get_submodule(layer).state_dict()}
     if differ and differ.keys() <= classifier <= state.keys():
-        given, wanted = classes_of(state, classifier), classes_of(model.state_dict(), classifier)
+        given, wanted = len(state[min(classifier)]), own[min(classifier)][0]
         recipes.check_classes(origin, given, wanted, new_classifier)
         if given != wanted:
             state, differ = {name: value for name, value in state.items() if name not in classifier}, {}
@@ -130,15 +131,6 @@ def fill(model: nn.Module, state: dict[str, torch.Tensor], origin: str, new_clas
             f"{origin} does not fit {type(model).__name__} ({len(own)} tensors, {len(differ)} differ): {listed}."
         )
     model.load_state_dict(state, strict=False)
-
-
-def classifier_tensors(model: nn.Module) -> set[str]:
-    prefix = classifier_name(model)
-    return {f"{prefix}.{name}" for name in model.get_submodule(prefix).state_dict()}
-
-
-def classes_of(state: dict[str, torch.Tensor], names: set[str]) -> int:
-    return next(int(state[name].shape[0]) for name in sorted(names) if name in state)
 
 
 def state_digest(tensors: dict[str, torch.Tensor]) -> str:
