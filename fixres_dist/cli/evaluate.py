@@ -89,7 +89,7 @@ def evaluate_softmax(args: argparse.Namespace) -> int:
 
 
 def evaluation_text(model: str, evaluation: Evaluation) -> str:
-    """One evaluated set for the console: its accuracy, the gain, and the classes with the lowest and the highest top-1."""
+    """One evaluated set for the console: accuracy, gain, and the classes with the lowest and the highest top-1."""
     known, total, labels = evaluation.classes_of_set, evaluation.classes_of_model, list(evaluation.summaries)
     lines = [] if known == total else [f"{evaluation.set}: logits restricted to its {known} of {total} classes"]
     where = f" at {evaluation.res} px" if evaluation.res else ""

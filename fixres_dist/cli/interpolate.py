@@ -29,7 +29,7 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Top-1 of several mixtures of the starting and the fixed weights: one pass over the images, one trunk if it was frozen."""
+    """Top-1 of several mixtures of the starting and the fixed weights, in one pass over the images of each set."""
     alphas, config = parse_alphas(args.alpha), model_config(args)
     run, before = RunDir(args.run), subjects(args.run)[0]
     sets = class_maps.named_sets(args.eval_set, "val")

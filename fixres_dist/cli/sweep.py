@@ -94,17 +94,12 @@ def others(items: list[str]) -> list[Subject]:
 
 
 def sweep_text(swept: Sweep) -> str:
-    """Top-1 by resolution, one column per model, and what an image costs; the best resolutions, and the gain between them."""
+    """A table of top-1 and cost by resolution; the best resolutions, and the gain between them."""
     curves, best = swept.curves, swept.best()
-    rows = [
-        [
-            res,
-            *(f"{curve[res].top1:.2f}" for curve in curves.values()),
-            f"{cost.gmacs:.3g}",
-            f"{cost.images_per_second:.0f}",
-        ]
-        for res, cost in swept.costs.items()
-    ]
+    rows = []
+    for res, cost in swept.costs.items():
+        top1 = [f"{curve[res].top1:.2f}" for curve in curves.values()]
+        rows.append([res, *top1, f"{cost.gmacs:.3g}", f"{cost.images_per_second:.0f}"])
 
     def named(found: dict[str, int]) -> str:
         texts = [f"{label} {res} px ({curves[label][res].top1:.2f})" for label, res in found.items()]
@@ -120,12 +115,9 @@ def sweep_text(swept: Sweep) -> str:
 
 
 def activations_text(rows: Sequence[Statistics]) -> str:
-    cells = [
-        (
-            *(f"{r.weights}, {r.res} px", f"{r.mean:.4f}", f"{r.std:.4f}", f"{r.near_zero_percent:.1f} %"),
-            *(f"{r.channel_shift:.3f}", f"{r.distance:.3f}"),
-        )
-        for r in rows
-    ]
+    cells = []
+    for r in rows:
+        plain = [f"{r.mean:.4f}", f"{r.std:.4f}", f"{r.near_zero_percent:.1f} %"]
+        cells.append([f"{r.weights}, {r.res} px", *plain, f"{r.channel_shift:.3f}", f"{r.distance:.3f}"])
     note = "(shift of a channel's mean and distance of its distribution from training's, in standard deviations)"
     return table(["classifier inputs", "mean", "std", "near zero", "shift", "distance"], cells) + "\n" + note

@@ -1,8 +1,8 @@
 """Why fixing works, in numbers: the inputs of the classifier at test time, against those that it was trained on.
 
-Training crops enlarge objects, and the pooling averages over a number of cells that grows with the resolution. Both shift
-the statistics of the pooled activations when the resolution changes (Touvron et al., arXiv 1906.06423, section 3);
-tuning the last BatchNorm and the classifier repairs the shift.
+Training crops enlarge objects, and the pooling averages over more cells at a higher resolution. So the statistics of the
+pooled activations shift between training and test (Touvron et al., arXiv 1906.06423, section 3). Tuning the last BatchNorm
+and the classifier repairs that.
 """
 
 from __future__ import annotations
@@ -34,7 +34,12 @@ ClassifierInputs = dict[tuple[str, int], NDArray[np.float32]]  # (label, resolut
 
 @dataclass(frozen=True)
 class Statistics:
-    """Of the classifier's inputs from one model at one resolution; the last two compare them with the reference's."""
+    """Statistics of one model's classifier inputs at one resolution; the last two compare them with the reference.
+
+    `channel_shift`: how far a channel's mean is from its mean in the reference, in that channel's standard deviations there.
+    `distance`: first Wasserstein distance between a channel's two distributions, in standard deviations of the whole
+    reference. Both are means over the channels.
+    """
 
     weights: str  # the model's label
     res: int
@@ -48,7 +53,7 @@ class Statistics:
 
 
 def collect_all(session: Session, models: Mapping[str, Parts]) -> ClassifierInputs:
-    """The reference first, then each model, by label, at training and at test resolution; on every rank."""
+    """Of the reference, then of each model (by label) at training and at test resolution; on every rank."""
     stage, low = session.config.pretrain, training_resolution(session.config)
     transform = stage.train_transform if stage else "random_resized_crop"
     found = {(REFERENCE, low): collect(session, next(iter(models.values())), low, transform)}
@@ -59,7 +64,7 @@ def collect_all(session: Session, models: Mapping[str, Parts]) -> ClassifierInpu
 
 
 def training_resolution(config: Config) -> int:
-    """Of the weights before fixing, in pixels: stage one's resolution, else the recipe's, else timm's."""
+    """Pixels that the weights before fixing were trained at: stage one's, else the recipe's, else timm's."""
     if config.pretrain:
         return config.pretrain.res
     facts = recipes.find(config.model.name).facts
@@ -68,7 +73,7 @@ def training_resolution(config: Config) -> int:
 
 @torch.no_grad()
 def collect(session: Session, parts: Parts, res: int, transform: str) -> NDArray[np.float32]:
-    """Classifier inputs [n, channels] of up to 2,000 validation images, the same images in every call, on every rank."""
+    """Classifier inputs [n, channels] of the same 2,000 validation images (or all) in every call; on every rank."""
     index, ranks = session.val, session.ranks
     chosen = np.unique(np.linspace(0, len(index) - 1, min(IMAGES, len(index))).round().astype(np.int64))
     low, high = order.rank_part(0, len(chosen), ranks.rank, ranks.world_size)

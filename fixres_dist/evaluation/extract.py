@@ -31,7 +31,7 @@ META = "extract.json"
 
 @contextlib.contextmanager
 def classifier_inputs(parts: Parts) -> Iterator[list[torch.Tensor]]:
-    """A list to which every forward pass of the head, within the block, adds the classifier's input: fp32 [n, channels]."""
+    """A list; every forward pass of the head within the block appends the classifier's input, fp32 [n, channels]."""
     found: list[torch.Tensor] = []
     classifier = parts.model.get_submodule(classifier_name(parts.model))
     hook = classifier.register_forward_pre_hook(lambda _, inputs: found.append(inputs[0].detach().float().flatten(1)))
@@ -45,9 +45,9 @@ def classifier_inputs(parts: Parts) -> Iterator[list[torch.Tensor]]:
 def extract(session: Session, parts: Parts, split: str, out: Path, dtype: str) -> int:
     """Write softmax.npy [n, classes], embeddings.npy [n, channels], labels.npy [n] and names.txt to `out`; returns n.
 
-    Rows are in the order of the split's index; an image that cannot be decoded is a row of NaN. Every rank writes its
-    contiguous rows into the same files. Batches are cut from the split, not from a rank's part, so the bytes are the same
-    at any world size. `out` appears only when it is complete.
+    Rows are in the order of the split's index; an image that cannot be decoded is a row of NaN. Every rank writes its rows
+    into the same files. Batches are cut from the split, not from a rank's part of it, so the bytes are the same at any
+    world size. `out` appears when it is complete.
     """
     index, ranks, res = session.splits[split], session.ranks, session.config.data.res
     parts.model.eval()
@@ -89,7 +89,7 @@ def extract(session: Session, parts: Parts, split: str, out: Path, dtype: str) -
 
 
 def write_rows(file: IO[bytes], start: int, batch: Loaded, values: NDArray[Any]) -> None:
-    """Write a batch to its place in a .npy file whose data begin at `start`; its samples are consecutive, skipped ones NaN."""
+    """Write a batch of consecutive samples, NaN for skipped ones, into a .npy file whose data begin at `start`."""
     samples = batch.samples.numpy()
     first = min([*samples.tolist(), *(bad.sample for bad in batch.skipped)])
     rows = np.full((len(samples) + len(batch.skipped), values.shape[1]), np.nan, values.dtype)
@@ -99,10 +99,10 @@ def write_rows(file: IO[bytes], start: int, batch: Loaded, values: NDArray[Any])
 
 
 def from_softmax(files: Sequence[Path], index: Index, columns: Sequence[int], classes: int) -> Predictions:
-    """Predictions from softmax.npy [n, classes] of `extract` on the images of `index`; from several files, of their mean.
+    """Predictions from softmax.npy [n, classes] that `extract` wrote; from several such files, of their mean.
 
-    `columns`: the model's class of each folder of `index`. A row of NaN is an image without a prediction. Raises UserError
-    for a file of other images or classes.
+    `columns`: the model's class of each folder of `index`. A row of NaN is an image without a prediction. Raises
+    UserError for a file of other images or classes.
     """
     mean = torch.from_numpy(np.mean([read_softmax(file, index, classes) for file in files], axis=0, dtype=np.float64))
     decoded, labels = ~mean.isnan().any(1), torch.from_numpy(index.labels.astype(np.int64))

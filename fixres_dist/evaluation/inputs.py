@@ -1,4 +1,4 @@
-"""The weights and the data that a command evaluates: a run's model before and after fixing, or a weights file. No torch at import."""
+"""The weights and the data set that a command evaluates: those of a run, or a weights file. No torch at import."""
 
 from __future__ import annotations
 
@@ -89,10 +89,10 @@ def opened(
     split: str = "val",
     sets: Mapping[str, Path] | None = None,
 ) -> Iterator[Session]:
-    """A session with `split` and the named `sets`; the ranks of the job part at its end.
+    """A session with `split` and the named `sets`; at its end the ranks of the job leave each other.
 
-    The configuration's weights are loaded only if a subject has no file of its own. A run is evaluated as it was trained:
-    with its class order, and with what its first start decided (choices.json).
+    The configuration's weights are loaded only if a subject has no file of its own. A run is evaluated as it was trained,
+    with its class order and its choices.json.
     """
     from fixres_dist.data import class_maps
     from fixres_dist.training.ranks import join

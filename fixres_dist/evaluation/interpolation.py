@@ -37,8 +37,8 @@ Curves = dict[str, list[Mixture]]  # set -> one mixture for each alpha
 def interpolated(before: State, after: State, alpha: float) -> dict[str, torch.Tensor]:
     """(1 - alpha) · before + alpha · after, tensor by tensor: exactly `before` at 0, exactly `after` at 1.
 
-    Tensors that tuning left alone are equal in both and stay as they are. BatchNorm means and variances are interpolated
-    like weights, which does not give the variance of a mixture. Integers, such as counters of batches, are those of `after`.
+    Tensors that tuning left alone stay as they are. BatchNorm means and variances are interpolated like weights, which is
+    not the variance of a mixture. Integers (the BatchNorms' counters) are those of `after`.
     """
     if alpha == 0:
         return dict(before)
@@ -48,7 +48,7 @@ def interpolated(before: State, after: State, alpha: float) -> dict[str, torch.T
 
 
 def starting_state(run: RunDir, model: nn.Module) -> dict[str, torch.Tensor]:
-    """The whole model before fixing, on the CPU; of a run without stage one that is `model`, with the starting weights."""
+    """The whole model before fixing, on the CPU: after stage one, or without it `model`, with the starting weights."""
     file = weights_before(run)
     return weights.read_state(file) if file else {name: value.cpu() for name, value in model.state_dict().items()}
 

@@ -61,8 +61,8 @@ def measure(
 ) -> Evaluation:
     """The evaluation of the set `name` at `res` px from predictions by label.
 
-    `columns`: the model's class of each folder of `index`; `classes`: the model's class names; `real`: for each image the
-    classes that are right, see `class_maps.real_labels`.
+    `columns`: the model's class of each folder of `index`. `classes`: the model's class names. `real`: the classes that
+    are right for each image (`class_maps.real_labels`).
     """
     calibrations = {label: calibration(made) for label, made in predictions.items()}
     rows = top1_by_class(index.labels, predictions, len(columns))
@@ -87,8 +87,10 @@ def gain_of_fixing(predictions: Mapping[str, Predictions]) -> Gain | None:
 
 
 def real_accuracy(lists: list[list[int]], predictions: Mapping[str, Predictions]) -> Real:
-    """Accuracy by ReaL labels (Beyer et al., arXiv 2006.07159): a prediction is right if it is in its image's list; an image
-    whose list is empty is not counted."""
+    """Top-1 by ReaL labels (Beyer et al., arXiv 2006.07159): a prediction is right if it is in its image's list.
+
+    An image whose list is empty is not counted.
+    """
     listed, judged = np.array([bool(labels) for labels in lists]), {}
     for label, made in predictions.items():
         hits = np.array([int(c) in labels for c, labels in zip(made.predicted, lists, strict=True)])
@@ -101,7 +103,7 @@ def real_accuracy(lists: list[list[int]], predictions: Mapping[str, Predictions]
 def top1_by_class(
     labels: NDArray[np.integer], predictions: Mapping[str, Predictions], classes: int
 ) -> list[dict[str, float | None]]:
-    """For each class 0, 1, .. classes - 1 of `labels` [n]: {"n": images, LABEL: top-1 in percent; None without images}."""
+    """A row per class of `labels` [n]: {"n": images, LABEL: top-1 in percent, or None without images}."""
     rows: list[dict[str, float | None]] = [{"n": 0} for _ in range(classes)]
     for label, made in predictions.items():
         kept = labels[made.counted]

@@ -29,7 +29,7 @@ MARK |= {"rotation": 90, "va": "bottom", "ha": "right", "fontsize": 8}
 def figure(
     file: Path, title: str = "", size: tuple[float, float] = (7, 4.5), panels: int = 1, share_y: bool = False
 ) -> Iterator[list[Axes]]:
-    """The axes of a new figure, side by side; at the end of the block it gets a grid and legends and is saved as `file`."""
+    """The axes of a new figure, side by side. At the end of the block they get grids and legends and are saved as `file`."""
     import matplotlib
 
     matplotlib.use("Agg")  # draws without a display
@@ -69,8 +69,8 @@ def sweep_plot(curves: Mapping[str, Mapping[int, Summary]], config: Config, file
 def activation_plot(inputs: Mapping[tuple[str, int], NDArray[np.float32]], title: str, file: Path) -> None:
     """Classifier inputs [n, channels] per (label, resolution), of which the first is the reference, as in training.
 
-    Left the distribution of all of them; right how far each channel's mean lies from the reference's, in the channel's
-    standard deviations there.
+    Left: the distribution of all values. Right: how far each channel's mean is from its mean in the reference, in that
+    channel's standard deviations there.
     """
     base, shares = next(iter(inputs.values())), np.linspace(0, 1, 501)
     spread = np.where(base.std(0) > 0, base.std(0), np.inf)
@@ -100,8 +100,10 @@ def alpha_plot(curves: Mapping[str, Sequence[Mixture]], config: Config, file: Pa
 
 
 def published_plot(curves: Mapping[str, Sequence[tuple[float, float, float]]], rows: Sequence[Row], file: Path) -> None:
-    """Top-1 against parameters (Figure 1 of arXiv 2003.08237) and against multiply-adds: the published curves, and an arrow
-    from before to after for each run."""
+    """Top-1 against parameters (as Figure 1 of arXiv 2003.08237) and against multiply-adds.
+
+    `curves`: the published ones, see `report.published_curves`. Each run is an arrow from before to after.
+    """
     colours = {"Noisy Student": "tab:blue", "AdvProp": "tab:orange"}
     with figure(file, size=(13, 5), panels=2, share_y=True) as axes:
         for k, cost_label in enumerate(("parameters (millions)", "multiply-adds (billions)")):

@@ -30,7 +30,7 @@ def data_name(config: Config) -> str:
 
 
 def evaluations(run: RunDir) -> list[dict[str, Any]]:
-    """Records of what `evaluate` kept in the run, but for what results.json says: validation at the run's resolution."""
+    """Records that `evaluate` kept in the run; without the validation split at the run's resolution (results.json)."""
     found = [json.loads(file.read_text()) for file in sorted((run.root / "evaluations").glob("*.json"))]
     return [one for one in found if (one["set"], one["res"]) != ("val", Results.read(run).res)]
 
@@ -40,8 +40,10 @@ def of_sets(records: Iterable[dict[str, Any]]) -> list[BeforeAfter]:
 
 
 def of_exported(run: RunDir, results: Results, alpha: float) -> BeforeAfter | None:
-    """Of the weights at `alpha` on the validation split: from results.json at 1, else from alpha.json; None where
-    `interpolate` has not measured this alpha on the run's own data."""
+    """Accuracy of the weights at `alpha` on the validation split: from results.json at 1, else from alpha.json.
+
+    None if `interpolate` has not measured this alpha on the run's own data.
+    """
     data, file = run.config().data, run.root / "alpha.json"
     line = {**asdict(results), "set": data_name(run.config())}
     if alpha == 1:

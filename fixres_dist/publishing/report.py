@@ -110,8 +110,10 @@ def unfinished(runs: Iterable[RunDir]) -> list[dict[str, Any]]:
 
 
 def published_curves() -> dict[str, list[tuple[float, float, float]]]:
-    """(parameters in millions, 1e9 multiply-adds, top-1 in percent) of the 18 published models, before and after fixing,
-    on ImageNet (arXiv 2003.08237)."""
+    """(parameters in millions, 1e9 multiply-adds, top-1 in percent on ImageNet) of each published model.
+
+    18 models before and after fixing, from arXiv 2003.08237.
+    """
     curves: dict[str, list[tuple[float, float, float]]] = {}
     for recipe in recipes.every():
         facts, p = recipe.facts, recipe.published

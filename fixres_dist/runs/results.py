@@ -64,7 +64,7 @@ class BeforeAfter:
 
     @staticmethod
     def read(record: Mapping[str, Any], **changes: Any) -> BeforeAfter:
-        """From a record with these keys, delta_top1 and delta_ci95 for the gain, as the JSON files of a run have them."""
+        """From a record as the JSON files of a run hold it, with delta_top1 and delta_ci95 for the gain."""
         found = {**record, **changes}
         before, after = Accuracy.read(found["before"]), Accuracy.read(found["after"])
         gain = Gain(found["delta_top1"], tuple(found["delta_ci95"]))

@@ -24,11 +24,12 @@ from fixres_dist.training.session import Session
 def predict(
     session: Session, models: Sequence[Parts], res: int, note: str, split: str = "val", store: Store | None = None
 ) -> list[Predictions]:
-    """Predictions of each model for every image of `split` at `res` px, equal on all ranks; leaves the models in eval mode.
+    """Predictions of each model for every image of `split` at `res` px, the same on all ranks.
 
-    All models share one pass over the images, in the arithmetic of training; a frozen trunk that several have runs once.
-    Logits are restricted to the split's classes, the protocol of ImageNet-A and ImageNet-R; predicted classes are the
-    model's. `store` reads trunk features instead of images; `note` labels the progress bar.
+    All models share one pass over the images, in the arithmetic of training, and a frozen trunk that several of them have
+    runs once. Logits are restricted to the split's classes, the protocol of ImageNet-A and ImageNet-R; predicted classes
+    are the model's. `store` gives trunk features in place of images; `note` labels the progress bar. The models are left
+    in eval mode.
     """
     index, columns = session.splits[split], torch.tensor(session.columns[split], device=session.ranks.device)
     for parts in models:
@@ -91,7 +92,7 @@ def score(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 
 
 def from_rows(rows: torch.Tensor, index: Index) -> Predictions:
-    """Predictions from the rows of `score`, whose class is -1 for an image without a prediction; raises UserError if all are."""
+    """Predictions from rows [n, 6] of `score`; class -1: the image has no prediction. Raises UserError if none has one."""
     t = rows.numpy()
     if not (t[:, 1] >= 0).any():
         raise UserError(

@@ -63,7 +63,7 @@ class Predictions:
 
     @staticmethod
     def read_with_list(path: Path) -> tuple[Predictions, str]:
-        """(predictions, fingerprint of the index they belong to); raises UserError for a file that holds no predictions."""
+        """(predictions, fingerprint of their index); raises UserError for a file that holds no predictions."""
         try:
             with np.load(path, allow_pickle=False) as a:
                 confidence = a["confidence"] if "confidence" in a else np.full(len(a["loss"]), np.nan, np.float32)
@@ -78,8 +78,8 @@ class Predictions:
 def paired_gain(before: NDArray[np.bool_], after: NDArray[np.bool_]) -> Gain:
     """Gain in top-1 from hits [n] of two models on the same images, paired image by image.
 
-    The interval is that of the mean difference per image; one that ignores the pairing is several times wider. One image
-    tells nothing about the spread: its interval is -100 to 100.
+    The interval is that of the mean difference per image: 1.96 standard errors to each side. One that ignores the pairing
+    is several times wider. One image tells nothing about the spread: its interval is -100 to 100.
     """
     difference = after.astype(np.float64) - before
     gain = 100 * float(difference.mean())
