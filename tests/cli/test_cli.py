@@ -79,18 +79,24 @@ def test_a_plan_that_nobody_reads_to_its_end_is_no_error(tmp_path: Path, what: s
     assert process.returncode == 0
 
 
-def test_the_plan_says_which_engine_runs_and_how_large_its_features_are() -> None:
-    asked = ["submit", "--model", "l2", "--res", "600", "--dry-run"]
-    for more, words in (
-        ([], ["stream: transform test_aug draws new pictures every epoch"]),
-        (["data.train_transform=test", "run.engine=cached"], ["1,231.7 GiB in"]),
-        (["data.train_transform=test", "tune.policy=classifier", "tune.epochs=9"], ["13.6 GiB in"]),
-    ):
-        done = run(*asked, *more)
-        assert done.returncode == 0, done.stderr
-        (line,) = [line for line in done.stdout.splitlines() if line.startswith("engine ")]
-        assert all(word in line for word in words), line
-    done = run(*asked, "run.engine=cached")
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ([], "stream: transform test_aug draws new pictures every epoch"),
+        (["data.train_transform=test", "run.engine=cached"], "1,231.7 GiB in"),
+        (["data.train_transform=test", "tune.policy=classifier", "tune.epochs=9"], "13.6 GiB in"),
+    ],
+    ids=["stream", "cached", "cached classifier inputs"],
+)
+def test_the_plan_says_which_engine_runs_and_how_large_its_features_are(settings: list[str], words: str) -> None:
+    done = run("submit", "--model", "l2", "--res", "600", "--dry-run", *settings)
+    assert done.returncode == 0, done.stderr
+    (line,) = [line for line in done.stdout.splitlines() if line.startswith("engine ")]
+    assert words in line
+
+
+def test_an_engine_that_the_transform_rules_out_is_refused() -> None:
+    done = run("submit", "--model", "l2", "--res", "600", "--dry-run", "run.engine=cached")
     assert done.returncode == 2
     assert "test or test_flip" in done.stderr
 
@@ -141,15 +147,15 @@ def test_sbatch_text_is_the_recorded_one() -> None:
     assert text == recorded.read_text()
 
 
-def test_slurm_times() -> None:
-    assert [jobs.minutes(t) for t in ("90", "1:30", "24:00:00", "2-0", "1-12:30", "0:0:30")] == [
-        90,
-        2,
-        1440,
-        2880,
-        2190,
-        1,
-    ]
+@pytest.mark.parametrize(
+    ("text", "minutes"),
+    [("90", 90), ("1:30", 2), ("24:00:00", 1440), ("2-0", 2880), ("1-12:30", 2190), ("0:0:30", 1)],
+)
+def test_slurm_times(text: str, minutes: int) -> None:
+    assert jobs.minutes(text) == minutes
+
+
+def test_a_time_that_slurm_would_not_read_is_refused() -> None:
     with pytest.raises(UserError, match="soon"):
         jobs.minutes("soon")
 
@@ -167,25 +173,37 @@ def refuse(tmp_path: Path, *arguments: object) -> str:
     return done.stderr
 
 
-def test_wrong_arguments_get_one_helpful_message(tmp_path: Path, photos: Path) -> None:
-    good = ["--weights", "none", "--data", photos]
-    assert "Did you mean 'b8'" in refuse(tmp_path, "--model", "b9", "--res", "320", *good)
-    assert "Did you mean 'resnet50'" in refuse(tmp_path, "--model", "resnet5o", "--res", "320", *good)
-    assert "res is 0; accepted: 32 or more" in refuse(tmp_path, "--model", "b0", "--res", "0", *good)
-    assert "'abc'; accepted: a whole number" in refuse(tmp_path, "--model", "b0", "--res", "abc", *good)
-    assert "no data set at" in refuse(tmp_path, "--model", "b0", "--res", "64", "--data", tmp_path / "nowhere")
-    assert "no data set given" in refuse(tmp_path, "--model", "b0", "--res", "64", "--weights", "none")
-    assert "a name without slashes" in refuse(tmp_path, "--model", "b0", *good, "--name", "q/3")
-    assert "no --model given" in refuse(tmp_path, "--res", "64", "--data", photos)
-    assert "no --res given" in refuse(tmp_path, "--model", "resnet18", *good)
-    assert "Did you mean 'tune.epochs'" in refuse(tmp_path, "--model", "b0", "--res", "64", *good, "tune.epoch=2")
-    assert "tune.global_batch=8" in refuse(tmp_path, "--model", "b0", "--res", "64", *good, "tune.global_batch=7")
-    assert "accepted: ap, none" in refuse(tmp_path, "--model", "b8", "--weights", "ns", "--data", photos)
-    assert "--nodes 2 needs a cluster" in refuse(tmp_path, "--model", "b0", "--nodes", "2", *good)
-    assert "no weights file" in refuse(tmp_path, "--model", "b0", "--weights", tmp_path / "no.pth", "--data", photos)
-    assert "nss. Accepted: ns, ap" in refuse(tmp_path, "--model", "b0", "--weights", "nss", "--dry-run")
-    assert "no.txt': No such file" in refuse(tmp_path, "--model", "b0", *good, "data.deny_list=no.txt")
-    assert "no profile" in refuse(tmp_path, "--model", "b0", "--profile", tmp_path / "no.yaml", *good)
+NEW = "--weights none --data PHOTOS"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (f"--model b9 --res 320 {NEW}", "Did you mean 'b8'"),
+        (f"--model resnet5o --res 320 {NEW}", "Did you mean 'resnet50'"),
+        (f"--model b0 --res 0 {NEW}", "res is 0; accepted: 32 or more"),
+        (f"--model b0 --res abc {NEW}", "'abc'; accepted: a whole number"),
+        ("--model b0 --res 64 --data TMP/nowhere", "no data set at"),
+        ("--model b0 --res 64 --weights none", "no data set given"),
+        (f"--model b0 {NEW} --name q/3", "a name without slashes"),
+        ("--res 64 --data PHOTOS", "no --model given"),
+        (f"--model resnet18 {NEW}", "no --res given"),
+        (f"--model b0 --res 64 {NEW} tune.epoch=2", "Did you mean 'tune.epochs'"),
+        (f"--model b0 --res 64 {NEW} tune.global_batch=7", "tune.global_batch=8"),
+        ("--model b8 --weights ns --data PHOTOS", "accepted: ap, none"),
+        (f"--model b0 --nodes 2 {NEW}", "--nodes 2 needs a cluster"),
+        ("--model b0 --weights TMP/no.pth --data PHOTOS", "no weights file"),
+        ("--model b0 --weights nss --dry-run", "nss. Accepted: ns, ap"),
+        (f"--model b0 {NEW} data.deny_list=no.txt", "no.txt': No such file"),
+        (f"--model b0 --profile TMP/no.yaml {NEW}", "no profile"),
+        (f"--model b0 {NEW} --grid base_lr=1,2", "--grid is 'base_lr=1,2'; accepted: section.key=v1,v2"),
+        (f"--model b0 {NEW} --at-once -1", "--at-once is -1; accepted: 0 (all) or more"),
+        ("--table 1 --model b0 --data PHOTOS", "excludes --model"),
+    ],
+)
+def test_wrong_arguments_get_one_helpful_message(tmp_path: Path, photos: Path, arguments: str, words: str) -> None:
+    asked = [word.replace("PHOTOS", str(photos)).replace("TMP", str(tmp_path)) for word in arguments.split()]
+    assert words in refuse(tmp_path, *asked)
 
 
 def test_paths_are_those_of_the_shell_that_submits(tmp_path: Path, photos: Path) -> None:
@@ -238,10 +256,18 @@ def test_weights_of_another_model_are_refused_with_what_differs(tmp_path: Path, 
     text = refuse(tmp_path, "--model", "test_efficientnet", "--res", "64", "--weights", thousand, "--data", photos)
     assert "classifies 10 classes, the data set has 3" in text
     assert "pretrain.epochs" in text
-    for model, more in (("b0", ()), ("test_efficientnet", ()), ("b0", ("--dry-run",))):
-        text = refuse(tmp_path, "--model", model, "--res", "64", "--weights", "pretrained", "--data", photos, *more)
-        assert "classifies 1000 classes, the data set has 3" in text
-        assert "--preset own_classes" in text
+
+
+@pytest.mark.parametrize("asked", [["b0"], ["test_efficientnet"], ["b0", "--dry-run"]], ids=" ".join)
+def test_pretrained_weights_of_other_classes_are_refused_with_the_preset_that_trains_a_classifier(
+    tmp_path: Path, photos: Path, asked: list[str]
+) -> None:
+    text = refuse(tmp_path, "--res", "64", "--weights", "pretrained", "--data", photos, "--model", *asked)
+    assert "classifies 1000 classes, the data set has 3" in text
+    assert "--preset own_classes" in text
+
+
+def test_the_preset_for_own_classes_takes_them(tmp_path: Path, photos: Path) -> None:
     asked = ["--model", "b0", "--data", photos, "--preset", "own_classes", "--dry-run", "--runs-dir", tmp_path]
     assert run("submit", *asked).returncode == 0
 
@@ -291,13 +317,15 @@ def test_offline_weights_name_the_command_that_fetches_them(tmp_path: Path, phot
     assert json.loads((tmp_path / "runs" / "b0-64" / "state.json").read_text())["state"] == "failed"
 
 
-def test_evaluate_sweep_and_fetch_say_what_they_need(tmp_path: Path) -> None:
-    done = run("fetch", "--model", "b0", "--weights", "nsx")
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ("fetch --model b0 --weights nsx", "choose from"),
+        ("evaluate", "--run DIR, or --model M --checkpoint FILE"),
+        ("evaluate --run TMP", "no config.yaml"),
+    ],
+)
+def test_evaluate_and_fetch_say_what_they_need(tmp_path: Path, arguments: str, words: str) -> None:
+    done = run(*arguments.replace("TMP", str(tmp_path)).split())
     assert done.returncode == 2
-    assert "choose from" in done.stderr
-    done = run("evaluate")
-    assert done.returncode == 2
-    assert "--run DIR, or --model M --checkpoint FILE" in done.stderr
-    done = run("evaluate", "--run", tmp_path)
-    assert done.returncode == 2
-    assert "no config.yaml" in done.stderr
+    assert words in done.stderr
