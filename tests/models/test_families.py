@@ -1,4 +1,4 @@
-"""Every policy on every family of models: what trains, what changes, what is refused and why."""
+"""Every policy on every family of models: the tensors that train and change, and refusals with their reasons."""
 
 from __future__ import annotations
 

@@ -40,7 +40,7 @@ def pictures(n: int) -> torch.Tensor:
     return torch.randint(0, 256, (n, 3, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
 
 
-# EfficientNets end in a convolution that widens, a bottleneck ResNet's last block too (and its shortcut crosses as well).
+# EfficientNets end in a convolution that widens, and so does a bottleneck ResNet's last block (whose shortcut is a second feature).
 @pytest.mark.parametrize(
     ("name", "policy", "kept"),
     [
@@ -110,7 +110,7 @@ def test_kept_features_are_the_streamed_inputs_bit_by_bit(tmp_path: Path, number
 
 
 class Recorded(nn.Module):
-    """In a compiled module's place."""
+    """Stands for a compiled module and records the shapes of its inputs."""
 
     def __init__(self, body: nn.Module, seen: list[tuple[int, ...]]) -> None:
         super().__init__()
@@ -189,8 +189,8 @@ def test_the_choice_is_made_once_and_kept_with_the_run(tmp_path: Path, monkeypat
 
     assert layout() == torch.contiguous_format
     timed(monkeypatch, lambda fast: 1.0)
-    assert layout() == torch.contiguous_format, "a later start takes what is kept"
-    assert layout("run.memory_format=channels_last") == torch.channels_last, "unless it is told otherwise"
+    assert layout() == torch.contiguous_format, "a later start takes the choice that was kept"
+    assert layout("run.memory_format=channels_last") == torch.channels_last, "unless the setting names another format"
 
 
 @pytest.mark.parametrize(

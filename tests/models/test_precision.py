@@ -1,4 +1,4 @@
-"""Number formats of gradients: loss scaling, its state across a resume, and apex where there is one, or something else of its name."""
+"""Loss scaling and its state across a resume; apex, with stand-ins for NVIDIA's and for PyPI's package of that name."""
 
 from __future__ import annotations
 
@@ -56,17 +56,30 @@ def test_what_the_installed_apex_lacks_is_refused_before_submission(
     plan.check(config(setting, "cluster.srun_args=[--container-image=x]"), 1, dry=True)  # there the worker looks
 
 
-def test_what_is_there_is_accepted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_apex_with_amp_and_kernels_is_accepted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(fake_apex.with_amp(tmp_path))
     found = nvidia_apex.find()
     assert (found.is_nvidia, found.has_amp, found.has_kernels, found.version) == (True, True, True, "commit 6424da3b01")
     for precision_name in ("apex-O1", "apex-O2"):
         plan.check(config(f"run.precision={precision_name}", "run.optimizer=apex"), 1, dry=True)
-    for more, word in (("run.compile=true", "compiled"), ("pretrain.epochs=1", "stage one")):
-        with pytest.raises(UserError, match=word):
-            plan.check(config("run.precision=apex-O1", more), 1, dry=True)
-    with pytest.raises(UserError, match="fp32 copies"):
-        plan.check(config("run.precision=apex-O2", "tune.policy=all"), 1, dry=True)
+
+
+@pytest.mark.parametrize(
+    ("level", "setting", "words"),
+    [
+        ("O1", "run.compile=true", "cannot be compiled"),
+        ("O1", "pretrain.epochs=1", "with stage one"),
+        ("O1", "run.engine=cached", "features of our own trunk"),
+        ("O2", "tune.policy=all", "fp32 copies.*Next: run.precision=apex-O1, or run.precision=fp16"),
+        ("O2", "tune.policy=last_block", "with tune.policy=last_block: O2 trains fp32 copies"),
+    ],
+)
+def test_settings_that_amp_cannot_do_are_refused(
+    level: str, setting: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(fake_apex.with_amp(tmp_path))
+    with pytest.raises(UserError, match=words):
+        plan.check(config(f"run.precision=apex-{level}", setting, "data.train_transform=test"), 1, dry=True)
 
 
 def test_the_command_refuses_with_exit_code_two(tmp_path: Path) -> None:
@@ -91,22 +104,10 @@ def trained(tmp_path: Path, photos: Path, name: str, *more: str) -> tuple[dict[s
 
 
 def test_apex_o1_trains_the_whole_network(tmp_path: Path, photos: Path) -> None:
-    results, calls, folder = trained(
-        *(
-            tmp_path,
-            photos,
-            "o1",
-            "run.precision=apex-O1",
-            "tune.policy=all",
-            "run.batch_per_device=6",
-            "tune.base_lr=0.5",
-        )
-    )
-    assert (results["precision"], results["optimizer"], results["apex"]) == (
-        "apex-O1",
-        "torch SGD",
-        "commit 6424da3b01",
-    )
+    more = ["run.precision=apex-O1", "tune.policy=all", "run.batch_per_device=6", "tune.base_lr=0.5"]
+    results, calls, folder = trained(tmp_path, photos, "o1", *more)
+    found = [results[key] for key in ("precision", "optimizer", "apex")]
+    assert found == ["apex-O1", "torch SGD", "commit 6424da3b01"]
     starts = [c for c in calls if c["call"] == "initialize"]
     assert [(c["level"], c["model"], c["optimizer"]) for c in starts] == [("O1", "EfficientNet", "SGD")]
     backwards = [c["delay"] for c in calls if c["call"] == "scale_loss"]
@@ -149,7 +150,7 @@ def test_o1_casts_the_trunk_and_leaves_the_head(tmp_path: Path, monkeypatch: pyt
             del sys.modules[name]
 
 
-def test_an_apex_that_breaks_is_the_users_to_know(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_apex_that_fails_to_import_is_reported_to_the_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(
         fake_apex.write(fake_apex.with_amp(tmp_path), {"apex/amp/__init__.py": "raise ImportError('torch._six')"})
     )

@@ -1,7 +1,7 @@
-"""Packages named `apex` as they are found in the wild, made in a directory: NVIDIA's with and without amp, and PyPI's.
+"""Writes stand-ins for the packages named `apex`: NVIDIA's with amp and without, and PyPI's.
 
-The amp of the first one does on a CPU what apex.amp documents: O1 patches torch's functions to cast, O2 casts the model,
-scale_loss scales and unscales; in bfloat16, which CPUs compute. It notes every call in $FAKE_APEX_LOG.
+The first one's amp does on a CPU, in bfloat16, what apex.amp documents: O1 patches torch's functions to cast, O2 casts the
+model, scale_loss scales and unscales. It writes every call to $FAKE_APEX_LOG.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Models as the tests need them."""
+"""Networks in the states that tests need: with used BatchNorms, and after one step."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ BN_BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
 
 
 def lived_in(model: nn.Module) -> nn.Module:
-    """BatchNorms as training leaves them: statistics and affine away from their start."""
+    """`model` with BatchNorms as after training: statistics and affine are no longer 0 and 1."""
     generator = torch.Generator().manual_seed(3)
     for module in model.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
