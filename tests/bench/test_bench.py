@@ -2,8 +2,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +13,12 @@ import pytest
 import torch
 
 from fixres_dist.base.errors import UserError
-from fixres_dist.bench import data, model, pipeline, turns
-from fixres_dist.bench.turns import Turn, Variant
+from fixres_dist.bench import feature_cache, loaders, step, turns
+from fixres_dist.bench.result import Row, row_of
+from fixres_dist.bench.turns import Failed, Turn
+from fixres_dist.cli.bench import parse_size
 from fixres_dist.cli.main import main
+from fixres_dist.data import dataset, shards
 
 Bench = Callable[..., dict[str, Any]]
 ROW = {"name", "images_per_second", "cpu_ms_per_image", "peak_memory_mib", "n"}
@@ -42,19 +47,21 @@ def bench(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> Callable[..., di
     return measured
 
 
-def test_data(photos: Path, bench: Bench) -> None:
-    small = ["--images", "8", "--repeat", "1", "--res", "32", "--transforms", "test", "--sources", "folder,shards"]
-    result = bench("data", "--data", photos, *small, "--loaders", "pil,torch", "--no-scale")
-    names = [f"test 32 {source} {loader}" for source in ("folder", "shards") for loader in ("pil", "torch")]
-    assert [row["name"] for row in result["rows"]] == names
+@pytest.mark.parametrize("sharded", [False, True])
+def test_data(photos: Path, tmp_path: Path, bench: Bench, sharded: bool) -> None:
+    if sharded:
+        shards.write_shards(dataset.load(photos, "val"), tmp_path / "shards" / "val", 1000)
+    small = ["--images", "8", "--repeat", "1", "--res", "32", "--transforms", "test", "--loaders", "pil,torch"]
+    result = bench("data", "--data", tmp_path / "shards" if sharded else photos, *small)
+    assert [row["name"] for row in result["rows"]] == ["test 32 pil", "test 32 torch"]
     assert all(row["n"] == 8 and row["cpu_ms_per_image"] > 0 for row in result["rows"])
-    assert set(result["ratios"]["vs_pil_loader"]) == {names[1], names[3]}
+    assert set(result["ratios"]["vs_pil_loader"]) == {"test 32 torch"}
 
 
 def test_trunk(bench: Bench) -> None:
     result = bench("trunk", *TINY)
     names = [row["name"] for row in result["rows"]]
-    assert {"trunk fp32 contiguous unfolded", "trunk fp32 contiguous", "timm fp32 contiguous"} <= set(names)
+    assert {"trunk fp32 channels_last", "timm fp32 channels_last", "timm bf16 channels_last"} <= set(names)
     assert sum("trunk auto (" in name for name in names) == 1
     assert set(result["ratios"]) == {"vs_timm_inference"}
 
@@ -96,7 +103,6 @@ def test_gpu_says_what_it_needs(capfd: pytest.CaptureFixture[str]) -> None:
         (["end-to-end", "--data", "/nope"], "no data set at /nope"),
         (["data", "--data", "/nope"], "no images at /nope/val"),
         (["data", "--res", "abc"], "--res is 'abc'; accepted: whole numbers"),
-        (["data", "--sources", "foo"], "unknown source 'foo'. Accepted: folder, shards"),
         (["data", "--transforms", "tst"], "Did you mean 'test'"),
         (["data", "--loaders", "pill"], "Did you mean 'pil'"),
         (["step", "--json", "/nope/out.json"], "/nope/out.json cannot be written"),
@@ -112,15 +118,15 @@ def test_mistakes_are_one_line_before_anything_is_measured(
 
 
 def test_sizes() -> None:
-    assert pipeline.parse_size("resnet50.a1_in1k@288x64") == ("resnet50.a1_in1k", 288, 64)
+    assert parse_size("resnet50.a1_in1k@288x64") == ("resnet50.a1_in1k", 288, 64)
     with pytest.raises(UserError, match="MODEL@RESxBATCH"):
-        pipeline.parse_size("b0@320")
+        parse_size("b0@320")
 
 
-def test_ratios_are_against_the_pil_loader_on_folders() -> None:
-    costs = {"test 224 folder pil": 4.0, "test 224 folder torch": 2.0, "test 224 shards torch alone": 1.0}
-    rows = [{"name": name, "cpu_ms_per_image": cost} for name, cost in costs.items()]
-    assert data.ratios(rows) == {"test 224 folder torch": 0.5, "test 224 shards torch alone": 0.25}
+def test_ratios_are_against_the_pil_loader() -> None:
+    costs = {"test 224 pil": 4.0, "test 224 torch": 2.0, "test 224 torch normalised": 3.0, "test 320 torch": 1.0}
+    rows = [Row(name, 1.0, cost, 1.0, 1) for name, cost in costs.items()]
+    assert loaders.vs_pil_loader(rows) == {"vs_pil_loader": {"test 224 torch": 0.5, "test 224 torch normalised": 0.75}}
 
 
 def test_ratios_are_against_timm_at_the_same_settings() -> None:
@@ -131,9 +137,9 @@ def test_ratios_are_against_timm_at_the_same_settings() -> None:
         "timm fp32 channels_last": 25.0,
         "timm bf16 channels_last": 50.0,
     }
-    found = model.ratios({name: {"name": name, "images_per_second": value} for name, value in speed.items()})
+    found = step.ratios({name: Row(name, value, 1.0, 1.0, 1) for name, value in speed.items()})
     assert found["vs_timm_inference"] == {"ours fp32 channels_last": 0.8, "ours auto (bf16 channels_last)": 0.8}
-    assert model.of_auto(found) == {"vs_original": 4.0, "vs_timm_inference": 0.8}
+    assert step.of_auto(found) == {"vs_original": 4.0, "vs_timm_inference": 0.8}
 
 
 def steady() -> Iterator[Turn]:
@@ -154,23 +160,23 @@ def hanging() -> Iterator[Turn]:
 
 
 def test_a_variant_that_fails_costs_only_itself() -> None:
-    variants = {"steady": Variant(steady, ()), **{how: Variant(broken, (how,)) for how in ("raises", "dies")}}
+    variants = {"steady": steady, **{how: partial(broken, how) for how in ("raises", "dies")}}
     found, failed = turns.alternate(variants, 2, "test")
-    assert turns.row("steady", found.pop("steady")) == {
-        "name": "steady", "images_per_second": 4.0, "cpu_ms_per_image": 125.0, "peak_memory_mib": 100.0, "n": 4
-    }  # fmt: skip
+    assert row_of("steady", found.pop("steady")) == Row("steady", 4.0, 125.0, 100.0, 4)
     assert not found
     assert failed == {"raises": "RuntimeError: out of memory", "dies": "its process ended with exit code 3"}
 
 
 def test_a_variant_that_hangs_is_given_up() -> None:
-    found, failed = turns.alternate({"hanging": Variant(hanging, ())}, 1, "test", time.monotonic() + 1)
-    assert not found
-    assert "no answer within" in failed["hanging"]
+    with turns.Worker(hanging) as worker:
+        with pytest.raises(Failed, match="no answer within 1 s"):
+            worker.next(timeout_s=1)
+        worker.process.join(10)
+        assert worker.process.exitcode == -signal.SIGKILL
 
 
 def test_the_difference_of_two_heads_is_relative_to_each_tensor() -> None:
     a = {"w": torch.tensor([1000.0, 1.0]), "b": torch.tensor([1e-3]), "n": torch.tensor(3)}
     b = {**a, "b": torch.tensor([1.001e-3])}
-    assert pipeline.difference(a, a) == 0
-    assert pipeline.difference(a, b) == pytest.approx(1e-3, rel=1e-3)
+    assert feature_cache.difference(a, a) == 0
+    assert feature_cache.difference(a, b) == pytest.approx(1e-3, rel=1e-3)
