@@ -38,6 +38,7 @@ def run(args: argparse.Namespace) -> int:
     with run.lock(".submit.lock", wait_s=60):
         if submission.needs_no_job(run, kind):
             return EXIT_DONE
+        submission.renew_old_snapshot(run)
         write_text(run.root / "config.yaml", reading.dump(config))
         run.event("submitted", cluster=kind, command=run.command("resume"))
         if kind == "slurm":

@@ -62,6 +62,15 @@ def needs_no_job(run: RunDir, kind: str) -> bool:
     return job in queued
 
 
+def renew_old_snapshot(run: RunDir) -> None:
+    """Replace a code snapshot from before the package had its rooms: its job would not find what this version submits."""
+    if not run.code.joinpath(*TrainJob.__module__.split(".")).with_suffix(".py").is_file():
+        print(
+            f"{run.code} is of an earlier version, which cannot be resumed by this one: the installed code replaces it"
+        )
+        rundir.snapshot_code(run)
+
+
 def write_demo(config: Config) -> None:
     """Write the built-in example now, where its progress bar can be seen."""
     if config.data.root == "demo":

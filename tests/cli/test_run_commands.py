@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from fixres_dist.base.files import write_text
+from fixres_dist.cli import submission
 from fixres_dist.cli.main import main
 from fixres_dist.config import reading
 from fixres_dist.config.schema import Config
@@ -144,3 +145,18 @@ def test_board_shows_the_runs_under_their_names(
             signal.signal(number, handler)
     assert started[0][-2:] == ["--port", "6007"]
     assert "TensorBoard of a, b; Ctrl-C ends it" in capsys.readouterr().out
+
+
+def test_a_snapshot_of_an_earlier_version_is_replaced_before_a_resume(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A run that was started when the package was one flat folder: its job would import modules that its code/ lacks."""
+    old = RunDir(tmp_path / "r")
+    (old.code / "fixres_dist").mkdir(parents=True)
+    (old.code / "fixres_dist" / "train.py").touch()
+    submission.renew_old_snapshot(old)
+    assert "earlier version" in capsys.readouterr().out
+    assert (old.code / "fixres_dist" / "training" / "job.py").is_file()
+    assert not (old.code / "fixres_dist" / "train.py").exists()
+    submission.renew_old_snapshot(old)
+    assert not capsys.readouterr().out
