@@ -46,10 +46,8 @@ class Statistics:
     mean: float
     std: float
     near_zero_percent: float
-    channel_shift: (
-        float  # of a channel's mean, in standard deviations of that channel in the reference; mean over channels
-    )
-    distance: float  # first Wasserstein distance of a channel's distributions, in the reference's standard deviation; the same
+    channel_shift: float
+    distance: float
 
 
 def collect_all(session: Session, models: Mapping[str, Parts]) -> ClassifierInputs:
