@@ -1,4 +1,4 @@
-"""Where a result comes from: versions, processor, host, git commit; and where caches are kept. No torch."""
+"""The origin of a result: versions, processor, host, git commit; and the folder of caches. No torch."""
 
 from __future__ import annotations
 
@@ -12,21 +12,13 @@ from pathlib import Path
 from typing import Any
 
 RECORDED = (
-    "torch",
-    "torchvision",
-    "timm",
-    "submitit",
-    "tensorboard",
-    "nvidia-dali-cuda130",
-    "numpy",
-    "numba",
-    "pillow",
-    "safetensors",
+    *("torch", "torchvision", "timm", "submitit", "tensorboard"),
+    *("nvidia-dali-cuda130", "numpy", "numba", "pillow", "safetensors"),
 )
 
 
 def versions() -> dict[str, str | None]:
-    """Of Python and the packages that a result depends on; None for one that is not installed."""
+    """Versions of Python and of the packages that a result depends on; None for one that is not installed."""
     found: dict[str, str | None] = {"python": platform.python_version()}
     for name in RECORDED:
         try:
@@ -46,7 +38,7 @@ def processor() -> str:
 
 
 def environment() -> dict[str, Any]:
-    """Versions, host and the checkout's commit and diff, so that a result can be traced to its code."""
+    """The content of environment.json: versions, host, and the checkout's commit and diff."""
     checkout = Path(__file__).parents[2]
     return {
         "versions": versions(),
@@ -58,6 +50,7 @@ def environment() -> dict[str, Any]:
 
 
 def git(checkout: Path, *arguments: str) -> str | None:
+    """The output of a git command; None where `checkout` is no git checkout, or git fails."""
     if not (checkout / ".git").exists():
         return None
     try:
@@ -74,5 +67,5 @@ def shipped(name: str) -> Path:
 
 
 def cache_folder(setting: str = "") -> Path:
-    """Where indexes and the built-in example are kept: `data.cache`, $FIXRES_CACHE, or ~/.cache/fixres_dist."""
+    """The folder of indexes, features and the built-in example: `setting`, $FIXRES_CACHE, or ~/.cache/fixres_dist."""
     return Path(setting or os.environ.get("FIXRES_CACHE") or "~/.cache/fixres_dist").expanduser()

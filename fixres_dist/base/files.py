@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all."""
+"""Files that exist whole or not at all, and full disks. No torch."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ FULL = {errno.ENOSPC: "no space is left on the disk", errno.EDQUOT: "the disk qu
 
 @contextmanager
 def whole(path: Path) -> Iterator[Path]:
-    """Write to the name that this gives, beside `path`: it takes `path`'s place at the end of the block.
+    """Yields a temporary path in the folder of `path`; what was written to it replaces `path` at the end of the block.
 
-    After an error nothing is left of it, so that on a full disk there is room to say so. Then this raises an OSError with
-    `path` in it, whatever library met it (safetensors and shutil have errors of their own).
+    After an error it is deleted, which on a full disk leaves room to report the error. A full disk is raised as an
+    OSError that names `path`, whichever error a library (safetensors, shutil, torch) raised for it.
     """
     part = path.with_name(f".{path.name}.{os.getpid()}")
     remove(part)
@@ -35,7 +35,7 @@ def whole(path: Path) -> Iterator[Path]:
 
 
 def remove(path: Path) -> None:
-    """A file or a folder, if it is there."""
+    """Delete a file or a folder, if it exists."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
@@ -43,9 +43,9 @@ def remove(path: Path) -> None:
 
 
 def full(error: BaseException | None) -> int:
-    """The number of the system's error where `error` is about a full disk or quota, else 0.
+    """The errno of a full disk or quota if `error` is about one, else 0.
 
-    Some libraries only word it, and torch.save trips over its own clean-up while it handles it.
+    Some libraries put the number into the text only, and torch.save raises another error while it handles this one.
     """
     while error:
         for number in FULL:
@@ -56,13 +56,13 @@ def full(error: BaseException | None) -> int:
 
 
 def no_room(error: BaseException) -> str:
-    """`no space is left on the disk: PATH` if that is what `error` says, else an empty text."""
+    """`no space is left on the disk: PATH` if `error` is about a full disk or quota, else an empty text."""
     number, path = full(error), getattr(error, "filename", None)
     return FULL.get(number, "") + (f": {path}" if number and path else "")
 
 
 def sync(path: Path) -> None:
-    """Reach the disk before the rename does: a node that loses power keeps the old file or the new one."""
+    """Write `path` to the disk before a rename is: after a loss of power the old file is there or the new one."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -71,7 +71,7 @@ def sync(path: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """By rename, so a reader sees the old text or the new one."""
+    """Write by rename, so that a reader sees the old text or the new one."""
     with whole(path) as part:
         part.write_text(text)
         sync(part)

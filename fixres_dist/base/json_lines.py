@@ -1,7 +1,8 @@
-"""Files with a JSON object per line. A line that a kill cut off is dropped. No torch."""
+"""Files with a JSON object per line. No torch."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -16,20 +17,15 @@ def append(path: Path, line: dict[str, Any]) -> None:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The complete lines of a JSON-lines file; a line torn by a kill is dropped."""
+    """The lines that are complete (a kill may have cut one off); none where there is no file."""
     lines = []
-    try:
-        for text in path.read_text().splitlines():
-            try:
-                lines.append(json.loads(text))
-            except json.JSONDecodeError:
-                continue
-    except FileNotFoundError:
-        pass
+    for text in path.read_text().splitlines() if path.exists() else ():
+        with contextlib.suppress(json.JSONDecodeError):
+            lines.append(json.loads(text))
     return lines
 
 
 def keep_lines(path: Path, kept: Callable[[dict[str, Any]], bool]) -> None:
-    """Drop what a killed start wrote beyond the checkpoint it is resumed from, so that nothing stands there twice."""
+    """Drop the other lines, such as those that a killed start wrote after the checkpoint from which the run resumes."""
     if path.exists():
         write_text(path, "".join(json.dumps(line) + "\n" for line in read_lines(path) if kept(line)))

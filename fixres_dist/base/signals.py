@@ -1,4 +1,4 @@
-"""Signals set a flag; the loop reads it at a step boundary, where all ranks agree, save and leave."""
+"""Stop signals set a flag. The training loop reads it at a step boundary, where all ranks agree, save and leave. No torch."""
 
 from __future__ import annotations
 
@@ -16,18 +16,15 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT, signal
 
 
 class StopFlag:
-    """Remembers the first stop signal. No work is done in the handler: it may interrupt an optimizer step.
-
-    Loader workers are forked from this process and get every signal too; the pid guard makes them ignore it.
-    """
+    """Remembers the first stop signal; its handler does nothing else, since it may interrupt an optimizer step."""
 
     def __init__(self) -> None:
-        self.signal = 0
-        self.pid = os.getpid()
+        self.signal = 0  # number of the first stop signal; 0: none yet
+        self.pid = os.getpid()  # loader workers are forked from this process, get every signal too, and ignore it
 
     def install(self) -> StopFlag:
         for number in SIGNALS:
-            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # as nohup leaves it
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup has it ignored
                 signal.signal(number, self.handle)
         return self
 
@@ -40,19 +37,19 @@ class StopFlag:
 
     def deadline(self, seconds: float, give_up: Callable[[], None]) -> None:
         """End this process `seconds` after the first stop signal, unless it has left by itself: a rank that waits in a
-        collective for a dead peer must not hold its nodes. `give_up` is called before, with little time.
+        collective for a dead one must not hold its nodes. `give_up` is called before that, and must be quick.
 
-        A Python handler does not run while the main thread hangs in C; the interpreter's wakeup descriptor is written
-        at once, so a thread that reads it knows of the signal in any case.
+        A Python handler does not run while the main thread hangs in C, but the interpreter writes each signal to its
+        wakeup descriptor at once, where a thread reads it.
         """
         told, tell = socket.socketpair()
         tell.setblocking(False)
         signal.set_wakeup_fd(tell.fileno(), warn_on_full_buffer=False)
 
         def watch() -> None:
-            with tell:  # kept open as long as signals are written to it
+            with tell:  # stays open as long as signals are written to it
                 while not self.signal and told.recv(1)[0] not in SIGNALS:
-                    pass  # SIGCONT comes with most of Slurm's signals
+                    pass  # another signal: Slurm sends SIGCONT with most of its signals
                 time.sleep(seconds)
                 print(f"no common step boundary {seconds:.0f} s after the stop signal: giving up", file=sys.stderr)
                 faulthandler.dump_traceback()
@@ -63,6 +60,6 @@ class StopFlag:
 
 
 def ignore_stop_signals() -> None:
-    """For loader workers: they end with their parent, not with a signal that the parent wants to survive."""
+    """For loader workers: they end with their parent, which outlives a stop signal until it has saved."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
