@@ -12,7 +12,6 @@ from fixres_dist.base.errors import EXIT_DONE, EXIT_FAILED, UserError, check_out
 from fixres_dist.config import recipes
 from fixres_dist.config.schema import Data, ResizeRule, Transform
 from fixres_dist.data import dataset, geometry, shards
-from fixres_dist.data.index import Index
 from fixres_dist.data.progress import progress_bar
 from fixres_dist.data.requests import Pictures
 
@@ -27,16 +26,14 @@ EXAMPLES = (
 def add_arguments(p: argparse.ArgumentParser) -> None:
     sub = p.add_subparsers(dest="data_command", required=True, metavar="COMMAND")
 
-    p = add(sub, "index", "read every header once, so that jobs start at once", index_command)
+    p = add(sub, "index", "read the header of every image, so that jobs need not", index_command)
     p.add_argument("--fresh", action="store_true", help="read all headers again, whatever is cached")
 
-    p = add(sub, "verify", "decode every file, and list the ones that cannot be", verify_command)
+    p = add(sub, "verify", "decode every image, and list those that cannot be decoded", verify_command)
     p.add_argument("--deny-list", type=Path, help="write them here; runs leave them out with data.deny_list=FILE")
     p.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes; default: one per CPU")
 
-    p = add(
-        sub, "shard", "write tar shards in WebDataset layout; a second run goes on with what is missing", shard_command
-    )
+    p = add(sub, "shard", "write tar shards in WebDataset layout; the same command again resumes it", shard_command)
     p.add_argument("--out", type=Path, required=True, help="where the shards go: OUT/train, OUT/val")
     p.add_argument("--samples-per-shard", type=int, default=5000, help="default: 5000, about 600 MB of ImageNet")
     p.add_argument("--deny-list", default="", help="leave these out, as `data verify` lists them")
@@ -45,7 +42,7 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument("--out", type=Path, help="default: where --data demo looks for it")
     p.set_defaults(part=demo_command)
 
-    p = add(sub, "show", "the pictures that the model will see: DIR/<sample>.png and .npy", show_command, splits="val")
+    p = add(sub, "show", "pictures as the model sees them: DIR/<sample>.png and .npy", show_command, splits="val")
     p.add_argument("--res", type=int, required=True, help="pixels")
     p.add_argument("--samples", required=True, help="positions in the split, such as 0,5,9")
     p.add_argument("--out", type=Path, required=True, metavar="DIR")
@@ -81,16 +78,10 @@ def splits(args: argparse.Namespace) -> list[str]:
     return [name for name in args.split.split(",") if name]
 
 
-def loaded(
-    args: argparse.Namespace, root: Path, split: str, on_bad: str, deny_list: str = "", fresh: bool = False
-) -> Index:
-    return dataset.load(root, split, args.cache, deny_list=deny_list, on_bad=on_bad, fresh=fresh)
-
-
 def index_command(args: argparse.Namespace) -> int:
     root = folder(args)
     for split in splits(args):
-        found = loaded(args, root, split, "skip", fresh=args.fresh)
+        found = dataset.load(root, split, args.cache, on_bad="skip", fresh=args.fresh)
         bad = dataset.recheck(found)[1]
         where = f"{len(found.shards)} shards" if found.shards else "folders"
         print(f"{split}: {len(found)} images, {len(found.classes)} classes, {where}, fingerprint {found.fingerprint}")
@@ -108,7 +99,7 @@ def verify_command(args: argparse.Namespace) -> int:
     root, found = folder(args), {}
     check_output(args.deny_list)
     for split in splits(args):
-        samples = loaded(args, root, split, "skip", fresh=True)  # it reads every file anyway
+        samples = dataset.load(root, split, args.cache, on_bad="skip", fresh=True)  # it reads every file anyway
         reasons = dataset.recheck(samples)[1]
         with progress_bar(f"decoding {split}") as bar:
             bad = verify.verify(samples, args.workers, bar)
@@ -120,9 +111,8 @@ def verify_command(args: argparse.Namespace) -> int:
         dataset.write_deny_list(args.deny_list, found)
         print(f"Next: submit with data.deny_list={args.deny_list.resolve()}")
     elif any(found.values()):
-        print(
-            f"Next: the same command with --deny-list bad.txt, then submit with data.deny_list={Path('bad.txt').resolve()}"
-        )
+        deny_list = Path("bad.txt").resolve()
+        print(f"Next: the same command with --deny-list bad.txt, then submit with data.deny_list={deny_list}")
     return EXIT_FAILED if any(found.values()) and not args.deny_list else EXIT_DONE
 
 
@@ -131,7 +121,7 @@ def shard_command(args: argparse.Namespace) -> int:
         raise UserError(f"--samples-per-shard is {args.samples_per_shard}; accepted: 1 or more.")
     root = folder(args)
     for split in splits(args):
-        samples = loaded(args, root, split, "stop", args.deny_list)
+        samples = dataset.load(root, split, args.cache, deny_list=args.deny_list, on_bad="stop")
         if samples.shards:
             raise UserError(f"{root / split} is sharded already. Accepted: folders of images.")
         with progress_bar(f"writing {split} shards") as bar:
@@ -161,7 +151,7 @@ def show_command(args: argparse.Namespace) -> int:
         if value not in accepted:
             raise unknown(kind, value, accepted)
     root = folder(args)
-    samples = loaded(args, root, args.split, "skip")
+    samples = dataset.load(root, args.split, args.cache, on_bad="skip")
     chosen = positions(args.samples, len(samples), args.split)
     from fixres_dist.data import show
     from fixres_dist.models.build import preprocessing

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from fixres_dist.base.commands import FORM, command
-from fixres_dist.base.errors import EXIT_DONE, EXIT_FAILED, EXIT_USER, exit_code, only_prints, unknown
+from fixres_dist.base.errors import EXIT_DONE, EXIT_FAILED, EXIT_USER, exit_code, unknown
 
 GROUPS = {
     "Train": {
@@ -57,7 +57,7 @@ def overview() -> str:
 
 
 def add_command(p: argparse.ArgumentParser, name: str) -> argparse.ArgumentParser:
-    """Give the parser `p` all that the file of the command `name` says."""
+    """Give the parser `p` the description, arguments, examples and run function of the command `name`."""
     module: Any = importlib.import_module(f"fixres_dist.cli.{name}")
     p.description = COMMANDS[name][0].upper() + COMMANDS[name][1:] + "."
     p.formatter_class = lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=30)
@@ -70,15 +70,10 @@ def add_command(p: argparse.ArgumentParser, name: str) -> argparse.ArgumentParse
 def main(argv: Sequence[str] | None = None, form: str = "fixres") -> int:
     """Run a command, by default that of this process; returns its exit code. `form`: how messages name commands."""
     name, *words = (sys.argv[1:] if argv is None else argv) or [""]
-    if name == "train":  # a job's: its user came in another form, which the environment says
+    if name == "train":  # runs in jobs: the environment holds the form of the user who submitted the run
         os.environ.setdefault(FORM, form)
     else:
         os.environ[FORM] = form
-    if name in ("-h", "--help"):
-        return only_prints(lambda: print(overview()) or EXIT_DONE)
-    if not name:
-        print(overview(), file=sys.stderr)
-        return EXIT_USER
     try:
         return exit_code(lambda: call(name, words))
     except KeyboardInterrupt:
@@ -86,6 +81,9 @@ def main(argv: Sequence[str] | None = None, form: str = "fixres") -> int:
 
 
 def call(name: str, words: Sequence[str]) -> int:
+    if name in ("", "-h", "--help"):
+        print(overview(), file=sys.stdout if name else sys.stderr)
+        return EXIT_DONE if name else EXIT_USER
     if name not in COMMANDS:
         raise unknown("command", name, COMMANDS)
     args = parse(add_command(argparse.ArgumentParser(prog=command(name)), name), words)
@@ -94,6 +92,6 @@ def call(name: str, words: Sequence[str]) -> int:
 
 
 def parse(p: argparse.ArgumentParser, words: Sequence[str]) -> argparse.Namespace:
-    """A command with settings takes them between its options too, which argparse cannot do for one with subcommands."""
+    """Settings (section.key=value) may stand between the options; argparse refuses that for commands with subcommands."""
     intermixed = p.get_default("overrides") is not None
     return p.parse_intermixed_args(words) if intermixed else p.parse_args(words)

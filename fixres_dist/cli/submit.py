@@ -33,14 +33,19 @@ EXAMPLES = (
 )
 
 
+def slurm_file(name: str) -> Path:
+    """A file of slurm/ as people would type it: relative to the current directory if it lies below."""
+    path = shipped("slurm") / name
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+
+
 def add_arguments(p: argparse.ArgumentParser) -> None:
     p.usage = f"{command('submit')} --model M --res PX --data DIR [options] [section.key=value ...]"
     what = p.add_argument_group("what")
     what.add_argument("--model", metavar="M", help="a recipe (--list) or any timm model name")
     what.add_argument("--res", metavar="PX", help="the test resolution that is fixed; default: the recipe's")
-    what.add_argument(
-        "--weights", default="", metavar="W", help="ns, ap, pretrained, none, or a file; default: the recipe's"
-    )
+    text = "ns, ap, pretrained, none, or a file; default: the recipe's"
+    what.add_argument("--weights", default="", metavar="W", help=text)
     what.add_argument("--data", metavar="DIR", help="with train/ and val/, a folder per class; or demo")
     text = f"settings laid over the recipe: {', '.join(recipes.presets())}; repeatable"
     what.add_argument("--preset", action="append", default=[], metavar="NAME", help=text)
@@ -54,12 +59,9 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     where.add_argument("--name", help="of the run directory; default: MODEL-RES")
     add_runs_dir(where)
     several = p.add_argument_group("several runs, as one job array")
-    several.add_argument(
-        "--grid", action="append", default=[], metavar="KEY=V1,V2", help="a run for each value; repeatable"
-    )
-    several.add_argument(
-        "--sweep", action="append", dest="grid", help=argparse.SUPPRESS
-    )  # the name of --grid until 0.1
+    text = "a run for each value; repeatable"
+    several.add_argument("--grid", action="append", default=[], metavar="KEY=V1,V2", help=text)
+    several.add_argument("--sweep", action="append", dest="grid", help=argparse.SUPPRESS)  # the older name of --grid
     several.add_argument("--table", choices=("1", "2"), help="all recipes of a published table")
     several.add_argument("--at-once", type=int, default=0, metavar="N", help="runs at the same time; default: all")
     only = p.add_argument_group("without a start")
@@ -69,12 +71,6 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     text = f"only make the run directory, for {slurm_file('train.sbatch')}"
     only.add_argument("--prepare", action="store_true", help=text)
     add_overrides(p, "tune.epochs=3")
-
-
-def slurm_file(name: str) -> Path:
-    """A file of slurm/ as people would type it: relative to the current directory if it lies below."""
-    path = shipped("slurm") / name
-    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
 def run(args: argparse.Namespace) -> int:
@@ -119,10 +115,9 @@ def start(targets: list[Target], kind: str, args: argparse.Namespace) -> int:
             rundir.prepare(target.run.root, target.config, typed)
         print("\n".join(targets[0].plan()), flush=True)
         if args.prepare:
+            script = slurm_file("train.sbatch")
             for target in targets:
-                print(
-                    f"Next: sbatch {jobs.sbatch_options(target.config)} {slurm_file('train.sbatch')} {target.run.root}"
-                )
+                print(f"Next: sbatch {jobs.sbatch_options(target.config)} {script} {target.run.root}")
             return EXIT_DONE
         for target in targets:
             target.run.event("submitted", cluster=kind, command=typed)
@@ -208,8 +203,9 @@ def configure(args: argparse.Namespace, kind: str) -> tuple[Config, recipes.Reci
         values = reading.merge(values, recipes.preset(preset))
     if args.profile:
         if not args.profile.is_file():
-            example = slurm_file("profiles/generic.yaml")
-            raise UserError(f"no profile {args.profile}. Accepted: a YAML file such as {example}.")
+            raise UserError(
+                f"no profile {args.profile}. Accepted: a YAML file such as {slurm_file('profiles/generic.yaml')}."
+            )
         values = reading.merge(values, reading.read_yaml(args.profile.read_text()) or {})
     gpus = args.gpus_per_node
     if gpus is None and kind != "slurm":

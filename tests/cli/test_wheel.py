@@ -54,6 +54,13 @@ def test_the_wheel_lists_and_plans(installed: Path, tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir()), "a dry run writes nothing"
 
 
+def test_the_wheel_installs_the_command(installed: Path, tmp_path: Path) -> None:
+    script = [sys.executable, installed / "bin" / "fixres", "submit", "--help"]
+    env = environment() | {"PYTHONPATH": str(installed)}
+    done = subprocess.run(script, capture_output=True, text=True, env=env, cwd=tmp_path, check=False)
+    assert done.stdout.startswith("usage: fixres submit --model M"), done.stderr
+
+
 def test_the_wheel_says_where_its_profiles_are(installed: Path, tmp_path: Path) -> None:
     done = fixres(installed, tmp_path, "submit", "--model", "b0", "--profile", "no.yaml")
     named = done.stderr.partition("such as ")[2].strip().removesuffix(".")
