@@ -43,19 +43,38 @@ class View(NamedTuple):
         return [int(self.flip), *self.box, *self.size, *self.offset, *(round(f, 6) for f in self.jitter)]
 
 
-def resize_of(rule: str, res: int, crop_pct: float, interpolation: str) -> Resize:
-    """The resize of data.resize_rule at test resolution `res`, in pixels.
+class Rule(NamedTuple):
+    """A value of data.resize_rule; None: as the model's own preprocessing has it."""
 
-    `fixefficientnet`: no margin, bicubic. The published numbers of the FixEfficientNet note (arXiv 2003.08237, Tables 1 and 2)
-    were evaluated with it, by the authors' benchmark script. `fixres`: margin 256/224, bilinear, as in the FixRes paper
-    (arXiv 1906.06423). `fixres_height`: the same by height, as the Resize of the paper's code does. `timm`: the model's own
-    crop_pct and interpolation.
-    """
-    if rule == "fixefficientnet":
-        return Resize(res, False, "bicubic")
-    if rule in ("fixres", "fixres_height"):
-        return Resize(int(256 / 224 * res), rule == "fixres_height", "bilinear")
-    return Resize(math.floor(res / crop_pct), False, interpolation)
+    crop_pct: float | None  # the crop's side over the scaled side
+    interpolation: str | None
+    by_height: bool = False
+
+    def described(self, res: int) -> str:
+        """What the rule does at test resolution `res`, in a sentence of the model card."""
+        if self.crop_pct is None:
+            return f"the model's own crop_pct and interpolation at {res} px"
+        side = "**height**" if self.by_height else "shorter side"
+        scaled = f"the {side} is scaled to {math.floor(res / self.crop_pct)} px, {self.interpolation}"
+        bars = ", with black bars where a portrait is narrower" if self.by_height else ""
+        return f"{scaled}, and the centre {res} x {res} is cut{bars}"
+
+
+RULES = {
+    # The published numbers of the FixEfficientNet note (arXiv 2003.08237, Tables 1 and 2) were evaluated with this one, by the
+    # authors' benchmark script.
+    "fixefficientnet": Rule(1.0, "bicubic"),
+    "fixres": Rule(224 / 256, "bilinear"),  # the FixRes paper (arXiv 1906.06423)
+    "fixres_height": Rule(224 / 256, "bilinear", by_height=True),  # the Resize of the paper's code
+    "timm": Rule(None, None),
+}
+
+
+def resize_of(rule: str, res: int, crop_pct: float, interpolation: str) -> Resize:
+    """The resize of data.resize_rule at test resolution `res`, in pixels; `crop_pct` and `interpolation` are the model's own."""
+    chosen = RULES[rule]
+    size = math.floor(res / (chosen.crop_pct or crop_pct))
+    return Resize(size, chosen.by_height, chosen.interpolation or interpolation)
 
 
 def scaled(height: int, width: int, resize: Resize) -> tuple[int, int]:

@@ -26,10 +26,9 @@ def timm_transform(config: Config, res: int) -> tuple[dict[str, Any], bool]:
     """
     spec, rule = preprocessing(config.model.timm_name), config.data.resize_rule
     resize = geometry.resize_of(rule, res, spec.crop_pct, spec.interpolation)
-    crop_pct = {"fixefficientnet": 1.0, "timm": spec.crop_pct}.get(rule, 224 / 256)
     settings = {
         "input_size": (3, res, res),
-        "crop_pct": crop_pct,
+        "crop_pct": geometry.RULES[rule].crop_pct or spec.crop_pct,
         "crop_mode": "center",
         "interpolation": resize.interpolation,
         "mean": spec.mean,

@@ -11,18 +11,12 @@ from typing import Any
 from fixres_dist.base.commands import command
 from fixres_dist.base.text import markdown_table
 from fixres_dist.config.schema import Config
-from fixres_dist.data import class_maps
+from fixres_dist.data import class_maps, geometry
 from fixres_dist.runs.results import Accuracy, BeforeAfter, Results
 from fixres_dist.runs.rundir import RunDir
 
-RULES = {
-    "fixefficientnet": "the shorter side is scaled to {res} px, bicubic, and the centre {res} x {res} is cut",
-    "fixres": "the shorter side is scaled to int(256/224 · {res}) px, bilinear, and the centre {res} x {res} is cut",
-    "fixres_height": "the **height** is scaled to int(256/224 · {res}) px, bilinear, and the centre {res} x {res} is cut, "
-    "with black bars where a portrait is narrower. timm's configuration cannot express this: `config.json` scales the "
-    "shorter side instead, so timm's own evaluation differs from the numbers above",
-    "timm": "the model's own crop_pct and interpolation at {res} px",
-}
+BY_HEIGHT = """. timm's configuration cannot express this: `config.json` scales the shorter side instead, so timm's own evaluation
+differs from the numbers above"""
 
 
 def data_name(config: Config) -> str:
@@ -104,7 +98,7 @@ def row(line: BeforeAfter) -> list[object]:
 def text(run: RunDir, files: list[str], licence: str | None, alpha: float = 1.0) -> str:
     """The card for a finished run's exported `files`; `licence` is that of the starting weights, where timm knows it."""
     config, results = run.config(), Results.read(run)
-    classes = len(class_maps.trained_classes(config, run.root, "val"))
+    classes, rule = len(class_maps.trained_classes(config, run.root, "val")), geometry.RULES[results.resize_rule]
     name, exported = f"{config.model.name} fixed at {results.res} px", of_exported(run, results, alpha)
     table = f"Not measured: `{command('interpolate', '--run', run.root, '--alpha', f'0,{alpha:g},1')}` does."
     if exported:
@@ -123,7 +117,7 @@ def text(run: RunDir, files: list[str], licence: str | None, alpha: float = 1.0)
         start=start,
         alpha="" if alpha == 1 else mixed,
         table=table,
-        rule=RULES[results.resize_rule].format(res=results.res),
+        rule=rule.described(results.res) + (BY_HEIGHT if rule.by_height else ""),
         use=(USE if weights else USE_ONNX).format(timm_name=results.timm_name, classes=classes, file=weights),
         files=", ".join(f"`{file}`" for file in files),
         command=run.submit_command(),

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 import numpy as np
 import pytest
 import torch
 import torchvision.transforms.v2 as T
 
+from fixres_dist.config.schema import ResizeRule
 from fixres_dist.data import geometry
 
 SIZES = [(375, 500), (500, 375), (333, 500), (224, 224), (97, 411), (1200, 1600), (65, 64)]
@@ -29,6 +32,10 @@ def test_test_view_is_torchvisions_resize_and_centre_crop(rule: str, res: int, h
     columns = torch.arange(view.size[1]).view(1, 1, -1).expand(1, *view.size)
     cropped = T.CenterCrop(res)(torch.cat([rows, columns]))
     assert view.offset == (int(cropped[0, 0, 0]), int(cropped[1, 0, 0]))
+
+
+def test_every_rule_that_the_settings_accept_is_in_the_table() -> None:
+    assert set(geometry.RULES) == set(get_args(ResizeRule))
 
 
 def test_height_rule_pads_portraits_with_black() -> None:
