@@ -36,16 +36,19 @@ assert not loaded, loaded
 @pytest.mark.parametrize(
     "arguments",
     [
-        ["--help"],
-        ["--list"],
-        ["--model", "l2", "--res", "600", "--nodes", "4", "--dry-run"],
-        ["--model", "resnet50", "--res", "288", "--dry-run"],
+        ["submit", "--help"],
+        ["submit", "--list"],
+        ["submit", "--model", "l2", "--res", "600", "--nodes", "4", "--dry-run"],
+        ["submit", "--model", "resnet50", "--res", "288", "--dry-run"],
+        ["status", "--runs-dir", "nowhere"],
+        ["cancel", "--help"],
     ],
-    ids=["help", "list", "plan", "plan of a timm model"],
+    ids=["help", "list", "plan", "plan of a timm model", "status", "cancel"],
 )
 def test_login_node_commands_import_no_torch(arguments: list[str]) -> None:
-    script = f"{ROOT}/launch/submit.py"
-    code = NO_TORCH.format(argv=[script, *arguments], script=script)
+    name, *rest = arguments
+    script = f"{ROOT}/launch/{name}.py"
+    code = NO_TORCH.format(argv=[script, *rest], script=script)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment(), check=False)
     assert done.returncode == 0, done.stderr
 
