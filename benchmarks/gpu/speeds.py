@@ -31,9 +31,8 @@ def setting(section: Section, short: str, res: int, batch: int) -> Setting:
     data = section.scratch / "data"
     if not data.exists():
         write_data_set(section.scratch / "photographs", data, CLASSES, CLASSES)
-    (folder := section.scratch / short).mkdir(exist_ok=True)
     name, res, batch = ("test_efficientnet", 64, 4) if section.cpu else (f"tf_efficientnet_{short}", res, batch)
-    return replace(prepared(name, res, batch, 0.5, folder, data), compile=False)
+    return replace(prepared(name, res, batch, 0.5, section.scratch / short, data), compile=False)
 
 
 def measure(section: Section, label: str, plans: list[Plan], until: float, found: dict[str, Any]) -> None:

@@ -1,1 +1,1 @@
-"""What things cost, measured beside what they are to be compared with."""
+"""Speed and memory of the product, measured in turns with the methods it is compared with."""

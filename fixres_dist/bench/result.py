@@ -39,7 +39,7 @@ class Result:
     cached: dict[str, float] = field(default_factory=dict)  # seconds and speedups of runs with and without the cache
 
     def add(self, part: Result, model: str) -> None:
-        """Append one model's result, with its name before every row's."""
+        """Append a model's result, its name before every row's."""
         self.rows += [replace(row, name=f"{model}: {row.name}") for row in part.rows]
         self.failed |= {f"{model}: {name}": reason for name, reason in part.failed.items()}
         for key, value in part.ratios.items():
@@ -73,7 +73,7 @@ class Result:
 
 
 def row_of(name: str, turns: list[Turn], batch: int = 0) -> Row:
-    """A batch other than `batch`, where that is given, is told in the name."""
+    """The row of a variant's turns. `batch`: as asked for; if the turns had a smaller one, the name tells it."""
     found = turns[-1].batch
     return Row(
         name if found == batch or not batch else f"{name}, batch {found}",

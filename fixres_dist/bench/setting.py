@@ -71,6 +71,7 @@ Build = Callable[[Session, Setting], Work]
 def prepared(model: str, res: int, batch: int, seconds: float, scratch: Path, data: Path | None = None) -> Setting:
     """The setting for a data set (default: photographs of 1,000 classes) and weights, both written below `scratch`."""
     pretrained_cfg(model)  # refuses an unknown weights tag
+    scratch.mkdir(exist_ok=True)
     folder = data or write_data_set(scratch / "photographs", scratch / "data", CLASSES, CLASSES)
     classes = sum(path.is_dir() for path in (folder / "train").iterdir())
     turns.once(partial(write_weights, model, classes, scratch / "weights.safetensors"))

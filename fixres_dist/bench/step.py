@@ -37,22 +37,22 @@ REFERENCES = {
 }
 
 
-def measure(stage: str, setting: Setting, repeat: int, compiled: bool) -> Result:
+def measure(stage: str, setting: Setting, repeat: int) -> Result:
     """`trunk` or `step` at one size."""
     auto = turns.once(partial(resolved, setting))
-    todo = {name: partial(variant, *pair) for name, pair in variants(stage, auto, compiled).items()}
+    todo = {name: partial(variant, *pair) for name, pair in variants(stage, auto).items()}
     found, failed = turns.alternate(todo, repeat, f"{stage} {setting.model} {setting.res}")
     rows = {name: row_of(name, values, setting.batch) for name, values in found.items()}
     versus = ratios(rows)
     return Result(list(rows.values()), failed, of_auto(versus), versus)
 
 
-def variants(stage: str, auto: Setting, compiled: bool) -> dict[str, tuple[Build, Setting]]:
+def variants(stage: str, auto: Setting) -> dict[str, tuple[Build, Setting]]:
     """Ours and timm's inference at the same settings; of `step` also the original protocol and full fine-tuning."""
     plain = replace(auto, precision="fp32", memory_format="contiguous", compile=False)
     script = replace(plain, keep_memory=False)  # scripts leave the allocator alone
     fp32, bf16 = (replace(plain, precision=p, memory_format="channels_last") for p in ("fp32", "bf16"))
-    settings = (fp32, bf16, *([replace(bf16, compile=True)] if compiled else []), auto)
+    settings = (fp32, bf16, auto)
     found: dict[str, tuple[Build, Setting]] = {}
     if stage == "step":
         found["original fp32"] = (original, script)  # as published

@@ -30,7 +30,7 @@ STAGES = {
     "fine-tuning and timm's inference",
     "end-to-end": "images/s from JPEG files to the optimizer step, beside decoding alone and the step alone; "
     "runs with and without the feature cache",
-    "gpu": "trunk, step and end-to-end at a GPU's sizes, compiled too",
+    "gpu": "trunk, step and end-to-end at a GPU's sizes",
 }
 EXAMPLES = ("data --data /data/imagenet", "step --model tf_efficientnet_b4 --res 380", "gpu --json gpu.json")
 
@@ -54,9 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             p.add_argument("--model", default="tf_efficientnet_b0", help="a timm model; default: tf_efficientnet_b0")
             p.add_argument("--res", type=int, default=320, help="pixels; default: 320")
             p.add_argument("--batch", type=int, default=16, help="images of a step; default: 16")
-        if stage in ("trunk", "step"):
-            p.add_argument("--compile", action="store_true", help="also compiled; always on a GPU")
-        else:
+        if stage in ("data", "end-to-end", "gpu"):
             p.add_argument("--data", type=Path, help="data set whose pictures are used; default: synthetic photographs")
         if stage == "end-to-end":
             p.add_argument("--images", type=int, default=256, help="of a run with and without cache; default: 256")
@@ -101,29 +99,27 @@ def measure(args: argparse.Namespace) -> Result:
     from fixres_dist.bench.result import Result
     from fixres_dist.bench.setting import prepared
 
-    gpu = torch.cuda.is_available()
-    if args.stage == "gpu" and not gpu:
+    if args.stage == "gpu" and not torch.cuda.is_available():
         raise UserError(f"bench gpu needs a GPU, and torch sees none. Next: {command('bench', 'step')}, on the CPU.")
     if args.stage == "data":
         lists = args.transforms.split(","), parse_sizes(args.res), args.loaders.split(",")
         return loaders.measure(args.data, *lists, args.images, args.workers, args.repeat)
     with tempfile.TemporaryDirectory() as folder:
-        scratch = Path(folder)
-        if args.stage == "gpu":
-            found = Result()
-            for k, (model, res, batch) in enumerate(map(parse_size, args.sizes.split(","))):
-                (own := scratch / str(k)).mkdir()
-                setting = prepared(model, res, batch, args.seconds, own, args.data)
-                for stage in ("trunk", "step"):
-                    found.add(step.measure(stage, setting, args.repeat, compiled=True), f"{model} {res}")
-                found.add(end_to_end.measure(setting, args.repeat), f"{model} {res}")
+        scratch, data = Path(folder), getattr(args, "data", None)
+        if args.stage != "gpu":
+            setting = prepared(args.model, args.res, args.batch, args.seconds, scratch, data)
+            if args.stage != "end-to-end":
+                return step.measure(args.stage, setting, args.repeat)
+            found = end_to_end.measure(setting, args.repeat)
+            if args.epochs:
+                feature_cache.measure(setting, args.images, args.epochs, scratch, found)
             return found
-        setting = prepared(args.model, args.res, args.batch, args.seconds, scratch, getattr(args, "data", None))
-        if args.stage != "end-to-end":
-            return step.measure(args.stage, setting, args.repeat, args.compile or gpu)
-        found = end_to_end.measure(setting, args.repeat)
-        if args.epochs:
-            feature_cache.measure(setting, args.images, args.epochs, scratch, found)
+        found = Result()
+        for model, res, batch in map(parse_size, args.sizes.split(",")):
+            setting = prepared(model, res, batch, args.seconds, scratch / f"{model} {res}", data)
+            for stage in ("trunk", "step"):
+                found.add(step.measure(stage, setting, args.repeat), f"{model} {res}")
+            found.add(end_to_end.measure(setting, args.repeat), f"{model} {res}")
         return found
 
 
