@@ -1,14 +1,14 @@
 #!/usr/bin/env python3
-"""A real Slurm on one machine, to try the service with its preemptions on a laptop, and to test every cluster claim.
+"""A real Slurm on one machine: to try the service with its preemptions on a laptop, and for the tests.
 
     eval "$(python slurm/devcluster.py up)"      # 4 nodes with 8 pretended GPUs each; as root or as an ordinary user
     sbatch -p high ...                           # `high` preempts `low` (the default partition) by requeue
     python slurm/devcluster.py status            # also: kill-node n2, revive-node n2
     python slurm/devcluster.py down              # no process and no directory is left
 
-What belongs to a cluster has SLURM_CLUSTER_NAME in its environment: Slurm sets it in jobs and `up` for the daemons, but
-a shell (editor, test run) in which SLURM_CONF was exported lacks it. So SIGKILL goes by that mark, never by the name of
-a program, and never hits the user's own processes, another dev cluster or a real Slurm.
+Every process of a cluster has SLURM_CLUSTER_NAME in its environment: Slurm sets it in jobs, `up` for the daemons. A shell
+(editor, test run) in which SLURM_CONF was exported lacks it. `down` and `kill-node` kill by that variable, never by the
+name of a program, so they spare the user's own processes, other dev clusters and a real Slurm.
 Measured with Slurm 22.05 (Debian 12). Standard library only.
 """
 
@@ -74,16 +74,16 @@ PartitionName=high Nodes=ALL PriorityTier=10 PreemptMode=OFF
 
 
 class DevClusterError(RuntimeError):
-    """Says what was seen, what is accepted and the next command."""
+    """Its message names the value, what is accepted and the next command."""
 
 
 def missing_packages() -> list[str]:
-    """Debian packages whose programs are not found; empty when a cluster can be started."""
+    """Debian packages whose programs are missing; empty if a cluster can be started."""
     return [package for program, package in PACKAGE_OF.items() if not shutil.which(program, path=SEARCH_PATH)]
 
 
 def require_packages(install: bool = False) -> None:
-    """Returns when all programs are there; `install` fetches the missing ones, which needs root."""
+    """Raises DevClusterError where programs are missing; `install` installs them first, which needs root."""
     if not (packages := missing_packages()):
         return
     command = f"apt-get update -q && apt-get install -q -y --no-install-recommends {' '.join(packages)}"
@@ -116,9 +116,9 @@ def wait_until(condition: Callable[[], bool], timeout_s: float) -> bool:
 
 @dataclass(frozen=True)
 class DevCluster:
-    """One cluster, wholly described by its directory: one process may `up` it, another `DevCluster.at(dir).down()`.
+    """One cluster. Its directory describes it: one process may call `up`, another `DevCluster.at(dir).down()`.
 
-    The directory is in /tmp whatever TMPDIR says: Unix socket paths end at 107 bytes and Slurm appends up to 35.
+    The directory is in /tmp whatever TMPDIR says: a Unix socket's path has at most 107 bytes, and Slurm appends up to 35.
     """
 
     nodes: int = 4
@@ -128,9 +128,9 @@ class DevCluster:
 
     @classmethod
     def at(cls, dir: Path) -> DevCluster:
-        """The cluster that was started in `dir`; refuses whatever is not ours, since `down` deletes and kills.
+        """The cluster that was started in `dir`, with its number of nodes; the other options matter to `up` alone.
 
-        Of the options it knows only the number of nodes: the others matter to `up` alone.
+        Raises DevClusterError for a directory that `up` has not made, since `down` deletes and kills.
         """
         conf = dir / "slurm.conf"
         text = conf.read_text() if conf.is_file() else ""
@@ -142,18 +142,18 @@ class DevCluster:
 
     @property
     def name(self) -> str:
-        """ClusterName. Made from the directory, so unique on the host, and known even when the directory is gone."""
+        """ClusterName, made from the directory: unique on the host, and known when the directory is gone."""
         return f"{PREFIX}_{hashlib.sha256(str(self.dir).encode()).hexdigest()[:12]}"
 
     @property
     def env(self) -> dict[str, str]:
-        """Environment for clients. Variables of an outer Slurm job would change what srun and sbatch do: left out."""
+        """Environment for clients, without the variables of an outer job, which would change what srun and sbatch do."""
         outer = ("SLURM", "SBATCH", "SRUN", "SALLOC", "PMI")
-        inner = {"SLURM_CONF": str(self.dir / "slurm.conf")}
-        return {key: value for key, value in os.environ.items() if not key.startswith(outer)} | inner
+        kept = {key: value for key, value in os.environ.items() if not key.startswith(outer)}
+        return kept | {"SLURM_CONF": str(self.dir / "slurm.conf")}
 
     def up(self) -> None:
-        """Starts everything; returns when a real srun over all nodes has worked, leaves nothing behind if none does."""
+        """Start everything and wait until an srun over all nodes works; on an error remove everything and raise it."""
         require_packages()
         if self.nodes < 1 or self.grace_s < 0:
             raise DevClusterError(f"nodes={self.nodes}, grace_s={self.grace_s}; accepted: nodes from 1, grace_s from 0")
@@ -165,12 +165,12 @@ class DevCluster:
         try:
             self._write_files()
             parts = {"key-file": "key", "socket": "sock", "pid-file": "pid", "log-file": "log", "seed-file": "seed"}
-            # --force: munged dislikes a private directory, although only its owner is to use it.
+            # --force: munged refuses a private directory, which is right here.
             self._start("munged", "--force", *(f"--{key}={self.dir}/munge.{end}" for key, end in parts.items()))
             self._start("slurmctld")
             for node in self.node_names:
                 self._start("slurmd", "-N", node, node=node)
-            # sinfo calls a node idle before its slurmd has registered; only a step on every node is a proof.
+            # sinfo shows a node as idle before its slurmd has registered, so only a step on every node proves it.
             probe = ["srun", "-N", str(self.nodes), "--ntasks-per-node=1", "--immediate=1", "true"]
             if not wait_until(lambda: self._client(*probe) is not None, 30):
                 raise DevClusterError(f"no srun over {self.nodes} nodes worked in 30 s:\n{self._complaints()}")
@@ -179,22 +179,22 @@ class DevCluster:
             raise
 
     def down(self) -> None:
-        """Cancels all jobs, stops the daemons, kills what ignores signals, removes the directory. May be repeated."""
+        """Cancel all jobs, stop the daemons, kill what ignores signals, remove the directory. May be repeated."""
         if os.environ.get("SLURM_CLUSTER_NAME") == self.name:
             raise DevClusterError("`down` in a job of the cluster would kill itself; accepted: a shell outside of it")
-        # A job that ignores SIGTERM outlives the daemons, so first wait for Slurm's SIGKILL, some 7 s after scancel: it
-        # follows the process tree and thus also reaches a task that has cleared its environment.
+        # First wait for Slurm's own SIGKILL, about 7 s after scancel: it follows the process tree, so that it also
+        # reaches a task that has cleared its environment.
         if self._pids() and self._client("scancel", "-u", str(self.dir.stat().st_uid)) is not None:
             wait_until(lambda: self._client("squeue", "-h") in ("", None), 12)
         self._remove()
 
     def kill_node(self, node: str) -> None:
-        """A lost node: SIGKILL for its slurmd, step daemons and tasks. Slurm notices after SlurmdTimeout or more."""
+        """Lose a node: SIGKILL for its slurmd, step daemons and tasks. Slurm notices after SlurmdTimeout or later."""
         self._check(node)
         self._kill(node)
 
     def revive_node(self, node: str) -> None:
-        """Starts the slurmd of a killed node and waits until Slurm uses the node again."""
+        """Start the slurmd of a killed node and wait until Slurm uses the node again."""
         self._check(node)
         if not self._pids(node):
             self._start("slurmd", "-N", node, node=node)
@@ -206,7 +206,7 @@ class DevCluster:
         return [f"n{i + 1}" for i in range(self.nodes)]
 
     def node_states(self) -> dict[str, str]:
-        """State of each node as Slurm sees it (a trailing *: it does not answer); empty when the cluster is down."""
+        """State of each node in Slurm's words (a trailing *: it does not answer); empty if the cluster is down."""
         text = self._client("sinfo", "-h", "-N", "-p", "low", "-o", "%N %T") if self._pids() else None
         return dict(line.split() for line in (text or "").splitlines())
 
@@ -222,21 +222,21 @@ class DevCluster:
             (self.dir / name).mkdir()
         (self.dir / "munge.key").touch(mode=0o600)
         (self.dir / "munge.key").write_bytes(secrets.token_bytes(1024))
-        # Slurm takes only a device for a GPU, an ordinary user cannot make one, and a link to /dev/null is accepted.
+        # Slurm accepts only devices as GPUs, and an ordinary user cannot make one; a link to /dev/null is accepted.
         for i in range(8):
             (self.dir / "dev" / f"gpu{i}").symlink_to("/dev/null")
         (self.dir / "gres.conf").write_text(f"Name=gpu File={self.dir}/dev/gpu[0-7]\n")
         host, ports = socket.gethostname().split(".")[0], free_ports(self.nodes + 1)
         at = f"NodeHostname={host} NodeAddr=127.0.0.1 {NODE_SIZE}"
         nodes = [f"NodeName={node} Port={port} {at}" for node, port in zip(self.node_names, ports[1:], strict=True)]
-        # Without the signal the whole line goes: Slurm does not parse an empty value.
+        # Without the signal there must be no such line: Slurm does not parse an empty value.
         user_signal = "SlurmctldParameters=preempt_send_user_signal" if self.user_signal else ""
         values = vars(self) | {"name": self.name, "host": host, "port": ports[0], "user_signal": user_signal}
         values |= {"user": pwd.getpwuid(os.geteuid()).pw_name, "nodes": "\n".join(nodes)}
         (self.dir / "slurm.conf").write_text(SLURM_CONF.format(**values))
 
     def _start(self, program: str, *arguments: str, node: str = "") -> None:
-        """Starts a daemon, which detaches itself; its environment is how it is found again, so no handle is kept."""
+        """Start a daemon, which detaches itself. No handle is kept: `_pids` finds it by its environment."""
         command = [shutil.which(program, path=SEARCH_PATH) or program, *arguments]
         environment = self.env | {"SLURM_CLUSTER_NAME": self.name, "SLURMD_NODENAME": node}
         with (self.dir / "start.log").open("ab") as log:
@@ -245,22 +245,23 @@ class DevCluster:
             raise DevClusterError(f"{' '.join(command)} ended with {done.returncode}:\n{self._complaints()}")
 
     def _client(self, *command: str) -> str | None:
-        """Output of a Slurm command; None if it failed, or hung as it does without a controller."""
+        """Output of a Slurm command; None if it failed, or hung, as it does without a controller."""
         with suppress(subprocess.SubprocessError):
             return subprocess.run(command, env=self.env, capture_output=True, text=True, timeout=10, check=True).stdout
         return None
 
     def _pids(self, node: str = "") -> list[int]:
-        """Daemons and job processes of the cluster, or of one node. A zombie has no environment and does not count."""
+        """Daemons and job processes of the cluster, or of one node; zombies, which have no environment, are not found."""
         marks = {f"SLURM_CLUSTER_NAME={self.name}"} | ({f"SLURMD_NODENAME={node}"} if node else set())
         found = []
         for entry in Path("/proc").glob("[0-9]*"):
-            with suppress(OSError):  # it has ended meanwhile, or belongs to another user
+            with suppress(OSError):  # ended meanwhile, or another user's
                 if marks <= set((entry / "environ").read_text(errors="replace").split("\0")):
                     found.append(int(entry.name))
         return found
 
     def _signal(self, number: signal.Signals, node: str = "") -> list[int]:
+        """The processes that got the signal."""
         pids = self._pids(node)
         for pid in pids:
             with suppress(ProcessLookupError):
@@ -268,7 +269,7 @@ class DevCluster:
         return pids
 
     def _kill(self, node: str = "") -> None:
-        # Again until none is found: a process may fork while the list is read.
+        # Repeated until none is found: a process may fork while the list is read.
         if not wait_until(lambda: not self._signal(signal.SIGKILL, node), 10):
             raise DevClusterError(f"processes {self._pids(node)} survive SIGKILL. Next: look at /proc/PID/stack")
 
@@ -284,7 +285,7 @@ class DevCluster:
             raise DevClusterError(f"no node {node}; accepted: {', '.join(self.node_names)}")
 
     def _complaints(self) -> str:
-        """What the daemons complained of last: a failing `up` removes the logs, so its message must hold it."""
+        """The last errors in the daemons' logs, for the message of a failing `up`, which removes the logs."""
         lines = [f"  {log.name}: {line}" for log in self.dir.glob("*.log") for line in log.read_text().splitlines()]
         return "\n".join([line for line in lines if re.search(r"(?i)error|fatal", line) and "pmix" not in line][-20:])
 
@@ -299,31 +300,28 @@ def main() -> int:
     parser.add_argument("--no-user-signal", action="store_true", help="up: no SIGUSR2 to preempted jobs, only SIGTERM")
     parser.add_argument("--install", action="store_true", help="up: first install missing Debian packages, as root")
     args = parser.parse_args()
-    chosen = [Path(args.dir)] if args.dir else []
+    given = [Path(args.dir)] if args.dir else []
     if args.command == "up":
         require_packages(args.install)
-        cluster = DevCluster(args.nodes, not args.no_user_signal, args.grace_s, *chosen)
+        cluster = DevCluster(args.nodes, not args.no_user_signal, args.grace_s, *given)
         cluster.up()
         print(f"devcluster: {args.nodes} nodes are up. Next: sbatch; `down --dir {cluster.dir}`", file=sys.stderr)
         print(f"export SLURM_CONF={cluster.dir}/slurm.conf")
         return 0
-    if not chosen and not os.environ.get("SLURM_CONF"):
+    if not given and not os.environ.get("SLURM_CONF"):
         known = " ".join(str(path) for path in Path("/tmp").glob(f"{PREFIX}-*")) or "none"
         raise DevClusterError(f"neither --dir nor SLURM_CONF is given; accepted: a dev cluster, in /tmp: {known}")
-    directory = chosen[0] if chosen else Path(os.environ["SLURM_CONF"]).parent
+    directory = given[0] if given else Path(os.environ["SLURM_CONF"]).parent
     cluster = DevCluster.at(directory) if directory.exists() else DevCluster(dir=directory)
+    if args.command == "status":
+        states = " ".join(f"{node}={state}" for node, state in cluster.node_states().items())
+        print(f"up: {states} SLURM_CONF={directory}/slurm.conf" if states else f"down: {directory}")
+        return 0 if states else 1
     if args.command == "down":
         cluster.down()
         print(f"devcluster: nothing is left of {directory}. Next: unset SLURM_CONF", file=sys.stderr)
-    elif args.command == "kill-node":
-        cluster.kill_node(args.node)
-    elif args.command == "revive-node":
-        cluster.revive_node(args.node)
     else:
-        states = cluster.node_states()
-        nodes = " ".join(f"{node}={state}" for node, state in states.items())
-        print(f"up: {nodes} SLURM_CONF={directory}/slurm.conf" if states else f"down: {directory}")
-        return 0 if states else 1
+        (cluster.kill_node if args.command == "kill-node" else cluster.revive_node)(args.node)
     return 0
 
 

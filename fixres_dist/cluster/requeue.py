@@ -99,8 +99,8 @@ def write_requeued(run: RunDir, counted_as: str, what: str, details: Mapping[str
 
 
 def ended(run: RunDir, code: int) -> None:
-    """The batch script, after srun ended with `code`: what rank 0 decided stands; ranks that died are retried or declared
-    failed."""
+    """The batch script, after srun ended with `code`: a decision of rank 0 is left as it is; otherwise the job is requeued or
+    declared failed."""
     job, state = slurm.own_job(), run.state()
     flag = run.root / STOP_UNJUDGED
     told = flag.read_text().strip() if flag.exists() else ""

@@ -60,6 +60,7 @@ def every(runs_dir: Path) -> list[RunDir]:
 
 
 def rows(runs: Iterable[RunDir]) -> list[Row]:
+    """A row for each run, in this order; asks squeue once, and only if a run may be in the queue."""
     states = [(run, run.state()) for run in runs]
     owners = {run.root.owner() for run, state in states if state.slurm_job and state.state in UNFINISHED}
     queue = slurm.queue(owners) if owners else {}

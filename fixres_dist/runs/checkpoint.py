@@ -28,7 +28,7 @@ KEPT = 2  # of the newest; the one with the best top-1 stays too
 
 @dataclass(frozen=True)
 class Progress:
-    """Where training stands, beside the tensors; everything else follows from the step."""
+    """The state of training beside the tensors; everything else follows from the step."""
 
     step: int  # optimizer steps done over both stages
     stage: str  # pretrain | fix

@@ -1,4 +1,4 @@
-"""Ranks that die, nodes that are lost, twins, and other numbers of nodes: the run goes on, or says why it cannot."""
+"""Ranks that die, nodes that are lost, duplicate jobs, and other numbers of nodes: the run goes on, or says why it cannot."""
 
 from __future__ import annotations
 
@@ -93,15 +93,15 @@ def test_submitted_twice_and_two_runs_on_the_same_nodes(devcluster: Service) -> 
     assert sorted(devcluster.slurm("squeue", "-h", "-o", "%i").split()) == sorted([job, other])
     again = devcluster.launch("submit", *devcluster.arguments("--name", "twice", "--nodes", 2, *LONG))
     assert "twice is running already" in again
-    # A twin from outside, such as sbatch by hand: it leaves the run alone.
-    twin = devcluster.slurm("sbatch", "--parsable", str(devcluster.runs / "twice" / "submission.sh")).strip()
-    link = devcluster.runs / "twice" / "submitit" / twin
+    # A duplicate job, by sbatch typed by hand, say: it leaves the run alone.
+    duplicate = devcluster.slurm("sbatch", "--parsable", str(devcluster.runs / "twice" / "submission.sh")).strip()
+    link = devcluster.runs / "twice" / "submitit" / duplicate
     link.mkdir(exist_ok=True)
     pickle = devcluster.runs / "twice" / "submitit" / job / f"{job}_submitted.pkl"
-    (link / f"{twin}_submitted.pkl").write_bytes(pickle.read_bytes())
+    (link / f"{duplicate}_submitted.pkl").write_bytes(pickle.read_bytes())
     for name in ("twice", "beside"):
         devcluster.until_state(name, "done")
-    devcluster.until("twice", lambda: devcluster.job(twin, "JobState") not in ("RUNNING", "PENDING", "COMPLETING"))
+    devcluster.until("twice", lambda: devcluster.job(duplicate, "JobState") not in ("RUNNING", "PENDING", "COMPLETING"))
     assert len(devcluster.events("twice", "started")) == 1
     assert not (devcluster.runs / "twice" / "FAILED").exists()
     assert devcluster.head("twice") == devcluster.head("beside")

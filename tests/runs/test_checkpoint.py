@@ -1,4 +1,4 @@
-"""Checkpoints written behind the loop's back: whole or invisible, of the moment they were asked for, errors not lost."""
+"""Asynchronous checkpoints: whole or invisible, with the tensors of the moment of `save`, and no error is lost."""
 
 from __future__ import annotations
 
