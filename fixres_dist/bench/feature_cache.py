@@ -72,7 +72,7 @@ def train(run: RunDir, setting: Setting, engine: str, images: int, epochs: int) 
     }
     config = reading.parse(Config, reading.merge(asdict(setting.config()), changes))
     run.root.mkdir(parents=True)
-    (run.root / "config.yaml").write_text(reading.dump(config))
+    run.config_file.write_text(reading.dump(config))
     print(f"{epochs} epochs of {images} images, {engine}", file=sys.stderr)
     with open(run.root / "log.txt", "w") as log:
         command = [sys.executable, "-m", "fixres_dist", "train", "--run", str(run.root)]

@@ -31,7 +31,7 @@ def run(args: argparse.Namespace) -> int:
     values = reading.merge(asdict(run.config()), reading.overrides([*nodes, *args.overrides]))
     config = reading.parse(Config, recipes.with_absolute_paths(values))
     submission.check(run, config)
-    submitted = [e for e in read_lines(run.root / "events.jsonl") if e["event"] == "submitted"]
+    submitted = [e for e in read_lines(run.events) if e["event"] == "submitted"]
     kind = args.cluster or (submitted[-1]["cluster"] if submitted else jobs.default_cluster())
     if kind == "slurm":
         submission.check_slurm(jobs.sbatch_text(config, run))
@@ -39,7 +39,7 @@ def run(args: argparse.Namespace) -> int:
         if submission.needs_no_job(run, kind):
             return EXIT_DONE
         submission.renew_old_snapshot(run)
-        write_text(run.root / "config.yaml", reading.dump(config))
+        write_text(run.config_file, reading.dump(config))
         run.event("submitted", cluster=kind, command=run.command("resume"))
         if kind == "slurm":
             return submission.start_slurm([run], config)

@@ -93,7 +93,7 @@ def start_here(run: RunDir, config: Config, kind: str) -> int:
     """Work on the run to its end, in this process (`inline`) or in several (`local`); returns the exit code."""
     os.environ.setdefault("PYTHONUNBUFFERED", "1")  # a rank's log is followed as it is written
     write_demo(config)
-    write_text(run.root / "submission.sh", jobs.sbatch_text(config, run))
+    write_text(run.submission, jobs.sbatch_text(config, run))
     if kind == "inline":
         from fixres_dist.training import worker
 
