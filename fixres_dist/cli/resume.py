@@ -13,6 +13,7 @@ from fixres_dist.cli.arguments import add_overrides, add_runs_dir
 from fixres_dist.cluster import jobs, status
 from fixres_dist.config import reading, recipes
 from fixres_dist.config.schema import Config
+from fixres_dist.runs.states import Event
 
 EXAMPLES = ("b0-320", "b0-320 cluster.exclude=n7", "b0-320 --nodes 1-4 --runs-dir /scratch/runs")
 
@@ -31,7 +32,7 @@ def run(args: argparse.Namespace) -> int:
     values = reading.merge(asdict(run.config()), reading.overrides([*nodes, *args.overrides]))
     config = reading.parse(Config, recipes.with_absolute_paths(values))
     submission.check(run, config)
-    submitted = [e for e in read_lines(run.events) if e["event"] == "submitted"]
+    submitted = [e for e in read_lines(run.events) if e["event"] == Event.SUBMITTED]
     kind = args.cluster or (submitted[-1]["cluster"] if submitted else jobs.default_cluster())
     if kind == "slurm":
         submission.check_slurm(jobs.sbatch_text(config, run))
@@ -40,7 +41,7 @@ def run(args: argparse.Namespace) -> int:
             return EXIT_DONE
         submission.renew_old_snapshot(run)
         write_text(run.config_file, reading.dump(config))
-        run.event("submitted", cluster=kind, command=run.command("resume"))
+        run.event(Event.SUBMITTED, cluster=kind, command=run.command("resume"))
         if kind == "slurm":
             return submission.start_slurm([run], config)
     return submission.start_here(run, config, kind)

@@ -18,7 +18,7 @@ from fixres_dist.cluster import jobs, local
 from fixres_dist.config import reading, recipes
 from fixres_dist.config.schema import Config
 from fixres_dist.runs import rundir
-from fixres_dist.runs.states import State
+from fixres_dist.runs.states import Event, State
 from fixres_dist.training import plan
 
 EXAMPLES = (
@@ -120,7 +120,7 @@ def start(targets: list[Target], kind: str, args: argparse.Namespace) -> int:
                 print(f"Next: sbatch {jobs.sbatch_options(target.config)} {script} {target.run.root}")
             return EXIT_DONE
         for target in targets:
-            target.run.event("submitted", cluster=kind, command=typed)
+            target.run.event(Event.SUBMITTED, cluster=kind, command=typed)
         if kind == "slurm":
             return submission.start_slurm([target.run for target in targets], targets[0].config, args.at_once)
     codes = []
