@@ -30,7 +30,7 @@ from fixres_dist.bench.result import Ratios, Result, Row, row_of
 from fixres_dist.bench.turns import Turn
 from fixres_dist.data import dataset, geometry, torch_cpu
 from fixres_dist.data.index import Index
-from fixres_dist.data.requests import Pictures, chunks, make_request
+from fixres_dist.data.requests import Pictures, in_batches
 from fixres_dist.models.build import Preprocessing
 
 BATCH = 32
@@ -106,7 +106,7 @@ def batches(
         return
     resize = geometry.resize_of("fixefficientnet", res, 1.0, "bicubic")
     pictures = Pictures(transform, res, resize, 0)
-    requests = (make_request(samples, pictures, part, 0) for part in chunks(chosen, BATCH))
+    requests = in_batches(samples, pictures, chosen, BATCH)
     if loader == "dali":
         from fixres_dist.data import dali
 

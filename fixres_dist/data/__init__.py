@@ -1,1 +1,1 @@
-"""Samples to batches: index (what there is), order (when), geometry (which view), backends (pixels)."""
+"""From a folder to batches: samples (dataset, index), their order, their views (geometry), their pixels (backends)."""

@@ -39,7 +39,8 @@ def choose(setting: str, device: torch.device) -> tuple[str, str]:
 def worker_count(setting: int | str, local_size: int) -> int:
     """Loader processes or threads of each of a node's `local_size` ranks.
 
-    `auto`: the rank's share of the CPUs that the node gives the job; with several ranks one of them is left for training.
+    `auto`: the rank's share of the CPUs that the node gives the job; with several ranks one of them is left for
+    training.
     """
     if setting != "auto":
         return int(setting)
@@ -60,8 +61,8 @@ def batches(
 ) -> Iterator[Batch]:
     """The batch of every request, in their order, by the backend that `settings` choose; no request exceeds `batch`.
 
-    A file that cannot be decoded has no row in its batch. With `data.on_bad: stop` it raises a UserError that names it; with
-    `skip` it is reported to `on_skip`.
+    A file that cannot be decoded has no row in its batch. With `data.on_bad: stop` it raises a UserError that names it;
+    with `skip` it is reported to `on_skip`.
     """
     name, _ = choose(settings.backend, device)
     if name == "dali":

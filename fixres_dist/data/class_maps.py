@@ -17,7 +17,8 @@ from fixres_dist.data.index import Index
 def trained_classes(config: Config, run: Path | None, split: str) -> tuple[str, ...]:
     """The model's class names in the order of its logits: from the run, or the data set's train/, or the split.
 
-    The split's folders are sorted by name, or as numbers if all of them are (ImageNet-V2). Empty if there is no such split.
+    The split's folders are sorted by name, or as numbers if all of them are (ImageNet-V2). Empty if there is no such
+    split.
     """
     if run and (kept := run / "class_index.json").is_file():
         return tuple(json.loads(kept.read_text()).values())
@@ -68,10 +69,11 @@ def named_sets(items: Sequence[str], split: str) -> dict[str, Path]:
 
 
 def real_labels(path: Path, index: Index, classes: int) -> list[list[int]]:
-    """The ReaL labels (arXiv 2006.07159) of every sample of `index`: all right classes; a sample without any is not counted.
+    """The ReaL labels (arXiv 2006.07159) of every sample of `index`: all right classes. Samples without
+    any do not count.
 
-    The file is a list of lists in the order of ImageNet's ILSVRC2012_val_00000001 and on; for other names, in the order of
-    the sorted file names. Raises UserError if it does not fit the index or the number of `classes`.
+    The file is a list of lists in the order of ImageNet's ILSVRC2012_val_00000001 and on; for other names, in the order
+    of the sorted file names. Raises UserError if it does not fit the index or the number of `classes`.
     """
     try:
         given = json.loads(path.read_text())

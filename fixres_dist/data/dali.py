@@ -1,9 +1,9 @@
 """The backend for GPUs: DALI decodes and scales the same pictures there, or on the CPU where there is no GPU.
 
-We give DALI encoded files and, for each, the region to cut and the size to scale it to; order and augmentation are ours. So
-it shows the same crop of the same sample as the other backend, starts at any sample, and has no state to save. A file that
-it may decode differently from PIL (anything but a plain JPEG) is decoded by PIL and handed over as pixels. A file that it
-refuses is skipped alone.
+We give DALI encoded files and, for each, the region to cut and the size to scale it to; order and augmentation are
+ours. So it shows the same crop of the same sample as the other backend, starts at any sample, and has no state to save.
+A file that it may decode differently from PIL (anything but a plain JPEG) is decoded by PIL and handed over as pixels.
+A file that it refuses is skipped alone.
 
 The photograph is decoded whole: decoding a region on a GPU crashes in the release of nvImageCodec that DALI 2.4 needs
 (NVIDIA/nvImageCodec#55).
@@ -59,9 +59,11 @@ class Part:
 def geometry(views: list[View], res: int, resize: Resize, two_passes: bool) -> dict[str, NDArray[Any]]:
     """What the graph takes of each view, [n, 2] of (y, x) or (height, width) each.
 
-    `anchor`, `shape`: the box in source pixels. `size1`, `start1`, `end1`: output size of the scaling and the region of its
-    input that it scales; `size2`, `start2`, `end2`: those of a second pass (without one, the first scales both axes).
-    `place`: where the res x res window starts in the scaled region, below zero for black; only where a window can leave it.
+    `anchor`, `shape`: the box in source pixels. `size1`, `start1`, `end1`: output size of the scaling and the region of
+    its input that it scales; `size2`, `start2`, `end2`: those of a second pass (without one, the first scales both
+    axes).
+    `place`: where the res x res window starts in the scaled region, below zero for black; only where a window can leave
+    it.
     """
     rows = [window(view, res, two_passes) for view in views]
     names = [
@@ -78,7 +80,7 @@ def geometry(views: list[View], res: int, resize: Resize, two_passes: bool) -> d
 
 
 def window(view: View, res: int, two_passes: bool) -> dict[str, tuple[float, float]]:
-    """One view's rows of `geometry`. Crop and flip become part of the region: one that runs backwards comes out mirrored."""
+    """One view's rows of `geometry`. A region that runs backwards comes out mirrored: so a flip costs nothing."""
     y, x, h, w = view.box
     low = [max(0, offset) for offset in view.offset]
     high = [min(size, offset + res) for size, offset in zip(view.size, view.offset, strict=True)]
@@ -146,7 +148,7 @@ def build(
 
 
 def readable(index: Index, sample: int, decoded: bool) -> NDArray[np.uint8]:
-    """What DALI gets for a sample: the file if DALI decodes it as PIL does, else its pixels as a PPM. Raises Undecodable."""
+    """A sample for DALI: the file if DALI decodes it as PIL does, else its pixels as a PPM. Raises Undecodable."""
     if not decoded:
         try:
             data = index.read(sample)
@@ -219,8 +221,8 @@ def batches(
             except StopIteration:
                 return
             except RuntimeError:
-                # A file that DALI cannot decode fails its whole batch, often unnamed, and ends the pipeline. We decode that
-                # batch, which finds the file, and start a new pipeline with it and the batches after it.
+                # A file that DALI cannot decode fails its whole batch, often unnamed, and ends the pipeline. We decode
+                # that batch, which finds the file, and start a new pipeline with it and the batches after it.
                 if not queue.running or queue.running[0].decoded:
                     raise
                 queue.repeat()
@@ -235,7 +237,7 @@ def batches(
 
 
 def pictures(output: Any, count: int, device_id: int | None) -> torch.Tensor:
-    """A copy of the pipeline's output, whose memory DALI reuses: uint8 [count, 3, res, res], channels last in memory."""
+    """A copy of the output, whose memory DALI reuses: uint8 [count, 3, res, res], channels last in memory."""
     if device_id is None:
         images = torch.from_numpy(np.array(output.as_tensor()))
     else:
@@ -256,9 +258,9 @@ def jittered(images: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
 def jitter(images: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
     """Brightness, contrast and saturation of uint8 [n, 3, h, w] by `factors` [n, 3], in this order, as PIL does it.
 
-    The result is channels last in memory. As `pixels.jitter`, but for a batch on any device: every step truncates to whole
-    numbers, in fp32, which holds all of them exactly. torchvision's ColorJitter of tensors is off by a grey level for strong
-    factors.
+    The result is channels last in memory. As `pixels.jitter`, but for a batch on any device: every step truncates to
+    whole numbers, in fp32, which holds all of them exactly. torchvision's ColorJitter of tensors is off by a grey level
+    for strong factors.
     """
     brightness, contrast, saturation = factors.float().view(-1, 3, 1, 1, 1).unbind(1)
     # One plane per colour: `grey` reads them twice as fast as channels last.

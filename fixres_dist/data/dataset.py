@@ -41,8 +41,8 @@ def load(
     """The index of one split, without the samples on the deny list; `show`: a progress bar while headers are read.
 
     It is cached: headers are read where files changed, or all of them if `fresh`. Files whose header cannot be read are
-    refused with `on_bad: stop`; with `skip` they stay in and are skipped when their batch is decoded, so the order of the
-    others does not depend on them. Raises UserError: no such split, nothing left of it, or files that are refused.
+    refused with `on_bad: stop`; with `skip` they stay in and are skipped when their batch is decoded, so the order of
+    the others does not depend on them. Raises UserError: no such split, nothing left of it, or files that are refused.
     """
     here = root / split
     if not here.is_dir():
@@ -126,7 +126,7 @@ def denied(deny_list: str, split: str) -> list[str]:
 
 
 def write_deny_list(path: Path, found: dict[str, list[tuple[str, str]]]) -> None:
-    """Write the (name, reason) pairs of every split as lines of `split/name`, a tab and the reason; `#` starts a comment.
+    """Write the (name, reason) pairs of every split as lines of `split/name`, a tab and the reason.
 
     By rename. Names keep their bytes, whatever their encoding.
     """

@@ -1,4 +1,4 @@
-"""One image file to its photograph, with the pixels that PIL gives; and the batch that both backends make of a request."""
+"""From an image file to its photograph, with PIL's pixels; and the batch that both backends make of a request."""
 
 from __future__ import annotations
 
@@ -55,8 +55,8 @@ def load(index: Index, sample: int) -> torch.Tensor:
 def decode(data: NDArray[np.uint8], size: tuple[int, int]) -> torch.Tensor:
     """uint8 [3, height, width] as PIL's convert("RGB") gives it; EXIF rotation is not applied, as in timm.
 
-    torchvision decodes plain JPEGs; PIL decodes the rest (CMYK, 16-bit PNG, a GIF named .jpg). Raises Undecodable; where the
-    file's size is not the indexed `size`, before memory for its pixels is allocated.
+    torchvision decodes plain JPEGs; PIL decodes the rest (CMYK, 16-bit PNG, a GIF named .jpg). Raises Undecodable;
+    where the file's size is not the indexed `size`, before memory for its pixels is allocated.
     """
     header = headers.header(data.data)
     if header:

@@ -1,8 +1,9 @@
 """The built-in example: a small image classification data set, drawn rather than downloaded.
 
-A class is a shape with a texture (`star_stripes`). In every picture the object has about the same size relative to the short
-side. That shows the discrepancy that FixRes is about (arXiv 1906.06423, section 3): RandomResizedCrop enlarges a part of the
-picture, so objects look larger in training than in testing; a higher test resolution brings their size back.
+A class is a shape with a texture (`star_stripes`). In every picture the object has about the same size relative to the
+short side. That shows the discrepancy that FixRes is about (arXiv 1906.06423, section 3): RandomResizedCrop enlarges a
+part of the picture, so objects look larger in training than in testing; a higher test resolution brings their size
+back.
 """
 
 from __future__ import annotations
@@ -65,9 +66,9 @@ def write_demo(
 ) -> Path:
     """Write `root/{train,val}/<class>/<index>.jpg` if it does not exist; a file depends on (seed, split, index) alone.
 
-    `workers`: processes; by default one for each CPU this process may use. The pictures are written to a directory beside
-    `root`, named after everything they depend on and renamed to `root` when it is complete. So the next call continues an
-    interrupted one, and `root` is never incomplete. Raises UserError if `root` holds anything else.
+    `workers`: processes; by default one for each CPU this process may use. The pictures are written to a directory
+    beside `root`, named after everything they depend on and renamed to `root` when it is complete. So the next call
+    continues an interrupted one, and `root` is never incomplete. Raises UserError if `root` holds anything else.
     """
     root = root.resolve()
     spec = {"version": VERSION, "seed": seed, "train": n_train, "val": n_val}

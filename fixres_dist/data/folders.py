@@ -1,4 +1,4 @@
-"""The index of a folder of images, one subfolder per class; headers are read once, and again where a directory changed."""
+"""The index of a folder of images, one subfolder per class; headers are read again where a directory changed."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ class Directory(NamedTuple):
 
 
 def directories(folder: Path) -> list[Directory]:
-    """`folder` and every directory below it, in torchvision's order. Links are followed unless they lead back to a directory
-    above them. Raises OSError."""
+    """`folder` and every directory below it, in torchvision's order. Links are followed unless they lead back to a
+    directory above them. Raises OSError."""
     found: list[Directory] = []
 
     def visit(path: Path, above: frozenset[tuple[int, int]]) -> None:
@@ -60,8 +60,8 @@ def count(folder: Path) -> int:
 
 
 def class_names(folder: Path) -> list[str]:
-    """The subfolders of a split, sorted; of shards, the names in the classes.json beside them. Raises UserError for another
-    classes.json."""
+    """The subfolders of a split, sorted; of shards, the names in the classes.json beside them. Raises UserError for
+    another classes.json."""
     listed = folder / CLASSES
     if listed.is_file():
         try:
@@ -79,8 +79,9 @@ def class_names(folder: Path) -> list[str]:
 def load(folder: Path, file: Path, progress: Progress | None = None, fresh: bool = False) -> Index:
     """The index of a split's class folders, from the cached `file` if no directory has changed since it was written.
 
-    Only the headers in changed directories are read again; with `fresh` all of them, since a file that was replaced in place
-    does not change its directory. Unreadable headers have size 0, 0. Raises UserError for a folder that cannot be listed.
+    Only the headers in changed directories are read again; with `fresh` all of them, since a file that was replaced in
+    place does not change its directory. Unreadable headers have size 0, 0. Raises UserError for a folder that cannot be
+    listed.
     """
     cached = None if fresh else read_cached(file)
     known = unchanged(folder, cached) if cached else {}
@@ -97,9 +98,10 @@ def load(folder: Path, file: Path, progress: Progress | None = None, fresh: bool
 
 
 def unchanged(folder: Path, cached: CachedIndex) -> dict[str, tuple[int, int]]:
-    """The directories that are as they were at the scan; of each, which samples [start, stop) of the cached index it holds.
+    """The directories that have not changed since the scan: their samples [start, stop) in the cached index.
 
-    A directory that was modified within a tick of the scan counts as changed: it may hold a file that the scan did not see.
+    A directory that was modified within a tick of the scan counts as changed: it may hold a file that the scan did not
+    see.
     """
     found, start = {}, 0
     for path, mtime_ns, images in cached.directories:

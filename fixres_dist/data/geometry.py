@@ -27,7 +27,7 @@ class Resize(NamedTuple):
 
 
 class View(NamedTuple):
-    """One picture of one sample: cut `box` from the photograph, scale it to `size`, cut res x res at `offset`, flip, jitter.
+    """One picture of one sample: cut `box` from the photograph, scale it to `size`, crop at `offset`, flip, jitter.
 
     The part of the window outside the scaled photograph is black (only with `fixres_height`).
     """
@@ -39,7 +39,7 @@ class View(NamedTuple):
     jitter: tuple[float, float, float]  # brightness, contrast, saturation factors, applied in this order
 
     def record(self) -> list[float]:
-        """The view in samples/rank_K.jsonl: flip; y, x, h, w of the box; size h, w; offset y, x; three jitter factors."""
+        """The view in samples/rank_K.jsonl: flip; y, x, h, w of the box; size h, w; offset y, x; jitter factors."""
         return [int(self.flip), *self.box, *self.size, *self.offset, *(round(f, 6) for f in self.jitter)]
 
 
@@ -61,8 +61,8 @@ class Rule(NamedTuple):
 
 
 RULES = {
-    # The published numbers of the FixEfficientNet note (arXiv 2003.08237, Tables 1 and 2) were evaluated with this one, by the
-    # authors' benchmark script.
+    # The published numbers of the FixEfficientNet note (arXiv 2003.08237, Tables 1 and 2) were evaluated with this one,
+    # by the authors' benchmark script.
     "fixefficientnet": Rule(1.0, "bicubic"),
     "fixres": Rule(224 / 256, "bilinear"),  # the FixRes paper (arXiv 1906.06423)
     "fixres_height": Rule(224 / 256, "bilinear", by_height=True),  # the Resize of the paper's code
@@ -71,7 +71,7 @@ RULES = {
 
 
 def resize_of(rule: str, res: int, crop_pct: float, interpolation: str) -> Resize:
-    """The resize of data.resize_rule at test resolution `res`, in pixels; `crop_pct` and `interpolation` are the model's own."""
+    """The resize of data.resize_rule at test resolution `res`; `crop_pct` and `interpolation`: the model's own."""
     chosen = RULES[rule]
     size = math.floor(res / (chosen.crop_pct or crop_pct))
     return Resize(size, chosen.by_height, chosen.interpolation or interpolation)
@@ -84,12 +84,12 @@ def scaled(height: int, width: int, resize: Resize) -> tuple[int, int]:
 
 
 def centre(outer: int, inner: int) -> int:
-    """Start of a centred window: torchvision's rounding (half to even); of an odd black border the first part is smaller."""
+    """Start of a centred window: torchvision's rounding (half to even); an odd black border is smaller in front."""
     return round((outer - inner) / 2) if outer >= inner else -((inner - outer) // 2)
 
 
 def vertical_first(view: View) -> bool:
-    """Whether the height is scaled before the width. Pixels are rounded to 8 bits in between, so the order changes the result.
+    """Whether the height is scaled before the width. Values are rounded to 8 bits in between, so the order matters.
 
     The rule of Pillow 13 and later: the height first if it shrinks by more than twice as many pixels as the width.
     """
@@ -114,7 +114,7 @@ def train_views(
 ) -> list[View]:
     """The view of each of `samples` [n], whose photographs have `sizes` [n, 2] (height, width in pixels), in `epoch`.
 
-    `epoch` may be an array [n] of view keys (order.train_draws). A view depends on `seed`, `epoch` and its sample alone.
+    `epoch` may be an array [n] of view keys (order.train_draws). A view depends on seed, epoch and sample alone.
     `test`: as evaluated. `test_flip`: the same, half of them flipped.
     `test_aug`: flip, horizontally shifted crop, jitter 0.05 (transforms_v2 of the paper's code).
     `random_resized_crop`: area 0.08-1, ratio 3/4-4/3, flip, jitter 0.3 (its training transform).
@@ -139,7 +139,7 @@ def train_views(
 
 
 def random_box(height: int, width: int, u: list[float]) -> tuple[int, int, int, int]:
-    """torchvision's RandomResizedCrop window (y, x, height, width) from 22 uniforms: ten (area, ratio) attempts, y and x."""
+    """torchvision's RandomResizedCrop window (y, x, height, width) from 22 uniforms: 10 x (area, ratio), y, x."""
     low, high = math.log(3 / 4), math.log(4 / 3)
     for k in range(ATTEMPTS):
         area = height * width * (0.08 + 0.92 * u[2 * k])

@@ -90,7 +90,7 @@ class Seen(NamedTuple):
 def read_headers(
     index: Index, samples: NDArray[np.int64], progress: Progress | None = None
 ) -> tuple[Index, dict[int, str]]:
-    """The index with the sizes and marks of `samples` read from their files; and, of each whose header cannot be read, why.
+    """The index with the sizes and marks of `samples` read from their files, and why headers cannot be read.
 
     In threads, because most of the time is waiting for storage. Shards are read from their start to their end.
     """

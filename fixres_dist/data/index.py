@@ -1,7 +1,7 @@
 """The index of a split: names, labels and pixel sizes of its samples, and the file that it is cached in.
 
-Sizes come from the headers, so geometry (data/geometry.py) needs no pixels: every rank, backend and restart agrees on the
-view of a sample before anything is decoded. No torch: the launcher checks a data set with this.
+Sizes come from the headers, so geometry (data/geometry.py) needs no pixels: every rank, backend and restart agrees on
+the view of a sample before anything is decoded. No torch: the launcher checks a data set with this.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ OPEN_SHARDS = 128  # tar files kept open per process: an open is a round trip to
 
 @dataclass(frozen=True)
 class Index:
-    """The n samples of one split. Sample i is the i-th file by class, then directory, then file name: ImageFolder's order."""
+    """The n samples of one split in ImageFolder's order: by class, then directory, then file name."""
 
     folder: Path  # the split's directory
     classes: tuple[str, ...]
@@ -112,7 +112,7 @@ def open_shard(path: str) -> FileIO:
 
 @dataclass(frozen=True)
 class CachedIndex:
-    """An index and the state of the files that it was read from, by which a later start sees whether it is up to date."""
+    """An index and the state of the files that it was read from, which tell whether it is up to date."""
 
     index: Index
     directories: tuple[tuple[str, int, int], ...] = ()  # of class folders: path below `folder`, mtime in ns, images
@@ -126,7 +126,7 @@ def cache_file(folder: Path, cache: Path) -> Path:
 
 
 def read_cached(file: Path) -> CachedIndex | None:
-    """What `write_cached` wrote, whatever has happened to the data set since; None if there is no such file or it is torn."""
+    """What `write_cached` wrote, up to date or not; None if there is no such file or it is torn."""
     try:
         with np.load(file, allow_pickle=False) as a:
             meta = json.loads(a["meta"].tobytes())

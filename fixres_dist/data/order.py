@@ -1,8 +1,8 @@
 """Order and randomness as pure functions of (seed, epoch, sample), so no sampler state has to be saved.
 
-There is one global order per epoch. Step k of an epoch takes positions [k*B, (k+1)*B) of it, and a rank takes its part of that
-slice. So a resumed run, or one on another number of ranks, sees the same batches. The order is a keyed bijection on indices
-and not an array: the time to compute a slice depends on the slice, not on the number of samples.
+There is one global order per epoch. Step k of an epoch takes positions [k*B, (k+1)*B) of it, and a rank takes its part
+of that slice. So a resumed run, or one on another number of ranks, sees the same batches. The order is a keyed
+bijection on indices and not an array: the time to compute a slice depends on the slice, not on the number of samples.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def keyed(*words: int | NDArray[np.integer]) -> U64:
 def uniforms(
     seed: int, epoch: int | NDArray[np.integer], samples: NDArray[np.integer], count: int
 ) -> NDArray[np.float64]:
-    """`count` independent uniforms in [0, 1) for each sample: float64 [n, count]. `epoch` may be an array [n] of view keys."""
+    """`count` uniforms in [0, 1) for each sample: float64 [n, count]. `epoch`: a number, or view keys [n]."""
     bits = keyed(seed, 1, np.asarray(epoch).reshape(-1, 1), np.asarray(samples)[:, None], np.arange(count)[None, :])
     return (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
@@ -41,8 +41,9 @@ def uniforms(
 def positions_to_samples(n: int, seed: int, epoch: int, positions: NDArray[np.integer]) -> NDArray[np.int64]:
     """The samples at `positions` (each 0 .. n-1) in this epoch's order of n samples: int64 [len(positions)].
 
-    A balanced Feistel network permutes 0 .. 2^(2w)-1, the smallest such range that holds n. A result outside 0 .. n-1 is
-    permuted again until it is inside (cycle walking): this keeps the map a bijection and takes under four turns on average.
+    A balanced Feistel network permutes 0 .. 2^(2w)-1, the smallest such range that holds n. A result outside 0 .. n-1
+    is permuted again until it is inside (cycle walking): this keeps the map a bijection and takes under four turns on
+    average.
     """
     half = np.uint64(max(1, ((n - 1).bit_length() + 1) // 2))
     mask = (np.uint64(1) << half) - np.uint64(1)
@@ -64,7 +65,7 @@ def steps_per_epoch(n: int, global_batch: int) -> int:
 
 
 def rank_part(start: int, stop: int, rank: int, world_size: int) -> tuple[int, int]:
-    """The part [start', stop') of the slice [start, stop) that belongs to `rank`; parts differ in size by at most one."""
+    """The part [start', stop') of the slice [start, stop) that belongs to `rank`; sizes differ by at most one."""
     size = stop - start
     return start + size * rank // world_size, start + size * (rank + 1) // world_size
 
@@ -72,10 +73,10 @@ def rank_part(start: int, stop: int, rank: int, world_size: int) -> tuple[int, i
 def train_draws(
     n: int, seed: int, step: int, global_batch: int, rank: int, world_size: int, repeats: int = 1
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """(samples, view keys) of `rank` at optimizer step `step`, counted from the start of epoch 0; both int64 [n of the rank].
+    """(samples, view keys) of `rank` at optimizer step `step`, counted from the start of epoch 0: two int64 arrays.
 
-    A view key takes the epoch's place in `uniforms`. With `repeats`, each of an epoch's first n / repeats samples is drawn that
-    many times in a row, each time in another view (repeated augmentation, arXiv 1902.05509).
+    A view key takes the epoch's place in `uniforms`. With `repeats`, each of an epoch's first n / repeats samples is
+    drawn that many times in a row, each time in another view (repeated augmentation, arXiv 1902.05509).
     """
     epoch, k = divmod(step, steps_per_epoch(n, global_batch))
     start, stop = rank_part(k * global_batch, min(n, (k + 1) * global_batch), rank, world_size)

@@ -1,12 +1,13 @@
 """Pillow's resize and colour jitter of 8-bit pictures, bit for bit, compiled by numba.
 
-Resize: an output line is a weighted sum of input lines, with 22-bit integer weights. torchvision's resize of tensors has 16-bit
-weights: it is as fast, but one value in 250 is off by a grey level, which jitter turns into four. Jitter takes a third of
-the time of operations on whole pictures in torch, whose intermediate results do not fit into the CPU's caches.
+Resize: an output line is a weighted sum of input lines, with 22-bit integer weights. torchvision's resize of tensors
+has 16-bit weights: it is as fast, but one value in 250 is off by a grey level, which jitter turns into four. Jitter
+takes a third of the time of operations on whole pictures in torch, whose intermediate results do not fit into the CPU's
+caches.
 
-Importing this module compiles it, which takes 2 s. So only torch_cpu imports it, before the worker processes are forked.
-numba's cache of compiled code is not used: on a shared folder, nodes of several kinds that start together could load each
-other's instructions.
+Importing this module compiles it, which takes 2 s. So only torch_cpu imports it, before the worker processes are
+forked. numba's cache of compiled code is not used: on a shared folder, nodes of several kinds that start together could
+load each other's instructions.
 """
 
 from __future__ import annotations
@@ -88,14 +89,14 @@ def scaled_width(pixels: Bytes, taps: Taps) -> Bytes:
 
 
 def compiled(signature: str) -> Callable[[Function], Function]:
-    """numba's decorator, which has no types; with `numpy` a division by zero is no error, so loops can be vectorised."""
+    """numba's decorator, which has no types; in `numpy` mode division by zero is no error, which is faster."""
     decorator: Callable[[Function], Function] = njit(signature, error_model="numpy")
     return decorator
 
 
 @compiled("int64(int64, int64, int64, boolean, int64[::1], int32[:, ::1], float64[::1])")
 def fill_taps(length: int, size: int, start: int, cubic: bool, begin: Any, weights: Any, values: Any) -> int:
-    """Fill in where each line from `start` on begins to read, and its weights; returns the end of what the last one reads."""
+    """Fill in where each line from `start` on begins to read, and its weights; returns the end of what they read."""
     scale = length / size
     stretch = scale if scale > 1.0 else 1.0
     radius = (2.0 if cubic else 1.0) * stretch
@@ -187,8 +188,8 @@ def blend(value: Any, base: Any, factor: Any) -> Any:
 
 @compiled("void(uint8[:, :, ::1], float32, float32, float32)")
 def adjust(pixels: Any, brightness: Any, contrast: Any, saturation: Any) -> None:
-    """`jitter` of uint8 [height, width, 3]. Brightness and contrast are a table of 256 values. Contrast needs the mean grey
-    level after brightness, so the picture is read twice."""
+    """`jitter` of uint8 [height, width, 3]. Brightness and contrast are a table of 256 values. Contrast needs the mean
+    grey level after brightness, so the picture is read twice."""
     table = np.empty(256, np.uint8)
     for value in range(256):
         table[value] = blend(value, 0, brightness)

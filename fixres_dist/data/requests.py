@@ -39,7 +39,8 @@ def make_request(
 
 
 def micro_batches(images: int, world_size: int, batch_per_device: int) -> int:
-    """Forward passes that a step of `images` takes on every rank: the same number on each, since they share collectives."""
+    """Forward passes that a step of `images` takes on every rank: the same number on each, since they share
+    collectives."""
     largest_part = -(-images // world_size)
     return max(1, -(-largest_part // batch_per_device))
 

@@ -1,4 +1,4 @@
-"""Tar shards in WebDataset layout: fewer, larger files for shared file systems, with random access, so order stays ours.
+"""Tar shards in WebDataset layout: fewer, larger files for shared file systems, with random access to each sample.
 
 A sample is two members, `class/file.JPEG` and `class/file.cls` (its label as text); names, labels and sizes are those
 of the folder it was written from. Any WebDataset reader can read the shards; any tar of such pairs can be read here.
@@ -40,8 +40,8 @@ def write_shards(index: Index, out: Path, samples_per_shard: int, progress: Prog
     """Write `index` as shards and their index into `out`; returns how many shards were missing. Safe to run again.
 
     Which sample goes into which shard is a function of the sample list alone, and a shard is there in full or not at
-    all, so a second run goes on where the first one stopped. Samples are mixed over the shards, for readers that shuffle
-    only within a buffer. Raises UserError where `out` holds shards of something else, or a file cannot be read.
+    all, so a second run goes on where the first one stopped. Samples are mixed over the shards, for readers that
+    shuffle only within a buffer. Raises UserError where `out` holds shards of something else, or a file cannot be read.
     """
     out.mkdir(parents=True, exist_ok=True)
     mark, plan = out / ".source", f"{index.fingerprint} {samples_per_shard}\n"
@@ -67,8 +67,9 @@ def write_shards(index: Index, out: Path, samples_per_shard: int, progress: Prog
             progress(stop, n)
     if load(out, out / INDEX, fresh=True).fingerprint != index.fingerprint:
         raise UserError(
-            f"{out} does not hold the samples of {index.folder}: a file has changed since it was indexed. Next: remove {out}, "
-            f"{command('data index', '--data', index.folder.parent, '--fresh')}, and the same command again."
+            f"{out} does not hold the samples of {index.folder}: a file has changed since it was indexed. "
+            f"Next: remove {out}, {command('data index', '--data', index.folder.parent, '--fresh')}, "
+            "and the same command again."
         )
     return made
 
@@ -99,8 +100,8 @@ def label_name(name: str) -> str:
 
 
 def load(folder: Path, file: Path, progress: Progress | None = None, fresh: bool = False) -> Index:
-    """The index of the shards in `folder`: the cached `file`, the index beside the shards, or, if both are older than a shard
-    or the class names, and always with `fresh`, a new one. Raises UserError for a shard that cannot be read."""
+    """The index of the shards in `folder`: the cached `file`, the index beside the shards, or, if both are older than a
+    shard or the class names, and always with `fresh`, a new one. Raises UserError for a shard that cannot be read."""
     tars = sorted(folder.glob("*.tar"))
     sizes = tuple((path.name, path.stat().st_size) for path in tars)
     written = max(modified_ns(path) or 0 for path in (*tars, folder / CLASSES))
@@ -126,7 +127,8 @@ def listed(folder: Path, shards: list[Path]) -> Index:
     classes = tuple(class_names(folder) if (folder / CLASSES).is_file() else map(str, numbers))
     if len(numbers) > len(classes):
         raise UserError(
-            f"{folder} has label {numbers[-1]} and {len(classes)} classes in {CLASSES}. Accepted: 0 to {len(classes) - 1}."
+            f"{folder} has label {numbers[-1]} and {len(classes)} classes in {CLASSES}. "
+            f"Accepted: 0 to {len(classes) - 1}."
         )
     return Index(
         folder,

@@ -27,8 +27,9 @@ def show(
     std: tuple[float, ...],
     out: Path,
 ) -> list[Path]:
-    """Write `<sample>.png`, `<sample>.npy` (float32 [3, res, res], normalised) and, where training differs from testing,
-    `<sample>_train_test.png`, both side by side; returns the files. Raises UserError for a file that cannot be decoded."""
+    """Write `<sample>.png`, `<sample>.npy` (float32 [3, res, res], normalised) and, where training differs from
+    testing, `<sample>_train_test.png`, both side by side; returns the files. Raises UserError for a file that cannot be
+    decoded."""
     out.mkdir(parents=True, exist_ok=True)
     chosen = np.array(samples, np.int64)
     seen = decoded(index, make_request(index, pictures, chosen, epoch), pictures, settings)

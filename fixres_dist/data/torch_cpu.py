@@ -45,7 +45,7 @@ def draw(image: torch.Tensor, view: View, interpolation: str, canvas: torch.Tens
 
 
 class Batches(Dataset[Batch]):
-    """A data set whose indices are requests and whose items are batches: one worker makes all of a batch, with no copy."""
+    """A data set whose indices are requests and whose items are batches: a worker makes a whole batch."""
 
     def __init__(self, index: Index, res: int, interpolation: str) -> None:
         self.index, self.res, self.interpolation = index, res, interpolation
@@ -64,8 +64,8 @@ class Batches(Dataset[Batch]):
 
 
 def empty_batch(n: int, res: int) -> torch.Tensor:
-    """uint8 [n, 3, res, res], channels last in memory, as files are decoded; in a worker process in shared memory, so that
-    the training process gets it without a copy."""
+    """uint8 [n, 3, res, res], channels last in memory, as files are decoded; in a worker process in shared memory, so
+    that the training process gets it without a copy."""
     size = (n, res, res, 3)
     if n and get_worker_info():
         storage: Any = torch.UntypedStorage
@@ -79,7 +79,7 @@ def as_is(batch: Batch) -> Batch:
 
 
 def start_worker(_: int) -> None:
-    """A worker ignores the stop signals, which are for the training process to handle, and ends when that process ends."""
+    """A worker ignores the stop signals, which the training process handles, and ends with that process."""
     gc.freeze()  # never run destructors of the parent's objects here: DALI's wait for threads that only the parent has
     ignore_stop_signals()
     with contextlib.suppress(OSError, AttributeError):  # Linux only; elsewhere the loader's watchdog ends the worker
@@ -114,6 +114,6 @@ def batches(
 
 
 def end_workers(loader: weakref.ref[Any]) -> None:
-    """End the workers at exit, even if an error's traceback still refers to the loader. multiprocessing would send them the
-    SIGTERM that they ignore, and wait for them."""
+    """End the workers at exit, even if an error's traceback still refers to the loader. multiprocessing would send them
+    the SIGTERM that they ignore, and wait for them."""
     getattr(loader(), "_shutdown_workers", lambda: None)()
