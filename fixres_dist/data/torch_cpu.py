@@ -12,7 +12,7 @@ import gc
 import math
 import signal
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -74,7 +74,7 @@ def empty_batch(n: int, res: int) -> torch.Tensor:
     return torch.empty(size, dtype=torch.uint8).permute(0, 3, 1, 2)
 
 
-def as_is(batch: Batch) -> Batch:
+def as_is(batch: Any) -> Any:
     return batch
 
 
@@ -86,15 +86,8 @@ def start_worker(_: int) -> None:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-def batches(
-    index: Index,
-    requests: Iterable[Request],
-    res: int,
-    interpolation: str,
-    workers: int,
-    finish: Callable[[Any], Any] = as_is,
-) -> Iterator[Batch]:
-    """The batch of every request, in their order, `workers` processes ahead of the caller; `finish` runs in them."""
+def batches(index: Index, requests: Iterable[Request], res: int, interpolation: str, workers: int) -> Iterator[Batch]:
+    """The batch of every request, in their order, `workers` processes ahead of the caller."""
     if workers:
         release_freed_memory()
     loader = DataLoader(
@@ -104,7 +97,7 @@ def batches(
         num_workers=workers,
         prefetch_factor=2 if workers else None,
         pin_memory=torch.cuda.is_available(),
-        collate_fn=finish,
+        collate_fn=as_is,
         worker_init_fn=start_worker,
         multiprocessing_context="fork" if workers else None,  # the index is shared, not copied
     )
