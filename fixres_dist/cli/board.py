@@ -42,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
             stopped = True
             server.terminate()
 
-        # Handlers of our own, since a shell starts background commands with SIGINT ignored; TensorBoard never outlives us.
+        # Own handlers, since a shell starts background commands with SIGINT ignored; TensorBoard ends with this command.
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, stop)
         code = server.wait()

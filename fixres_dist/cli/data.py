@@ -164,9 +164,8 @@ def show_command(args: argparse.Namespace) -> int:
     settings = Data(res=args.res, backend=args.backend)
     pictures = Pictures(args.transform, args.res, resize, 2 * args.seed)  # the fixing stage's, see schedule.stages
     written = show.show(samples, pictures, chosen, args.epoch, settings, spec.mean, spec.std, args.out)
-    print(
-        f"{len(chosen)} pictures ({args.transform}, {rule}, {args.res} px) in {args.out}: {', '.join(p.name for p in written)}"
-    )
+    names = ", ".join(path.name for path in written)
+    print(f"{len(chosen)} pictures ({args.transform}, {rule}, {args.res} px) in {args.out}: {names}")
     return EXIT_DONE
 
 

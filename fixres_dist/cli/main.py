@@ -1,7 +1,7 @@
 """`fixres COMMAND`, which is also `python -m fixres_dist COMMAND`: each command is a file of this folder.
 
-A file has add_arguments(parser), run(arguments) -> exit code, and EXAMPLES. Only the file of the command that is called is
-imported, and it imports torch, where it needs it, in run.
+A file has add_arguments(parser), run(arguments) -> exit code, and EXAMPLES. Only the file of the called command is
+imported; if it needs torch, its function run imports it.
 """
 
 from __future__ import annotations
@@ -92,6 +92,6 @@ def call(name: str, words: Sequence[str]) -> int:
 
 
 def parse(p: argparse.ArgumentParser, words: Sequence[str]) -> argparse.Namespace:
-    """Settings (section.key=value) may stand between the options; argparse refuses that for commands with subcommands."""
+    """Settings (section.key=value) may stand between the options; argparse refuses that where there are subcommands."""
     intermixed = p.get_default("overrides") is not None
     return p.parse_intermixed_args(words) if intermixed else p.parse_args(words)

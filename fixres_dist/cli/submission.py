@@ -24,7 +24,7 @@ def check(run: RunDir, config: Config, dry: bool = False) -> None:
 
 
 def check_model(config: Config, recipe: Recipe) -> None:
-    """Build a model that no recipe describes, without memory for its weights, rather than fail in the queue. Imports torch."""
+    """Build a model that no recipe describes on the meta device, so that it fails here and not in the queue; imports torch."""
     if config.model.weights in recipes.WEIGHTS and recipe.facts:
         return
     import torch
