@@ -26,7 +26,7 @@ TEMPLATE = """\
 model: {{name: {model}, timm_name: {timm_name}, weights: {weights}}}
 data: {{res: {fix_test_res}, resize_rule: fixefficientnet, train_transform: test_aug}}
 tune:
-  {{policy: classifier+bn, bn_stats: exact, epochs: 1, global_batch: 384, base_lr: 1.0e-3, schedule: cosine, label_smoothing: 0.1}}
+  {{policy: classifier+bn, bn_stats: exact, epochs: 1, global_batch: 384, base_lr: 1.0e-3, schedule: cosine}}
 facts:  # measured on the meta device by configs/write.py
   {facts}
 """
