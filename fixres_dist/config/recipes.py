@@ -186,7 +186,7 @@ def timm_names() -> frozenset[str]:
     spec = importlib.util.find_spec("timm")
     if spec is None or spec.origin is None:
         raise UserError("timm is not installed. Next: pip install timm")
-    pattern = re.compile(r"^@register_model\s+def (\w+)\(", re.MULTILINE)
+    pattern = re.compile(r"^@register_model\b.*\s+def (\w+)\(", re.MULTILINE)
     sources = [*(Path(spec.origin).parent / "models").glob("*.py"), Path(__file__).parents[1] / "models" / "build.py"]
     return frozenset(name for path in sources for name in pattern.findall(path.read_text(encoding="utf-8")))
 

@@ -60,8 +60,8 @@ def preprocessing(timm_name: str) -> Preprocessing:
 default_cfgs = {"resnext101_32x48d": resnet.default_cfgs["resnext101_32x48d"]}
 
 
-@register_model
-def resnext101_32x48d(pretrained: bool = False, **options: Any) -> nn.Module:  # type: ignore[untyped-decorator, unused-ignore]
+@register_model  # type: ignore[untyped-decorator, unused-ignore]
+def resnext101_32x48d(pretrained: bool = False, **options: Any) -> nn.Module:
     """ResNeXt-101 32x48d (WSL): 829 M parameters, 224 px; FixRes fixes it at 320."""
     sizes = {"block": resnet.Bottleneck, "layers": (3, 4, 23, 3), "cardinality": 32, "base_width": 48}
     model: nn.Module = resnet._create_resnet("resnext101_32x48d", pretrained, **{**sizes, **options})
