@@ -6,8 +6,8 @@
     python slurm/devcluster.py status            # also: kill-node n2, revive-node n2
     python slurm/devcluster.py down              # no process and no directory is left
 
-Every process of a cluster has SLURM_CLUSTER_NAME in its environment: Slurm sets it in jobs, `up` for the daemons. A shell
-(editor, test run) in which SLURM_CONF was exported lacks it. `down` and `kill-node` kill by that variable, never by the
+Every process of a cluster has SLURM_CLUSTER_NAME in its environment: Slurm sets it in jobs, `up` for the daemons. A
+shell (editor, test run) in which SLURM_CONF was exported lacks it. `down` and `kill-node` kill by that variable, never by the
 name of a program, so they spare the user's own processes, other dev clusters and a real Slurm.
 Measured with Slurm 22.05 (Debian 12). Standard library only.
 """
@@ -118,7 +118,7 @@ def wait_until(condition: Callable[[], bool], timeout_s: float) -> bool:
 class DevCluster:
     """One cluster. Its directory describes it: one process may call `up`, another `DevCluster.at(dir).down()`.
 
-    The directory is in /tmp whatever TMPDIR says: a Unix socket's path has at most 107 bytes, and Slurm appends up to 35.
+    The directory is in /tmp whatever TMPDIR says: a Unix socket's path has at most 107 bytes, Slurm appends up to 35.
     """
 
     nodes: int = 4
@@ -147,7 +147,7 @@ class DevCluster:
 
     @property
     def env(self) -> dict[str, str]:
-        """Environment for clients, without the variables of an outer job, which would change what srun and sbatch do."""
+        """Environment for clients, without variables of an outer job, which would change what srun and sbatch do."""
         outer = ("SLURM", "SBATCH", "SRUN", "SALLOC", "PMI")
         kept = {key: value for key, value in os.environ.items() if not key.startswith(outer)}
         return kept | {"SLURM_CONF": str(self.dir / "slurm.conf")}
@@ -251,7 +251,7 @@ class DevCluster:
         return None
 
     def _pids(self, node: str = "") -> list[int]:
-        """Daemons and job processes of the cluster, or of one node; zombies, which have no environment, are not found."""
+        """Daemons and job processes of the cluster, or of one node; zombies, without an environment, are not found."""
         marks = {f"SLURM_CLUSTER_NAME={self.name}"} | ({f"SLURMD_NODENAME={node}"} if node else set())
         found = []
         for entry in Path("/proc").glob("[0-9]*"):

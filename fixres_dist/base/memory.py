@@ -9,7 +9,7 @@ M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8  # of mallopt(3), glibc
 
 
 def keep_freed_memory() -> bool:
-    """Let this process, and those it forks, reuse freed memory instead of returning it to the system; False without glibc.
+    """Let this process, and those it forks, reuse freed memory instead of returning it to the system; False: no glibc.
 
     glibc maps a large tensor anew each time, and the kernel fills it with zeros page by page: in a forward pass of
     tf_efficientnet_b0 at 320 px, batch 16, that took 20 to 38 % of the CPU time (2 cores of an AMD EPYC, torch 2.15).
@@ -25,8 +25,8 @@ def keep_freed_memory() -> bool:
 def release_freed_memory() -> None:
     """Return freed memory to the system; does nothing without glibc.
 
-    Before a fork: otherwise parent and child share those pages, and the kernel copies each one that the parent reuses. The
-    first forward pass after the start of two loader workers took 2.1 s instead of 0.4 s (on the machine named above).
+    Before a fork: otherwise parent and child share those pages, and the kernel copies each one that the parent reuses.
+    The first forward pass after the start of two loader workers took 2.1 s instead of 0.4 s (on the machine named above).
     """
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)

@@ -1,4 +1,4 @@
-"""Stop signals set a flag. The training loop reads it at a step boundary, where all ranks agree, save and leave. No torch."""
+"""Stop signals set a flag. The training loop reads it at a step boundary, where all ranks agree, save and leave."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
 """What happens to a run around its training: a start begins, a stop signal is answered, a batch script ends.
 
-Two places decide whether a run goes on: rank 0 after a stop on which the ranks agreed and which is saved, and, when ranks
-died, the last line of the batch script: `python -m fixres_dist.cluster.requeue RUN EXIT_CODE`. Both ask Slurm why, since a
-cancelled job gets the same signals as a preempted one and must stay cancelled. No torch: it runs on a node in a fraction
-of a second.
+Two places decide whether a run goes on: rank 0 after a stop on which the ranks agreed and which is saved, and, when
+ranks died, the last line of the batch script: `python -m fixres_dist.cluster.requeue RUN EXIT_CODE`. Both ask Slurm why,
+since a cancelled job gets the same signals as a preempted one and must stay cancelled. No torch: it runs on a node in a
+fraction of a second.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def finished(run: RunDir) -> bool:
 
 
 def begin(run: RunDir, world_size: int, nodes: Sequence[str]) -> None:
-    """Rank 0, once it holds the lock. A start before it that left no other state (killed, node lost) is counted here."""
+    """Rank 0, once it holds the lock. An earlier start that left no other state (killed, node lost) is counted."""
     state, job = run.state(), slurm.own_job()
     changes: dict[str, object] = {"job_id": job} if job else {}
     if state.state in WORKING:
@@ -64,8 +64,8 @@ def stopped(run: RunDir, number: int, step: int, signal_delay_s: float) -> str:
 
 
 def broke(run: RunDir, why: str, next_command: str) -> None:
-    """Any rank, with an error that a retry may mend. In a job the batch script judges it; the first rank's error is kept,
-    since it is what made the others fail."""
+    """Any rank, with an error that a retry may mend. In a job the batch script judges it; the first rank's error is
+    kept, since it made the others fail."""
     if slurm.own_job() is None:
         run.fail(why, next_command)
         return
@@ -79,7 +79,7 @@ def leave_to_batch_script(run: RunDir, what: str) -> None:
 
 
 def settle(run: RunDir, job: str, why: slurm.Stop, what: str) -> str:
-    """Write down and carry out what follows from a stop; returns a sentence. The writing is first: a requeue kills its caller."""
+    """Record and carry out what follows from a stop; returns a sentence. Recorded first: a requeue kills its caller."""
     if why.reason == "cancelled":
         run.cancel(f"{what}; the same command goes on from there")
         return f"{what}: saved. The same command goes on from there."
@@ -99,8 +99,8 @@ def write_requeued(run: RunDir, counted_as: str, what: str, details: Mapping[str
 
 
 def ended(run: RunDir, code: int) -> None:
-    """The batch script, after srun ended with `code`: a decision of rank 0 is left as it is; otherwise the job is requeued or
-    declared failed."""
+    """The batch script, after srun ended with `code`: a decision of rank 0 is left as it is; otherwise the job is
+    requeued or declared failed."""
     job, state = slurm.own_job(), run.state()
     flag = run.root / STOP_UNJUDGED
     told = flag.read_text().strip() if flag.exists() else ""

@@ -1,7 +1,7 @@
 """Questions to Slurm: one scontrol call inside a job, one squeue call for all runs. No torch; needs no accounting.
 
-Measured with Slurm 22.05: when a job gets a stop signal, `PreemptTime` is set if it is preempted, its state is COMPLETING
-if it is cancelled, and `Restarts` is already higher if Slurm requeues it by itself.
+Measured with Slurm 22.05: when a job gets a stop signal, `PreemptTime` is set if it is preempted, its state is
+COMPLETING if it is cancelled, and `Restarts` is already higher if Slurm requeues it by itself.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a person sees of the runs: a row each for `status`, log files, runs by name. No torch; one squeue call for all runs."""
+"""What a person sees of the runs: rows of `status`, log files, runs by name. No torch; one squeue call for all runs."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ PATHS = {
     ("data", "root"): ("demo",),
     **dict.fromkeys([("data", "deny_list"), ("data", "cache"), ("run", "feature_cache")], ()),
 }
-# How many of classifier, last BN, conv_head and last block a policy trains; classifier+bn_stats: and the BN's statistics.
+# How many of classifier, last BN, conv_head, last block a policy trains; classifier+bn_stats: the BN's statistics too.
 TRAINED = {"classifier": 1, "classifier+bn_stats": 1, "classifier+bn": 2, "classifier+bn+conv_head": 3, "last_block": 4}
 
 
@@ -152,7 +152,7 @@ def no_weights(file: str | Path) -> UserError:
 
 
 def check_classes(origin: str, own: int, wanted: int, new_classifier: bool) -> None:
-    """Raise UserError where weights for `own` classes meet a data set of `wanted`, unless stage one trains a new classifier."""
+    """Raise UserError for weights of `own` classes on a data set of `wanted`, unless stage one trains a new classifier."""
     if own != wanted and not new_classifier:
         raise UserError(
             f"{origin} classifies {own} classes, the data set has {wanted}: a new classifier has to be trained first. "

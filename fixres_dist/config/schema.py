@@ -113,7 +113,7 @@ class Pretrain(Tune):
 @dataclass(frozen=True, kw_only=True)
 class Run:
     seed: int = 0  # of the order, the augmentation and new weights
-    # Number format of the frozen trunk (the head is fp32); with last_block and all, of the whole model. apex-*: by apex.amp
+    # Number format of the frozen trunk (the head is fp32), or with last_block and all of the whole model; apex-*: apex.amp
     precision: Literal["auto", "fp32", "tf32", "bf16", "fp16", "apex-O1", "apex-O2"] = "auto"
     optimizer: Literal["torch", "apex"] = "torch"  # torch's SGD, or apex's FusedSGD: equal updates, up to rounding
     activation_checkpointing: bool = False  # with policy all: run blocks twice instead of keeping their activations
@@ -183,8 +183,8 @@ class Config:
         policies = [stage.policy for stage in self.stage_settings()]
         if self.run.activation_checkpointing and "all" not in policies:
             raise UserError(
-                f"activation_checkpointing with policy {policies[-1]}: no gradient runs through the frozen blocks, so they keep "
-                "no activations. Next: run.activation_checkpointing=false, or tune.policy=all"
+                f"activation_checkpointing with policy {policies[-1]}: no gradient runs through the frozen blocks, so they "
+                "keep no activations. Next: run.activation_checkpointing=false, or tune.policy=all"
             )
 
     def stage_settings(self) -> tuple[Tune, ...]:

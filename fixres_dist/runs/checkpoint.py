@@ -1,4 +1,4 @@
-"""Checkpoints: the tuned tensors, the optimizer, the step, and the fingerprint of everything that must match at a resume.
+"""Checkpoints: the tuned tensors, the optimizer, the step, and the fingerprint of all that must match at a resume.
 
 A directory step_00001200/ is complete or invisible (written under another name, then renamed). Tensors are safetensors,
 the rest JSON: reading one runs no code. World size is not part of it.
@@ -67,9 +67,8 @@ def copied(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 class Writer:
     """Asynchronous saves: `save` returns once the tensors are copied, and one thread writes the files.
 
-    An error of that thread is raised by the next `save` or `wait`. Leaving the `with` block waits, so that the run stays
-    locked until the last file is written. Once a checkpoint is on disk, the thread calls `saved(step=..., stall_ms=...)`:
-    the milliseconds that the caller waited, for the copy and for the save before it, if that was still being written.
+    An error of that thread is raised by the next `save` or `wait`. Leaving the `with` block waits, so that the run
+    stays locked until the last file is written. Then the thread calls `saved(step=..., stall_ms=...)`: the milliseconds that the caller waited, for the copy and for the save before it, if that was still being written.
     """
 
     def __init__(self, folder: Path, saved: Callable[..., None]) -> None:
@@ -159,7 +158,7 @@ def resume(
 def restore(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, fingerprint: dict[str, Any]) -> Progress:
     """Load a checkpoint into `model` and `optimizer`, in place.
 
-    Raises UserError that names the differences if the fingerprint is another: of another configuration, data set or trunk.
+    Raises UserError that names the differences if the fingerprint is of another configuration, data set or trunk.
     """
     meta = read(path / "meta.json")
     kept = meta["fingerprint"]

@@ -110,7 +110,7 @@ class RunDir:
         append(self.events, {"time": time.time(), "event": name, **details})
 
     def fail(self, why: str, next_command: str, final: bool = False) -> None:
-        """FAILED and the state say why and what to run next. The first rank's reason stays: it is what made the others fail.
+        """FAILED and the state say why and what to run next. The first rank's reason stays: it made the others fail.
 
         `final`: no retry can help. Raises OSError on a full disk, which status then sees too.
         """

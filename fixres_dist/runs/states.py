@@ -1,4 +1,4 @@
-"""A run's states, what each event does to them (the table of docs/architecture.md), and state.json as a dataclass. No torch."""
+"""A run's states, what each event does to them (docs/architecture.md has the table), and state.json. No torch."""
 
 from __future__ import annotations
 

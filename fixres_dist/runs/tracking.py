@@ -20,12 +20,12 @@ from fixres_dist.runs.rundir import RunDir
 
 class Tracker:
     """The log of one stage, from step `first_step` on: lines that an earlier start wrote beyond it are dropped, so that
-    curves do not go back. `resumed`: from a checkpoint of this stage. Steps count over both stages, up to `total_steps`.
+    curves do not go back. `resumed`: from a checkpoint of this stage. Steps count over both stages, to `total_steps`.
     """
 
     def __init__(self, run: RunDir, config: Config, first_step: int, total_steps: int, resumed: bool) -> None:
         self.run, self.first_step, self.total_steps, self.opened = run, first_step, total_steps, time.monotonic()
-        # Evaluations at a stage's ends are made before the first save or after the last one, so a resume makes them again.
+        # Evaluations at a stage's ends are made before the first save or after the last one: a resume makes them again.
         again = ("after", "pretrained") if resumed else ("before",)
         keep_lines(
             run.metrics,
@@ -47,7 +47,7 @@ class Tracker:
             self.bar.write(text)
 
     def step(self, step: int, stage: str, epoch: float, values: dict[str, float]) -> None:
-        """Log optimizer steps up to `step`, and the time left; `values` are the train/ scalars, `epoch` may be a fraction."""
+        """Log the steps up to `step`, and the time left; `values` are the train/ scalars, `epoch` may be a fraction."""
         eta_s = (self.total_steps - step) * (time.monotonic() - self.opened) / (step - self.first_step)
         line = {"step": step, "stage": stage, "epoch": round(epoch, 4)}
         append(self.run.metrics, {**line, **values, "time": time.time()})

@@ -1,4 +1,4 @@
-"""Ranks that die, nodes that are lost, duplicate jobs, and other numbers of nodes: the run goes on, or says why it cannot."""
+"""Ranks that die, lost nodes, duplicate jobs, other numbers of nodes: the run goes on, or says why it cannot."""
 
 from __future__ import annotations
 
