@@ -68,7 +68,9 @@ class Writer:
     """Asynchronous saves: `save` returns once the tensors are copied, and one thread writes the files.
 
     An error of that thread is raised by the next `save` or `wait`. Leaving the `with` block waits, so that the run
-    stays locked until the last file is written. Then the thread calls `saved(step=..., stall_ms=...)`: the milliseconds that the caller waited, for the copy and for the save before it, if that was still being written.
+    stays locked until the last file is written. Once a checkpoint is on disk, the thread calls
+    `saved(step=..., stall_ms=...)`: the milliseconds that the caller waited, for the copy and for the save before it, if
+    that was still being written.
     """
 
     def __init__(self, folder: Path, saved: Callable[..., None]) -> None:

@@ -144,7 +144,7 @@ def test_elastic_over_another_number_of_nodes(undisturbed: Service) -> None:
 def test_the_plain_path_without_submitit(devcluster: Service) -> None:
     printed = devcluster.launch("submit", *devcluster.arguments("--name", "plain", "--nodes", 2, "--prepare", *LONG))
     command = printed.strip().splitlines()[-1].removeprefix("Next: ").split()
-    script = command.index("slurm/train.sbatch")
+    script = next(k for k, word in enumerate(command) if word.endswith("slurm/train.sbatch"))
     command[script] = str(ROOT / command[script])
     python = ["--parsable", "--export=ALL,OMP_NUM_THREADS=1,PYTHON=" + sys.executable, "-o", "/dev/null"]
     job = devcluster.slurm(command[0], *python, *command[1:]).strip()
