@@ -2,22 +2,23 @@
 VENV ?= .venv
 PYTHON ?= python3
 PY = $(VENV)/bin/python
+FIXRES = $(VENV)/bin/fixres
 SIZES = 96,128,160,192,224,256
 
 .PHONY: setup demo test check clean
 setup: $(VENV)/ready
 
-$(VENV)/ready: setup.cfg
+$(VENV)/ready: setup.cfg setup.py
 	$(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --quiet --disable-pip-version-check -e .[dev]
 	touch $@
 
 demo: setup
-	$(PY) launch/submit.py --data demo --name demo --cluster local --gpus-per-node 1
-	$(PY) launch/submit.py --data demo --name demo-control --cluster local --gpus-per-node 1 \
+	$(FIXRES) submit --data demo --name demo --cluster local --gpus-per-node 1
+	$(FIXRES) submit --data demo --name demo-control --cluster local --gpus-per-node 1 \
 		--weights runs/demo/pretrained.safetensors --res 128 pretrain=none
-	$(PY) -m fixres_dist sweep --run runs/demo --also control=runs/demo-control --res $(SIZES) --activations
-	$(PY) -m fixres_dist report runs/demo runs/demo-control
+	$(FIXRES) sweep --run runs/demo --also control=runs/demo-control --res $(SIZES) --activations
+	$(FIXRES) report runs/demo runs/demo-control
 
 check: setup
 	$(VENV)/bin/ruff check .
