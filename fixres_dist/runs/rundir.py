@@ -112,8 +112,11 @@ class RunDir:
     def fail(self, why: str, next_command: str, final: bool = False) -> None:
         """FAILED and the state say why and what to run next. The first rank's reason stays: it made the others fail.
 
-        `final`: no retry can help. Raises OSError on a full disk, which status then sees too.
+        A finished run stays finished: a rank that breaks while it leaves has lost nothing. `final`: no retry can help.
+        Raises OSError on a full disk, which status then sees too.
         """
+        if self.state().after(Event.FAILED) is None:
+            return
         try:
             with open(self.failed, "x") as file:
                 file.write(f"{why}\nNext: {next_command}\n")

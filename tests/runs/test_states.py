@@ -68,3 +68,13 @@ def test_a_file_of_another_version_is_read(tmp_path: Path) -> None:
 def test_a_misspelt_field_is_refused(tmp_path: Path) -> None:
     with pytest.raises(TypeError, match="stepp"):
         RunDir(tmp_path).update_state(stepp=3)
+
+
+def test_a_finished_run_does_not_fail_afterwards(tmp_path: Path) -> None:
+    """A rank that breaks while it leaves: state.json, DONE and FAILED must not contradict each other."""
+    run = RunDir(tmp_path)
+    run.finish()
+    run.fail("the connection was closed", "again")
+    assert run.state().state == State.DONE
+    assert run.done.exists()
+    assert not run.failed.exists()
