@@ -90,6 +90,8 @@ def own_job(environ: Mapping[str, str] = os.environ) -> str | None:
 def show(job: str) -> dict[str, str] | None:
     """`scontrol show job`; None where Slurm cannot be asked, or has forgotten the job."""
     answer = call("scontrol", "show", "job", "-o", job)
+    if answer and answer.returncode < 0:  # the stop signal went to every process of the step, scontrol included
+        answer = call("scontrol", "show", "job", "-o", job)
     if answer is None or answer.returncode:
         return None
     return {key: value for key, equals, value in (item.partition("=") for item in answer.stdout.split()) if equals}

@@ -254,3 +254,12 @@ def test_a_rank_that_hangs_ends_after_the_stop_deadline() -> None:
     assert process.returncode == 1
     assert out == "gave up\n"
     assert "no common step boundary 0 s after the stop signal" in err
+
+
+def test_slurm_is_asked_again_where_the_stop_signal_ended_scontrol(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Slurm signals all processes of a step, and the job's scontrol is one of them."""
+    killed_once = '[ -e "$0.asked" ] || { : > "$0.asked"; kill -TERM $$; }; echo "JobId=5 JobState=COMPLETING"'
+    programs(tmp_path / "bin", monkeypatch, scontrol=killed_once)
+    assert slurm.show("5") == {"JobId": "5", "JobState": "COMPLETING"}
