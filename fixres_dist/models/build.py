@@ -10,6 +10,7 @@ import timm.data
 import torch
 from timm.models import register_model, resnet
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from fixres_dist.base.errors import UserError, unknown
@@ -112,6 +113,32 @@ def gmacs(model: nn.Module, res: int) -> float:
     with FlopCounterMode(display=False) as counter:
         meta_forward(model, 1, res)
     return float(counter.get_total_flops() / 2e9)
+
+
+class LargestOutput(TorchFunctionMode):
+    """Within it, `elements` is the number of elements of the largest tensor that a torch function has returned."""
+
+    elements = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        for value in found if isinstance(found, tuple | list) else (found,):
+            if isinstance(value, torch.Tensor):
+                self.elements = max(self.elements, value.numel())
+        return found
+
+
+def largest_batch(model: nn.Module, res: int) -> int:
+    """The most pictures of `res` px for which every tensor of a forward pass stays under 2^31 elements; 0: not even one.
+
+    CUDA's kernels for depthwise convolutions count elements in 32 bits and raise a plain RuntimeError beyond that, in any
+    number format and with memory to spare. Layers that pad their input are counted with the padding.
+    """
+    many = 1 << 12  # the largest tensor is then one of the pictures', not of the weights'
+    largest = LargestOutput()
+    with largest:
+        meta_forward(model, many, res)
+    return (2**31 - 1) * many // largest.elements
 
 
 def accepts(model: nn.Module, res: int) -> bool:

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 from fixres_dist.base.errors import UserError
 from fixres_dist.models import weights
-from fixres_dist.models.build import build_model, preprocessing
+from fixres_dist.models.build import build_model, largest_batch, preprocessing
 
 NAME = "test_efficientnet"
 
@@ -132,3 +132,31 @@ def test_normalising_keeps_the_layout_and_the_bits(layout: torch.memory_format) 
     assert torch.equal(found, (images.float() - mean) / std)
     assert found.is_contiguous(memory_format=layout)
     assert spec.normalised(images[:0]).shape == (0, 3, 5, 7)
+
+
+@pytest.mark.parametrize(
+    ("name", "res", "elements", "most"),
+    [
+        # The expanded map before the first strided depthwise convolution: 6 x its block's input channels, SAME-padded by one.
+        ("tf_efficientnet_l2", 600, 432 * 301**2, 54),
+        ("tf_efficientnet_l2", 800, 432 * 401**2, 30),
+        ("tf_efficientnet_b8", 800, 192 * 401**2, 69),
+        ("tf_efficientnet_b7", 632, 192 * 317**2, 111),
+        ("resnet50", 224, 64 * 112**2, 2674),
+        ("vit_base_patch16_224", 224, 4 * 768 * 197, 3548),  # fused attention never holds its [n, heads, 197, 197]
+    ],
+)
+def test_the_largest_batch_keeps_every_tensor_below_two_to_the_31(
+    name: str, res: int, elements: int, most: int
+) -> None:
+    with torch.device("meta"):
+        model = build_model(name, 1000)
+    assert largest_batch(model, res) == most
+    assert most * elements < 2**31 <= (most + 1) * elements
+
+
+def test_large_weights_do_not_bound_the_batch() -> None:
+    """A weight-standardised convolution returns tensors as large as its weights, however few the pictures."""
+    with torch.device("meta"):
+        model = build_model("resnetv2_50x3_bit", 1000)
+    assert largest_batch(model, 32) == (2**31 - 1) // (3 * 64 * 18**2)  # the stem, padded for the pooling
