@@ -22,6 +22,8 @@ from torch import nn
 
 from fixres_dist.base.errors import UserError
 from fixres_dist.base.files import sync, whole
+from fixres_dist.config import reading
+from fixres_dist.config.schema import Config
 
 KEPT = 2  # of the newest; the one with the best top-1 stays too
 
@@ -164,6 +166,8 @@ def restore(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, fing
     """
     meta = read(path / "meta.json")
     kept = meta["fingerprint"]
+    if "configuration" in kept:  # keys that are newer than the checkpoint had their defaults then
+        kept["configuration"] = reading.identity(reading.parse(Config, kept["configuration"]))
     differ = [f"{key} was {value}, is {fingerprint[key]}" for key, value in kept.items() if fingerprint[key] != value]
     if differ:
         raise UserError(

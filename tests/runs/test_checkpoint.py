@@ -14,6 +14,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 from fixres_dist.base.errors import UserError
+from fixres_dist.config import reading
+from fixres_dist.config.schema import Config
 from fixres_dist.models import policies
 from fixres_dist.models.build import build_model
 from fixres_dist.runs import checkpoint
@@ -48,6 +50,17 @@ def test_a_checkpoint_of_changed_data_is_refused_by_name(tmp_path: Path) -> None
     assert checkpoint.restore(path, model, optimizer, {"sample lists": ["a", "b"]}) == progress
     with pytest.raises(UserError, match=r"sample lists was \['a', 'b'\], is \['a', 'c'\]"):
         checkpoint.restore(path, model, optimizer, {"sample lists": ["a", "c"]})
+
+
+def test_a_checkpoint_from_before_a_key_existed_is_resumed_at_the_keys_default(tmp_path: Path) -> None:
+    now = reading.identity(Config())
+    older = {**now, "data": {key: value for key, value in now["data"].items() if key != "resize_rule"}}
+    save(tmp_path, checkpoint.Progress(4, "fix"), fingerprint={"configuration": older})
+    (path,) = checkpoint.complete(tmp_path)
+    assert checkpoint.restore(path, *pair(), {"configuration": now}).step == 4
+    other = {**now, "data": {**now["data"], "resize_rule": "fixres"}}
+    with pytest.raises(UserError, match="configuration was"):
+        checkpoint.restore(path, *pair(), {"configuration": other})
 
 
 @pytest.mark.parametrize("name", ["head.safetensors", "optimizer.safetensors", "meta.json"])
