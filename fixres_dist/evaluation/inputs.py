@@ -123,4 +123,7 @@ def parts_with(session: Session, weights: Path | dict[str, torch.Tensor] | None)
         fill(model, read_state(weights), str(weights))
     elif weights is not None:
         fill(model, weights, "the interpolation")
-    return session.with_fast_trunk(parts_of(model, session.config.tune.policy))
+    parts = session.with_fast_trunk(parts_of(model, session.config.tune.policy))
+    if parts.folded and session.ranks.is_main:
+        print(parts.folded, flush=True)
+    return parts

@@ -90,10 +90,10 @@ def with_fast_trunk(
     checked = small_size(parts.model)
     if arithmetic.amp:  # apex casts by itself
         with arithmetic.fp32():
-            trunk, _ = folding.folded(parts.trunk, checked)
-        return replace(parts, trunk=arithmetic.frozen(trunk))
+            trunk, count = folding.folded(parts.trunk, checked)
+        return replace(parts, trunk=arithmetic.frozen(trunk), folded=folded_text(parts.trunk, count))
     dtype, device = arithmetic.dtype, arithmetic.device
-    trunk = prepared(parts.trunk, dtype, checked)
+    trunk, count = prepared(parts.trunk, dtype, checked)
     choices = candidates(settings, device)
     how = choices[0]
     if len(choices) > 1:
@@ -102,11 +102,16 @@ def with_fast_trunk(
         name = f"trunk at {res} px ({' | '.join(map(str, choices))})"
         found = choose(name, lambda: probe(trunk, dtype, choices, images, pictures))
         how = Arrangement(found["memory_format"], found["compile"])
-    return replace(parts, trunk=arranged(trunk, dtype, how))
+    return replace(parts, trunk=arranged(trunk, dtype, how), folded=folded_text(parts.trunk, count))
 
 
-def prepared(trunk: nn.Module, dtype: torch.dtype, res: int = 64) -> nn.Module:
-    """A copy of `trunk` with BatchNorms folded, then cast to `dtype`. BatchNorms that are left stay fp32.
+def folded_text(trunk: nn.Module, count: int) -> str:
+    norms = folding.norms(trunk)
+    return f"{count} of {norms} BatchNorms of the frozen trunk are folded into convolutions" if norms else ""
+
+
+def prepared(trunk: nn.Module, dtype: torch.dtype, res: int = 64) -> tuple[nn.Module, int]:
+    """(a copy of `trunk` with BatchNorms folded, then cast to `dtype`; how many). BatchNorms that are left stay fp32.
 
     `res`: pixels of the images that folding is checked on.
     """
@@ -118,7 +123,7 @@ def prepared(trunk: nn.Module, dtype: torch.dtype, res: int = 64) -> nn.Module:
     for module in own.modules():
         if isinstance(module, _BatchNorm):
             module.float()
-    return own
+    return own, count
 
 
 def split_neck(trunk: nn.Module) -> tuple[nn.Module, nn.Module | None]:

@@ -29,6 +29,7 @@ class Parts:
     trunk: nn.Module | None  # None where gradients reach the first layer
     head: nn.Module
     trains_blocks: bool = False  # whole blocks train, so low precision pays in the head too
+    folded: str = ""  # how many of the frozen trunk's BatchNorms are folded (fast_trunk.py), for the log
     recomputes: bool = False  # activation checkpointing runs layers a second time in the backward pass
 
 
@@ -50,7 +51,7 @@ def parts_of(model: nn.Module, policy: str, recompute: bool = False) -> Parts:
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in tuned.parameters)  # set on a module it would be ignored without a word
     if policy == "all":
-        return Parts(model, tuned, None, model, True, recompute)
+        return Parts(model, tuned, None, model, True, recomputes=recompute)
     model.eval()
     try:
         trunk, head = cut(model, tuned.modules)

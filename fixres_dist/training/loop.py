@@ -136,6 +136,8 @@ def open_features(training: Training, flag: StopFlag) -> None:
         run.event("engine", stage=work.stage.name, step=step, **work.how())
     training.set_modes()
     training.say(described(work.parts))
+    if work.parts.folded:
+        training.say(work.parts.folded)
     if training.tracker and training.resumed:
         total = training.tracker.total_steps
         training.say(f"resuming {run.name} at step {step} of {total} ({100 * step / total:.0f}%)")

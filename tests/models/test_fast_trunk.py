@@ -62,12 +62,49 @@ def test_folded_split_and_laid_out_it_is_the_same_function(name: str, policy: st
         expected = parts.trunk(images)
         for layout in fast_trunk.FORMATS:
             fast = fast_trunk.arranged(
-                fast_trunk.prepared(parts.trunk, torch.float32), torch.float32, fast_trunk.Arrangement(layout, False)
+                fast_trunk.prepared(parts.trunk, torch.float32)[0], torch.float32, fast_trunk.Arrangement(layout, False)
             )
             assert sorted(tuple(f.shape[1:]) for f in fast.features(images)) == sorted(kept)
             for a, b in zip(expected, fast(images), strict=True):
                 assert float((a - b).abs().max() / a.abs().max()) < 1e-5
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def tf32(x: torch.Tensor) -> torch.Tensor:
+    """`x` with ten bits of mantissa, as a GPU's TF32 convolutions read it."""
+    bits = x.contiguous().view(torch.int32)
+    return ((bits + 0x1000) & ~0x1FFF).view(torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("name", "number", "text"),
+    [
+        ("tf_efficientnet_b0", "tf32", "48 of 48 BatchNorms of the frozen trunk are folded into convolutions"),
+        ("tf_efficientnet_b0", "fp32", "48 of 48 BatchNorms of the frozen trunk are folded into convolutions"),
+        ("densenet121", "tf32", "59 of 120 BatchNorms of the frozen trunk are folded into convolutions"),
+        ("vit_tiny_patch16_224", "tf32", ""),
+    ],
+)
+def test_tf32_folds_what_fp32_folds(monkeypatch: pytest.MonkeyPatch, name: str, number: str, text: str) -> None:
+    """The check of folding compares to 1e-4, which TF32's own rounding exceeds: it runs in fp32 whatever the run's format."""
+    plain, rounded = nn.Conv2d._conv_forward, []
+
+    def forward(conv: nn.Conv2d, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        if not torch.backends.cudnn.allow_tf32 or x.is_meta:
+            return plain(conv, x, weight, bias)
+        rounded.append(conv)
+        return plain(conv, tf32(x), tf32(weight), bias)
+
+    monkeypatch.setattr(nn.Conv2d, "_conv_forward", forward)
+    live = session(build_model(name, 5), None, number, "run.memory_format=channels_last", "data.res=224")
+    try:
+        parts = live.with_fast_trunk(parts_of(lived_in(live.model), "classifier+bn"))
+        assert parts.folded == text
+        assert not rounded
+        live.inputs(parts, torch.zeros(1, 3, 224, 224, dtype=torch.uint8))
+        assert bool(rounded) == (number == "tf32"), "the run itself keeps its format"
+    finally:
+        precision.Arithmetic("fp32", CPU)  # it sets torch's switches, which other tests would inherit
 
 
 @pytest.mark.parametrize("name", ["tf_efficientnet_b0", "densenet121"])
@@ -76,7 +113,7 @@ def test_low_precision_means_low_precision_weights_and_an_untouched_model(name: 
     model = build_model(name, 5)
     parts = parts_of(model, "classifier+bn")
     assert parts.trunk is not None
-    fast = fast_trunk.arranged(fast_trunk.prepared(parts.trunk, torch.bfloat16), torch.bfloat16, CHANNELS_LAST)
+    fast = fast_trunk.arranged(fast_trunk.prepared(parts.trunk, torch.bfloat16)[0], torch.bfloat16, CHANNELS_LAST)
     for module in fast.modules():
         if isinstance(module, nn.Conv2d):
             assert module.weight.dtype == torch.bfloat16
@@ -161,7 +198,7 @@ def test_the_usual_arrangement_stays_unless_another_is_clearly_faster(
     )
     choices = [CHANNELS_LAST, fast_trunk.Arrangement("contiguous", False), fast_trunk.Arrangement("contiguous", True)]
     parts = parts_of(build_model("test_efficientnet", 5), "classifier+bn")
-    own = fast_trunk.prepared(parts.trunk, torch.float32)
+    own, _ = fast_trunk.prepared(parts.trunk, torch.float32)
     found = fast_trunk.probe(own, torch.float32, choices, torch.zeros(4, 3, 64, 64), todo)
     assert (found["memory_format"], found["compile"]) == chosen
     assert ("contiguous compiled" in found["ms_per_image"]) == (todo > 1000), "compiling is tried where it may pay"
