@@ -55,8 +55,9 @@ def load(index: Index, sample: int) -> torch.Tensor:
 def decode(data: NDArray[np.uint8], size: tuple[int, int]) -> torch.Tensor:
     """uint8 [3, height, width] as PIL's convert("RGB") gives it; EXIF rotation is not applied, as in timm.
 
-    torchvision decodes plain JPEGs; PIL decodes the rest (CMYK, 16-bit PNG, a GIF named .jpg). Raises Undecodable;
-    where the file's size is not the indexed `size`, before memory for its pixels is allocated.
+    torchvision decodes plain JPEGs; PIL decodes the rest (CMYK, PNG, a GIF named .jpg), and `eight_bits` follows where
+    a pixel is wider. Raises Undecodable; where the file's size is not the indexed `size`, before memory for its pixels
+    is allocated.
     """
     header = headers.header(data.data)
     if header:
@@ -68,13 +69,33 @@ def decode(data: NDArray[np.uint8], size: tuple[int, int]) -> torch.Tensor:
     try:
         with Image.open(io.BytesIO(data.data)) as photograph:
             check_size(size, (photograph.height, photograph.width))
-            return torch.from_numpy(np.array(photograph.convert("RGB"))).permute(2, 0, 1)
+            image8 = eight_bits(photograph) if photograph.mode[0] in "IF" else photograph
+            return torch.from_numpy(np.array(image8.convert("RGB"))).permute(2, 0, 1)
     except Undecodable:
         raise
     except UnidentifiedImageError:
         raise Undecodable("not an image" if len(data) else "empty file") from None
     except Exception as error:  # Pillow's plugins raise many types
         raise Undecodable(str(error) or type(error).__name__) from None
+
+
+def eight_bits(photograph: Image.Image) -> Image.Image:
+    """A picture of wide gray values (PIL's modes I;16, I and F) in 8 bits; raises Undecodable where their range is unknown.
+
+    PIL's own convert clips at 255, which makes a 16-bit picture white. The scale never follows from a picture's
+    brightest value: 65535 is white, in floats 1.0, or 255 if a value is above 1.
+    """
+    values = np.asarray(photograph)
+    if photograph.mode.startswith("I;16") or (photograph.mode == "I" and photograph.format in ("PPM", "PNG")):
+        return Image.fromarray(((values.astype(np.int64) + 128) // 257).astype(np.uint8))
+    low, high = (float(values.min()), float(values.max())) if values.size else (0.0, 0.0)
+    if photograph.mode != "F" or not (low >= 0 and high <= 255):  # not a number fails both
+        kind = "float" if photograph.mode == "F" else "32-bit or signed"
+        raise Undecodable(
+            f"{kind} pixels from {low:g} to {high:g}, of which nothing says what is white; "
+            "accepted: 8 or 16 bits, floats from 0 to 1 or from 0 to 255"
+        )
+    return Image.fromarray(np.rint(values * (255 if high <= 1 else 1)).astype(np.uint8))
 
 
 def check_size(indexed: tuple[int, int], found: tuple[int, int]) -> None:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import io
 import os
 import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -24,11 +24,20 @@ from fixres_dist.data.requests import Pictures, make_request
 PHOTO = p.photograph(120, 160, 7)
 
 
-def sixteen_bit() -> bytes:
-    out = io.BytesIO()
-    ramp = np.arange(120 * 160, dtype=np.uint16).reshape(120, 160) * 3
-    Image.fromarray(ramp).save(out, "PNG")
-    return out.getvalue()
+def wide(kind: str, form: str) -> bytes:
+    """PHOTO in gray with values of more than 8 bits."""
+    gray = np.asarray(PHOTO.convert("L"))
+    values = gray / np.float32(255) if kind == "float" else (gray * 257.0).astype(kind)
+    return p.encode(Image.fromarray(values), format=form)
+
+
+def rgb_png_of_16_bits() -> bytes:
+    """PIL writes none."""
+    rows = (np.asarray(PHOTO).astype(">u2") * 257).reshape(120, -1)
+    data = zlib.compress(b"".join(b"\0" + row.tobytes() for row in rows))
+    parts = ((b"IHDR", struct.pack(">IIBBBBB", 160, 120, 16, 2, 0, 0, 0)), (b"IDAT", data), (b"IEND", b""))
+    chunks = (struct.pack(">I", len(d)) + name + d + struct.pack(">I", zlib.crc32(name + d)) for name, d in parts)
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
 
 
 def with_size(data: bytes, height: int, width: int) -> bytes:
@@ -49,7 +58,10 @@ DECODES_LIKE_PIL = {
     "png named jpg": p.encode(PHOTO, format="PNG"),
     "webp named jpg": p.encode(PHOTO, format="WEBP"),
     "png with alpha": p.encode(PHOTO.convert("RGBA"), format="PNG"),
-    "16-bit png": sixteen_bit(),
+    "palette with alpha": p.encode(PHOTO.convert("RGBA").quantize(64), format="PNG"),
+    "gray with alpha": p.encode(PHOTO.convert("LA"), format="PNG"),
+    "cmyk tiff": p.encode(PHOTO.convert("CMYK"), format="TIFF"),
+    "float tiff to 255": p.encode(Image.fromarray(np.asarray(PHOTO.convert("L")).astype(np.float32)), format="TIFF"),
     "grayscale": p.encode(PHOTO.convert("L")),
     "cmyk": p.encode(PHOTO.convert("CMYK")),
     "progressive": p.encode(PHOTO, progressive=True),
@@ -58,6 +70,14 @@ DECODES_LIKE_PIL = {
     "2x3000": p.encode(PHOTO.resize((2, 3000))),
     "trailing garbage": JPEG + b"garbage" * 50,
     "long comment before the frame": JPEG[:2] + b"\xff\xfe\x75\x30" + bytes(29998) + JPEG[2:],
+}
+GRAY = PHOTO.convert("L")
+AS_IN_8_BITS = {  # the photograph that the file holds in more bits, or in one
+    "1 bit": (p.encode(PHOTO.convert("1"), format="PNG"), PHOTO.convert("1").convert("L")),
+    **{f"{kind} {form}": (wide(kind, form), GRAY) for kind, form in (("u2", "PNG"), ("u2", "TIFF"), (">u2", "TIFF"))},
+    "16-bit pgm": (b"P5 160 120 65535\n" + (np.asarray(GRAY) * np.uint16(257)).astype(">u2").tobytes(), GRAY),
+    "float tiff": (wide("float", "TIFF"), GRAY),
+    "16-bit rgb png": (rgb_png_of_16_bits(), PHOTO),
 }
 HEADER_REFUSED = {
     "empty": (b"", "empty file"),
@@ -72,6 +92,9 @@ DECODING_FAILS = {
     "header only": (JPEG[: JPEG.index(b"\xff\xda") + 14], "truncated"),
     **{f"marker {number:#x} in the data": (with_marker(JPEG, number), "broken data stream") for number in (0xC4, 0xDB)},
     "truncated png": (p.encode(PHOTO, format="PNG")[:2000], "truncated"),
+    "32-bit tiff": (wide("i4", "TIFF"), "32-bit or signed pixels"),
+    "float tiff of other range": (p.encode(Image.fromarray(np.full((9, 9), -3, "f4")), format="TIFF"), "from -3 to -3"),
+    "float tiff without numbers": (p.encode(Image.fromarray(np.full((9, 9), np.nan, "f4")), format="TIFF"), "nan"),
 }
 
 
@@ -106,6 +129,18 @@ def test_decoded_like_pil(tmp_path: Path, kind: str, backend: p.Backend) -> None
     # A two-pixel strip is nothing but border, and beyond a border DALI repeats pixels where PIL gives the rest more weight.
     assert difference.max() <= 6
     assert difference.mean() <= (1.0 if "3000" in kind else 0.25)
+
+
+@p.both_backends
+@pytest.mark.parametrize("kind", AS_IN_8_BITS)
+def test_wide_pixels_are_scaled_to_8_bits(tmp_path: Path, kind: str, backend: p.Backend) -> None:
+    data, same = AS_IN_8_BITS[kind]
+    found, odd = folder(tmp_path, "3b.png", data)
+    (tmp_path / "train" / "a" / "3c.png").write_bytes(p.encode(same, format="PNG"))
+    found = dataset.load(tmp_path, "train")
+    batch = p.one_batch(backend, found, [odd, odd + 1], "test")
+    assert torch.equal(batch.images[0], batch.images[1])
+    assert batch.images[0].float().std() > 10
 
 
 @p.both_backends
