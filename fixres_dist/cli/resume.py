@@ -10,7 +10,7 @@ from fixres_dist.base.files import write_text
 from fixres_dist.base.json_lines import read_lines
 from fixres_dist.cli import submission
 from fixres_dist.cli.arguments import add_overrides, add_runs_dir
-from fixres_dist.cluster import jobs, status
+from fixres_dist.cluster import gpus, jobs, status
 from fixres_dist.config import reading, recipes
 from fixres_dist.config.schema import Config
 from fixres_dist.runs.states import Event
@@ -34,6 +34,8 @@ def run(args: argparse.Namespace) -> int:
     submission.check(run, config)
     submitted = [e for e in read_lines(run.events) if e["event"] == Event.SUBMITTED]
     kind = args.cluster or (submitted[-1]["cluster"] if submitted else jobs.default_cluster())
+    if kind == "local":
+        gpus.check(config.cluster.gpus_per_node, f"{run.command('resume')} cluster.gpus_per_node=")
     if kind == "slurm":
         submission.check_slurm(jobs.sbatch_text(config, run))
     with run.lock(".submit.lock", wait_s=60):

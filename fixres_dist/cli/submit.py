@@ -14,7 +14,9 @@ from fixres_dist.base.errors import EXIT_DONE, UserError, only_prints
 from fixres_dist.base.text import table
 from fixres_dist.cli import submission
 from fixres_dist.cli.arguments import add_overrides, add_runs_dir
-from fixres_dist.cluster import jobs, local
+from fixres_dist.cluster import jobs
+from fixres_dist.cluster.gpus import check as check_gpus
+from fixres_dist.cluster.gpus import visible
 from fixres_dist.config import reading, recipes
 from fixres_dist.config.schema import Config
 from fixres_dist.runs import rundir
@@ -209,7 +211,7 @@ def configure(args: argparse.Namespace, kind: str) -> tuple[Config, recipes.Reci
         values = reading.merge(values, reading.read_yaml(args.profile.read_text()) or {})
     gpus = args.gpus_per_node
     if gpus is None and kind != "slurm":
-        gpus = str(max(1, local.local_gpus()) if kind == "local" else 1)
+        gpus = str(max(1, len(visible())) if kind == "local" else 1)
     given = {"data": {"res": args.res, "root": args.data}, "cluster": {"nodes": args.nodes, "gpus_per_node": gpus}}
     flags = {section: {k: v for k, v in keys.items() if v is not None} for section, keys in given.items()}
     values = reading.merge(reading.merge(values, flags), reading.overrides(args.overrides))
@@ -227,4 +229,6 @@ def configure(args: argparse.Namespace, kind: str) -> tuple[Config, recipes.Reci
         )
     if kind == "inline" and gpus != 1:
         raise UserError(f"--cluster inline is one process. Next: --cluster local --gpus-per-node {gpus}")
+    if kind == "local":
+        check_gpus(config.cluster.gpus_per_node, "--gpus-per-node ")
     return config, recipe

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from fixres_dist.base.errors import EXIT_DONE, EXIT_FAILED
 from fixres_dist.base.files import FULL
 from fixres_dist.base.signals import SIGNALS, StopFlag
+from fixres_dist.cluster import gpus
 from fixres_dist.cluster.jobs import Job
 from fixres_dist.runs.rundir import RunDir
 from fixres_dist.runs.states import UNFINISHED, State
@@ -25,11 +26,6 @@ if TYPE_CHECKING:
 NO_TIMEOUT_MIN = 60 * 24 * 365  # submitit's local executor insists on a limit
 
 
-def local_gpus() -> int:
-    """GPUs of this machine, counted without a driver library."""
-    return len(list(Path("/dev").glob("nvidia[0-9]*")))
-
-
 def run_local(run: RunDir, processes: int, job: Job) -> int:
     """Run `processes` ranks and follow them to their end; returns the highest of their exit codes.
 
@@ -38,13 +34,15 @@ def run_local(run: RunDir, processes: int, job: Job) -> int:
     """
     import submitit
 
+    devices = gpus.for_ranks(processes)
     executor = submitit.LocalExecutor(run.root.resolve() / "submitit" / "%j")
     executor.update_parameters(
         tasks_per_node=processes,
-        gpus_per_node=processes if local_gpus() else 0,
+        gpus_per_node=len(devices),
         timeout_min=NO_TIMEOUT_MIN,
         stderr_to_stdout=True,
     )
+    executor.parameters["visible_gpus"] = devices  # update_parameters takes numbers only, and these may be UUIDs
     if processes > 1 and "OMP_NUM_THREADS" not in os.environ:
         os.environ["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // processes))
     task = job(str(run.root.resolve()))  # before the change of directory: --runs-dir may be relative

@@ -114,9 +114,16 @@ def join(run_folder: Path, keep_memory: bool = True) -> Ranks:
     """
     rank, world, local_rank, local_size, key = launched(os.environ)
     device = torch.device("cpu")
+    choose_mig_device(local_rank)
     if torch.cuda.is_available():
-        # Never set CUDA_VISIBLE_DEVICES here: two jobs on one node were given different devices by Slurm.
-        device = torch.device("cuda", local_rank % torch.cuda.device_count())
+        count = torch.cuda.device_count()
+        if count < local_size and not key.startswith("slurm") and not mig_devices():  # Slurm may show each task its own
+            raise UserError(
+                f"{local_size} ranks on this node see {count} GPUs, and each rank needs one of its own. "
+                f"Next: start {count} rank(s) per node, or set CUDA_VISIBLE_DEVICES= for processes on the CPU."
+            )
+        # Where Slurm binds one GPU to each task, that is number 0 of every rank.
+        device = torch.device("cuda", local_rank % count)
         torch.cuda.set_device(device)
     elif keep_memory:
         memory.keep_freed_memory()
@@ -131,6 +138,20 @@ def join(run_folder: Path, keep_memory: bool = True) -> Ranks:
     found: list[Any] = [None] * world
     dist.all_gather_object(found, node, group=control)
     return Ranks(rank, world, local_size, tuple(dict.fromkeys(found)), device, control)
+
+
+def mig_devices() -> list[str]:
+    """The parts of GPUs (MIG) among the devices that this process may use."""
+    return [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip().startswith("MIG-")]
+
+
+def choose_mig_device(local_rank: int) -> None:
+    """Leave this rank its own MIG device: CUDA shows a process one of them only, the first of its list.
+
+    Whole GPUs keep their list: the rank's number is the device's. Must come before CUDA starts.
+    """
+    if len(mig_devices()) > local_rank:
+        os.environ["CUDA_VISIBLE_DEVICES"] = mig_devices()[local_rank]
 
 
 def meet(file: Path, rank: int, world: int, many_nodes: bool) -> TCPStore:
