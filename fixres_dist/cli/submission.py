@@ -14,6 +14,7 @@ from fixres_dist.runs import rundir
 from fixres_dist.runs.rundir import RunDir
 from fixres_dist.training import plan
 from fixres_dist.training.job import TrainJob
+from fixres_dist.training.stages import batch_by_pixels
 
 
 def check(run: RunDir, config: Config, dry: bool = False) -> None:
@@ -24,11 +25,17 @@ def check(run: RunDir, config: Config, dry: bool = False) -> None:
 
 
 def check_model(config: Config, recipe: Recipe) -> None:
-    """Build a model that no recipe describes on the meta device, so that it fails here and not in the queue; imports torch."""
-    if config.model.weights in recipes.WEIGHTS and recipe.facts:
+    """Build a model that no recipe describes on the meta device, so that it fails here and not in the queue; imports torch.
+
+    Also one whose batch is set to more than `auto` takes, which any GPU can index.
+    """
+    batch, resolutions = config.run.batch_per_device, config.resolutions()
+    large = batch != "auto" and batch > min(batch_by_pixels(res) for res in resolutions)
+    if config.model.weights in recipes.WEIGHTS and recipe.facts and not large:
         return
     import torch
 
+    from fixres_dist.models.build import check_batch
     from fixres_dist.models.parts import parts_of
     from fixres_dist.models.weights import open_model
 
@@ -36,6 +43,8 @@ def check_model(config: Config, recipe: Recipe) -> None:
         model = open_model(config, plan.count(config).classes)
     for stage in config.stage_settings():
         parts_of(model, stage.policy)
+    if batch != "auto":
+        check_batch(model, batch, resolutions)
 
 
 def check_slurm(text: str) -> None:

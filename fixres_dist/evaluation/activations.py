@@ -22,7 +22,6 @@ from fixres_dist.evaluation.extract import classifier_inputs
 from fixres_dist.models.build import preprocessing
 from fixres_dist.models.parts import Parts
 from fixres_dist.training.session import Session
-from fixres_dist.training.stages import batch_per_device
 
 IMAGES = 2000  # spread evenly over the split; a sample is enough for distributions
 NEAR_ZERO = 0.05  # in standard deviations of the reference
@@ -76,9 +75,8 @@ def collect(session: Session, parts: Parts, res: int, transform: str) -> NDArray
     chosen = np.unique(np.linspace(0, len(index) - 1, min(IMAGES, len(index))).round().astype(np.int64))
     low, high = order.rank_part(0, len(chosen), ranks.rank, ranks.world_size)
     pictures = Pictures(transform, res, session.resize(res), 0)
-    requests = (
-        make_request(index, pictures, p, 0) for p in chunks(chosen[low:high], batch_per_device(session.config, res))
-    )
+    size = session.batch_per_device(res)
+    requests = (make_request(index, pictures, p, 0) for p in chunks(chosen[low:high], size))
     parts.model.eval()
     parts.head.eval()
     rows: list[torch.Tensor] = []

@@ -141,6 +141,16 @@ def largest_batch(model: nn.Module, res: int) -> int:
     return (2**31 - 1) * many // largest.elements
 
 
+def check_batch(model: nn.Module, batch: int, resolutions: Iterable[int]) -> None:
+    """Raise UserError where `batch` pictures at one of `resolutions` are more than `largest_batch`."""
+    most, res = min((largest_batch(model, res), res) for res in resolutions)
+    if batch > most:
+        raise UserError(
+            f"run.batch_per_device is {batch}: at {res} px a tensor of {type(model).__name__} would have 2^31 elements or "
+            f"more, and CUDA's kernels count in 32 bits. Accepted: 1 .. {most}, auto. Next: run.batch_per_device={most}"
+        )
+
+
 def accepts(model: nn.Module, res: int) -> bool:
     try:
         meta_forward(model, 1, res)

@@ -21,13 +21,16 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def resolve(setting: str, device: torch.device) -> str:
-    """run.precision without `auto`: that is bf16 where the hardware computes in it, else fp16 on a GPU and fp32 on a CPU."""
+    """run.precision without `auto`: that is bf16 where the hardware computes in it, else fp16 on a GPU and fp32 on a CPU.
+
+    torch emulates bf16 on GPUs before Ampere (V100, T4), which is slower than fp32 there.
+    """
     if setting != "auto":
         return setting
     if device.type == "cpu":
         able = torch.cpu.get_capabilities()
         return "bf16" if able.get("avx512_bf16") or able.get("amx_bf16") else "fp32"
-    return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+    return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
 
 
 @contextlib.contextmanager

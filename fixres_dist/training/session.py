@@ -6,7 +6,7 @@ import json
 import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from fixres_dist.data import backends, class_maps, dataset, decoding, geometry
 from fixres_dist.data.index import Index
 from fixres_dist.data.requests import Pictures, Request
 from fixres_dist.models import fast_trunk, precision
-from fixres_dist.models.build import Preprocessing
+from fixres_dist.models.build import Preprocessing, largest_batch
 from fixres_dist.models.network import open_network
 from fixres_dist.models.parts import Parts
 from fixres_dist.training.cache.store import Loaded, Store
@@ -44,6 +44,7 @@ class Session:
     memory_format: torch.memory_format
     on_skip: backends.OnSkip  # what is done about an image that cannot be decoded, under data.on_bad: skip
     kept: Path | None = None  # file of what was decided for the run (`decided`)
+    largest: dict[int, int] = field(default_factory=dict)  # models/build.py: largest_batch at each resolution asked for
 
     @property
     def train(self) -> Index:
@@ -57,8 +58,13 @@ class Session:
         return geometry.resize_of(self.config.data.resize_rule, res, self.spec.crop_pct, self.spec.interpolation)
 
     def batch_per_device(self, res: int) -> int:
-        """Images of one forward pass of a rank at `res` pixels."""
-        return batch_per_device(self.config, res)
+        """Images of one forward pass of a rank at `res` pixels; on a GPU no more than its kernels can index."""
+        size = batch_per_device(self.config, res)
+        if self.ranks.device.type == "cpu":
+            return size
+        if res not in self.largest:
+            self.largest[res] = largest_batch(self.model, res)
+        return max(1, min(size, self.largest[res]))
 
     def pictures_of(self, transform: str, res: int, seed: int = 0) -> Pictures:
         return Pictures(transform, res, self.resize(res), seed)

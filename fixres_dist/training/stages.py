@@ -72,10 +72,15 @@ def stages(config: Config, n: int) -> list[Stage]:
     ]
 
 
-def batch_per_device(config: Config, res: int) -> int:
-    """Images per forward of a rank; `auto` keeps the pixels of a forward about constant (64 images at 320 px).
+def batch_by_pixels(res: int) -> int:
+    """Images that keep the pixels of a forward about constant: 64 at 320 px.
 
     A frozen trunk keeps no activations, so this bounds the peak of one layer, not of a graph.
     """
+    return max(1, int(64 * (320 / res) ** 2))
+
+
+def batch_per_device(config: Config, res: int) -> int:
+    """Images per forward of a rank: as set, or by the pixels."""
     chosen = config.run.batch_per_device
-    return int(chosen) if chosen != "auto" else max(1, int(64 * (320 / res) ** 2))
+    return batch_by_pixels(res) if chosen == "auto" else chosen

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -240,3 +241,15 @@ def test_auto_takes_bf16_where_the_processor_computes_in_it(
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: able)
     assert precision.resolve("auto", CPU) == chosen
     assert precision.resolve("fp32", CPU) == "fp32"
+
+
+@pytest.mark.parametrize(("major", "chosen"), [(7, "fp16"), (8, "bf16"), (9, "bf16")])
+def test_auto_takes_no_emulated_bf16(monkeypatch: pytest.MonkeyPatch, major: int, chosen: str) -> None:
+    """torch says that a V100 (7.0) and a T4 (7.5) support bf16: it can make such tensors, and computes in fp32."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(major=major))
+    monkeypatch.setattr(torch.cuda, "_check_bf16_tensor_supported", lambda device: True)
+    assert torch.cuda.is_bf16_supported()
+    assert precision.resolve("auto", GPU) == chosen
+    assert precision.resolve("bf16", GPU) == "bf16"
