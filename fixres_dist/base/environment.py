@@ -8,6 +8,7 @@ import platform
 import socket
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -67,5 +68,21 @@ def shipped(name: str) -> Path:
 
 
 def cache_folder(setting: str = "") -> Path:
-    """The folder of indexes, features and the built-in example: `setting`, $FIXRES_CACHE, or ~/.cache/fixres_dist."""
-    return Path(setting or os.environ.get("FIXRES_CACHE") or "~/.cache/fixres_dist").expanduser()
+    """The folder of indexes, features and the built-in example: `setting`, $FIXRES_CACHE, or ~/.cache/fixres_dist.
+
+    It need not be writable: see `writable`. Where a user has no home it is `scratch_folder`.
+    """
+    named = os.path.expanduser(setting or os.environ.get("FIXRES_CACHE") or "~/.cache/fixres_dist")
+    return scratch_folder() if named.startswith("~") else Path(named)
+
+
+def scratch_folder() -> Path:
+    """A folder of this user on this machine, for what only one machine needs."""
+    return Path(tempfile.gettempdir()) / f"fixres_dist-{os.getuid()}"
+
+
+def writable(folder: Path) -> bool:
+    """Whether this user can write files in `folder`, or can make it."""
+    while not os.path.exists(folder):  # of what this user may not look at, too
+        folder = folder.parent
+    return os.access(folder, os.W_OK | os.X_OK, effective_ids=os.access in os.supports_effective_ids)

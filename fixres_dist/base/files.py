@@ -34,6 +34,14 @@ def whole(path: Path) -> Iterator[Path]:
         raise
 
 
+def owner(path: Path) -> str:
+    """The user name of the owner, or the number where it has none: in a container, or of a colleague who left."""
+    try:
+        return path.owner()
+    except KeyError:
+        return str(path.stat().st_uid)
+
+
 def remove(path: Path) -> None:
     """Delete a file or a folder, if it exists."""
     if path.is_dir() and not path.is_symlink():

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 
 from fixres_dist.base.errors import EXIT_DONE, EXIT_FAILED, UserError
+from fixres_dist.base.files import owner
 from fixres_dist.cli.arguments import add_runs_dir
 from fixres_dist.cluster import slurm, status
 from fixres_dist.runs.rundir import RunDir
@@ -29,15 +30,15 @@ def run(args: argparse.Namespace) -> int:
 
 
 def cancel(run: RunDir) -> int:
-    job, owner = run.state().slurm_job, run.root.owner()
-    queued = slurm.queue([owner]) if job else {}
+    job, user = run.state().slurm_job, owner(run.root)
+    queued = slurm.queue([user]) if job else {}
     if queued is None:
         raise UserError(f"{run.name} is job {job}, but squeue does not answer. Next: a login node of the cluster.")
     if job in queued:
         answer = slurm.call("scancel", job)
         if answer is None or answer.returncode:
             raise UserError(f"scancel {job}: {answer.stderr.strip() if answer else 'no answer'}")
-        left = wait(lambda: (now := slurm.queue([owner])) is not None and job not in now)
+        left = wait(lambda: (now := slurm.queue([user])) is not None and job not in now)
     elif run.is_locked():
         host, _, pid = (run.root / ".lock").read_text().strip().partition(" ")
         if host != socket.gethostname():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 
 from fixres_dist.base.errors import EXIT_DONE, UserError
-from fixres_dist.base.files import write_text
+from fixres_dist.base.files import owner, write_text
 from fixres_dist.cluster import jobs, local, slurm
 from fixres_dist.config import recipes
 from fixres_dist.config.recipes import Recipe
@@ -65,7 +65,7 @@ def needs_no_job(run: RunDir, kind: str) -> bool:
         print(f"{run.name} is running already. {status}")
         return True
     job = run.state().job_id
-    queued = (slurm.queue([run.root.owner()]) or {}) if kind == "slurm" and job else {}
+    queued = (slurm.queue([owner(run.root)]) or {}) if kind == "slurm" and job else {}
     if job in queued:
         print(f"{run.name} is in the queue already, as job {job} ({queued[job].state}). {status}")
     return job in queued

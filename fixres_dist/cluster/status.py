@@ -10,6 +10,7 @@ from pathlib import Path
 
 from fixres_dist.base.commands import command
 from fixres_dist.base.errors import unknown
+from fixres_dist.base.files import owner
 from fixres_dist.base.json_lines import read_lines
 from fixres_dist.base.text import duration, table
 from fixres_dist.cluster import slurm
@@ -62,7 +63,7 @@ def every(runs_dir: Path) -> list[RunDir]:
 def rows(runs: Iterable[RunDir]) -> list[Row]:
     """A row for each run, in this order; asks squeue once, and only if a run may be in the queue."""
     states = [(run, run.state()) for run in runs]
-    owners = {run.root.owner() for run, state in states if state.slurm_job and state.state in UNFINISHED}
+    owners = {owner(run.root) for run, state in states if state.slurm_job and state.state in UNFINISHED}
     queue = slurm.queue(owners) if owners else {}
     return [row(run, state, queue) for run, state in states]
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import importlib.util
+import os
 import re
 from dataclasses import dataclass
 from functools import cache
@@ -165,7 +166,7 @@ def with_absolute_paths(values: dict[str, Any]) -> dict[str, Any]:
     for (section, key), words in PATHS.items():
         path = (values.get(section) or {}).get(key)
         if isinstance(path, str) and path not in ("", *words):
-            values = merge(values, {section: {key: str(Path(path).expanduser().absolute())}})
+            values = merge(values, {section: {key: os.path.abspath(os.path.expanduser(path))}})
     return values
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from fixres_dist.base.commands import command
 from fixres_dist.base.environment import cache_folder
 from fixres_dist.base.errors import UserError
-from fixres_dist.base.files import whole
+from fixres_dist.base.files import no_room, whole
 from fixres_dist.data import demo, folders, shards
 from fixres_dist.data.folders import class_names
 from fixres_dist.data.headers import read_headers
@@ -23,8 +23,16 @@ def folder(root: str, cache: str = "") -> Path:
     if root != "demo":
         return Path(root)
     target = cache_folder(cache) / "demo"
-    with progress_bar("writing the built-in example") as progress:
-        demo.write_demo(target, progress=progress)
+    try:
+        with progress_bar("writing the built-in example") as progress:
+            demo.write_demo(target, progress=progress)
+    except OSError as error:
+        if no_room(error):
+            raise
+        raise UserError(
+            f"the built-in example cannot be written to {target}: {error.strerror}. "
+            "Accepted: data.cache=DIR, or FIXRES_CACHE=DIR in the environment, that can be written."
+        ) from None
     return target
 
 

@@ -6,10 +6,10 @@ the view of a sample before anything is decoded. No torch: the launcher checks a
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
+import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
@@ -148,7 +148,7 @@ def read_cached(file: Path) -> CachedIndex | None:
 
 
 def write_cached(cached: CachedIndex, file: Path) -> None:
-    """Write by rename. An error is ignored: without the file the next start scans again."""
+    """Write by rename. Where that fails, say so: without the file the next start scans again."""
     index = cached.index
     meta = {"format": FORMAT, "classes": index.classes}
     if cached.shards:
@@ -160,7 +160,13 @@ def write_cached(cached: CachedIndex, file: Path) -> None:
     arrays |= {name: getattr(index, name) for name in ARRAYS}
     if index.places is not None:
         arrays["places"] = index.places
-    with contextlib.suppress(OSError):
+    try:
         file.parent.mkdir(parents=True, exist_ok=True)
         with whole(file) as part, open(part, "wb") as out:
             np.savez(out, **arrays)
+    except OSError as error:
+        print(
+            f"the index of {index.folder} is not kept, and the next start reads the headers again: {file.parent}: "
+            f"{error.strerror}. Accepted: data.cache=DIR, or FIXRES_CACHE=DIR, that can be written",
+            file=sys.stderr,
+        )

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fixres_dist.base.environment import cache_folder
+from fixres_dist.base.environment import cache_folder, scratch_folder, writable
 from fixres_dist.base.errors import UserError
 from fixres_dist.config import reading, recipes
 from fixres_dist.config.schema import Config
@@ -98,7 +98,7 @@ def opened(
     from fixres_dist.training.ranks import join
     from fixres_dist.training.session import open_session
 
-    rendezvous = run or cache_folder()
+    rendezvous = run or (cache_folder() if writable(cache_folder()) else scratch_folder())
     rendezvous.mkdir(parents=True, exist_ok=True)
     ranks = join(rendezvous)
     try:

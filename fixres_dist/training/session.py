@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fixres_dist.base.environment import cache_folder
+from fixres_dist.base.environment import cache_folder, writable
 from fixres_dist.base.errors import UserError
 from fixres_dist.base.files import write_text
 from fixres_dist.config.schema import Config
@@ -212,8 +212,11 @@ def open_session(
 
 
 def keep_compiled_code(cache: Path) -> None:
-    """torch.compile's results go beside the indexes, where every node finds them: a restart compiles nothing again."""
+    """torch.compile's results go beside the indexes, where every node finds them: a restart compiles nothing again.
+
+    Where that cannot be written, torch's own default stays: a folder in /tmp.
+    """
     name = "TORCHINDUCTOR_CACHE_DIR"
     own = f"{tempfile.gettempdir()}/torchinductor_"  # importing torch has set its default; a person's setting stands
-    if os.environ.get(name, own).startswith(own):
+    if os.environ.get(name, own).startswith(own) and writable(cache):
         os.environ[name] = str(cache.absolute() / "inductor")

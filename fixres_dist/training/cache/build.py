@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fixres_dist.base.environment import versions
+from fixres_dist.base.environment import versions, writable
 from fixres_dist.base.errors import UserError
 from fixres_dist.data import order
 from fixres_dist.data.index import Index
@@ -103,14 +103,16 @@ def open_stores(work: StageSession, stop: Stop, check: bool) -> StageSession:
 def check_shared(session: Session, store: Store) -> None:
     """Every rank reads what the others write; raises UserError where the folder is on a node's own disk."""
     ranks = session.ranks
-    name = ranks.from_main(lambda: f".seen-{time.time_ns()}")
-    if ranks.is_main:
+    # Features that are complete may lie where nobody can write.
+    name = ranks.from_main(lambda: f".seen-{time.time_ns()}" if writable(store.folder) else "spec.json")
+    marks = ranks.is_main and name != "spec.json"
+    if marks:
         store.folder.mkdir(parents=True, exist_ok=True)
         (store.folder / name).touch()
     ranks.barrier()
     seen = store.folder.is_dir() and name in {path.name for path in store.folder.iterdir()}
     lost = ranks.highest([int(not seen)])[0]
-    if ranks.is_main:
+    if marks:
         (store.folder / name).unlink()
     if lost:
         raise UserError(

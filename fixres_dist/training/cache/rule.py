@@ -5,11 +5,12 @@ A frozen trunk makes the same features of the same picture, so where pictures re
 
 from __future__ import annotations
 
+import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from fixres_dist.base.environment import cache_folder
+from fixres_dist.base.environment import cache_folder, writable
 from fixres_dist.base.errors import UserError
 from fixres_dist.base.text import gib
 from fixres_dist.config.schema import Config
@@ -30,7 +31,8 @@ class Need:
     folder: Path
 
     def __str__(self) -> str:
-        return f"{gib(self.bytes)} in {self.folder} ({gib(self.free)} free)"
+        room = f" ({gib(self.free)} free)" if self.free else ", which cannot be written to"
+        return f"{gib(self.bytes)} in {self.folder}{room}"
 
     @property
     def fits(self) -> bool:
@@ -38,11 +40,13 @@ class Need:
 
 
 def feature_folder(config: Config) -> Path:
-    return Path(config.run.feature_cache or cache_folder(config.data.cache) / "features").expanduser()
+    return Path(os.path.expanduser(config.run.feature_cache or cache_folder(config.data.cache) / "features"))
 
 
 def free_bytes(folder: Path) -> int:
-    """Room on the disk where `folder` is, or will be."""
+    """Room on the disk where `folder` is, or will be; none for a user who cannot write there."""
+    if not writable(folder):
+        return 0
     while not folder.exists():
         folder = folder.parent
     return shutil.disk_usage(folder).free
@@ -101,5 +105,5 @@ def choose(setting: str, stage: Stage, streamed: int, need: Need) -> tuple[str, 
             f"writing features would save too little: {saving} (run.engine=cached does it, say for a sweep)",
         )
     if not need.fits:
-        return "stream", f"no room for features: {need}; run.feature_cache=DIR names a larger disk"
+        return "stream", f"no room for features: {need}; run.feature_cache=DIR names another place"
     return "cached", f"{need}, {saving}"

@@ -1,0 +1,62 @@
+"""Homes and caches as containers and clusters have them: none, read-only, of somebody else."""
+
+from __future__ import annotations
+
+import os
+import pwd
+from pathlib import Path
+
+import pytest
+from support.folders import age, as_an_ordinary_user, open_to_all, write_photos
+
+from fixres_dist.base.environment import cache_folder, scratch_folder, writable
+from fixres_dist.base.errors import UserError
+from fixres_dist.base.files import owner
+from fixres_dist.data import dataset
+from fixres_dist.training.cache import rule
+from fixres_dist.training.session import keep_compiled_code
+
+
+def nobody(uid: int) -> None:
+    raise KeyError(f"getpwuid(): uid not found: {uid}")
+
+
+def test_the_cache_of_a_user_without_home_and_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("FIXRES_CACHE")
+    monkeypatch.setenv("HOME", "/home/ada")
+    assert cache_folder() == Path("/home/ada/.cache/fixres_dist")
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr(pwd, "getpwuid", nobody)
+    assert cache_folder() == scratch_folder()
+    assert cache_folder("/data/cache") == Path("/data/cache")
+
+
+def test_an_owner_without_a_name_is_a_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert owner(tmp_path) == pwd.getpwuid(os.getuid()).pw_name
+    monkeypatch.setattr(pwd, "getpwuid", nobody)
+    assert owner(tmp_path) == str(os.getuid())
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become somebody else")
+def test_a_cache_of_somebody_else_is_read_and_not_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, cache = write_photos(tmp_path / "data", 3, 2), tmp_path / "cache"
+    age(data)
+    first = dataset.load(data, "train", str(cache))
+    open_to_all(tmp_path)
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/tmp/torchinductor_someone")
+    with as_an_ordinary_user():
+        assert not writable(cache / "features")
+        assert rule.free_bytes(cache / "features") == 0
+        keep_compiled_code(cache)
+        assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == "/tmp/torchinductor_someone"
+        assert dataset.load(data, "train", str(cache)).fingerprint == first.fingerprint
+        assert "is not kept" not in capsys.readouterr().err
+        assert len(dataset.load(data, "val", str(cache))) == 6
+        assert "data.cache=DIR" in capsys.readouterr().err
+        with pytest.raises(UserError, match=r"data\.cache=DIR"):
+            dataset.folder("demo", str(cache))
+    cache.joinpath("private").mkdir(mode=0o700)
+    with as_an_ordinary_user():
+        assert not writable(cache / "private" / "features"), "what may not be looked at"
