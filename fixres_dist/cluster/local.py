@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import signal
 import sys
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     import submitit
 
 
+ALONE_S = 90.0  # longer than a rank that ends by itself after another one's error needs (training/ranks.py)
 NO_TIMEOUT_MIN = 60 * 24 * 365  # submitit's local executor insists on a limit
 
 
@@ -50,7 +52,7 @@ def run_local(run: RunDir, processes: int, job: Job) -> int:
         started = executor.submit(task)
     flag = StopFlag().install()
     run.update_state(job_id=f"local-{started.job_id}")
-    follow(run, started, flag)
+    ended_some = follow(run, started, flag)
     with contextlib.suppress(OSError):
         executor.folder.rmdir()  # submitit leaves an empty folder named %j beside the job's
     tasks = [started.task(rank) for rank in range(processes)]
@@ -60,7 +62,7 @@ def run_local(run: RunDir, processes: int, job: Job) -> int:
     if flag.signal and run.state().state in UNFINISHED:  # no rank had come so far as to save
         run.cancel("cancelled; the same command goes on")
     else:
-        name_lost_ranks(run, tasks, codes)
+        name_lost_ranks(run, tasks, codes, ended_some)
     if run.failed.exists():
         print(run.failed.read_text(), file=sys.stderr, end="")
     return max(codes)
@@ -73,12 +75,22 @@ def exit_code(task: submitit.Job[int]) -> int:
         return EXIT_FAILED
 
 
-def name_lost_ranks(run: RunDir, tasks: Sequence[submitit.Job[int]], codes: Sequence[int]) -> None:
-    """Write FAILED for ranks that could not write it themselves; other ranks may have failed because of them."""
+def name_lost_ranks(
+    run: RunDir, tasks: Sequence[submitit.Job[int]], codes: Sequence[int], ended_some: bool = False
+) -> None:
+    """Write FAILED for ranks that could not write it themselves; other ranks may have failed because of them.
+
+    `ended_some`: ranks were ended by this process, so an error that a rank has written down came first.
+    """
     state = run.state()
     said = run.failed.read_text().partition("\n")[0] if run.failed.exists() else ""
     gone = [task.paths for task in tasks if not task.paths.result_pickle.exists()]
-    if state.final or state.state == State.CANCELLED or said.startswith(tuple(FULL.values())) or (said and not gone):
+    if (
+        state.final
+        or state.state == State.CANCELLED
+        or said.startswith(tuple(FULL.values()))
+        or (said and (ended_some or not gone))
+    ):
         return  # explained already; on a full disk a rank cannot leave a result either
     if gone:
         ranks = ", ".join(str(paths.task_id) for paths in gone)
@@ -103,15 +115,26 @@ def ignored_signals() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def follow(run: RunDir, job: submitit.Job[int], flag: StopFlag) -> None:
-    """Copy rank 0's log to this terminal until the job ends, and pass a stop signal on to the ranks."""
+def follow(run: RunDir, job: submitit.Job[int], flag: StopFlag) -> bool:
+    """Copy rank 0's log to this terminal until the job ends, and pass a stop signal on to the ranks.
+
+    Returns whether ranks were ended here, ALONE_S after another one broke.
+    """
     log = Path(str(job.paths.stdout).replace("%t", "0"))
     position, told, asked = 0, False, False
+    broken_at, ended_some = math.inf, False
     while True:
         ended = job.done()
         position = copy_new(log, position)
         if ended:
-            return
+            return ended_some
+        broken_at = min(broken_at, time.monotonic()) if one_broke(run, job) else math.inf
+        if time.monotonic() > broken_at + ALONE_S:
+            print(f"a rank has ended, and the others have not followed it in {ALONE_S:.0f} s: ending them", flush=True)
+            for rank in living_ranks(job):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(rank, signal.SIGKILL)
+            ended_some, broken_at = True, math.inf
         if flag.signal and not told:
             again = "; Ctrl-C again leaves them alone" if flag.signal == signal.SIGINT else ""
             with contextlib.suppress(OSError):  # a terminal that has hung up
@@ -121,6 +144,24 @@ def follow(run: RunDir, job: submitit.Job[int], flag: StopFlag) -> None:
             os.kill(int(job.job_id), signal.SIGTERM)  # submitit's controller, our child, passes it on
             asked = True
         time.sleep(0.2)
+
+
+def living_ranks(job: submitit.Job[int]) -> list[int]:
+    """Process ids of the ranks that are alive: the children of submitit's controller."""
+    try:
+        return [int(pid) for pid in Path(f"/proc/{job.job_id}/task/{job.job_id}/children").read_text().split()]
+    except OSError:  # the controller has ended
+        return []
+
+
+def one_broke(run: RunDir, job: submitit.Job[int]) -> bool:
+    """Whether a rank has ended with an error, or without a result, while others live.
+
+    Those may wait for it on a GPU, where only a timeout of half an hour ends them.
+    """
+    alive, started = len(living_ranks(job)), len(list(job.paths.folder.glob("*_log.out")))
+    left = len(list(job.paths.folder.glob("*_result.pkl")))
+    return 0 < alive < started and (alive + left < started or run.failed.exists())
 
 
 def copy_new(log: Path, position: int) -> int:

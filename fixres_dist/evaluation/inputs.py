@@ -95,7 +95,7 @@ def opened(
     with its class order and its choices.json.
     """
     from fixres_dist.data import class_maps
-    from fixres_dist.training.ranks import join
+    from fixres_dist.training.ranks import abort, join
     from fixres_dist.training.session import open_session
 
     rendezvous = run or (cache_folder() if writable(cache_folder()) else scratch_folder())
@@ -106,8 +106,10 @@ def opened(
         trained = class_maps.trained_classes(config, run, split)
         kept = run / "choices.json" if run else None
         yield open_session(config, ranks, load_weights=needed, splits=(split,), sets=sets, trained=trained, kept=kept)
-    finally:
-        ranks.stop()
+    except BaseException:
+        abort()
+        raise
+    ranks.stop()
 
 
 def parts_with(session: Session, weights: Path | dict[str, torch.Tensor] | None) -> Parts:

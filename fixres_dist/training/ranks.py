@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import faulthandler
 import json
 import os
 import socket
+import sys
+import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -20,16 +23,17 @@ from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 import torch.distributed as dist
-from torch.distributed import TCPStore  # type: ignore[attr-defined,unused-ignore]  # torch does not list it in __all__
+from torch.distributed import Store, TCPStore  # type: ignore[attr-defined,unused-ignore]  # torch does not list it in __all__
 
 from fixres_dist.base import memory
-from fixres_dist.base.errors import UserError
+from fixres_dist.base.errors import EXIT_FAILED, UserError
 from fixres_dist.base.files import write_text
 from fixres_dist.cluster import slurm
 
 T = TypeVar("T")
 MEET_TIMEOUT_S = 600.0  # nodes of one job can start minutes apart
-COLLECTIVE_TIMEOUT_S = 1800.0
+COLLECTIVE_TIMEOUT_S = 1800.0  # rank 0 may compile or write for minutes while the others wait
+LEAVE_TIMEOUT_S = 60.0
 
 
 @dataclass(frozen=True)
@@ -73,8 +77,39 @@ class Ranks:
         return cast(T, box[0])
 
     def stop(self) -> None:
-        if self.world_size > 1 and dist.is_initialized():
+        """Leave the others after common work, all at once: rank 0 may have been writing while they were through."""
+        if dist.is_initialized():
+            self.barrier()
+            timer = end_process_after(LEAVE_TIMEOUT_S)
             dist.destroy_process_group()
+            timer.cancel()
+
+
+def abort() -> None:
+    """Leave the others after an error, without waiting for them; it must be written down before, as the first cause.
+
+    NCCL's ordinary end waits for the collectives that are under way, and the others may never reach them. The process has
+    LEAVE_TIMEOUT_S to end by itself, since its exit may wait for a kernel of NCCL.
+    """
+    if dist.is_initialized():
+        end_process_after(LEAVE_TIMEOUT_S)
+        dist.distributed_c10d._abort_process_group()
+
+
+def end_process_after(seconds: float) -> threading.Timer:
+    """End this process in `seconds` unless the timer is cancelled."""
+
+    def end() -> None:
+        print(
+            f"the ranks did not leave each other within {seconds:.0f} s: ending this one", file=sys.stderr, flush=True
+        )
+        faulthandler.dump_traceback()
+        os._exit(EXIT_FAILED)
+
+    timer = threading.Timer(seconds, end)
+    timer.daemon = True
+    timer.start()
+    return timer
 
 
 class Launched(NamedTuple):
@@ -110,7 +145,8 @@ def join(run_folder: Path, keep_memory: bool = True) -> Ranks:
     """Join the other ranks of this start; a single process needs no process group.
 
     `keep_memory`: on a CPU, use freed memory again (base/memory.py); False leaves the process as it is.
-    Raises UserError where rank 0 does not publish its address in MEET_TIMEOUT_S.
+    Raises UserError where rank 0 does not publish its address within MEET_TIMEOUT_S, RuntimeError where another rank does
+    not come, which a retry may mend.
     """
     rank, world, local_rank, local_size, key = launched(os.environ)
     device = torch.device("cpu")
@@ -131,6 +167,7 @@ def join(run_folder: Path, keep_memory: bool = True) -> Ranks:
     if world == 1:
         return Ranks(0, 1, 1, (node,), device)
     store = meet(run_folder / "rendezvous" / f"{key}.json", rank, world, many_nodes=world > local_size)
+    wait_for_all(store, rank, world)
     timeout = datetime.timedelta(seconds=COLLECTIVE_TIMEOUT_S)
     backend = "nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
@@ -173,6 +210,20 @@ def meet(file: Path, rank: int, world: int, many_nodes: bool) -> TCPStore:
     found = json.loads(file.read_text())
     address, port = found["address"], found["port"]
     return TCPStore(address, port, world, is_master=False, timeout=timeout, wait_for_workers=False)
+
+
+def wait_for_all(store: Store, rank: int, world: int) -> None:
+    """Return once every rank has reached the store; raises RuntimeError with those that have not within MEET_TIMEOUT_S."""
+    names = [f"rank {k}" for k in range(world)]
+    store.set(names[rank], "here")
+    try:
+        store.wait(names, datetime.timedelta(seconds=MEET_TIMEOUT_S))
+    except RuntimeError:  # a DistStoreError
+        missing = [str(k) for k, name in enumerate(names) if not store.check([name])]
+        raise RuntimeError(
+            f"rank {rank} waited {MEET_TIMEOUT_S:.0f} s for rank(s) {', '.join(missing[:8])} of {world}; "
+            "their logs may say why they did not start"
+        ) from None
 
 
 def own_address() -> str:

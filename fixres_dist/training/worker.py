@@ -20,7 +20,7 @@ from fixres_dist.runs import checkpoint
 from fixres_dist.runs.rundir import Locked, RunDir
 from fixres_dist.training import samples
 from fixres_dist.training.loop import train_stage
-from fixres_dist.training.ranks import Ranks, join
+from fixres_dist.training.ranks import Ranks, abort, join
 from fixres_dist.training.session import Session, open_session
 from fixres_dist.training.stages import stages
 from fixres_dist.training.throughput import StartUp
@@ -40,11 +40,13 @@ def train(folder: Path, flag: StopFlag | None = None) -> int:
     except UserError as error:
         run.fail(str(error), again, final=True)
         print(f"error: {error}", flush=True)
+        abort()
         return EXIT_USER
     except Exception as error:
         full = no_room(error)
         next_command = f"{'make room, then' if full else 'again, from the last checkpoint:'} {again}"
         requeue.broke(run, full or f"{type(error).__name__}: {error}", next_command)
+        abort()
         raise
 
 
@@ -56,7 +58,7 @@ def work(run: RunDir, config: Config, flag: StopFlag) -> int:
         flag.deadline(seconds, lambda: requeue.leave_to_batch_script(run, "stop deadline"))
     ranks = join(run.root)
     with contextlib.ExitStack() as stack:
-        stack.callback(ranks.stop)
+        stack.push(lambda error, *_: None if error else ranks.stop())
         if (code := ranks.from_main(lambda: claim(run, ranks, stack))) is not None:
             return code
         writer = stack.enter_context(checkpoint.Writer(run.checkpoints, lambda **saved: run.event("saved", **saved)))
