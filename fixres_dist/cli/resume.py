@@ -34,12 +34,14 @@ def run(args: argparse.Namespace) -> int:
     submission.check(run, config)
     submitted = [e for e in read_lines(run.events) if e["event"] == Event.SUBMITTED]
     kind = args.cluster or (submitted[-1]["cluster"] if submitted else jobs.default_cluster())
+    if submission.needs_no_job(run):
+        return EXIT_DONE
     if kind == "local":
         gpus.check(config.cluster.gpus_per_node, f"{run.command('resume')} cluster.gpus_per_node=")
     if kind == "slurm":
-        submission.check_slurm(jobs.sbatch_text(config, run))
+        submission.check_slurm(config, run)
     with run.lock(".submit.lock", wait_s=60):
-        if submission.needs_no_job(run, kind):
+        if submission.needs_no_job(run):  # another submission was faster
             return EXIT_DONE
         submission.renew_old_snapshot(run)
         write_text(run.config_file, reading.dump(config))

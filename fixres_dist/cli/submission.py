@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 
 from fixres_dist.base.errors import EXIT_DONE, UserError
 from fixres_dist.base.files import owner, write_text
@@ -21,6 +22,7 @@ def check(run: RunDir, config: Config, dry: bool = False) -> None:
     """Refuse what can be refused before anything starts: settings, data set, and a directory of another run."""
     least, most = config.cluster.node_range()
     plan.check(config, least * config.cluster.gpus_per_node if least == most else 1, dry=dry)
+    jobs.requested(config.cluster)
     rundir.check(run.root, config)
 
 
@@ -47,15 +49,21 @@ def check_model(config: Config, recipe: Recipe) -> None:
         check_batch(model, batch, resolutions)
 
 
-def check_slurm(text: str) -> None:
-    """Refuse a submission script that Slurm refuses, or that no Slurm answers."""
-    if not jobs.ask_slurm(text):
+def check_slurm(config: Config, *runs: RunDir, at_once: int = 0) -> None:
+    """Refuse a job that Slurm refuses, or that no Slurm answers; prints what a person should know before it waits."""
+    said = jobs.ask_slurm(jobs.sbatch_text(config, *runs, at_once=at_once), config.cluster)
+    if not said:
         raise UserError(
             "Slurm does not answer here (sbatch --test-only). Next: a login node of the cluster, or --cluster local."
         )
+    notes = jobs.check_limits(config.cluster)
+    if left_out := jobs.told_of_the_shell():
+        notes.append(f"of this shell, sbatch does not get {' '.join(left_out)}: the run's settings count")
+    for note in [*([said] if "is queued" in said else []), *notes]:
+        print(f"note: {note}", file=sys.stderr)
 
 
-def needs_no_job(run: RunDir, kind: str) -> bool:
+def needs_no_job(run: RunDir) -> bool:
     """Whether the run is finished, running or queued already; prints which."""
     status = f"Next: {run.command('status')}"
     if run.done.exists():
@@ -64,9 +72,9 @@ def needs_no_job(run: RunDir, kind: str) -> bool:
     if run.is_locked():
         print(f"{run.name} is running already. {status}")
         return True
-    job = run.state().job_id
-    queued = (slurm.queue([owner(run.root)]) or {}) if kind == "slurm" and job else {}
-    if job in queued:
+    job = run.state().slurm_job
+    queued = (slurm.queue([owner(run.root)]) or {}) if job else {}
+    if job and job in queued:
         print(f"{run.name} is in the queue already, as job {job} ({queued[job].state}). {status}")
     return job in queued
 
@@ -103,8 +111,10 @@ def start_here(run: RunDir, config: Config, kind: str) -> int:
     os.environ.setdefault("PYTHONUNBUFFERED", "1")  # a rank's log is followed as it is written
     write_demo(config)
     write_text(run.submission, jobs.sbatch_text(config, run))
-    if kind == "inline":
-        from fixres_dist.training import worker
+    # These ranks are the command's own: not those of the job, srun or torchrun in which it was typed.
+    with jobs.clean_environment():
+        if kind == "inline":
+            from fixres_dist.training import worker
 
-        return worker.train(run.root)
-    return local.run_local(run, config.cluster.gpus_per_node, TrainJob)
+            return worker.train(run.root)
+        return local.run_local(run, config.cluster.gpus_per_node, TrainJob)

@@ -84,23 +84,35 @@ def run(args: argparse.Namespace) -> int:
     targets = asked_for(args, "slurm" if args.dry_run and args.cluster is None else kind)
     for target in targets:
         submission.check(target.run, target.config, dry=args.dry_run)
-        if not (args.dry_run or target.run.done.exists() or target.run.is_locked()):
-            submission.check_model(target.config, target.recipe)
-    text = "" if args.prepare else jobs.sbatch_text(targets[0].config, *(t.run for t in targets), at_once=args.at_once)
     if args.dry_run:
-        return only_prints(lambda: dry_run(targets, text))
+        return only_prints(lambda: dry_run(targets, args.at_once))
+    targets = [target for target in targets if not submission.needs_no_job(target.run)]
+    for target in targets:
+        submission.check_model(target.config, target.recipe)
     if kind == "slurm" and not args.prepare:
-        submission.check_slurm(text)
-    return start(targets, kind, args)
+        for group in same_job(targets):
+            submission.check_slurm(group[0].config, *(t.run for t in group), at_once=args.at_once)
+    return start(targets, kind, args) if targets else EXIT_DONE
 
 
-def dry_run(targets: list[Target], text: str) -> int:
+def dry_run(targets: list[Target], at_once: int) -> int:
     print("\n".join(targets[0].plan()))
-    print("".join(f"and        {target.run.root}\n" for target in targets[1:]), end="")
-    print(f"\n# what sbatch would get\n{text}")
-    said = jobs.ask_slurm(text) if jobs.default_cluster() == "slurm" else ""
-    print(f"\n# Slurm says: {said or 'nothing here (sbatch --test-only got no answer)'}")
+    if len(targets) > 1:
+        print("\n".join(plan.several([(t.run.root, t.config, t.recipe.facts) for t in targets])))
+    for group in same_job(targets):
+        text = jobs.sbatch_text(group[0].config, *(t.run for t in group), at_once=at_once)
+        said = jobs.ask_slurm(text, group[0].config.cluster) if jobs.default_cluster() == "slurm" else ""
+        print(f"\n# what sbatch would get\n{text}")
+        print(f"\n# Slurm says: {said or 'nothing here (sbatch --test-only got no answer)'}")
     return EXIT_DONE
+
+
+def same_job(targets: list[Target]) -> list[list[Target]]:
+    """The runs that ask Slurm for the same, and so can be the tasks of one array."""
+    groups: dict[str, list[Target]] = {}
+    for target in targets:
+        groups.setdefault(str(target.config.cluster), []).append(target)
+    return list(groups.values())
 
 
 def start(targets: list[Target], kind: str, args: argparse.Namespace) -> int:
@@ -109,7 +121,7 @@ def start(targets: list[Target], kind: str, args: argparse.Namespace) -> int:
         for target in targets:  # of two submissions of one run, the second waits here, then finds the first one's job
             target.run.root.mkdir(parents=True, exist_ok=True)
             stack.enter_context(target.run.lock(".submit.lock", wait_s=60))
-        targets = [target for target in targets if not submission.needs_no_job(target.run, kind)]
+        targets = [target for target in targets if not submission.needs_no_job(target.run)]
         if not targets:
             return EXIT_DONE
         typed = command("submit", *args.words)
@@ -117,14 +129,17 @@ def start(targets: list[Target], kind: str, args: argparse.Namespace) -> int:
             rundir.prepare(target.run.root, target.config, typed)
         print("\n".join(targets[0].plan()), flush=True)
         if args.prepare:
-            script = slurm_file("train.sbatch")
+            script = shipped("slurm") / "train.sbatch"
             for target in targets:
-                print(f"Next: sbatch {jobs.sbatch_options(target.config)} {script} {target.run.root}")
+                jobs.write_prepared(target.run, target.config)
+                print(f"Next: {jobs.sbatch_command(target.run, target.config, script)}")
             return EXIT_DONE
         for target in targets:
             target.run.event(Event.SUBMITTED, cluster=kind, command=typed)
         if kind == "slurm":
-            return submission.start_slurm([target.run for target in targets], targets[0].config, args.at_once)
+            for group in same_job(targets):
+                submission.start_slurm([target.run for target in group], group[0].config, args.at_once)
+            return EXIT_DONE
     codes = []
     for target in targets:
         codes.append(submission.start_here(target.run, target.config, kind))

@@ -21,14 +21,19 @@ from fixres_dist.base.errors import UserError
 from fixres_dist.base.files import write_text
 from fixres_dist.cluster import slurm
 from fixres_dist.config.schema import Cluster, Config
+from fixres_dist.config.shell_values import LEFT_OUT
 from fixres_dist.runs.rundir import RunDir
 from fixres_dist.runs.states import Event
 
 Job = Callable[[str], Callable[[], int]]  # takes a run directory's path, returns the callable of each task of its job
 # Variables of a job or a distributed launcher.
 LEAKING = re.compile(
-    r"(SLURM|SBATCH|SRUN|SALLOC|PMI|PMIX|OMPI|SUBMITIT|TORCHELASTIC|MASTER)_|(LOCAL_|GROUP_|NODE_)?(RANK|WORLD_SIZE)$"
+    rf"(SLURM|SBATCH|SRUN|SALLOC|PMI|PMIX|OMPI|SUBMITIT|TORCHELASTIC|MASTER)_|{slurm.OUR_JOB}$|"
+    r"(LOCAL_|GROUP_|ROLE_|NODE_)?(RANK|WORLD_SIZE)$"
 )
+GPUS = "gpus-per-node"
+# Options of cluster.sbatch that say in other words what a job asks anyway.
+REPLACED = {"gpus-per-task": GPUS, "mem-per-gpu": "mem", "mem-per-cpu": "mem", "cpus-per-gpu": "cpus-per-task"}
 
 
 def minutes(text: str) -> int:
@@ -41,28 +46,77 @@ def minutes(text: str) -> int:
     return max(1, -(-(((days * 24 + hours) * 60 + mins) * 60 + seconds) // 60))
 
 
-def requested(cluster: Cluster) -> dict[str, str | int]:
-    """The resources of a job by the names of sbatch's options."""
+def requested(cluster: Cluster) -> tuple[dict[str, str | int], list[str]]:
+    """What a job asks of sbatch, by the long names of its options, and srun's arguments.
+
+    cluster.sbatch comes last: it also takes away an option, and replaces one that says the same in other words.
+    """
+    c = cluster
+    if c.signal_delay_s >= 60 * minutes(c.time):
+        raise UserError(
+            f"cluster.signal_delay_s is {c.signal_delay_s} with cluster.time={c.time}: every start would be told to stop "
+            "when it begins. Accepted: fewer seconds than the time limit has."
+        )
     values: dict[str, str | int] = {
-        "nodes": cluster.nodes,
-        "ntasks_per_node": cluster.gpus_per_node,
-        "gpus_per_node": cluster.gpus_per_node,
-        "cpus_per_task": cluster.cpus_per_task,
-        "mem": cluster.mem,
-        "time": cluster.time,
-        "partition": cluster.partition,
-        "account": cluster.account,
-        "qos": cluster.qos,
-        "constraint": cluster.constraint,
-        "exclude": cluster.exclude,
+        "nodes": c.nodes,
+        "ntasks-per-node": c.gpus_per_node,
+        "gpus-per-node": c.gpus_per_node,
+        "cpus-per-task": c.cpus_per_task,
+        "mem": c.mem,
+        "time": minutes(c.time),
+        "partition": c.partition,
+        "account": c.account,
+        "qos": c.qos,
+        "constraint": c.constraint,
+        "exclude": c.exclude,
+        "signal": f"USR2@{c.signal_delay_s}",
+        "open-mode": "append",
     }
-    return {name: value for name, value in values.items() if value}
+    srun_args = ["--kill-on-bad-exit=1"]  # without it the other tasks run on when one dies
+    if "-" in c.nodes:
+        # Slurm 22.05 gives a job at most as many nodes as it has tasks at its fewest nodes. So a job that may grow asks
+        # for nodes alone, and srun gets the numbers of tasks.
+        srun_args += [f"--ntasks-per-node={values.pop('ntasks-per-node')}", f"--cpus-per-task={c.cpus_per_task}"]
+        values["cpus-per-task"] = c.gpus_per_node * c.cpus_per_task
+    if "export" in c.sbatch:
+        srun_args.append("--export=ALL")  # of the batch script, whose variables the ranks need
+    given = {name: value for name, value in c.sbatch.items() if value not in LEFT_OUT}
+    for name in {REPLACED.get(name, name) for name in c.sbatch} | ({GPUS} if "gpu" in given.get("gres", "") else set()):
+        values.pop(name, None)
+    return {name: value for name, value in {**values, **given}.items() if value}, [*srun_args, *c.srun_args]
 
 
-def sbatch_options(config: Config) -> str:
-    """The options that sbatch's command line needs for slurm/train.sbatch."""
-    values = {**requested(config.cluster), "signal": f"USR2@{config.cluster.signal_delay_s}"}
-    return " ".join(f"--{name.replace('_', '-')}={shlex.quote(str(value))}" for name, value in values.items())
+def option(name: str, value: object) -> str:
+    """An option as sbatch's command line and its `#SBATCH` lines have it; the value `true` is a flag."""
+    return f"--{name}" if str(value).lower() == "true" else f"--{name}={shlex.quote(str(value))}"
+
+
+def sbatch_command(run: RunDir, config: Config, script: Path) -> str:
+    """The command that submits slurm/train.sbatch for a prepared run; it may be pasted in any folder."""
+    root = run.root.resolve()
+    fixed = {"requeue": "true", "job-name": run.name, "output": root / "slurm-%j.out"}
+    options = [option(name, value) for name, value in {**requested(config.cluster)[0], **fixed}.items()]
+    return " ".join(["sbatch", *options, shlex.quote(str(script.resolve())), shlex.quote(str(root))])
+
+
+def shell_lines(config: Config) -> list[str]:
+    """Lines of the batch script before srun: the site's environment, and a mark by which the job is known as ours."""
+    exports = {"NCCL_DEBUG": "WARN", "PYTHONFAULTHANDLER": "1", "PYTHONUNBUFFERED": "1", **config.cluster.env}
+    return [
+        f"export {slurm.OUR_JOB}=$SLURM_JOB_ID",
+        "trap : TERM",  # Slurm signals this shell too, which has to see how srun ends
+        # srun 22.05 to 23.02 does not inherit it; an empty one would be refused
+        "[ -z $SLURM_CPUS_PER_TASK ] || export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK",
+        *(f"export {name}={shlex.quote(value)}" for name, value in exports.items()),
+        *config.cluster.setup,
+    ]
+
+
+def write_prepared(run: RunDir, config: Config) -> None:
+    """The part of slurm/train.sbatch that is the run's own: its shell lines, interpreter and srun arguments."""
+    srun_args = " ".join(map(shlex.quote, requested(config.cluster)[1]))
+    python = f"python=${{PYTHON:-{shlex.quote(sys.executable)}}}"
+    write_text(run.prepared, "\n".join([python, f"srun_args=({srun_args})", *shell_lines(config)]) + "\n")
 
 
 def slurm_parameters(config: Config, runs: Sequence[RunDir], at_once: int = 0) -> dict[str, Any]:
@@ -70,40 +124,29 @@ def slurm_parameters(config: Config, runs: Sequence[RunDir], at_once: int = 0) -
 
     Several runs are the tasks of one array, `at_once` of them at a time (0: all).
     """
-    c = config.cluster
-    asked = {**requested(c), "nodes": c.node_range()[0], "time": minutes(c.time)}
-    extra: dict[str, Any] = {
-        "requeue": True,  # sites with JobRequeue=0 cancel preempted jobs otherwise
-        "chdir": str(runs[0].root.parent.resolve()),
-    }
-    srun_args = ["--kill-on-bad-exit=1", *c.srun_args]  # without it the other tasks run on when one dies
-    if "-" in c.nodes:
-        # Slurm 22.05 gives a job at most as many nodes as it has tasks at its fewest nodes. So a job that may grow asks
-        # for nodes alone, and srun gets the numbers of tasks.
-        extra["nodes"] = c.nodes
-        srun_args[1:1] = [f"--ntasks-per-node={asked.pop('ntasks_per_node')}", f"--cpus-per-task={c.cpus_per_task}"]
-        asked["cpus_per_task"] = c.gpus_per_node * c.cpus_per_task
+    asked, srun_args = requested(config.cluster)
     folders = [shlex.quote(str(run.root.resolve())) for run in runs]
-    exports = {"NCCL_DEBUG": "WARN", "PYTHONFAULTHANDLER": "1", "PYTHONUNBUFFERED": "1", **c.env}
     return {
-        **asked,
+        "nodes": config.cluster.node_range()[0],
+        "time": minutes(config.cluster.time),
         "job_name": runs[0].name if len(runs) == 1 else f"{runs[0].name}-and-{len(runs) - 1}",
-        "signal_delay_s": c.signal_delay_s,
         "array_parallelism": at_once or len(runs),
+        "wckey": None,  # submitit's own would be refused where wckeys are enforced
         "srun_args": srun_args,
         "setup": [
             f"run={folders[0]}"
             if len(runs) == 1
             else f"runs=({' '.join(folders)}); run=${{runs[$SLURM_ARRAY_TASK_ID]}}",
             'cd "$run/code" || exit 1',  # python -m puts it first on sys.path: the job imports the snapshot
-            "trap : TERM",  # Slurm signals this shell too, which has to see how srun ends
-            "export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK",  # srun 22.05 to 23.02 does not inherit it
-            *(f"export {name}={shlex.quote(value)}" for name, value in exports.items()),
-            *c.setup,
+            *shell_lines(config),
         ],
         # The job's exit code is srun's, not the last line's; cluster/requeue.py retries ranks that died.
         "teardown": ["rc=$?", f'{shlex.quote(sys.executable)} -m fixres_dist.cluster.requeue "$run" $rc', "exit $rc"],
-        "additional_parameters": extra,
+        "additional_parameters": {
+            **{name: True if str(value).lower() == "true" else value for name, value in asked.items()},
+            "requeue": True,  # sites with JobRequeue=0 cancel preempted jobs otherwise
+            "chdir": str(runs[0].root.parent.resolve()),
+        },
     }
 
 
@@ -140,8 +183,22 @@ def clean_environment() -> Iterator[None]:
         os.environ.update(kept)
 
 
-def ask_slurm(text: str) -> str:
-    """The answer of `sbatch --test-only`; empty where Slurm does not answer. Raises UserError if Slurm refuses."""
+def told_of_the_shell() -> list[str]:
+    """sbatch's variables of this shell, which a submission leaves out: sbatch would take them over the run's settings."""
+    return [f"{name}={value}" for name, value in sorted(os.environ.items()) if re.match(r"SBATCH_(?!\w*_BIND)", name)]
+
+
+def asked(text: str) -> str:
+    """The options of a submission script in one line, without paths."""
+    lines = [line.removeprefix("#SBATCH ") for line in text.splitlines() if line.startswith("#SBATCH ")]
+    return " ".join(line for line in lines if not line.startswith(("--chdir", "--error", "--output", "--open-mode")))
+
+
+def ask_slurm(text: str, cluster: Cluster) -> str:
+    """The answer of `sbatch --test-only`; empty where Slurm does not answer. Raises UserError if Slurm refuses.
+
+    Nodes that are drained, down or reserved now are no refusal: the job waits for them.
+    """
     with clean_environment(), tempfile.NamedTemporaryFile("w", suffix=".sh") as file:
         file.write(text)
         file.flush()
@@ -150,10 +207,34 @@ def ask_slurm(text: str) -> str:
         return ""
     said = answer.stderr.strip().replace("sbatch: ", "").replace("error: ", "")
     if answer.returncode == 0:
-        return said.splitlines()[-1]
+        return said.splitlines()[-1] if said else "it can start"
     if any(word in said for word in ("Unable to contact", "configuration source", "configuration file", "timed out")):
         return ""
-    raise UserError(slurm.refusal(said))
+    gpus = cluster.gpus_per_node if GPUS in requested(cluster)[0] else 0  # 0: asked in words of cluster.sbatch
+    need = slurm.Need(cluster.node_range()[0], gpus, cluster.gpus_per_node * cluster.cpus_per_task)
+    if waits := slurm.waits_for_nodes(said, cluster.partition, need):
+        return waits
+    raise UserError(slurm.refusal(said, asked(text)))
+
+
+def check_limits(cluster: Cluster) -> list[str]:
+    """Notes on the job's times; raises UserError for a time above its partition's limit, where Slurm tells it.
+
+    Most sites queue such a job, and never start it.
+    """
+    partition, kill_wait_s = slurm.partition(cluster.partition), slurm.kill_wait_s()
+    limit = partition.get("MaxTime", "UNLIMITED")
+    if limit not in ("UNLIMITED", "NONE") and minutes(cluster.time) > minutes(limit):
+        raise UserError(
+            f"cluster.time is {cluster.time}, above the limit of partition {partition['PartitionName']}, {limit}. "
+            f"Next: cluster.time={limit}; at the limit the run saves, requeues itself and goes on."
+        )
+    if cluster.signal_delay_s < kill_wait_s:
+        return [
+            f"cluster.signal_delay_s is {cluster.signal_delay_s}, below this cluster's KillWait of {kill_wait_s} s: the "
+            "ranks give up before Slurm would end them"
+        ]
+    return []
 
 
 def submit_slurm(config: Config, runs: Sequence[RunDir], task: Job, at_once: int = 0) -> list[str]:
@@ -178,7 +259,10 @@ def submit_slurm(config: Config, runs: Sequence[RunDir], task: Job, at_once: int
         with clean_environment(), executor.batch():
             jobs = [executor.submit(task(str(run.root.resolve()))) for run in runs]
     except submitit.core.utils.FailedJobError as error:
-        raise UserError(slurm.refusal(str(error))) from None
+        refused = slurm.refusal(str(error), asked(text))
+        for run in runs:
+            run.fail(refused, run.submit_command())
+        raise UserError(refused) from None
     for run, job in zip(runs, jobs, strict=True):
         run.update_state(job_id=job.job_id)
         if len(runs) > 1:

@@ -7,12 +7,14 @@ COMPLETING if it is cancelled, and `Restarts` is already higher if Slurm requeue
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
+OUR_JOB = "FIXRES_JOB"  # set by our batch scripts to their job's raw id: other jobs are somebody's notebook or shell
 ANSWER_S = 20  # clients of a controller that is down wait for minutes
 EARLY_S = 90  # Slurm may warn of the time limit a minute early
 ALIVE = ("RUNNING", "SIGNALING", "STOPPED", "SUSPENDED", "CONFIGURING")
@@ -47,7 +49,28 @@ REFUSALS = {
     "time limit": "the time limit is above the partition's: change cluster.time",
     "invalid feature": "no node has the features of cluster.constraint",
     "invalid node name": "cluster.exclude names a node that does not exist",
+    "partition not available": "the partition takes no jobs now: wait, or change cluster.partition",
+    "reservation": "the reservation is not there, or not for you: change cluster.sbatch",
+    "wckey": "this cluster wants a wckey of yours: cluster.sbatch={wckey: NAME}",
+    "unrecognized option": "this sbatch has no such option: change cluster.sbatch",
+    "invalid generic resource": "no node has such GPUs: change cluster.gpus_per_node, or gres in cluster.sbatch",
+    "invalid license": "there are no such licenses: change cluster.sbatch",
 }
+
+
+# sbatch --test-only's words for nodes that are not there now; sbatch itself queues the job.
+NOT_NOW = re.compile(
+    r"node configuration is not available|DOWN, DRAINED|nodes are busy|reserved for jobs", re.IGNORECASE
+)
+IN_SERVICE = re.compile(r"(idle|mixed|allocated|completing|planned)[^*]*$")  # sinfo's states; *: does not answer
+
+
+class Need(NamedTuple):
+    """What a job needs at least: nodes, and of each node GPUs and CPUs."""
+
+    nodes: int
+    gpus: int
+    cpus: int
 
 
 @dataclass(frozen=True)
@@ -77,14 +100,17 @@ def call(*command: str) -> subprocess.CompletedProcess[str] | None:
 
 
 def own_job(environ: Mapping[str, str] = os.environ) -> str | None:
-    """The job this process belongs to, None outside of Slurm.
+    """The job that was made for the run of this process; None outside of Slurm, and in a job of another purpose, such
+    as a notebook's: that one must not be requeued.
 
     Never the raw id of an array's task: the last task's equals the array's, and `scontrol requeue` of that one
     requeues all tasks, finished ones too.
     """
+    if not environ.get(OUR_JOB) or environ[OUR_JOB] != environ.get("SLURM_JOB_ID"):
+        return None
     if "SLURM_ARRAY_JOB_ID" in environ and "SLURM_ARRAY_TASK_ID" in environ:
         return f"{environ['SLURM_ARRAY_JOB_ID']}_{environ['SLURM_ARRAY_TASK_ID']}"
-    return environ.get("SLURM_JOB_ID")
+    return environ["SLURM_JOB_ID"]
 
 
 def show(job: str) -> dict[str, str] | None:
@@ -153,13 +179,54 @@ def queue(users: Iterable[str]) -> dict[str, Queued] | None:
     return {row[0]: Queued(row[1], row[2], row[3]) for row in rows if len(row) == 4}
 
 
-def refusal(said: str) -> str:
-    """sbatch's refusal `said` in plain words, with this cluster's partitions."""
+def waits_for_nodes(said: str, partition: str, need: Need) -> str:
+    """A sentence, if `said` (by sbatch --test-only) is about nodes that are out of service, and the job may be queued.
+
+    Empty where the partition has too few such nodes even if all were back, or `said` is about something else.
+    """
+    if not NOT_NOW.search(said):
+        return ""
+    where = ["-p", partition] if partition else []
+    answer = call("sinfo", "-h", "-N", *where, "-o", "%N|%T|%c|%G")
+    rows = [line.split("|") for line in answer.stdout.splitlines()] if answer and answer.returncode == 0 else []
+    nodes = {row[0]: row[1:] for row in rows if len(row) == 4}
+    large = {name: state for name, (state, cpus, gres) in nodes.items() if fits(cpus, gres, need)}
+    away = [name for name, state in large.items() if not IN_SERVICE.match(state)]
+    if "node configuration" in said.lower() and nodes and (len(large) < need.nodes or not away):
+        return ""
+    out = f"; out of service: {', '.join(away[:8])}{', ..' if len(away) > 8 else ''}" if away else ""
+    return f"{' '.join(said.split())}{out}. The job is queued, and waits for nodes."
+
+
+def fits(cpus: str, gres: str, need: Need) -> bool:
+    """Whether a node with sinfo's `cpus` and `gres`, such as gpu:h100:8(S:0-1), is large enough."""
+    gpus = sum(map(int, re.findall(r"gpu(?::[^:,(]+)?:(\d+)", gres)))
+    return gpus >= need.gpus and int(re.match(r"\d*", cpus)[0] or 0) >= need.cpus  # type: ignore[index]
+
+
+def partition(name: str) -> dict[str, str]:
+    """`scontrol show partition`, of the default one for an empty name; empty where Slurm does not tell."""
+    answer = call("scontrol", "show", "partition", "-o", *filter(None, [name]))
+    lines = answer.stdout.splitlines() if answer and answer.returncode == 0 else []
+    shown = [{key: value for key, _, value in (item.partition("=") for item in line.split())} for line in lines]
+    return next((values for values in shown if name or values.get("Default") == "YES"), {})
+
+
+def kill_wait_s() -> int:
+    """Seconds between SIGTERM and SIGKILL of a job that is cancelled; 0 where Slurm does not tell."""
+    answer = call("scontrol", "show", "config")
+    found = re.search(r"^KillWait\s*=\s*(\d+)", answer.stdout, re.MULTILINE) if answer else None
+    return int(found[1]) if found else 0
+
+
+def refusal(said: str, asked: str = "") -> str:
+    """sbatch's refusal `said` in plain words, with what was asked and this cluster's partitions."""
     text = next((words for part, words in REFUSALS.items() if part in said.lower()), "Slurm refuses the submission")
     answer = call("sinfo", "-h", "-o", "%R: %D nodes with %c CPUs, %G, %m MB, time limit %l")
     accepted = "; ".join(sorted(set(answer.stdout.splitlines()))) if answer and answer.returncode == 0 else ""
-    reason = " ".join(said.split())
-    return f"{text}. Slurm says: {reason}." + (f" Accepted: partition {accepted}." if accepted else "")
+    reason = " ".join(said.split()).rstrip(".")
+    was = f" Asked: {asked}." if asked else ""
+    return f"{text}. Slurm says: {reason}.{was}" + (f" Accepted: partition {accepted}." if accepted else "")
 
 
 def in_words(job: Queued) -> str:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from fixres_dist.base.errors import UserError
+from fixres_dist.config import shell_values
 
 ResizeRule = Literal["fixefficientnet", "fixres", "fixres_height", "timm"]
 Transform = Literal["test", "test_flip", "test_aug", "random_resized_crop"]
@@ -152,9 +153,17 @@ class Cluster:
     env: Mapping[str, str] = field(default_factory=dict)  # exported in the job, e.g. NCCL_SOCKET_IFNAME
     setup: tuple[str, ...] = ()  # shell lines before srun, e.g. module load
     srun_args: tuple[str, ...] = ()  # e.g. --container-image=..., --container-mounts=...
+    # Any other option of sbatch by its long name, e.g. {reservation: maint, gres: "gpu:h100:8"}; true: a flag; none: not given
+    sbatch: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.node_range()
+        for name in ("mem", "time", "partition", "account", "qos", "constraint", "exclude"):
+            shell_values.one_line(f"cluster.{name}", getattr(self, name))
+        for argument in self.srun_args:
+            shell_values.one_line("cluster.srun_args", argument)
+        shell_values.variables("cluster.env", self.env)
+        object.__setattr__(self, "sbatch", shell_values.sbatch_options("cluster.sbatch", self.sbatch))
         at_least(self, 1, "gpus_per_node", "cpus_per_task", "signal_delay_s")
         at_least(self, 0, "max_restarts")
 

@@ -53,6 +53,7 @@ class RunDir:
     events = File("events.jsonl")
     failed = File("FAILED")  # why, and the next command
     metrics = File("metrics.jsonl")
+    prepared = File("prepared.sh")  # what slurm/train.sbatch takes from the run's settings
     pretrained = File("pretrained.safetensors")  # the whole model after stage one, once that is complete
     results = File("results.json")
     state_file = File("state.json")

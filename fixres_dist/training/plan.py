@@ -139,13 +139,45 @@ def memory_gib(config: Config, facts: Facts, counts: Counts, world_size: int) ->
     return max(peaks)
 
 
-def time_text(config: Config, facts: Facts, pictures: int, world_size: int) -> str:
-    """How long `pictures` through the frozen trunk take, by memory traffic."""
-    if config.pretrain or config.tune.policy in ("last_block", "all"):
-        return "not estimated for policies that train the trunk"
+LEFT_OUT = "without decoding, start-up, compiling and the wait in a queue"
+
+
+def seconds(config: Config, facts: Facts | None, pictures: int, world_size: int) -> tuple[float, float] | None:
+    """(seconds that `pictures` take through the frozen trunk, images per second of a rank), by memory traffic.
+
+    None where nothing is known of the model, or the trunk trains.
+    """
+    if not facts or config.pretrain or config.tune.policy in ("last_block", "all"):
+        return None
     images_per_second = H200_MIB_PER_S / (facts.traffic_mib * (config.data.res / facts.res) ** 2)
-    eta = duration(pictures / images_per_second / world_size)
-    return f"about {eta} on {world_size} H200 ({images_per_second:,.0f} images/s each; an estimate from memory traffic, +-40 %)"
+    return pictures / images_per_second / world_size, images_per_second
+
+
+def time_text(config: Config, facts: Facts, pictures: int, world_size: int) -> str:
+    estimate = seconds(config, facts, pictures, world_size)
+    if not estimate:
+        return "not estimated for policies that train the trunk"
+    eta, images_per_second = duration(estimate[0]), f"{estimate[1]:,.0f} images/s each"
+    return (
+        f"about {eta} on {world_size} H200 ({images_per_second}; an estimate from memory traffic, +-40 %, {LEFT_OUT})"
+    )
+
+
+def several(runs: list[tuple[Path, Config, Facts | None]]) -> list[str]:
+    """Lines for a table or a grid: the estimate of each run, and the sum."""
+    lines, total, gpu_s, unknown = [], 0.0, 0.0, 0
+    for root, config, facts in runs:
+        counts, ranks = count(config), config.cluster.node_range()[0] * config.cluster.gpus_per_node
+        stage = stages(config, counts.train)[-1]
+        estimate = seconds(config, facts, engine_plan(config, facts, counts, stage)[2], ranks)
+        total, gpu_s = total + (estimate or (0,))[0], gpu_s + (estimate or (0,))[0] * ranks
+        unknown += estimate is None
+        lines.append(
+            f"run        {root}: {f'about {duration(estimate[0])} on {ranks}' if estimate else 'not estimated'}"
+        )
+    rest = f"; {unknown} of them not estimated" if unknown else ""
+    what = f"about {duration(total)} one after another, {gpu_s / 3600:,.1f} hours of one H200 (+-40 %, {LEFT_OUT})"
+    return [*lines, f"{'all':<11}{len(runs)} runs: {what}{rest}"]
 
 
 def engine_plan(config: Config, facts: Facts | None, counts: Counts, stage: Stage) -> tuple[str, str, int]:

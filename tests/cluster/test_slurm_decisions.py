@@ -46,9 +46,9 @@ def test_why_a_job_is_told_to_stop(
 
 
 def test_the_id_of_an_array_task_is_never_the_raw_one() -> None:
-    array = {"SLURM_JOB_ID": "4", "SLURM_ARRAY_JOB_ID": "4", "SLURM_ARRAY_TASK_ID": "1"}
+    array = {"SLURM_JOB_ID": "4", "SLURM_ARRAY_JOB_ID": "4", "SLURM_ARRAY_TASK_ID": "1", "FIXRES_JOB": "4"}
     assert slurm.own_job(array) == "4_1"
-    assert slurm.own_job({"SLURM_JOB_ID": "7"}) == "7"
+    assert slurm.own_job({"SLURM_JOB_ID": "7", "FIXRES_JOB": "7"}) == "7"
     assert slurm.own_job({}) is None
 
 
@@ -67,6 +67,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunDir:
     for name in ("SLURM_RESTART_COUNT", "SLURM_ARRAY_JOB_ID"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("SLURM_JOB_ID", "5")
+    monkeypatch.setenv("FIXRES_JOB", "5")
     run = RunDir(tmp_path / "runs" / "r")
     run.root.mkdir(parents=True)
     write_text(run.root / "config.yaml", reading.dump(reading.parse(Config, {"cluster": {"max_restarts": "2"}})))
@@ -183,6 +184,7 @@ def test_a_refused_requeue_is_a_failure_with_the_next_command(
 def test_a_duplicate_job_does_not_judge_the_run(run: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     programs(tmp_path / "bin", monkeypatch, scontrol=shows("RUNNING"))
     monkeypatch.setenv("SLURM_JOB_ID", "6")
+    monkeypatch.setenv("FIXRES_JOB", "6")
     before = run.state()
     requeue.ended(run, 2)
     assert run.state() == before

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import sys
 import time
@@ -143,9 +144,7 @@ def test_elastic_over_another_number_of_nodes(undisturbed: Service) -> None:
 
 def test_the_plain_path_without_submitit(devcluster: Service) -> None:
     printed = devcluster.launch("submit", *devcluster.arguments("--name", "plain", "--nodes", 2, "--prepare", *LONG))
-    command = printed.strip().splitlines()[-1].removeprefix("Next: ").split()
-    script = next(k for k, word in enumerate(command) if word.endswith("slurm/train.sbatch"))
-    command[script] = str(Path("/") / command[script])  # submit was typed there
+    command = shlex.split(printed.strip().splitlines()[-1].removeprefix("Next: "))
     python = ["--parsable", "--export=ALL,OMP_NUM_THREADS=1,PYTHON=" + sys.executable, "-o", "/dev/null"]
     job = devcluster.slurm(command[0], *python, *command[1:]).strip()
     devcluster.until_working("plain")

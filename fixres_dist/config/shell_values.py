@@ -1,0 +1,58 @@
+"""Values that end in a batch script, on sbatch's command line or in a path that Slurm expands: what may stand in them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+from fixres_dist.base.errors import UserError
+
+# sbatch's options that a run's other settings give, and those that it needs as they are to be stopped and requeued.
+OTHER_KEYS = {
+    **dict.fromkeys(("nodes", "mem", "time", "partition", "account", "qos", "constraint", "exclude"), ""),
+    **dict.fromkeys(("ntasks", "ntasks-per-node", "ntasks-per-gpu", "gpus"), "gpus_per_node"),
+    "cpus-per-task": "cpus_per_task",
+    "signal": "signal_delay_s",
+}
+FIXED = frozenset(
+    ("array", "chdir", "clusters", "error", "export-file", "job-name", "no-requeue", "open-mode", "output", "parsable")
+) | {"requeue", "test-only", "wait", "wrap"}
+LEFT_OUT = ("", "false", "none", "null")  # as the value of an option: it is not given; NONE is a value of sbatch
+
+
+def one_line(where: str, text: str) -> str:
+    """`text`, if it has no control characters, which a shell line or `#SBATCH` line would not survive."""
+    if not text.isprintable():
+        raise UserError(f"{where} is {text!r}; accepted: one line of printable characters.")
+    return text
+
+
+def variables(where: str, values: Mapping[str, str]) -> Mapping[str, str]:
+    """`values`, if the keys are names of environment variables, and no value has a byte that ends it."""
+    for name, value in values.items():
+        if not re.fullmatch(r"[A-Za-z_]\w*", name, re.ASCII):
+            raise UserError(
+                f"{where} has the key {name!r}; accepted: names of environment variables, such as NCCL_DEBUG."
+            )
+        one_line(f"{where}: {name}", value.replace("\n", "").replace("\t", ""))
+    return values
+
+
+def sbatch_options(where: str, values: Mapping[str, str]) -> dict[str, str]:
+    """`values` by the long names of sbatch's options; raises UserError for one that a run sets itself."""
+    options = {}
+    for given, value in values.items():
+        name = given.lstrip("-").replace("_", "-")
+        if not re.fullmatch(r"[a-z][a-z0-9-]+", name):
+            raise UserError(
+                f"{where} has the key {given!r}; accepted: long names of sbatch's options, such as comment."
+            )
+        if name in FIXED:
+            raise UserError(
+                f"{where}: a run sets --{name} itself, to be stopped and requeued; accepted: other options."
+            )
+        if name in OTHER_KEYS:
+            key = f"cluster.{OTHER_KEYS[name] or name}"
+            raise UserError(f"{where} has --{name}, which has a key of its own. Next: {key}={value}")
+        options[name] = one_line(f"{where}: {name}", value)
+    return options
