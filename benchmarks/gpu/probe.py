@@ -75,7 +75,7 @@ def batches(root: Path, res: int, count: int, settings: Any = None) -> Iterator[
     samples, pictures = dataset.load(root, "val", show=False), Pictures("test_aug", res, resize, 0)
     requests = (make_request(samples, pictures, part, 0) for part in chunks(np.arange(count) % 64, BATCH))
     if settings is None:
-        return torch_cpu.batches(samples, requests, res, "bicubic", 0)
+        return torch_cpu.batches(samples, requests, res, resize, 0)
     from fixres_dist.data import dali
 
     # Two passes on the CPU as well: the question is the decoder's pixels, not the rounding between passes.

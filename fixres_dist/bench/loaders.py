@@ -112,7 +112,7 @@ def batches(
 
         loaded = dali.batches(samples, requests, res, resize, dali.Settings(BATCH, workers))
     else:
-        loaded = torch_cpu.batches(samples, requests, res, resize.interpolation, workers)
+        loaded = torch_cpu.batches(samples, requests, res, resize, workers)
     spec = Preprocessing(MEAN, STD, 1.0, resize.interpolation)
     for batch in loaded:
         yield spec.normalised(batch.images) if loader == "torch normalised" else batch.images

@@ -9,9 +9,9 @@ from typing import Any, get_args
 
 from fixres_dist.base.commands import command
 from fixres_dist.base.errors import EXIT_DONE, EXIT_FAILED, UserError, check_output, unknown
-from fixres_dist.config import recipes
+from fixres_dist.config import reading, recipes
 from fixres_dist.config.schema import Data, ResizeRule, Transform
-from fixres_dist.data import dataset, geometry, shards
+from fixres_dist.data import dataset, shards
 from fixres_dist.data.progress import progress_bar
 from fixres_dist.data.requests import Pictures
 
@@ -48,6 +48,7 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument("--out", type=Path, required=True, metavar="DIR")
     p.add_argument("--transform", default="test", help=f"{', '.join(get_args(Transform))}; default: test")
     p.add_argument("--resize-rule", default="", help=f"{', '.join(get_args(ResizeRule))}; default: the model's recipe")
+    p.add_argument("--crop-pct", default="auto", metavar="C", help="data.crop_pct; default: the rule's")
     p.add_argument("--backend", default="auto", help="auto, dali or torch; default: auto")
     p.add_argument("--model", default="b0", help="its mean, std and interpolation; default: b0")
     p.add_argument("--seed", type=int, default=0, help="run.seed; default: 0")
@@ -160,8 +161,9 @@ def show_command(args: argparse.Namespace) -> int:
     data = recipe.get("data", {})
     spec = preprocessing(recipe["model"]["timm_name"])
     rule = args.resize_rule or data.get("resize_rule", "timm")
-    resize = geometry.resize_of(rule, args.res, spec.crop_pct, spec.interpolation)
-    settings = Data(res=args.res, backend=args.backend)
+    chosen_settings = {"res": args.res, "backend": args.backend, "resize_rule": rule, "crop_pct": args.crop_pct}
+    settings = reading.parse(Data, chosen_settings, "data")
+    resize = spec.resize(settings, args.res)
     pictures = Pictures(args.transform, args.res, resize, 2 * args.seed)  # the fixing stage's, see schedule.stages
     written = show.show(samples, pictures, chosen, args.epoch, settings, spec.mean, spec.std, args.out)
     names = ", ".join(path.name for path in written)

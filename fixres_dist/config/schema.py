@@ -41,6 +41,7 @@ class Data:
     root: str = ""  # directory with train/ and val/, a folder per class in each; or demo, the built-in example
     res: int = 224  # test resolution in pixels: the model is fixed for it, and evaluated at it
     resize_rule: ResizeRule = "timm"  # how an image becomes res x res, in tests and in training (docs/method.md)
+    crop_pct: float | Literal["auto"] = "auto"  # the crop's side over that of the scaled photograph; auto: the rule's
     train_transform: Transform = "test_aug"  # how the fixing stage augments an image
     backend: Literal["auto", "dali", "torch"] = "auto"  # decoder and resizer; auto: dali on a GPU, torch on a CPU
     on_bad: Literal["stop", "skip"] = "stop"  # a file that cannot be decoded: stop and name it, or do without it
@@ -54,6 +55,8 @@ class Data:
     def __post_init__(self) -> None:
         at_least(self, 32, "res")
         at_least(self, 0, "workers", "preallocate_width", "preallocate_height")
+        if self.crop_pct != "auto" and not 0.25 <= self.crop_pct <= 2:
+            raise UserError(f"crop_pct is {self.crop_pct}; accepted: auto, or 0.25 to 2, such as 0.875 (1: no margin).")
         if not 0 <= self.hw_decoder_load <= 1:
             raise UserError(f"hw_decoder_load is {self.hw_decoder_load}; accepted: 0 to 1.")
 

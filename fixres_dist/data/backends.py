@@ -29,11 +29,19 @@ class HasSkipped(Protocol):
 AnyBatch = TypeVar("AnyBatch", bound=HasSkipped)
 
 
-def choose(setting: str, device: torch.device) -> tuple[str, str]:
+NOT_IN_DALI = ("box", "hamming")  # of geometry.INTERPOLATIONS
+
+
+def choose(setting: str, device: torch.device, interpolation: str = "bicubic") -> tuple[str, str]:
     """(backend, why). On a CPU torch needs a third to three quarters of DALI's CPU time (bench data)."""
+    name, why = ("dali", "decoding on the GPU") if device.type == "cuda" else ("torch", "the faster one on a CPU")
     if setting != "auto":
-        return setting, f"data.backend={setting}"
-    return ("dali", "decoding on the GPU") if device.type == "cuda" else ("torch", "the faster one on a CPU")
+        name, why = setting, f"data.backend={setting}"
+    return (
+        ("torch", f"DALI has no {interpolation} filter")
+        if name == "dali" and interpolation in NOT_IN_DALI
+        else (name, why)
+    )
 
 
 def worker_count(setting: int | str, local_size: int) -> int:
@@ -64,7 +72,7 @@ def batches(
     A file that cannot be decoded has no row in its batch. With `data.on_bad: stop` it raises a UserError that names it;
     with `skip` it is reported to `on_skip`.
     """
-    name, _ = choose(settings.backend, device)
+    name, _ = choose(settings.backend, device, resize.interpolation)
     if name == "dali":
         from fixres_dist.data import dali  # takes seconds to import
 
@@ -75,7 +83,7 @@ def batches(
     else:
         from fixres_dist.data import torch_cpu  # takes seconds to compile
 
-        made = torch_cpu.batches(index, requests, res, resize.interpolation, workers)
+        made = torch_cpu.batches(index, requests, res, resize, workers)
     return checked(index, made, settings.on_bad, on_skip)
 
 

@@ -30,7 +30,7 @@ from fixres_dist.data.index import Index
 from fixres_dist.data.requests import Request
 
 READ_AHEAD = 2  # requests being read beyond those in the pipeline
-INTERPOLATION = {"bilinear": types.INTERP_LINEAR, "bicubic": types.INTERP_CUBIC}
+INTERPOLATION = {"bilinear": types.INTERP_LINEAR, "bicubic": types.INTERP_CUBIC, "lanczos": types.INTERP_LANCZOS3}
 BLACK_PIXEL = np.frombuffer(b"P6 1 1 255\n\0\0\0", np.uint8)  # for a request without pictures: no batch may be empty
 
 
@@ -62,8 +62,8 @@ def geometry(views: list[View], res: int, resize: Resize, two_passes: bool) -> d
     `anchor`, `shape`: the box in source pixels. `size1`, `start1`, `end1`: output size of the scaling and the region of
     its input that it scales; `size2`, `start2`, `end2`: those of a second pass (without one, the first scales both
     axes).
-    `place`: where the res x res window starts in the scaled region, below zero for black; only where a window can leave
-    it.
+    `place`: where the res x res window starts in the scaled region, below zero for a border; only where a window can
+    leave it.
     """
     rows = [window(view, res, two_passes) for view in views]
     names = [
@@ -74,7 +74,7 @@ def geometry(views: list[View], res: int, resize: Resize, two_passes: bool) -> d
         "end1",
     ]  # no others: DALI warns of inputs that the graph does not use
     names += ["size2", "start2", "end2"] if two_passes else []
-    names += ["place"] if resize.by_height else []
+    names += ["place"] if resize.leaves(res) else []
     whole = ("anchor", "shape", "place")
     return {name: np.array([row[name] for row in rows], np.int32 if name in whole else np.float32) for name in names}
 
@@ -140,8 +140,9 @@ def build(
         x = fn.resize(x, size=g["size1"], roi_start=g["start1"], roi_end=g["end1"], **how)
         if two_passes:
             x = fn.resize(x, size=g["size2"], roi_start=g["start2"], roi_end=g["end2"], **how)
-        if resize.by_height:  # only then can a window leave the image
-            x = fn.slice(x, g["place"], (res, res), axes=(0, 1), out_of_bounds_policy="pad", fill_values=0)
+        if resize.leaves(res):
+            fill = [float(value) for value in resize.fill]
+            x = fn.slice(x, g["place"], (res, res), axes=(0, 1), out_of_bounds_policy="pad", fill_values=fill)
         pipe.set_outputs(x)
     pipe.build()
     return pipe

@@ -18,18 +18,40 @@ DRAWS = 27  # flip, 3 jitter, shift, 10 x (area, ratio), y, x
 ATTEMPTS = 10  # of random_resized_crop before it falls back to the centre, as in torchvision
 
 
+INTERPOLATIONS = ("bilinear", "bicubic", "lanczos", "box", "hamming")  # Pillow's antialiased filters, by timm's names
+BLACK = (0, 0, 0)
+SIDES = {  # the side that Resize.size is the length of, in words
+    "shorter": "the shorter side is scaled",
+    "height": "the **height** is scaled",  # as in the original repository
+    "both": "both sides are scaled",  # timm's crop_mode squash: the aspect ratio changes
+    "longer": "the longer side is scaled",  # timm's crop_mode border
+}
+
+
 class Resize(NamedTuple):
     """How a whole photograph is scaled before its crop is taken."""
 
     size: int  # pixels of the scaled side
-    by_height: bool  # that side is the height, as in the original repository; otherwise the shorter side
-    interpolation: str  # bilinear | bicubic, antialiased
+    side: str  # which side that is: a key of SIDES
+    interpolation: str  # one of INTERPOLATIONS
+    fill: tuple[int, int, int] = BLACK  # where the crop leaves the scaled photograph
+
+    def leaves(self, res: int) -> bool:
+        """Whether a crop of `res` px can leave the scaled photograph."""
+        return self.side in ("height", "longer") or self.size < res
+
+    def described(self, res: int) -> str:
+        """In a sentence of the model card."""
+        scaled = f"{SIDES[self.side]} to {self.size} px, {self.interpolation}"
+        around = "black" if self.fill == BLACK else f"in the colour {', '.join(map(str, self.fill))}"
+        bars = f", with bars {around} where the photograph is smaller" if self.leaves(res) else ""
+        return f"{scaled}, and the centre {res} x {res} is cut{bars}"
 
 
 class View(NamedTuple):
     """One picture of one sample: cut `box` from the photograph, scale it to `size`, crop at `offset`, flip, jitter.
 
-    The part of the window outside the scaled photograph is black (only with `fixres_height`).
+    The part of the window outside the scaled photograph has the colour Resize.fill.
     """
 
     flip: bool
@@ -48,16 +70,7 @@ class Rule(NamedTuple):
 
     crop_pct: float | None  # the crop's side over the scaled side
     interpolation: str | None
-    by_height: bool = False
-
-    def described(self, res: int) -> str:
-        """What the rule does at test resolution `res`, in a sentence of the model card."""
-        if self.crop_pct is None:
-            return f"the model's own crop_pct and interpolation at {res} px"
-        side = "**height**" if self.by_height else "shorter side"
-        scaled = f"the {side} is scaled to {math.floor(res / self.crop_pct)} px, {self.interpolation}"
-        bars = ", with black bars where a portrait is narrower" if self.by_height else ""
-        return f"{scaled}, and the centre {res} x {res} is cut{bars}"
+    side: str | None = "shorter"
 
 
 RULES = {
@@ -65,26 +78,34 @@ RULES = {
     # by the authors' benchmark script.
     "fixefficientnet": Rule(1.0, "bicubic"),
     "fixres": Rule(224 / 256, "bilinear"),  # the FixRes paper (arXiv 1906.06423)
-    "fixres_height": Rule(224 / 256, "bilinear", by_height=True),  # the Resize of the paper's code
-    "timm": Rule(None, None),
+    "fixres_height": Rule(224 / 256, "bilinear", "height"),  # the Resize of the paper's code
+    "timm": Rule(None, None, None),
 }
 
 
-def resize_of(rule: str, res: int, crop_pct: float, interpolation: str) -> Resize:
-    """The resize of data.resize_rule at test resolution `res`; `crop_pct` and `interpolation`: the model's own."""
+def resize_of(
+    rule: str, res: int, crop_pct: float, interpolation: str, side: str = "shorter", fill: tuple[int, int, int] = BLACK
+) -> Resize:
+    """The resize of data.resize_rule at test resolution `res`; all else is the model's own, for the rule `timm`."""
     chosen = RULES[rule]
     size = math.floor(res / (chosen.crop_pct or crop_pct))
-    return Resize(size, chosen.by_height, chosen.interpolation or interpolation)
+    colour = BLACK if chosen.side else fill
+    return Resize(size, chosen.side or side, chosen.interpolation or interpolation, colour)
 
 
 def scaled(height: int, width: int, resize: Resize) -> tuple[int, int]:
-    """Height and width in pixels after scaling; the longer side is rounded down, as in torchvision."""
-    base = height if resize.by_height else min(height, width)
+    """Height and width in pixels after scaling, rounded as torchvision's Resize and timm's ResizeKeepRatio round."""
+    if resize.side == "both":
+        return resize.size, resize.size
+    if resize.side == "longer":
+        ratio = max(height, width) / resize.size
+        return max(1, round(height / ratio)), max(1, round(width / ratio))
+    base = height if resize.side == "height" else min(height, width)
     return max(1, resize.size * height // base), max(1, resize.size * width // base)
 
 
 def centre(outer: int, inner: int) -> int:
-    """Start of a centred window: torchvision's rounding (half to even); an odd black border is smaller in front."""
+    """Start of a centred window: torchvision's rounding (half to even); an odd border is smaller in front."""
     return round((outer - inner) / 2) if outer >= inner else -((inner - outer) // 2)
 
 

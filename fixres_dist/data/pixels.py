@@ -22,6 +22,9 @@ from numba import njit
 from numpy.typing import NDArray
 
 WEIGHT_BITS = 22  # Pillow's PRECISION_BITS
+# Interpolation -> (the number of its filter, how far it reaches): Pillow's antialiased filters, by timm's names.
+FILTERS = {"box": (0, 0.5), "bilinear": (1, 1.0), "bicubic": (2, 2.0), "hamming": (3, 1.0), "lanczos": (4, 3.0)}
+HAMMING = (float(np.float32(0.54)), float(np.float32(0.46)))  # Pillow has them in single precision
 HALF = 1 << (WEIGHT_BITS - 1)
 BAND = 64  # rows that are transposed together: as many as fit into the L1 and L2 caches
 
@@ -43,11 +46,11 @@ def resize(
 ) -> torch.Tensor:
     """Scale uint8 [3, height, width] to `size`, and return only `lines` (rows, columns) of the result.
 
-    `interpolation` is bilinear or bicubic. One axis after the other, rounded to 8 bits in between. The result is uint8
+    `interpolation` is one of FILTERS. One axis after the other, rounded to 8 bits in between. The result is uint8
     [3, rows, columns], channels last in memory.
     """
     pixels = image.permute(1, 2, 0).numpy()
-    rows, columns = (filter_taps(pixels.shape[k], size[k], lines[k], interpolation == "bicubic") for k in (0, 1))
+    rows, columns = (filter_taps(pixels.shape[k], size[k], lines[k], interpolation) for k in (0, 1))
     pixels = pixels[rows.first : rows.end, columns.first : columns.end]
     pixels = (
         scaled_width(scaled_height(pixels, rows), columns)
@@ -63,12 +66,13 @@ def jitter(image: torch.Tensor, factors: tuple[float, float, float]) -> None:
         adjust(image.permute(1, 2, 0).numpy(), *factors)
 
 
-def filter_taps(length: int, size: int, lines: range, cubic: bool) -> Taps:
+def filter_taps(length: int, size: int, lines: range, interpolation: str) -> Taps:
     """The taps of `lines` when `length` lines are scaled to `size`, in Pillow's arithmetic."""
-    radius = (2.0 if cubic else 1.0) * max(length / size, 1.0)
+    number, support = FILTERS[interpolation]
+    radius = support * max(length / size, 1.0)
     begin = np.empty(len(lines), np.int64)
     weights = np.zeros((len(lines), 2 * math.ceil(radius) + 1), np.int32)
-    end = fill_taps(length, size, lines.start, cubic, begin, weights, np.empty(weights.shape[1]))
+    end = fill_taps(length, size, lines.start, number, radius, begin, weights, np.empty(weights.shape[1]))
     first = int(begin[0])
     return Taps(first, end, begin - first, weights)
 
@@ -94,12 +98,34 @@ def compiled(signature: str) -> Callable[[Function], Function]:
     return decorator
 
 
-@compiled("int64(int64, int64, int64, boolean, int64[::1], int32[:, ::1], float64[::1])")
-def fill_taps(length: int, size: int, start: int, cubic: bool, begin: Any, weights: Any, values: Any) -> int:
+@compiled("float64(int64, float64)")
+def filter_value(number: int, x: float) -> float:
+    """Pillow's filter of that number in FILTERS at `x`, in lines of the larger picture."""
+    if number == 0:
+        return 1.0 if -0.5 < x <= 0.5 else 0.0
+    x = -x if x < 0.0 else x
+    if number == 1:
+        return 1.0 - x if x < 1.0 else 0.0
+    if number == 2:  # Keys' cubic with a = -1/2
+        if x < 1.0:
+            return (1.5 * x - 2.5) * x * x + 1.0
+        return (((x - 5.0) * x + 8.0) * x - 4.0) * -0.5 if x < 2.0 else 0.0
+    if number == 3:
+        if x == 0.0 or x >= 1.0:
+            return 1.0 if x == 0.0 else 0.0
+        return math.sin(x * math.pi) / (x * math.pi) * (HAMMING[0] + HAMMING[1] * math.cos(x * math.pi))
+    if x == 0.0 or x >= 3.0:
+        return 1.0 if x == 0.0 else 0.0
+    return math.sin(x * math.pi) / (x * math.pi) * (math.sin(x / 3.0 * math.pi) / (x / 3.0 * math.pi))
+
+
+@compiled("int64(int64, int64, int64, int64, float64, int64[::1], int32[:, ::1], float64[::1])")
+def fill_taps(
+    length: int, size: int, start: int, number: int, radius: float, begin: Any, weights: Any, values: Any
+) -> int:
     """Fill in where each line from `start` on begins to read, and its weights; returns the end of what they read."""
     scale = length / size
     stretch = scale if scale > 1.0 else 1.0
-    radius = (2.0 if cubic else 1.0) * stretch
     end = 0
     for k in range(len(begin)):
         centre = (start + k + 0.5) * scale
@@ -109,15 +135,7 @@ def fill_taps(length: int, size: int, start: int, cubic: bool, begin: Any, weigh
         end = end if end < length else length
         total = 0.0
         for t in range(end - first):
-            x = (first + t - centre + 0.5) * (1.0 / stretch)
-            x = -x if x < 0.0 else x
-            values[t] = 0.0
-            if not cubic:
-                values[t] = 1.0 - x if x < 1.0 else 0.0
-            elif x < 1.0:  # Keys' cubic with a = -1/2
-                values[t] = (1.5 * x - 2.5) * x * x + 1.0
-            elif x < 2.0:
-                values[t] = (((x - 5.0) * x + 8.0) * x - 4.0) * -0.5
+            values[t] = filter_value(number, (first + t - centre + 0.5) * (1.0 / stretch))
             total += values[t]
         for t in range(end - first):
             weight = values[t] / total * (1 << WEIGHT_BITS)

@@ -22,24 +22,24 @@ from fixres_dist.base.memory import release_freed_memory
 from fixres_dist.base.signals import ignore_stop_signals
 from fixres_dist.data import pixels
 from fixres_dist.data.decoding import Bad, Batch, Undecodable, load, rows
-from fixres_dist.data.geometry import View, vertical_first
+from fixres_dist.data.geometry import Resize, View, vertical_first
 from fixres_dist.data.index import Index
 from fixres_dist.data.requests import Request
 
 PR_SET_PDEATHSIG = 1
 
 
-def draw(image: torch.Tensor, view: View, interpolation: str, canvas: torch.Tensor) -> None:
+def draw(image: torch.Tensor, view: View, resize: Resize, canvas: torch.Tensor) -> None:
     """One view of a decoded image, on `canvas`: uint8 [3, res, res], channels last in memory."""
     res = canvas.shape[-1]
     y, x, h, w = view.box
     lines = [range(max(0, start), min(size, start + res)) for size, start in zip(view.size, view.offset, strict=True)]
-    shown = pixels.resize(image[:, y : y + h, x : x + w], view.size, lines, vertical_first(view), interpolation)
+    shown = pixels.resize(image[:, y : y + h, x : x + w], view.size, lines, vertical_first(view), resize.interpolation)
     top, left = (max(0, -offset) for offset in view.offset)
     if view.flip:
         shown, left = shown.flip(-1), res - left - shown.shape[2]
     if shown.shape != canvas.shape:
-        canvas.zero_()  # black where the window leaves the image
+        canvas.copy_(torch.tensor(resize.fill, dtype=torch.uint8).view(3, 1, 1))  # where the window leaves the image
     canvas[:, top : top + shown.shape[1], left : left + shown.shape[2]] = shown
     pixels.jitter(canvas, view.jitter)
 
@@ -47,8 +47,8 @@ def draw(image: torch.Tensor, view: View, interpolation: str, canvas: torch.Tens
 class Batches(Dataset[Batch]):
     """A data set whose indices are requests and whose items are batches: a worker makes a whole batch."""
 
-    def __init__(self, index: Index, res: int, interpolation: str) -> None:
-        self.index, self.res, self.interpolation = index, res, interpolation
+    def __init__(self, index: Index, res: int, resize: Resize) -> None:
+        self.index, self.res, self.resize = index, res, resize
 
     def __getitem__(self, request: Request) -> Batch:
         images = empty_batch(len(request.samples), self.res)
@@ -56,7 +56,7 @@ class Batches(Dataset[Batch]):
         bad: list[Bad] = []
         for row, (sample, view) in enumerate(zip(request.samples.tolist(), request.views, strict=True)):
             try:
-                draw(load(self.index, sample), view, self.interpolation, images[len(good)])
+                draw(load(self.index, sample), view, self.resize, images[len(good)])
                 good.append(row)
             except Undecodable as error:
                 bad.append(Bad(sample, str(error)))
@@ -86,12 +86,12 @@ def start_worker(_: int) -> None:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-def batches(index: Index, requests: Iterable[Request], res: int, interpolation: str, workers: int) -> Iterator[Batch]:
+def batches(index: Index, requests: Iterable[Request], res: int, resize: Resize, workers: int) -> Iterator[Batch]:
     """The batch of every request, in their order, `workers` processes ahead of the caller."""
     if workers:
         release_freed_memory()
     loader = DataLoader(
-        Batches(index, res, interpolation),
+        Batches(index, res, resize),
         batch_size=None,
         sampler=requests,
         num_workers=workers,

@@ -11,14 +11,15 @@ from fixres_dist.data.requests import Pictures, every_sample
 
 BATCH = 64
 RES = 32  # small: next to decoding it costs little
+RESIZE = Resize(RES, "shorter", "bilinear")
 
 
 def verify(index: Index, workers: int, progress: Progress | None = None) -> list[Bad]:
     """Every sample of `index` that cannot be decoded, with the reason, in order."""
     found: list[Bad] = []
     done = 0
-    requests = every_sample(index, Pictures("test", RES, Resize(RES, False, "bilinear"), 0), BATCH, 0, 1)
-    for batch in torch_cpu.batches(index, requests, RES, "bilinear", max(1, workers)):
+    requests = every_sample(index, Pictures("test", RES, RESIZE, 0), BATCH, 0, 1)
+    for batch in torch_cpu.batches(index, requests, RES, RESIZE, max(1, workers)):
         found += batch.skipped
         done += len(batch.samples) + len(batch.skipped)
         if progress:

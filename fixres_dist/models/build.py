@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,10 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from fixres_dist.base.errors import UserError, unknown
+from fixres_dist.config.schema import Data
+from fixres_dist.data import geometry
+
+CROP_MODES = {"center": "shorter", "squash": "both", "border": "longer"}  # timm's -> the side that is scaled
 
 
 @dataclass(frozen=True)
@@ -23,8 +28,30 @@ class Preprocessing:
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     crop_pct: float
-    interpolation: str  # bilinear | bicubic
+    interpolation: str  # one of geometry.INTERPOLATIONS
     train_res: int = 224  # resolution that the weights were trained at, in pixels
+    crop_mode: str = "center"  # a key of CROP_MODES
+    test_res: int | None = None  # resolution that timm tests the weights at, where that is another one
+    test_crop_pct: float | None = None  # crop_pct of that test
+
+    def crop_pct_at(self, data: Data, res: int) -> float:
+        """The side of a crop of `res` px over that of the scaled photograph under the settings `data`.
+
+        The rule `timm`, as timm evaluates the weights: test_crop_pct, where there is one, above their own resolution (or
+        at any, where timm names no larger one to test at), else crop_pct.
+        """
+        if data.crop_pct != "auto":
+            return data.crop_pct
+        tested = res > self.train_res or (self.test_res or 0) <= self.train_res
+        own = self.test_crop_pct if self.test_crop_pct and tested else self.crop_pct
+        return geometry.RULES[data.resize_rule].crop_pct or own
+
+    def resize(self, data: Data, res: int) -> geometry.Resize:
+        """How a photograph is scaled for pictures of `res` px under the settings `data`."""
+        side = CROP_MODES[self.crop_mode]
+        red, green, blue = (round(255 * value) for value in self.mean) if side == "longer" else geometry.BLACK
+        found = geometry.resize_of(data.resize_rule, res, 1.0, self.interpolation, side, (red, green, blue))
+        return found._replace(size=math.floor(res / self.crop_pct_at(data, res)))
 
     def normalised(self, images: torch.Tensor) -> torch.Tensor:
         """fp32 [n, 3, h, w] of uint8 [n, 3, h, w]: minus the mean, over the standard deviation; keeps the memory format."""
@@ -52,8 +79,23 @@ def preprocessing(timm_name: str) -> Preprocessing:
     """Of the weights that timm knows by this name; timm's defaults for an architecture without weights."""
     cfg = pretrained_cfg(timm_name)
     found = timm.data.resolve_data_config(pretrained_cfg=cfg.to_dict() if cfg else {})
-    mode = found["interpolation"] if found["interpolation"] in ("bilinear", "bicubic") else "bicubic"
-    return Preprocessing(tuple(found["mean"]), tuple(found["std"]), found["crop_pct"], mode, found["input_size"][-1])
+    if (channels := found["input_size"][0]) != 3:
+        raise UserError(
+            f"{timm_name} takes pictures of {channels} channels; accepted: models of RGB pictures (3 channels)."
+        )
+    for what, accepted in (("interpolation", geometry.INTERPOLATIONS), ("crop_mode", CROP_MODES)):
+        if found[what] not in accepted:
+            raise unknown(f"{what} in timm's settings of {timm_name}", found[what], accepted)
+    return Preprocessing(
+        mean=tuple(found["mean"]),
+        std=tuple(found["std"]),
+        crop_pct=found["crop_pct"],
+        interpolation=found["interpolation"],
+        train_res=min(found["input_size"][1:]),
+        crop_mode=found["crop_mode"],
+        test_res=min(cfg.test_input_size[1:]) if cfg and cfg.test_input_size else None,
+        test_crop_pct=cfg.test_crop_pct if cfg else None,
+    )
 
 
 # timm has weights for the largest ResNeXt of the FixRes paper's Figure 1 (arXiv 1906.06423) and no builder for them; its

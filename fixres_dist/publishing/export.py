@@ -11,8 +11,7 @@ from torch import nn
 from fixres_dist.base.errors import UserError, first_line
 from fixres_dist.base.files import whole
 from fixres_dist.config.schema import Config
-from fixres_dist.data import geometry
-from fixres_dist.models.build import preprocessing, pretrained_cfg
+from fixres_dist.models.build import CROP_MODES, preprocessing, pretrained_cfg
 
 ONNX_TOLERANCE = 1e-4  # relative to the largest logit; rounding alone stays below 1e-5
 HUB_FILES = ("README.md", "config.json", "model.safetensors")
@@ -21,20 +20,20 @@ HUB_FILES = ("README.md", "config.json", "model.safetensors")
 def timm_transform(config: Config, res: int) -> tuple[dict[str, Any], bool]:
     """(timm's settings for this evaluation, whether timm then makes the same picture).
 
-    timm scales the shorter side to floor(input_size / crop_pct) and cuts the centre: every rule but `fixres_height`,
-    for which these are the settings of `fixres`.
+    timm scales to floor(input_size / crop_pct) and cuts the centre: every rule but `fixres_height`, for which these are
+    the settings of `fixres`.
     """
-    spec, rule = preprocessing(config.model.timm_name), config.data.resize_rule
-    resize = geometry.resize_of(rule, res, spec.crop_pct, spec.interpolation)
+    spec = preprocessing(config.model.timm_name)
+    resize = spec.resize(config.data, res)
     settings = {
         "input_size": (3, res, res),
-        "crop_pct": geometry.RULES[rule].crop_pct or spec.crop_pct,
-        "crop_mode": "center",
+        "crop_pct": spec.crop_pct_at(config.data, res),
+        "crop_mode": next((mode for mode, side in CROP_MODES.items() if side == resize.side), "center"),
         "interpolation": resize.interpolation,
         "mean": spec.mean,
         "std": spec.std,
     }
-    return settings, not resize.by_height
+    return settings, resize.side != "height"
 
 
 def write_config(model: nn.Module, file: Path, config: Config, res: int, classes: list[str]) -> None:
@@ -43,8 +42,9 @@ def write_config(model: nn.Module, file: Path, config: Config, res: int, classes
     from timm.models._hub import save_config_for_hf
 
     own: Any = model
-    stale = ("tag", "test_input_size", "test_crop_pct", "pool_size", "test_pool_size")  # of the starting weights
+    stale = ("tag", "pool_size", "test_pool_size")  # of the starting weights
     settings, _ = timm_transform(config, res)
+    settings |= {"test_input_size": settings["input_size"], "test_crop_pct": settings["crop_pct"]}
     own.pretrained_cfg = {**own.pretrained_cfg, **dict.fromkeys(stale), **settings, "num_classes": len(classes)}
     own.pretrained_cfg["license"] = licence(config)
     with whole(file) as part:

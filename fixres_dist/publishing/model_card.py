@@ -1,4 +1,4 @@
-"""The model card: a README.md in the form of the hub, with the numbers of results.json. No torch."""
+"""The model card: a README.md in the form of the hub, with the numbers of results.json. No torch at import."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 from fixres_dist.base.commands import command
 from fixres_dist.base.text import markdown_table
 from fixres_dist.config.schema import Config
-from fixres_dist.data import class_maps, geometry
+from fixres_dist.data import class_maps
 from fixres_dist.runs.results import Accuracy, BeforeAfter, Results
 from fixres_dist.runs.rundir import RunDir
 
@@ -98,7 +98,10 @@ def row(line: BeforeAfter) -> list[object]:
 def text(run: RunDir, files: list[str], licence: str | None, alpha: float = 1.0) -> str:
     """The card for a finished run's exported `files`; `licence` is that of the starting weights, where timm knows it."""
     config, results = run.config(), Results.read(run)
-    classes, rule = len(class_maps.trained_classes(config, run.root, "val")), geometry.RULES[results.resize_rule]
+    from fixres_dist.models.build import preprocessing
+
+    classes = len(class_maps.trained_classes(config, run.root, "val"))
+    resize = preprocessing(results.timm_name).resize(config.data, results.res)
     name, exported = f"{config.model.name} fixed at {results.res} px", of_exported(run, results, alpha)
     table = f"Not measured: `{command('interpolate', '--run', run.root, '--alpha', f'0,{alpha:g},1')}` does."
     if exported:
@@ -117,7 +120,7 @@ def text(run: RunDir, files: list[str], licence: str | None, alpha: float = 1.0)
         start=start,
         alpha="" if alpha == 1 else mixed,
         table=table,
-        rule=rule.described(results.res) + (BY_HEIGHT if rule.by_height else ""),
+        rule=resize.described(results.res) + (BY_HEIGHT if resize.side == "height" else ""),
         use=(USE if weights else USE_ONNX).format(timm_name=results.timm_name, classes=classes, file=weights),
         files=", ".join(f"`{file}`" for file in files),
         command=run.submit_command(),

@@ -55,7 +55,7 @@ class Session:
         return self.splits["val"]
 
     def resize(self, res: int) -> geometry.Resize:
-        return geometry.resize_of(self.config.data.resize_rule, res, self.spec.crop_pct, self.spec.interpolation)
+        return self.spec.resize(self.config.data, res)
 
     def batch_per_device(self, res: int) -> int:
         """Images of one forward pass of a rank at `res` pixels; on a GPU no more than its kernels can index."""

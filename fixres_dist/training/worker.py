@@ -114,5 +114,6 @@ def begin(run: RunDir, session: Session, total_steps: int) -> None:
     saved = max(0, run.saved_step())
     for file in (run.root / "samples").glob("rank_*.jsonl"):
         keep_lines(file, lambda line: line["step"] < saved)
-    backend, why = backends.choose(session.config.data.backend, session.ranks.device)
+    interpolation = session.resize(session.config.data.res).interpolation
+    backend, why = backends.choose(session.config.data.backend, session.ranks.device, interpolation)
     print(f"decoding with {backend}: {why}", flush=True)

@@ -57,8 +57,8 @@ def test_as_coded_is_the_original_protocol(tmp_path: Path) -> None:
     optimizer = torch.optim.SGD(model.parameters(), lr=8.0 * 0.4 * 6 / 512, momentum=0.9, weight_decay=1e-4)
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, step_size=30)
     found = dataset.load(data, "train", str(tmp_path))
-    pictures = Pictures("test", 64, geometry.Resize(int(256 / 224 * 64), True, "bilinear"), 0)
-    (batch,) = torch_cpu.batches(found, every_sample(found, pictures, 12, 0, 1), 64, "bilinear", workers=0)
+    pictures = Pictures("test", 64, geometry.Resize(int(256 / 224 * 64), "height", "bilinear"), 0)
+    (batch,) = torch_cpu.batches(found, every_sample(found, pictures, 12, 0, 1), 64, pictures.resize, workers=0)
     mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
     images = (batch.images / 255 - mean) / std
     losses = []

@@ -19,7 +19,7 @@ from fixres_dist.data import dataset, geometry, requests, torch_cpu
 photos = dataset.load(Path(sys.argv[1]), "val")
 pictures = requests.Pictures("test", 32, geometry.resize_of("fixres", 32, 1.0, "bilinear"), 0)
 endless = (requests.make_request(photos, pictures, np.array([k % len(photos)]), 0) for k in range(10**9))
-batches = torch_cpu.batches(photos, endless, 32, "bilinear", 2)
+batches = torch_cpu.batches(photos, endless, 32, pictures.resize, 2)
 for _ in sys.stdin:
     numbers = [int(next(batches).samples[0]) for _ in range(12)]
     print(*[worker.pid for worker in batches._workers], numbers[0], flush=True)

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import timm
 import torch
 from PIL import Image
 from support import pictures as p
 
-from fixres_dist.data import dali, dataset, pixels
+from fixres_dist.config.schema import Data
+from fixres_dist.data import backends, dali, dataset, geometry, pixels
 from fixres_dist.data.index import Index
-from fixres_dist.data.requests import make_request
+from fixres_dist.data.requests import Pictures, make_request
+from fixres_dist.models.build import preprocessing
 
 RULES = ("fixefficientnet", "fixres", "fixres_height", "timm")
 # 108 photographs; every rule and transform at 224, fewer at the larger sizes, where a picture takes PIL 30 ms.
@@ -49,6 +54,71 @@ def test_same_pictures_as_pil_and_torchvision(samples: Index, res: int, rule: st
         difference = np.abs(p.pixels(batches) - want)
         assert difference.mean() <= mean, name
         assert difference.max() <= largest, name
+
+
+TIMM = [  # (name, px, whether timm tests its weights there, the setting of timm's that this name is here for)
+    ("convnext_tiny.fb_in22k_ft_in1k_384", 384, False, {"crop_mode": "squash", "crop_pct": 1.0}),
+    ("convnextv2_nano.fcmae_ft_in22k_in1k", 288, True, {"crop_mode": "center", "crop_pct": 1.0}),
+    (
+        "eva02_tiny_patch14_336.mim_in22k_ft_in1k",
+        336,
+        False,
+        {"crop_mode": "center", "mean": (0.48145466, 0.4578275, 0.40821073)},
+    ),
+    ("deepseek_vit_412m.deepseek_v4_flash_vision_exp", 392, False, {"crop_mode": "border", "mean": (0.5, 0.5, 0.5)}),
+    ("volo_d4_448.sail_in1k", 448, False, {"crop_mode": "center", "crop_pct": 1.15}),
+    ("resnet50.a1_in1k", 224, False, {"crop_pct": 0.95}),
+    ("resnet50.a1_in1k", 288, True, {"crop_pct": 1.0}),
+    ("fasternet_t0.in1k", 224, True, {"crop_pct": 0.9}),
+    ("resnet18.tv_in1k", 224, False, {"interpolation": "bilinear", "crop_pct": 0.875}),
+]
+
+
+@pytest.mark.parametrize(("name", "res", "tested", "wanted"), TIMM)
+def test_the_rule_timm_is_timms_evaluation(
+    samples: Index, name: str, res: int, tested: bool, wanted: dict[str, Any]
+) -> None:
+    """Photographs of nine shapes as `timm.data.create_transform` evaluates the weights, before it normalises."""
+    cfg = timm.get_pretrained_cfg(name).to_dict()
+    theirs = timm.data.resolve_data_config({}, pretrained_cfg=cfg, use_test_size=tested)
+    assert theirs["input_size"] == (3, res, res)
+    assert {key: theirs[key] for key in wanted} == wanted
+    transform = timm.data.create_transform(**theirs, is_training=False, normalize=False)
+    spec = preprocessing(name)
+    assert (spec.mean, spec.std) == (theirs["mean"], theirs["std"])
+    pictures = Pictures("test", res, spec.resize(Data(resize_rule="timm"), res), 0)
+    request = make_request(samples, pictures, np.arange(len(p.SIZES)), 0)
+    want = []
+    for sample in request.samples:
+        with Image.open(io.BytesIO(samples.read(sample).tobytes())) as image:
+            want.append(transform(image.convert("RGB")).permute(1, 2, 0).numpy().astype(np.int16))
+    for batches, mean, largest in (
+        (p.torch_batches(samples, [request], pictures), 0, 0),
+        (p.dali_batches(samples, [request], pictures), 0.25, 6),
+        (p.dali_batches(samples, [request], pictures, two_passes=True), 0.06, 6),
+    ):
+        difference = np.abs(p.pixels(batches) - np.stack(want))
+        assert difference.mean() <= mean
+        assert difference.max() <= largest
+
+
+@pytest.mark.parametrize("side", ["both", "longer"])
+@pytest.mark.parametrize("transform", ["test_flip", "test_aug", "random_resized_crop"])
+def test_training_pictures_of_squashed_and_bordered_photographs(samples: Index, side: str, transform: str) -> None:
+    resize = geometry.Resize(112, side, "lanczos", (127, 3, 250))
+    pictures = Pictures(transform, 96, resize, 3)
+    request = make_request(samples, pictures, np.arange(18), 2)
+    want = p.reference(samples, request, pictures)
+    assert np.abs(p.pixels(p.torch_batches(samples, [request], pictures)) - want).max() == 0
+    assert np.abs(p.pixels(p.dali_batches(samples, [request], pictures, two_passes=True)) - want).mean() < 0.1
+
+
+def test_dali_leaves_interpolations_that_it_has_not_to_torch() -> None:
+    assert {*dali.INTERPOLATION, *backends.NOT_IN_DALI} == set(geometry.INTERPOLATIONS) == set(pixels.FILTERS)
+    for device in (torch.device("cpu"), torch.device("cuda")):
+        assert backends.choose("dali", device, "hamming")[0] == "torch"
+        assert backends.choose("dali", device, "lanczos")[0] == "dali"
+    assert backends.choose("auto", torch.device("cuda"), "box") == ("torch", "DALI has no box filter")
 
 
 @pytest.mark.parametrize("transform", ["test_aug", "random_resized_crop"])

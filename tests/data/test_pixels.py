@@ -12,7 +12,7 @@ from support import pictures as p
 from fixres_dist.data import pixels
 from fixres_dist.data.geometry import View
 
-INTERPOLATIONS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
+INTERPOLATIONS = {name: Image.Resampling[name.upper()] for name in pixels.FILTERS}
 
 
 def tensor(image: NDArray[np.uint8]) -> torch.Tensor:

@@ -59,12 +59,15 @@ def write_folder(root: Path, count: int, classes: int = 2) -> Path:
     return root
 
 
-def expected(image: Image.Image, view: View, res: int, interpolation: str) -> Pixels:
+def expected(
+    image: Image.Image, view: View, res: int, interpolation: str, fill: tuple[int, int, int] = (0, 0, 0)
+) -> Pixels:
     """The view as PIL and torchvision's functional transforms make it: [res, res, 3]."""
     y, x, h, w = view.box
     image = image.convert("RGB").crop((x, y, x + w, y + h))
     image = F.resize(image, list(view.size), F.InterpolationMode(interpolation))
-    image = F.crop(image, *view.offset, res, res)
+    image = F.pad(image, [res], fill=fill)
+    image = F.crop(image, *(offset + res for offset in view.offset), res, res)
     image = F.hflip(image) if view.flip else image
     for adjust, factor in zip((F.adjust_brightness, F.adjust_contrast, F.adjust_saturation), view.jitter, strict=True):
         image = adjust(image, factor)
@@ -75,7 +78,7 @@ def reference(samples: Index, request: Request, pictures: Pictures) -> Pixels:
     made = []
     for sample, view in zip(request.samples.tolist(), request.views, strict=True):
         with Image.open(io.BytesIO(samples.read(sample).tobytes())) as image:
-            made.append(expected(image, view, pictures.res, pictures.resize.interpolation))
+            made.append(expected(image, view, pictures.res, pictures.resize.interpolation, pictures.resize.fill))
     return np.stack(made)
 
 
@@ -86,7 +89,7 @@ def pictures_of(
 
 
 def torch_batches(samples: Index, requests: list[Request], pictures: Pictures) -> list[Batch]:
-    return list(torch_cpu.batches(samples, requests, pictures.res, pictures.resize.interpolation, 0))
+    return list(torch_cpu.batches(samples, requests, pictures.res, pictures.resize, 0))
 
 
 def dali_batches(

@@ -347,7 +347,7 @@ def test_pictures_are_those_of_pil_and_torchvision(photos: Path, tmp_path: Path)
     found = dataset.load(photos, "train", str(tmp_path))
     resize = geometry.resize_of("fixefficientnet", 64, 0.875, "bicubic")
     requests = [make_request(found, Pictures("test", 64, resize, 0), torch.arange(84).numpy(), 0)]
-    (batch,) = torch_cpu.batches(found, requests, 64, "bicubic", workers=0)
+    (batch,) = torch_cpu.batches(found, requests, 64, resize, workers=0)
     worst, total = 0, 0.0
     for i in range(84):
         with Image.open(found.path(i)) as image:
