@@ -12,6 +12,7 @@ from collections.abc import Callable
 
 from fixres_dist.base.errors import EXIT_DONE, EXIT_FAILED, UserError
 from fixres_dist.base.files import owner
+from fixres_dist.base.locks import holder
 from fixres_dist.cli.arguments import add_runs_dir
 from fixres_dist.cluster import slurm, status
 from fixres_dist.runs.rundir import RunDir
@@ -40,10 +41,10 @@ def cancel(run: RunDir) -> int:
             raise UserError(f"scancel {job}: {answer.stderr.strip() if answer else 'no answer'}")
         left = wait(lambda: (now := slurm.queue([user])) is not None and job not in now)
     elif run.is_locked():
-        host, _, pid = (run.root / ".lock").read_text().strip().partition(" ")
+        host, pid = holder(run.root / ".lock")
         if host != socket.gethostname():
             raise UserError(f"{run.name} runs on {host}, outside of Slurm. Next: the same command there.")
-        os.kill(int(pid), signal.SIGTERM)  # its ranks agree on the signal
+        os.kill(pid, signal.SIGTERM)  # its ranks agree on the signal
         left = wait(lambda: not run.is_locked())
     else:
         print(f"{run.name} is {status.rows([run])[0].state}, so there is nothing to cancel")

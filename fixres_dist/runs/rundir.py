@@ -6,11 +6,8 @@ or appended to line by line, so a kill at any moment leaves it readable. No torc
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
 import shutil
-import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +15,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from fixres_dist.base import locks
 from fixres_dist.base.commands import command
 from fixres_dist.base.environment import environment, shipped
 from fixres_dist.base.errors import UserError
@@ -145,38 +143,20 @@ class RunDir:
 
     @contextmanager
     def lock(self, name: str = ".lock", wait_s: float = 0.0) -> Iterator[None]:
-        """Held by rank 0 while it works; the kernel drops it with the process, so a crash leaves nothing to clean.
+        """Held by rank 0 while it works, or by a submission; it ends with the process (base/locks.py).
 
-        The file holds the host and the process id, for `cancel`. Raises Locked after waiting `wait_s` seconds.
+        Raises Locked after waiting `wait_s` seconds.
         """
-        with open(self.root / name, "a+") as file:
-            # A forked loader worker outlives a killed parent by seconds and must not hold its lock meanwhile.
-            os.register_at_fork(after_in_child=file.close)
-            deadline = time.monotonic() + wait_s
-            while True:
-                try:
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    break
-                except OSError:
-                    if time.monotonic() > deadline:
-                        raise Locked(
-                            f"run {self.name} is being worked on by another process. Next: {self.command('status')}"
-                        ) from None
-                    time.sleep(0.2)
-            file.truncate(0)
-            file.write(f"{socket.gethostname()} {os.getpid()}\n")
-            file.flush()
-            yield
+        try:
+            with locks.lock(self.root / name, wait_s):
+                yield
+        except locks.Held as held:
+            raise Locked(
+                f"run {self.name} is being worked on by another process ({held}). Next: {self.command('status')}"
+            ) from None
 
     def is_locked(self) -> bool:
-        try:
-            with open(self.root / ".lock") as file:
-                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except FileNotFoundError:
-            return False
-        except OSError:
-            return True
-        return False
+        return locks.is_held(self.root / ".lock")
 
 
 def prepare(root: Path, config: Config, typed: str) -> RunDir:

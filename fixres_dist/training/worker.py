@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from fixres_dist.base.errors import EXIT_DONE, EXIT_FAILED, EXIT_USER, UserError
 from fixres_dist.base.files import no_room, write_text
 from fixres_dist.base.json_lines import keep_lines
+from fixres_dist.base.locks import STALE_S
 from fixres_dist.base.signals import StopFlag
 from fixres_dist.cluster import requeue, slurm
 from fixres_dist.config.schema import Config
@@ -25,7 +26,7 @@ from fixres_dist.training.session import Session, open_session
 from fixres_dist.training.stages import stages
 from fixres_dist.training.throughput import StartUp
 
-LOCK_WAIT_S = 60.0  # a lost node's lock outlives its job for a while on network file systems
+LOCK_WAIT_S = STALE_S + 30  # a lost node's lock outlives its job for a while on network file systems
 
 
 def train(folder: Path, flag: StopFlag | None = None) -> int:
