@@ -55,7 +55,7 @@ def compare(run: RunDir, config: Config) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         model = build_model(config.model.timm_name, len(classes))
         weights.fill(model, weights.read_state(after), str(after))
-        weights.write_weights(model, Path(folder) / "model.safetensors", config, res)
+        weights.write_weights(model, Path(folder) / "model.safetensors", config, res, classes)
         export.write_config(model, Path(folder) / "config.json", config, res, classes)
         predicted, labels = timms(folder, Path(config.data.root) / "val")
     hits = int((predicted == labels).sum())

@@ -18,8 +18,17 @@ REFUSED = (PermissionError, NotADirectoryError, IsADirectoryError, FileExistsErr
 class UserError(Exception):
     """A mistake the user can mend: one message with the value seen, what is accepted and the next command.
 
-    Commands print it without a traceback and exit with 2.
+    Commands print it without a traceback and exit with 2. What a file or a library said within it cannot steer the
+    terminal: characters that do not print are escaped.
     """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(printable(message))
+
+
+def printable(text: str) -> str:
+    """`text` with characters that do not print as their escapes, such as a terminal's; ends of lines stay."""
+    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode("ascii") for c in text)
 
 
 def exit_code(work: Callable[[], int]) -> int:

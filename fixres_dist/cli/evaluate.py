@@ -75,7 +75,7 @@ def evaluate_softmax(args: argparse.Namespace) -> int:
     data, classes = config.data, class_maps.trained_classes(config, args.run, args.split)
     root = dataset.folder(data.root, data.cache)
     index = dataset.load(root, args.split, data.cache, deny_list=data.deny_list, on_bad="skip")
-    columns = class_maps.class_map(index.classes, classes, index.folder)
+    index, columns = class_maps.fitted(index, classes, config, args.split)
     predictions = from_softmax(args.softmax, index, columns, len(classes))
     real = class_maps.real_labels(args.labels, index, len(classes)) if args.labels else None
     evaluation = measure(args.split, None, index, columns, classes, {"softmax": predictions}, real)

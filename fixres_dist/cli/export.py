@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
 
     classes = list(class_maps.trained_classes(config, run.root, "val"))
     starting = args.alpha != 1 and weights_before(run) is None
-    model = weights.open_model(config, len(classes), with_weights=starting)
+    model = weights.open_model(config, classes, with_weights=starting)
     state = weights.read_state(weights_after(run))
     if args.alpha != 1:
         state = interpolated(starting_state(run, model), state, args.alpha)
@@ -70,7 +70,7 @@ def run(args: argparse.Namespace) -> int:
             off = export.write_onnx(model, out / file, size)
             print(f"{out / file}: logits equal torch's to {off:.0e} of the largest")
         else:
-            weights.write_weights(model, out / file, config, size)
+            weights.write_weights(model, out / file, config, size, classes)
     export.write_config(model, out / "config.json", config, res, classes)
     there = sorted(file.name for file in out.glob("model*"))  # other formats too
     write_text(out / "README.md", model_card.text(run, there, export.licence(config), args.alpha))

@@ -42,7 +42,7 @@ def check_model(config: Config, recipe: Recipe) -> None:
     from fixres_dist.models.weights import open_model
 
     with torch.device("meta"):
-        model = open_model(config, plan.count(config).classes)
+        model = open_model(config, plan.classes(config))
     for stage in config.stage_settings():
         parts_of(model, stage.policy)
     if batch != "auto":

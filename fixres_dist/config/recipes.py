@@ -27,6 +27,7 @@ WEIGHTS = (*TIMM_WEIGHTS, "none")
 PATHS = {
     ("model", "weights"): WEIGHTS,
     ("data", "root"): ("demo",),
+    ("data", "class_map"): ("natural", "imagenet"),
     **dict.fromkeys([("data", "deny_list"), ("data", "cache"), ("run", "feature_cache")], ()),
 }
 # How many of classifier, last BN, conv_head, last block a policy trains; classifier+bn_stats: the BN's statistics too.
@@ -158,6 +159,10 @@ def check_classes(origin: str, own: int, wanted: int, new_classifier: bool) -> N
         raise UserError(
             f"{origin} classifies {own} classes, the data set has {wanted}: a new classifier has to be trained first. "
             "Next: add stage one, --preset own_classes (or pretrain.epochs=10 and the like)"
+            + (
+                f"; or if the folders are some of its classes: data.class_map=imagenet, or FILE with model.num_classes={own}"
+            )
+            * (own > wanted)
         )
 
 

@@ -30,6 +30,9 @@ class Model:
     name: str = ""  # recipe (b0 .. b8, l2, demo) or any timm model name
     timm_name: str = ""  # what timm builds; follows from name and weights
     weights: str = "pretrained"  # ns | ap | pretrained | none | a file (safetensors, or a plain torch state dict)
+    checkpoint_key: str = (
+        ""  # of a file with several models: entry or prefix, such as state_dict; empty: averaged first
+    )
     num_classes: int = 0  # 0: as many as the data set has
 
     def __post_init__(self) -> None:
@@ -42,6 +45,8 @@ class Data:
     res: int = 224  # test resolution in pixels: the model is fixed for it, and evaluated at it
     resize_rule: ResizeRule = "timm"  # how an image becomes res x res, in tests and in training (docs/method.md)
     crop_pct: float | Literal["auto"] = "auto"  # the crop's side over that of the scaled photograph; auto: the rule's
+    # Class folders to classes of the weights: natural (timm's order), imagenet, or a file; empty: in torchvision's order
+    class_map: str = ""
     train_transform: Transform = "test_aug"  # how the fixing stage augments an image
     backend: Literal["auto", "dali", "torch"] = "auto"  # decoder and resizer; auto: dali on a GPU, torch on a CPU
     on_bad: Literal["stop", "skip"] = "stop"  # a file that cannot be decoded: stop and name it, or do without it

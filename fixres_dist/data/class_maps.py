@@ -4,53 +4,96 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from fixres_dist.base.errors import UserError
+from fixres_dist.config import recipes
 from fixres_dist.config.schema import Config
-from fixres_dist.data import dataset
-from fixres_dist.data.folders import class_names
+from fixres_dist.data import class_names, dataset
+from fixres_dist.data.folders import class_names as folder_names
 from fixres_dist.data.index import Index
 
 
 def trained_classes(config: Config, run: Path | None, split: str) -> tuple[str, ...]:
-    """The model's class names in the order of its logits: from the run, or the data set's train/, or the split.
+    """The model's class names in the order of its logits: from the run, data.class_map, the data set's train/, or the split.
 
-    The split's folders are sorted by name, or as numbers if all of them are (ImageNet-V2). Empty if there is no such
-    split.
+    Folders are sorted by name, as torchvision does. Empty if there is no such split.
     """
     if run and (kept := run / "class_index.json").is_file():
         return tuple(json.loads(kept.read_text()).values())
+    folders = split_folders(config, split)
+    if folders and (setting := chosen_map(config, split)):
+        return class_names.named(setting, folders, config.model.num_classes).names
+    return tuple(folders)
+
+
+def split_folders(config: Config, split: str) -> list[str]:
+    """The class folders of train/, or where there is none of `split`; none if that is missing: opening it raises the error."""
     root = dataset.folder(config.data.root, config.data.cache)
-    if (root / "train").is_dir():
-        return tuple(class_names(root / "train"))
-    if not (root / split).is_dir():
-        return ()  # opening the split raises the error
-    names = class_names(root / split)
-    return tuple(sorted(names, key=int) if all(name.isdecimal() for name in names) else names)
+    here = next((root / name for name in ("train", split) if (root / name).is_dir()), None)
+    return folder_names(here) if here else []
 
 
-def class_map(folders: Sequence[str], trained: Sequence[str], where: Path) -> tuple[int, ...]:
-    """The model's class of each folder: by class name; if all folders are numbers and not all are names, by number.
+def chosen_map(config: Config, split: str) -> str:
+    """data.class_map; or `imagenet` where folders are ImageNet's 1,000 by number or name and the weights are taken in
+    ImageNet's order: timm's own, or a file's on a lone validation set such as ImageNet-V2."""
+    weights, root = config.model.weights, Path(config.data.root)
+    if config.data.class_map or config.pretrain or weights == "none" or config.data.root == "demo":
+        return config.data.class_map
+    known = weights in recipes.TIMM_WEIGHTS or not (root / "train").is_dir()
+    return "imagenet" if known and class_names.is_imagenet(split_folders(config, split)) else ""
+
+
+def class_map(
+    folders: Sequence[str], trained: Sequence[str], where: Path, aliases: Mapping[str, int] | None = None
+) -> tuple[int, ...]:
+    """The model's class of each folder: by class name or alias; if all folders are numbers and not all are names, by number.
 
     Raises UserError for folders that are no class of the model, and for two folders of one class.
     """
     position: dict[str, int] = {name: k for k, name in enumerate(trained)}
     if not set(folders) <= set(trained) and all(name.isdecimal() for name in folders):
         position = {name: int(name) for name in folders if int(name) < len(trained)}
+    elif aliases:
+        by_alias = {name: aliases[folded] for name in folders if (folded := class_names.folded(name)) in aliases}
+        position = by_alias | position
     unknown = [name for name in folders if name not in position]
     if unknown:
         listed = ", ".join(unknown[:6]) + (f" and {len(unknown) - 6} more" if len(unknown) > 6 else "")
         raise UserError(
             f"{where} has {len(unknown)} class folder(s) of {len(folders)} that the model does not know: {listed}. "
             f"Accepted: names of its {len(trained)} classes ({', '.join(trained[:3])}, ..), "
-            f"or their numbers 0 to {len(trained) - 1}."
+            f"or their numbers 0 to {len(trained) - 1}. Next: data.class_map=FILE, with lines of `folder index`"
         )
     found = tuple(position[name] for name in folders)
     if len(set(found)) < len(found):
         raise UserError(f"{where} has two folders for one class of the model. Accepted: one folder per class.")
     return found
+
+
+def aliases(config: Config, split: str) -> Mapping[str, int]:
+    """Further names of the model's classes, as data.class_map has them."""
+    setting = chosen_map(config, split)
+    return class_names.named(setting, ()).aliases if setting not in ("", "natural") else {}
+
+
+def fitted(index: Index, trained: tuple[str, ...], config: Config, split: str) -> tuple[Index, tuple[int, ...]]:
+    """The index of `split`, and the model's class of each of its classes.
+
+    Under a class map the index has all classes of the model: accuracy is judged among all of them.
+    """
+    columns = class_map(index.classes, trained, index.folder, aliases(config, split))
+    if not chosen_map(config, split):
+        return index, columns
+    return index.relabelled(trained, columns), tuple(range(len(trained)))
+
+
+def check(config: Config) -> None:
+    """Refuse a class map that does not fit the folders of train/, before anything starts."""
+    if config.data.class_map:
+        folders = split_folders(config, "train")
+        class_map(folders, trained_classes(config, None, "train"), Path(config.data.root), aliases(config, "train"))
 
 
 def named_sets(items: Sequence[str], split: str) -> dict[str, Path]:

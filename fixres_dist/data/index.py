@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from io import FileIO
@@ -88,6 +88,10 @@ class Index:
         """Every sample's name, in order."""
         for start, end in pairwise([0, *self.ends.tolist()]):
             yield os.fsdecode(self.text[start:end])
+
+    def relabelled(self, classes: tuple[str, ...], columns: Sequence[int]) -> Index:
+        """The index with the labels of a model's `classes`, of which `columns` gives each own class's."""
+        return replace(self, classes=classes, labels=np.array(columns, np.int32)[self.labels])
 
     def without(self, names: Iterable[str]) -> Index:
         """The index without the samples of these names; unknown names are ignored (a deny list may cover more)."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -20,13 +21,19 @@ class Network(NamedTuple):
     memory_format: torch.memory_format  # of the model and its pictures where it trains as a whole
 
 
-def open_network(config: Config, classes: int, device: torch.device, load_weights: bool = True) -> Network:
-    """The configured model for `classes` classes on `device`; raises UserError as `open_model` does.
+def open_network(
+    config: Config,
+    classes: Sequence[str],
+    device: torch.device,
+    load_weights: bool = True,
+    say: Callable[[str], None] = print,
+) -> Network:
+    """The configured model for the classes of these names on `device`; `say`, and UserErrors: as of `open_model`.
 
     apex is looked for again here, after submission: a container, or another node, may hold another one.
     """
     nvidia_apex.check_apex(config)
-    model = open_model(config, classes, load_weights)
+    model = open_model(config, classes, load_weights, say)
     arithmetic = precision.Arithmetic(precision.resolve(config.run.precision, device), device)
     layout = memory_format(config, device)
     model = model.to(device=device).to(memory_format=layout)

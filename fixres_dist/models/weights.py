@@ -6,10 +6,12 @@ import contextlib
 import hashlib
 import json
 import os
-from dataclasses import asdict
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
-import safetensors
 import timm
 import timm.layers
 import torch
@@ -17,38 +19,125 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from fixres_dist.base.commands import command
-from fixres_dist.base.errors import UserError, first_line
+from fixres_dist.base.errors import UserError, printable
 from fixres_dist.base.files import whole
 from fixres_dist.config import recipes
 from fixres_dist.config.schema import Config
+from fixres_dist.data import class_names
+from fixres_dist.models import file_kinds, state_dicts
 from fixres_dist.models.build import build_model, check_resolutions, classifier_name, pretrained_cfg
+from fixres_dist.models.safe_load import STATE_DICT, load_pickled
+
+# timm's names for what turns a state dict of an older version, or of the model's authors, into this version's.
+FILTERS = ("checkpoint_filter_fn", "_filter_fn", "pretrained_filter_fn", "_filter_torchvision_pretrained")
 
 
-def open_model(config: Config, classes: int, with_weights: bool = True) -> nn.Module:
-    """The configured model for `classes` classes, in eval mode on the CPU, with the weights that model.weights names.
+def open_model(
+    config: Config, classes: Sequence[str], with_weights: bool = True, say: Callable[[str], None] = print
+) -> nn.Module:
+    """The configured model for the classes of these names, in eval mode on the CPU, with the weights of model.weights.
 
     Without `with_weights` they are those drawn from run.seed. Under `torch.device("meta")` weights are checked, not loaded.
-    Raises UserError for an unknown name, a resolution that the model cannot take, and weights that do not fit.
+    `say` is told what was decided about a file that left a choice. Raises UserError for an unknown name, a resolution that
+    the model cannot take, and weights that do not fit.
     """
-    model = build_model(config.model.timm_name, classes, config.run.seed)
+    model = build_model(config.model.timm_name, len(classes), config.run.seed)
     check_resolutions(model, config.resolutions())
-    if with_weights:
-        load_weights(model, config.model.timm_name, config.model.weights, new_classifier=config.pretrain is not None)
+    if with_weights and (notes := load_weights(model, config, classes)):
+        say(printable(f"{config.model.weights}: {'; '.join(notes)}"))
     return model
 
 
-def load_weights(model: nn.Module, timm_name: str, weights: str, new_classifier: bool) -> None:
-    """Fill `model` with `weights` (ns | ap | pretrained | none | a file); raises UserError where they do not fit.
+def load_weights(model: nn.Module, config: Config, names: Sequence[str] = ()) -> list[str]:
+    """Fill `model` with model.weights (ns | ap | pretrained | none | a file); raises UserError where they do not fit.
 
-    `new_classifier`: weights for another number of classes fit too, and the model keeps its new classifier for stage one
-    to train. A model on the meta device is checked only, and nothing is downloaded for it.
+    With a stage one, weights for another number of classes fit too, and the model keeps its new classifier for that stage
+    to train. A model on the meta device is checked only, and nothing is downloaded for it. Returns what was decided about
+    a file that left a choice, a phrase each.
     """
+    timm_name, weights, new_classifier = config.model.timm_name, config.model.weights, config.pretrain is not None
     if weights == "none":
-        return
-    meta, of_timm = next(model.parameters()).is_meta, weights in recipes.TIMM_WEIGHTS
-    state = hub_state(timm_name, meta) if of_timm else read_state(Path(weights))
+        return []
+    meta = next(model.parameters()).is_meta
+    if weights in recipes.TIMM_WEIGHTS:
+        notes, origin, state = [], f"timm's {timm_name}", hub_state(timm_name, meta)
+    else:
+        origin, file = weights, read_file(Path(weights))
+        chosen = state_dicts.choose(file.loaded, list(model.state_dict()), config.model.checkpoint_key, origin)
+        notes, state = [*chosen.notes], timms_names(model, timm_name, chosen.state)
+        if kinds := {str(v.dtype)[6:] for v in state.values() if v.is_floating_point() and v.dtype != torch.float32}:
+            notes.append(f"converted from {', '.join(sorted(kinds))} to float32")
+        state, ordered = in_order(model, state, file.classes, names, origin, new_classifier)
+        notes += ordered
+        by_timm = class_names.natural(names)
+        if not (file.classes or new_classifier or config.data.class_map) and list(names) != by_timm:
+            notes.append(
+                f"warning: it does not name its classes, which are taken in torchvision's order of the folders "
+                f"({', '.join(names[:3])}, ..); if timm's script trained it ({', '.join(by_timm[:3])}, ..): data.class_map=natural"
+            )
     state = {name: value.to("meta") for name, value in state.items()} if meta else state
-    fill(model, resampled(model, state), f"timm's {timm_name}" if of_timm else weights, new_classifier)
+    fill(model, resampled(model, state), origin, new_classifier)
+    return notes
+
+
+@dataclass(frozen=True)
+class WeightsFile:
+    loaded: Mapping[str, Any]  # tensors by name, or a checkpoint that has them among other things
+    classes: tuple[str, ...]  # names in the order of the classifier's rows; empty where the file does not say
+
+
+def read_file(path: Path) -> WeightsFile:
+    """A safetensors file, or what torch.save wrote; on the CPU. Raises UserError for any other, and what holds code."""
+    if not path.is_file():
+        raise recipes.no_weights(path)
+    if file_kinds.kind_of(path) == "safetensors":
+        return WeightsFile(load_file(path), class_names.in_header(path))
+    loaded = load_pickled(path)
+    if not isinstance(loaded, Mapping):
+        raise UserError(f"{path} holds no state dict but one {type(loaded).__name__}. {STATE_DICT}")
+    return WeightsFile(loaded, class_names.in_checkpoint(loaded))
+
+
+def timms_names(model: nn.Module, timm_name: str, state: state_dicts.State) -> state_dicts.State:
+    """`state` with the names and shapes of this timm version where older ones had others: by timm's own filter."""
+    own = {name: value.shape for name, value in model.state_dict().items()}
+    misfits = sum(n not in state or state[n].shape != shape for n, shape in own.items())
+    architecture = timm_name.partition(".")[0]
+    if not misfits or not timm.is_model(architecture):
+        return state
+    module = sys.modules[timm.model_entrypoint(architecture).__module__]
+    found = next((getattr(module, name) for name in FILTERS if hasattr(module, name)), None)
+    if found is None:
+        return state
+    try:
+        filtered = found(dict(state), model)
+        fewer = sum(n not in filtered or filtered[n].shape != shape for n, shape in own.items()) < misfits
+    except Exception:  # it was written for files of known makers; this one is refused by its names and shapes then
+        return state
+    return filtered if fewer else state
+
+
+def in_order(
+    model: nn.Module, state: state_dicts.State, given: Sequence[str], names: Sequence[str], origin: str, new: bool
+) -> tuple[state_dicts.State, list[str]]:
+    """`state` with the classifier's rows of the classes `given` in the order of `names`, and what was done.
+
+    Raises UserError where as many classes have other names, unless a `new` classifier is trained: that is kept then.
+    """
+    if not (given and names) or list(given) == list(names) or len(given) != len(names):
+        return state, []
+    rows = {n: v for n, v in classifier_tensors(model).items() if n in state and len(state[n]) == len(given)}
+    if set(given) == set(names):
+        order = torch.tensor([{name: row for row, name in enumerate(given)}[name] for name in names])
+        return {**state, **{n: state[n][order] for n in rows}}, ["its classes stand in another order: mapped by name"]
+    if new:
+        return {**state, **rows}, ["its classes have other names: the new classifier is kept for stage one"]
+    differ = [(a, b) for a, b in zip(sorted({*given} - {*names}), sorted({*names} - {*given}), strict=False)]
+    listed = ", ".join(f"{a!r} against {b!r}" for a, b in differ[:3])
+    raise UserError(
+        f"{origin} classifies other classes than the data set: {listed} ({len(differ)} of {len(names)} names differ). "
+        "Next: data.class_map=FILE, which gives each folder its class, or --preset own_classes for a new classifier"
+    )
 
 
 def resampled(model: nn.Module, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -81,27 +170,15 @@ def hub_state(timm_name: str, meta: bool = False) -> dict[str, torch.Tensor]:
     return state
 
 
-def read_state(path: Path) -> dict[str, torch.Tensor]:
-    """The state dict in a safetensors file, or in a torch file that holds nothing but tensors, on the CPU.
+def read_state(path: Path) -> state_dicts.State:
+    """A whole model that this program has written: the tensors of a safetensors file, on the CPU. Raises UserError."""
+    return dict(read_file(path).loaded)
 
-    Raises UserError for a missing or torn file and for pickled code, which is never run.
-    """
-    if not path.is_file():
-        raise recipes.no_weights(path)
-    try:
-        if path.suffix == ".safetensors":
-            return dict(load_file(path))
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, safetensors.SafetensorError, ValueError, EOFError) as error:
-        raise UserError(f"{path} is no readable weights file: {first_line(error)}") from None
-    except Exception as error:  # pickle.UnpicklingError and its like
-        raise UserError(f"{path} holds more than tensors and is not opened: {first_line(error)}") from None
-    for key in ("state_dict", "model"):  # how training scripts nest it
-        if isinstance(state, dict) and isinstance(state.get(key), dict):
-            state = state[key]
-    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
-        raise UserError(f"{path} holds no state dict; accepted: a mapping of names to tensors.")
-    return {name.removeprefix("module."): value for name, value in state.items()}
+
+def classifier_tensors(model: nn.Module) -> state_dicts.State:
+    """The classifier's tensors by their names in the model."""
+    layer = classifier_name(model)
+    return {f"{layer}.{name}": value for name, value in model.get_submodule(layer).state_dict().items()}
 
 
 def fill(model: nn.Module, state: dict[str, torch.Tensor], origin: str, new_classifier: bool = False) -> None:
@@ -109,6 +186,7 @@ def fill(model: nn.Module, state: dict[str, torch.Tensor], origin: str, new_clas
 
     `origin`: where `state` is from, for the message. `new_classifier`: as in load_weights.
     """
+    check_scheme(model, state, origin)
     optional = "num_batches_tracked"  # counters that nothing reads; some converters leave them out
     own = {name: value.shape for name, value in model.state_dict().items() if not name.endswith(optional)}
     differ = {name: f"{name} is missing" for name in own if name not in state}
@@ -117,9 +195,9 @@ def fill(model: nn.Module, state: dict[str, torch.Tensor], origin: str, new_clas
         for name, shape in own.items()
         if name in state and state[name].shape != shape
     }
+    differ |= {n: f"{n} is {state[n].dtype}, quantised" for n in own if n in state and quantised(state[n])}
     differ |= {n: f"{n} is not in the model" for n in state if n not in own and not n.endswith(optional)}
-    layer = classifier_name(model)
-    classifier = {f"{layer}.{name}" for name in model.get_submodule(layer).state_dict()}
+    classifier = set(classifier_tensors(model))
     if differ and differ.keys() <= classifier <= state.keys():
         given, wanted = len(state[min(classifier)]), own[min(classifier)][0]
         recipes.check_classes(origin, given, wanted, new_classifier)
@@ -133,6 +211,23 @@ def fill(model: nn.Module, state: dict[str, torch.Tensor], origin: str, new_clas
     model.load_state_dict(state, strict=False)
 
 
+def quantised(value: torch.Tensor) -> bool:
+    return value.is_quantized or value.dtype in (torch.int8, torch.uint8)
+
+
+def check_scheme(model: nn.Module, state: state_dicts.State, origin: str) -> None:
+    """Raise UserError for weights whose names come from another implementation: one of each shows how they differ."""
+    own = model.state_dict()
+    if not state or 10 * len(own.keys() & state.keys()) >= len(own):
+        return
+    shown = [f"{name!r} {list(value.shape)}" for name, value in (next(iter(s.items())) for s in (state, own))]
+    raise UserError(
+        f"{origin} names its {len(state)} tensors in another way than timm's {type(model).__name__} its {len(own)}: its first "
+        f"is {shown[0]}, the model's {shown[1]}. Accepted: timm's names. Next: --model by the name of the weights' own "
+        "architecture, or rename the tensors to the model's"
+    )
+
+
 def state_digest(tensors: dict[str, torch.Tensor]) -> str:
     """16 hex digits of the names' and values' SHA-256, whatever the order and the memory format."""
     found = hashlib.sha256()
@@ -142,10 +237,10 @@ def state_digest(tensors: dict[str, torch.Tensor]) -> str:
     return found.hexdigest()[:16]
 
 
-def write_weights(model: nn.Module, file: Path, config: Config, res: int) -> None:
+def write_weights(model: nn.Module, file: Path, config: Config, res: int, classes: Sequence[str]) -> None:
     """Write the model's state dict, whole or not at all; `timm.create_model(name, num_classes=N, checkpoint_path=file)` reads it.
 
-    safetensors with the model and its resolution in the header, or for `.pth` what torch.save writes.
+    safetensors with the model, its resolution and its `classes` in the header, or for `.pth` what torch.save writes.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
     state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
@@ -160,6 +255,7 @@ def write_weights(model: nn.Module, file: Path, config: Config, res: int) -> Non
                 "timm_name": config.model.timm_name,
                 "res": str(res),
                 "model": json.dumps(asdict(config.model)),
+                class_names.NAMES: json.dumps(list(classes)),
             }
             save_file(state, part, {**meta, "format": "pt"})
         part.chmod(mode)

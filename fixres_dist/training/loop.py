@@ -223,7 +223,7 @@ def close(training: Training) -> None:
         if stage.name == "fix":
             images = sum(s.images_until(s.stop) for s in stages(session.config, stage.n))
             summary = results.write_results(run, session, training.progress.seconds, images, **work.how())
-        write_weights(session.model, weights, session.config, stage.res)
+        write_weights(session.model, weights, session.config, stage.res, session.classes)
         if stage.name == "fix":
             training.say(summary.sentence())
     session.ranks.barrier()

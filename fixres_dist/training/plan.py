@@ -10,8 +10,7 @@ from fixres_dist.base.text import duration
 from fixres_dist.config import recipes
 from fixres_dist.config.recipes import Facts
 from fixres_dist.config.schema import Config
-from fixres_dist.data import dataset, demo
-from fixres_dist.data.folders import class_names
+from fixres_dist.data import class_maps, dataset, demo
 from fixres_dist.models import nvidia_apex
 from fixres_dist.training.cache import rule
 from fixres_dist.training.stages import Stage, batch_per_device, stages
@@ -33,20 +32,24 @@ class Counts:
     source: str
 
 
-def class_count(config: Config) -> int:
-    root = config.data.root
-    return len(demo.CLASSES if root == "demo" else class_names(Path(root) / "train")) if root else IMAGENET[2]
+def classes(config: Config) -> tuple[str, ...]:
+    """The names of the model's classes, in the order of its logits; numbers where no data set is given."""
+    if config.data.root == "demo":
+        return demo.CLASSES
+    return (
+        class_maps.trained_classes(config, None, "train") if config.data.root else tuple(map(str, range(IMAGENET[2])))
+    )
 
 
 def count(config: Config) -> Counts:
     """Images and classes of the data set; ImageNet-1k's where none is given (a dry run needs no data)."""
     root = Path(config.data.root)
     if config.data.root == "demo":
-        return Counts(demo.N_TRAIN, demo.N_VAL, class_count(config), "the built-in example")
+        return Counts(demo.N_TRAIN, demo.N_VAL, len(classes(config)), "the built-in example")
     if not config.data.root:
         return Counts(*IMAGENET, "ImageNet-1k assumed: no --data given")
     files = [dataset.count(root, split) for split in ("train", "val")]
-    return Counts(files[0], files[1], class_count(config), str(root))
+    return Counts(files[0], files[1], len(classes(config)), str(root))
 
 
 def check(config: Config, world_size: int, dry: bool) -> None:
@@ -60,6 +63,7 @@ def check(config: Config, world_size: int, dry: bool) -> None:
         )
     if config.data.root not in ("", "demo"):
         dataset.check_folder(Path(config.data.root))
+        class_maps.check(config)
     dataset.denied(config.data.deny_list, "train")
     weights = config.model.weights
     if weights not in recipes.WEIGHTS and not Path(weights).is_file():
@@ -67,7 +71,7 @@ def check(config: Config, world_size: int, dry: bool) -> None:
     published = config.model.name in {name for name, _ in recipes.published()}
     if published and weights in recipes.TIMM_WEIGHTS:
         name, new_classifier = config.model.timm_name, config.pretrain is not None
-        recipes.check_classes(name, IMAGENET[2], class_count(config), new_classifier)
+        recipes.check_classes(name, IMAGENET[2], len(classes(config)), new_classifier)
     if not any("container" in argument for argument in config.cluster.srun_args):  # a container may hold another apex
         nvidia_apex.check_apex(config)
     rule.check(config.run.engine, stages(config, 1)[-1])

@@ -200,13 +200,17 @@ def open_session(
                 )
         ranks.barrier()
     mark("index")
-    classes = trained or indexes[splits[0]].classes
+    classes = trained or class_maps.trained_classes(config, None, splits[0]) or indexes[splits[0]].classes
     if config.model.num_classes not in (0, len(classes)):
         raise UserError(
             f"model.num_classes is {config.model.num_classes}; the data set has {len(classes)} classes. Accepted: 0, or that number."
         )
-    columns = {split: class_maps.class_map(index.classes, classes, index.folder) for split, index in indexes.items()}
-    model, spec, arithmetic, layout = open_network(config, len(classes), ranks.device, load_weights)
+    known = class_maps.aliases(config, splits[0])
+    columns = {name: class_maps.class_map(i.classes, classes, i.folder, known) for name, i in indexes.items()}
+    for split in splits:
+        indexes[split], columns[split] = class_maps.fitted(indexes[split], classes, config, splits[0])
+    say = print if ranks.is_main else lambda text: None
+    model, spec, arithmetic, layout = open_network(config, classes, ranks.device, load_weights, say)
     mark("model")
     return Session(config, ranks, model, spec, indexes, classes, columns, arithmetic, layout, on_skip, kept)
 

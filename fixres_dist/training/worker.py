@@ -109,7 +109,7 @@ def claim(run: RunDir, ranks: Ranks, stack: contextlib.ExitStack) -> int | None:
 
 def begin(run: RunDir, session: Session, total_steps: int) -> None:
     """Rank 0, before the first stage: the class names, the number of steps, and no sample lines beyond the checkpoint."""
-    names = dict(enumerate(session.train.classes))
+    names = dict(enumerate(session.classes))
     write_text(run.root / "class_index.json", json.dumps(names, indent=1) + "\n")
     run.update_state(total_steps=total_steps)
     saved = max(0, run.saved_step())
