@@ -124,7 +124,7 @@ def plain_names(state: State, own: Sequence[str]) -> State:
 
 
 def candidates(entry: str, state: State, own: set[str]) -> Iterator[Candidate]:
-    """Every prefix of `state` with the number of the model's `own` names after it; without any, the whole as it is."""
+    """Every prefix of `state` after which stand half of the model's `own` names or more; without any, the whole as it is."""
     known: Counter[str] = Counter()
     for name in state:
         parts = name.split(".")
@@ -133,5 +133,5 @@ def candidates(entry: str, state: State, own: set[str]) -> Iterator[Candidate]:
                 known["".join(f"{part}." for part in parts[:k])] += 1
     starts = {name.partition(".")[0] for name in state}
     whole = f"{starts.pop()}." if len(starts) == 1 else ""  # of a foreign naming scheme within one wrapper
-    for prefix, count in known.items() or [(whole, 0)]:
+    for prefix, count in [item for item in known.items() if 2 * item[1] >= len(own)] or [(whole, 0)]:
         yield Candidate(entry, prefix, count, state)

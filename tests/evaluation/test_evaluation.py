@@ -357,7 +357,7 @@ def mistakes(finished: Path, photos: Path, tmp_path_factory: pytest.TempPathFact
         ("evaluate --model resnet18 --checkpoint none --data {DATA} --only before", ["--only before is about a run"]),
         (
             "evaluate --model test_efficientnet --checkpoint {TMP}/resnet.safetensors --data {DATA} --res 64",
-            ["does not fit EfficientNet"],
+            ["names its 122 tensors in another way than timm's EfficientNet"],
         ),
         ("evaluate --run {RUN} --res 16", ["below 32 px, the models' stride"]),
         ("sweep --run {RUN} --res 16", ["below 32 px, the models' stride"]),
