@@ -231,10 +231,12 @@ def batches(
                 continue
             part = queue.running.popleft()
             images = pictures(output, len(part.good), settings.device_id)
+            cuda = settings.device_id is not None
             factors = [part.request.views[row].jitter for row in part.good]
             if any(row != (1.0, 1.0, 1.0) for row in factors):
-                images = jittered(images, torch.tensor(factors, device=images.device))
-            yield Batch(images, *rows(index, part.request.samples[part.good]), tuple(part.bad))
+                given = torch.tensor(factors, pin_memory=cuda)
+                images = jittered(images, given.to(images.device, non_blocking=True))
+            yield Batch(images, *rows(index, part.request.samples[part.good], pin=cuda), tuple(part.bad))
 
 
 def pictures(output: Any, count: int, device_id: int | None) -> torch.Tensor:

@@ -36,9 +36,10 @@ class Undecodable(Exception):
     """A sample's file cannot be read, or is not the picture that was indexed; the text says why."""
 
 
-def rows(index: Index, samples: NDArray[np.int64]) -> tuple[torch.Tensor, torch.Tensor]:
-    """(labels, samples) of a batch."""
-    return torch.from_numpy(index.labels[samples].astype(np.int64)), torch.from_numpy(samples)
+def rows(index: Index, samples: NDArray[np.int64], pin: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+    """(labels, samples) of a batch; with `pin` the labels are where a GPU can copy them from while the host goes on."""
+    labels = torch.from_numpy(index.labels[samples].astype(np.int64))
+    return labels.pin_memory() if pin else labels, torch.from_numpy(samples)
 
 
 def load(index: Index, sample: int) -> torch.Tensor:

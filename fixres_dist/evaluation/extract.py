@@ -24,7 +24,7 @@ from fixres_dist.models.parts import Parts
 from fixres_dist.training.cache.store import Loaded
 from fixres_dist.training.predict import from_rows, score
 from fixres_dist.training.predictions import Predictions
-from fixres_dist.training.session import Session
+from fixres_dist.training.session import Session, one_ahead, to_host
 
 META = "extract.json"
 
@@ -66,13 +66,14 @@ def extract(session: Session, parts: Parts, split: str, out: Path, dtype: str) -
         files = {name: stack.enter_context(open(unfinished / f"{name}.npy", "r+b")) for name in widths}
         starts = {name: np.lib.format.open_memmap(unfinished / f"{name}.npy", "r").offset for name in widths}
         written = torch.zeros(1)
-        requests = session.requests(whole_batches, index, res)
+        batches = session.batches(index, session.requests(whole_batches, index, res), res)
         own_rows, hidden = len(index) // ranks.world_size, None if ranks.is_main else True
         bar = stack.enter_context(tqdm(total=own_rows, desc="extracting", unit="img", leave=False, disable=hidden))
-        for batch in session.batches(index, requests, res):
-            logits = session.logits(parts, parts.head, session.inputs(parts, batch.images))
-            for name, values in (("softmax", logits.softmax(1)), ("embeddings", embeddings.pop())):
-                write_rows(files[name], starts[name], batch, values.cpu().numpy().astype(dtype))
+        logits = ((b, session.logits(parts, parts.head, session.inputs(parts, b.images))) for b in batches)
+        computed = ((batch, to_host((values.softmax(1), embeddings.pop()))) for batch, values in logits)
+        for batch, wait in one_ahead(computed):
+            for name, values in zip(widths, wait(), strict=True):
+                write_rows(files[name], starts[name], batch, values.numpy().astype(dtype))
             rows = len(batch.labels) + len(batch.skipped)
             written += rows
             bar.update(rows)

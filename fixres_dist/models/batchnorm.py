@@ -23,13 +23,13 @@ class Moments:
     `sums` [2 channels + 1] of several ranks add up, so one all-reduce makes them those of all images.
     """
 
-    def __init__(self, channels: int) -> None:
-        self.sums = torch.zeros(2 * channels + 1, dtype=torch.float64)
+    def __init__(self, channels: int, device: torch.device | None = None) -> None:
+        self.sums = torch.zeros(2 * channels + 1, dtype=torch.float64, device=device)
 
     def add(self, x: torch.Tensor) -> None:
         """Count in the BN's input [n, channels, ...]."""
         flat = x.detach().double().transpose(0, 1).flatten(1)
-        self.sums += torch.cat([flat.sum(1), flat.square().sum(1), flat.new_tensor([flat.shape[1]])]).cpu()
+        self.sums += torch.cat([flat.sum(1), flat.square().sum(1), flat.new_full((1,), flat.shape[1])])
 
     def set(self, bn: nn.Module) -> None:
         """Write mean and unbiased variance into the BN's running statistics; raises UserError where nothing was added."""
@@ -74,7 +74,7 @@ def normalise_over_ranks(self: Any, x: torch.Tensor) -> torch.Tensor:
     shape = [1, -1, *[1] * (x.dim() - 2)]
     shift = self.running_mean.clone().view(shape)  # the same on every rank; keeps the sum of squares from cancelling
     centred = x - shift
-    count = x.new_tensor([x.numel() / x.shape[1]])
+    count = x.new_full((1,), x.numel() / x.shape[1])
     sums = AllReduceSum.apply(torch.cat([centred.sum(dims), centred.square().sum(dims), count]))
     count = sums[-1].detach()
     mean, square = (sums[:-1] / count.clamp(min=1)).chunk(2)

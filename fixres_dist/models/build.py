@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import timm.data
@@ -56,13 +57,19 @@ class Preprocessing:
     def normalised(self, images: torch.Tensor) -> torch.Tensor:
         """fp32 [n, 3, h, w] of uint8 [n, 3, h, w]: minus the mean, over the standard deviation; keeps the memory format."""
         x = images.float()
-        mean, std = (255 * torch.tensor(v, device=x.device) for v in (self.mean, self.std))
+        mean, std = (constant(v, x.device) for v in (self.mean, self.std))
         if x.is_contiguous():
             return x.sub_(mean.view(3, 1, 1)).div_(std.view(3, 1, 1))
         # A CPU loops over the last dimension in memory, and three channels are too few for that: rows of [n, h, w * 3].
         rows, width = x.permute(0, 2, 3, 1).flatten(2), x.shape[3]
         rows.sub_(mean.repeat(width)).div_(std.repeat(width))
         return rows.view(len(x), *x.shape[2:], 3).permute(0, 3, 1, 2)
+
+
+@cache
+def constant(values: tuple[float, ...], device: torch.device) -> torch.Tensor:
+    """255 times `values`, made once: the host waits for a device whenever it makes a tensor there from numbers."""
+    return 255 * torch.tensor(values, device=device)
 
 
 def pretrained_cfg(timm_name: str) -> Any:

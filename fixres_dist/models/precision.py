@@ -93,17 +93,20 @@ class LossScale:
     """
 
     def __init__(self, arithmetic: Arithmetic, optimizer: torch.optim.Optimizer, low_head: nn.Module | None) -> None:
-        self.optimizer, self.amp, self.skipped, self.before = optimizer, None, 0, 1.0
+        self.optimizer, self.amp, self.skipped = optimizer, None, 0
+        self.taken = False  # the last step; reading the scale instead would wait for the device
         if arithmetic.amp and low_head is not None:
             self.amp = arithmetic.amp
             arithmetic.initialize(low_head, optimizer)  # O1 changes both in place
         fp16 = arithmetic.name == "fp16" and low_head is not None
         self.scaler = torch.amp.GradScaler(arithmetic.device.type, enabled=fp16)
+        optimizer.register_step_post_hook(self.note_taken)
+
+    def note_taken(self, *_: object) -> None:
+        self.taken = True
 
     def backward(self, loss: torch.Tensor, last: bool) -> None:
         """Add the gradients of a micro-batch; after the `last` one of a step they are unscaled."""
-        if last:
-            self.before = self.value
         if self.amp:
             # Unscaled only once: apex would set the earlier sums aside, and DDP would not add them up over ranks.
             with self.amp.scale_loss(loss, self.optimizer, delay_unscale=not last) as scaled:
@@ -115,14 +118,14 @@ class LossScale:
 
     def step(self) -> bool:
         """Take the step and return True; if gradients overflowed, skip it, lower the scale and return False."""
+        self.taken = False
         if self.amp:
             self.optimizer.step()
         else:
             self.scaler.step(self.optimizer)
             self.scaler.update()
-        skipped = self.value < self.before
-        self.skipped += skipped
-        return not skipped
+        self.skipped += not self.taken
+        return self.taken
 
     def metrics(self) -> dict[str, float]:
         return {"loss_scale": self.value, "skipped_steps": self.skipped} if self.amp or self.scaler.is_enabled() else {}

@@ -42,9 +42,9 @@ def predict(
         features = {
             name: session.inputs(parts, batch.images) for name, parts in dict(zip(trunks, models, strict=True)).items()
         }
-        # Cloned: a head may work in place, and the next one takes the same features.
+        # Cloned where the next head takes the same features: a head may work in place.
         return [
-            session.logits(parts, parts.head, tuple(f.clone() for f in features[name]))[:, columns]
+            session.logits(parts, parts.head, tuple(f.clone() if several else f for f in features[name]))[:, columns]
             for name, parts in zip(trunks, models, strict=True)
         ]
 
@@ -67,15 +67,26 @@ def score_batches(
     Raises RuntimeError if an image was missed or repeated, UserError if no image could be decoded.
     """
     n = len(index)
-    rows = torch.zeros(models, n, 6, dtype=torch.float64)  # the columns of `score`
+    seen: list[torch.Tensor] = []
+    missed: list[int] = []
+    scores: list[list[torch.Tensor]] = [
+        [] for _ in range(models)
+    ]  # on the device until the end: it need not be waited for
     start, stop = order.rank_part(0, n, ranks.rank, ranks.world_size)
     with tqdm(total=stop - start, desc=note, unit="img", leave=False, disable=None if ranks.is_main else True) as bar:
         for batch in batches:
-            skipped = [bad.sample for bad in batch.skipped]
-            rows[:, skipped, :2] += torch.tensor([1.0, -1.0], dtype=rows.dtype)  # seen, without a prediction
-            for k, scores in enumerate(logits(batch)):
-                rows[k].index_add_(0, batch.samples, score(scores, batch.labels.to(scores.device)).double().cpu())
-            bar.update(len(batch.labels) + len(skipped))
+            seen.append(batch.samples)
+            missed += [bad.sample for bad in batch.skipped]
+            labels = batch.labels.to(ranks.device, non_blocking=True)
+            for of_model, values in zip(scores, logits(batch), strict=True):
+                of_model.append(score(values, labels))
+            bar.update(len(batch.labels) + len(batch.skipped))
+    rows = torch.zeros(models, n, 6, dtype=torch.float64)  # the columns of `score`
+    for sample in missed:
+        rows[:, sample, :2] += torch.tensor([1.0, -1.0], dtype=rows.dtype)  # seen, without a prediction
+    for row, of_model in zip(rows, scores, strict=True):
+        if of_model:
+            row.index_add_(0, torch.cat(seen), torch.cat(of_model).double().cpu())
     ranks.total(rows)
     if not bool((rows[:, :, 0] == 1).all()):
         raise RuntimeError(f"evaluation saw {int(rows[0, :, 0].sum())} images of {n}, each should be seen once")

@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +28,8 @@ from fixres_dist.models.parts import Parts
 from fixres_dist.training.cache.store import Loaded, Store
 from fixres_dist.training.ranks import Ranks
 from fixres_dist.training.stages import batch_per_device
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -122,8 +124,8 @@ class Session:
     def trunk_features(self, fast: fast_trunk.FastTrunk, images: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """What the cached engine keeps of uint8 pictures, in the trunk's own number format."""
         n, res = len(images), images.shape[-1]
-        if fast.compiled:
-            images = F.pad(images, (0, 0, 0, 0, 0, 0, 0, self.full(n, res) - n))
+        if fast.compiled and (missing := self.full(n, res) - n):  # F.pad copies even where it adds nothing
+            images = F.pad(images, (0, 0, 0, 0, 0, 0, 0, missing))
         found = fast.features(self.to_device(images if len(images) else black(images), fast.memory_format))
         return tuple(f[:n] for f in found)
 
@@ -156,6 +158,31 @@ class Session:
         return which(
             index, self.pictures_of("test", res), self.batch_per_device(res), self.ranks.rank, self.ranks.world_size
         )
+
+
+def to_host(tensors: Iterable[torch.Tensor]) -> Callable[[], tuple[torch.Tensor, ...]]:
+    """Start copying tensors from their device to the CPU; the function that is returned waits for the copies alone."""
+    given = tuple(tensors)
+    if given[0].device.type == "cpu":
+        return lambda: given
+    copies = tuple(torch.empty_like(t, device="cpu", pin_memory=True).copy_(t, non_blocking=True) for t in given)
+    copied = torch.cuda.current_stream(given[0].device).record_event()
+
+    def wait() -> tuple[torch.Tensor, ...]:
+        copied.synchronize()
+        return copies
+
+    return wait
+
+
+def one_ahead(items: Iterable[T]) -> Iterator[T]:
+    """`items`, each handed out once the next one is made: a device works on that while the caller waits for this one."""
+    made: list[T] = []
+    for item in items:
+        made.append(item)
+        if len(made) > 1:
+            yield made.pop(0)
+    yield from made
 
 
 def black(images: torch.Tensor) -> torch.Tensor:

@@ -40,8 +40,8 @@ def backward(
     while group is not None:
         every = [work.inputs(batch.images) for batch in group]
         inputs = every[0] if len(every) == 1 else tuple(map(torch.cat, zip(*every, strict=True)))
-        labels = torch.cat([batch.labels for batch in group]).to(ranks.device)
-        samples += [int(sample) for batch in group for sample in batch.samples]
+        labels = torch.cat([batch.labels.to(ranks.device, non_blocking=True) for batch in group])
+        samples += [sample for batch in group for sample in batch.samples.tolist()]
         group = next(groups, None)
         with contextlib.nullcontext() if group is None or ranks.world_size == 1 else head.no_sync():  # type: ignore[operator]
             logits = work.logits(head, inputs)
@@ -88,12 +88,12 @@ def measure_statistics(work: StageSession) -> int:
     One pass and one all-reduce of fp64 sums, so the result is the same at any world size.
     """
     bn = work.session.model.get_submodule(work.parts.tuned.last_bn)
-    moments = batchnorm.Moments(bn.num_features)  # type: ignore[arg-type]
+    moments = batchnorm.Moments(bn.num_features, work.session.ranks.device)  # type: ignore[arg-type]
     hook = bn.register_forward_pre_hook(lambda _, inputs: moments.add(inputs[0]))
     for batch in work.statistics_batches():
         work.logits(work.parts.head, work.inputs(batch.images))
     hook.remove()
-    work.session.ranks.total(moments.sums)
+    moments.sums = work.session.ranks.total(moments.sums.cpu())
     moments.set(bn)
     return min(work.stage.tune.bn_stats_images, work.stage.n)
 

@@ -22,11 +22,12 @@ class Meter:
         self.restart()
 
     def restart(self) -> None:
-        self.loss, self.images, self.wait_s, self.since = torch.zeros(()), 0, 0.0, time.monotonic()
+        self.loss: torch.Tensor | float = 0.0  # on the loss's device: reading it would wait for the step
+        self.images, self.wait_s, self.since = 0, 0.0, time.monotonic()
         self.skipped = 0
 
     def add(self, loss: torch.Tensor, images: int) -> None:
-        self.loss, self.images = self.loss.to(loss.device) + loss, self.images + images
+        self.loss, self.images = self.loss + loss, self.images + images
 
     def waiting(self, batches: Iterator[Loaded]) -> Iterator[Loaded]:
         """`batches`, with the time the caller waits for each one counted."""
@@ -73,7 +74,9 @@ class StartUp:
         self.marked = now
 
     def stop(self) -> dict[str, float]:
-        """After the first step."""
+        """After the first step, whose work on a GPU is waited for."""
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
         self.mark("step")
         self.running = False
         return {

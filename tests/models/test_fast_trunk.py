@@ -175,6 +175,27 @@ def test_a_compiled_trunk_sees_one_size_per_use(monkeypatch: pytest.MonkeyPatch)
     assert [shape[0] for shape in seen] == [8, 6, 6, 8, 6, 6]
 
 
+def test_only_a_smaller_batch_is_copied_to_fill_it_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """F.pad copies a batch even where it adds no picture: a full one reaches the device as the loader made it."""
+    monkeypatch.setattr(torch, "compile", lambda body, dynamic, mode: body)
+    arrived: list[int] = []
+    plain = Session.to_device
+
+    def to_device(self: Session, images: torch.Tensor, layout: torch.memory_format) -> torch.Tensor:
+        arrived.append(images.data_ptr())
+        return plain(self, images, layout)
+
+    monkeypatch.setattr(Session, "to_device", to_device)
+    model = lived_in(build_model("test_efficientnet", 5))
+    for setting, copied in (("run.compile=true", [False, True]), ("run.memory_format=channels_last", [False, False])):
+        live = session(model, None, "fp32", setting)
+        parts, given = live.with_fast_trunk(parts_of(model, "classifier+bn")), [pictures(8), pictures(5)]
+        for images in given:
+            live.inputs(parts, images)
+        assert [a != images.data_ptr() for a, images in zip(arrived, given, strict=True)] == copied
+        arrived.clear()
+
+
 def timed(monkeypatch: pytest.MonkeyPatch, cost: Callable[[fast_trunk.FastTrunk], float]) -> None:
     monkeypatch.setattr(fast_trunk, "seconds", lambda fast, images: cost(fast))
     monkeypatch.setattr(torch, "compile", lambda body, dynamic, mode: body)

@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from fixres_dist.base.environment import versions, writable
 from fixres_dist.base.errors import UserError
@@ -25,7 +24,7 @@ from fixres_dist.models.weights import state_digest
 from fixres_dist.runs.rundir import Locked, RunDir
 from fixres_dist.training.cache import rule
 from fixres_dist.training.cache.store import Span, Store, begin_writing, open_store
-from fixres_dist.training.session import Session
+from fixres_dist.training.session import Session, one_ahead, to_host
 from fixres_dist.training.stage_session import StageSession
 
 SEGMENT_BATCHES, SEGMENTS = 4, 512  # a segment is the larger of 4 forward passes and 1/512 of the split
@@ -146,15 +145,16 @@ def write_missing(
         requests = (make_request(index, pictures, np.arange(a, b), 0) for a, b in spans)
         loaded = session.pictures(index, requests, work.stage.res)
 
-        def computed(span: Span) -> Iterator[tuple[NDArray[np.int64], list[tuple[torch.Tensor, ...]]]]:
+        def computed(span: Span) -> Iterator[tuple[torch.Tensor, list[Callable[[], tuple[torch.Tensor, ...]]]]]:
             for _ in range(-(-(span[1] - span[0]) // size)):
                 batch = next(loaded)
                 views = [batch.images, batch.images.flip(-1)][: store.views]
-                yield batch.samples.cpu().numpy(), [session.trunk_features(trunk, images) for images in views]
+                yield batch.samples, [to_host(session.trunk_features(trunk, images)) for images in views]
 
         for k in range(rounds):
             if k < len(own):
-                store.write(own[k], computed(own[k]))
+                made = one_ahead(computed(own[k]))
+                store.write(own[k], ((samples.numpy(), [wait() for wait in views]) for samples, views in made))
             agree(session, stop)
             if ranks.is_main and (k + 1) * 10 // rounds > k * 10 // rounds:
                 text = f"features of {index.folder.name}: {100 * (k + 1) // rounds} % written to {store.folder}"

@@ -176,7 +176,7 @@ class Store:
                 raise OSError(f"{self.folder} ends within the features of sample {sample}")
         samples = np.array([sample for sample, _, _ in wanted], np.int64)
         features = (self.shaped(*pair) for pair in zip(buffers, self.shapes, strict=True))
-        return Rows(tuple(features), *decoding.rows(index, samples), tuple(bad))
+        return Rows(tuple(features), *decoding.rows(index, samples, pin), tuple(bad))
 
     def shaped(self, buffer: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
         values = buffer.view(self.dtype)
