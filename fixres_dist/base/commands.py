@@ -17,4 +17,9 @@ def command(name: str, *words: object) -> str:
         start = ["python", f"launch/{name}.py"]
     else:
         start = ["fixres", name] if form == "fixres" else ["python", "-m", "fixres_dist", name]
-    return " ".join([*start, *(shlex.quote(str(word)) for word in words)])
+    return shell(*start, *words)
+
+
+def shell(*words: object) -> str:
+    """A command line of other programs: every word quoted where it has to be, such as a path with a space."""
+    return shlex.join(map(str, words))

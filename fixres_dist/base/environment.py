@@ -46,6 +46,7 @@ def environment() -> dict[str, Any]:
         "host": socket.gethostname(),
         "platform": platform.platform(),
         "executable": sys.executable,
+        "folder": os.getcwd(),
         "git": {"commit": git(checkout, "rev-parse", "HEAD"), "diff": git(checkout, "diff", "HEAD")},
     }
 

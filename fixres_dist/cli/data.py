@@ -129,7 +129,7 @@ def shard_command(args: argparse.Namespace) -> int:
             made = shards.write_shards(samples, args.out / split, args.samples_per_shard, bar)
         total = -(-len(samples) // args.samples_per_shard)
         print(f"{split}: {len(samples)} images in {total} shards, {made} written now")
-    print(f"Next: submit with --data {args.out}")
+    print(f"Next: {command('submit', '--data', args.out)}, with --model and --res")
     return EXIT_DONE
 
 

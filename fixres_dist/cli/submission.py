@@ -116,5 +116,5 @@ def start_here(run: RunDir, config: Config, kind: str) -> int:
         if kind == "inline":
             from fixres_dist.training import worker
 
-            return worker.train(run.root)
+            return worker.train(run.root.resolve())  # messages that it keeps hold in any folder
         return local.run_local(run, config.cluster.gpus_per_node, TrainJob)

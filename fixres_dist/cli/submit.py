@@ -223,7 +223,7 @@ def configure(args: argparse.Namespace, kind: str) -> tuple[Config, recipes.Reci
             raise UserError(
                 f"no profile {args.profile}. Accepted: a YAML file such as {slurm_file('profiles/generic.yaml')}."
             )
-        values = reading.merge(values, reading.read_yaml(args.profile.read_text()) or {})
+        values = reading.merge(values, reading.read_sections(args.profile))
     gpus = args.gpus_per_node
     if gpus is None and kind != "slurm":
         gpus = str(max(1, len(visible())) if kind == "local" else 1)

@@ -10,6 +10,7 @@ import dataclasses
 import math
 import types
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import yaml
@@ -70,6 +71,9 @@ def convert(value: Any, hint: Any, where: str) -> Any:
         items = read_yaml(value) if isinstance(value, str) else value
         if not isinstance(items, Mapping):
             raise UserError(f"{where} is {value!r}; accepted: a mapping such as {{NAME: value}}.")
+        for key, item in items.items():
+            if isinstance(item, Mapping | list | tuple):
+                raise UserError(f"{where} has {item!r} at {key}; accepted: one value for each name.")
         return {str(key): str(item) for key, item in items.items()}
     if hint is str:
         return "" if value is None else str(value)
@@ -95,6 +99,29 @@ def read_yaml(text: str) -> Any:
         return yaml.load(text, Loader=yaml.BaseLoader)
     except yaml.YAMLError as error:
         raise UserError(f"cannot read the configuration: {error}") from None
+
+
+def read_sections(file: Path) -> dict[str, Any]:
+    """The sections of a YAML file that is laid over others, such as a profile; raises UserError for anything else."""
+    try:
+        found = read_yaml(file.read_text(encoding="utf-8-sig")) or {}
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{file} is no UTF-8 text ({error.reason} at byte {error.start}). Next: save it as UTF-8."
+        ) from None
+    sections = get_type_hints(Config)
+    if not isinstance(found, Mapping):
+        raise UserError(
+            f"{file} holds {str(found)[:60]!r}; accepted: sections, such as cluster: with a mapping below it."
+        )
+    if found.get("pretrain") in ("none", "null"):
+        found = {**found, "pretrain": None}  # drops stage one
+    for section, values in found.items():
+        if section not in sections:
+            raise unknown("section", section, sections, f"It stands in {file}.")
+        if values and not isinstance(values, Mapping):
+            raise UserError(f"{file}: section {section} is {str(values)[:60]!r}; accepted: a mapping of its keys.")
+    return {section: {} if values == "" else values for section, values in found.items()}
 
 
 def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:

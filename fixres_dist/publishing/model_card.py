@@ -123,7 +123,7 @@ def text(run: RunDir, files: list[str], licence: str | None, alpha: float = 1.0)
         rule=resize.described(results.res) + (BY_HEIGHT if resize.side == "height" else ""),
         use=(USE if weights else USE_ONNX).format(timm_name=results.timm_name, classes=classes, file=weights),
         files=", ".join(f"`{file}`" for file in files),
-        command=run.submit_command(),
+        command=run.typed,
         licence="which timm gives as " + licence if licence else "and of the data they were trained on",
     )
     return f"---\n{front_matter(name, data_name(config), licence, exported.after if exported else None)}\n---\n{body}"

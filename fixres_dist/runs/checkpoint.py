@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from fixres_dist.base.commands import shell
 from fixres_dist.base.errors import UserError
 from fixres_dist.base.files import sync, whole
 from fixres_dist.config import reading
@@ -191,5 +192,5 @@ def read(file: Path) -> Any:
         older = [path for path in complete(file.parents[1]) if path < file.parent]
         start = f"step {int(older[-1].name[5:])}" if older else "the start of its stage"
         raise UserError(
-            f"{file} cannot be read ({error}). Next: rm -r {file.parent}, then the same command: it goes on from {start}."
+            f"{file} cannot be read ({error}). Next: {shell('rm', '-r', file.parent)}, then the same command: it goes on from {start}."
         ) from None

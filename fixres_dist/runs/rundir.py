@@ -6,7 +6,9 @@ or appended to line by line, so a kill at any moment leaves it readable. No torc
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import shutil
 import time
 from collections.abc import Iterator
@@ -16,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from fixres_dist.base import locks
-from fixres_dist.base.commands import command
+from fixres_dist.base.commands import command, shell
 from fixres_dist.base.environment import environment, shipped
 from fixres_dist.base.errors import UserError
 from fixres_dist.base.files import whole, write_text
@@ -24,6 +26,8 @@ from fixres_dist.base.json_lines import append
 from fixres_dist.config import reading
 from fixres_dist.config.schema import Config
 from fixres_dist.runs.states import Event, RunState
+
+LONGEST_NAME = 200  # bytes: file systems take 255, and some files of a run are called by its name and more
 
 
 class Locked(UserError):
@@ -70,12 +74,20 @@ class RunDir:
                 f"{self.root} is no run directory: it has no config.yaml. Next: {command('submit', '--help')}"
             ) from None
 
-    def submit_command(self) -> str:
-        """The command that resumes the run: as it was submitted, or the worker alone."""
+    @property
+    def typed(self) -> str:
+        """The command by which the run was submitted, or the worker alone."""
         try:
-            return (self.root / "command.txt").read_text().strip()
+            return (self.root / "command.txt").read_text(errors="replace").strip()
         except FileNotFoundError:
-            return command("train", "--run", self.root)
+            return command("train", "--run", self.root.absolute())
+
+    def submit_command(self) -> str:
+        """The same, to be pasted in any folder: it may name files as they are called where it was typed."""
+        folder = None
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            folder = json.loads((self.root / "environment.json").read_text()).get("folder")
+        return f"{shell('cd', folder)} && {self.typed}" if folder and folder != os.getcwd() else self.typed
 
     def command(self, name: str, *words: str) -> str:
         """`fixres NAME` for this run, to be typed where the runs directory was given."""
@@ -180,6 +192,7 @@ def prepare(root: Path, config: Config, typed: str) -> RunDir:
 def check(root: Path, config: Config) -> None:
     """Refuse a directory that is not this run's; writes nothing."""
     if not root.exists():
+        check_name(root)
         return
     if not RunDir(root).config_file.exists():
         if root.is_dir() and all(path.name.startswith(".") for path in root.iterdir()):
@@ -190,7 +203,26 @@ def check(root: Path, config: Config) -> None:
         listed = "; ".join(differ[:6])
         raise UserError(
             f"run directory {root} holds a run with other settings ({listed}). "
-            f"Pick another --name, or move it away: mv {root} {root}.old"
+            f"Pick another --name, or move it away: {shell('mv', root, f'{root}.old')}"
+        )
+
+
+def check_name(root: Path) -> None:
+    """Refuse a new run directory whose path a shell, an option parser, Slurm or a file system would take for another."""
+    name, path = root.name, str(root.absolute())
+    if not name.isprintable() or name != name.strip() or name.startswith(("-", ".")):
+        raise UserError(
+            f"a run cannot be called {name!r}; accepted: printable characters, no dash or dot in front, no space around. "
+            "Next: another --name"
+        )
+    if len(os.fsencode(name)) > LONGEST_NAME:
+        raise UserError(
+            f"the run's name has {len(os.fsencode(name))} bytes; accepted: {LONGEST_NAME}. Next: a shorter --name"
+        )
+    if not path.isprintable() or "%" in path or "\\" in path:
+        raise UserError(
+            f"run directory {path!r}: Slurm reads % and backslash in the paths of logs as signs of its own. "
+            "Accepted: a path of printable characters without them. Next: another --name or --runs-dir"
         )
 
 
