@@ -42,6 +42,15 @@ def owner(path: Path) -> str:
         return str(path.stat().st_uid)
 
 
+def lines_of(path: Path) -> list[str]:
+    """The lines of a list as people save them: without a byte order mark, blanks around, empty lines and comments.
+
+    Bytes of other encodings stay as os.fsdecode has them. Raises OSError.
+    """
+    lines = (os.fsdecode(line).strip() for line in path.read_bytes().removeprefix(b"\xef\xbb\xbf").splitlines())
+    return [line for line in lines if line and not line.startswith("#")]
+
+
 def remove(path: Path) -> None:
     """Delete a file or a folder, if it exists."""
     if path.is_dir() and not path.is_symlink():

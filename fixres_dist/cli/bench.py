@@ -15,6 +15,7 @@ from fixres_dist.base.files import write_text
 from fixres_dist.base.text import parse_sizes
 from fixres_dist.config import recipes
 from fixres_dist.data import dataset
+from fixres_dist.data.layout import find
 
 if TYPE_CHECKING:
     from fixres_dist.bench.result import Result
@@ -78,8 +79,8 @@ def check(args: argparse.Namespace) -> None:
         raise unknown("timm model", args.model, sorted(known))
     if (folder := getattr(args, "data", None)) and args.stage != "data":
         dataset.check_folder(folder)
-    elif folder and not (folder / "val").is_dir():
-        raise UserError(f"no images at {folder / 'val'}. Accepted: --data with a data set that has val/.")
+    elif folder:
+        find(folder, "val")
     check_output(args.json)
 
 

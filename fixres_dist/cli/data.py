@@ -11,7 +11,7 @@ from fixres_dist.base.commands import command
 from fixres_dist.base.errors import EXIT_DONE, EXIT_FAILED, UserError, check_output, unknown
 from fixres_dist.config import reading, recipes
 from fixres_dist.config.schema import Data, ResizeRule, Transform
-from fixres_dist.data import dataset, shards
+from fixres_dist.data import dataset, deny_lists, shards
 from fixres_dist.data.progress import progress_bar
 from fixres_dist.data.requests import Pictures
 
@@ -63,6 +63,7 @@ def add(sub: Any, name: str, text: str, function: Any, splits: str = "train,val"
     p: argparse.ArgumentParser = sub.add_parser(name, help=text, description=text)
     p.add_argument("--data", required=True, help="directory with train/ and val/, or demo")
     p.add_argument("--split", default=splits, help=f"default: {splits}")
+    p.add_argument("--labels", default="", metavar="FILE", help="list of labels of images without class folders")
     p.add_argument("--cache", default="", help="where indexes are kept; default: $FIXRES_CACHE or ~/.cache/fixres_dist")
     p.set_defaults(part=function)
     return p
@@ -82,10 +83,12 @@ def splits(args: argparse.Namespace) -> list[str]:
 def index_command(args: argparse.Namespace) -> int:
     root = folder(args)
     for split in splits(args):
-        found = dataset.load(root, split, args.cache, on_bad="skip", fresh=args.fresh)
+        found = dataset.load(root, split, args.cache, labels=args.labels, on_bad="skip", fresh=args.fresh)
+        passed = dataset.survey(root, split, Data(cache=args.cache, labels=args.labels)).passed
         bad = dataset.recheck(found)[1]
         where = f"{len(found.shards)} shards" if found.shards else "folders"
         print(f"{split}: {len(found)} images, {len(found.classes)} classes, {where}, fingerprint {found.fingerprint}")
+        print(f"  passed over: {passed}")
         for sample, reason in bad.items():
             print(f"  {found.where(sample)}: {reason}")
         if bad:
@@ -100,7 +103,9 @@ def verify_command(args: argparse.Namespace) -> int:
     root, found = folder(args), {}
     check_output(args.deny_list)
     for split in splits(args):
-        samples = dataset.load(root, split, args.cache, on_bad="skip", fresh=True)  # it reads every file anyway
+        samples = dataset.load(
+            root, split, args.cache, labels=args.labels, on_bad="skip", fresh=True
+        )  # it reads every file anyway
         reasons = dataset.recheck(samples)[1]
         with progress_bar(f"decoding {split}") as bar:
             bad = verify.verify(samples, args.workers, bar)
@@ -109,7 +114,7 @@ def verify_command(args: argparse.Namespace) -> int:
         for b in bad:
             print(f"  {samples.where(b.sample)}: {reasons.get(b.sample, b.reason)}")
     if args.deny_list:
-        dataset.write_deny_list(args.deny_list, found)
+        deny_lists.write(args.deny_list, found)
         print(f"Next: submit with data.deny_list={args.deny_list.resolve()}")
     elif any(found.values()):
         deny_list = Path("bad.txt").resolve()
@@ -122,7 +127,7 @@ def shard_command(args: argparse.Namespace) -> int:
         raise UserError(f"--samples-per-shard is {args.samples_per_shard}; accepted: 1 or more.")
     root = folder(args)
     for split in splits(args):
-        samples = dataset.load(root, split, args.cache, deny_list=args.deny_list, on_bad="stop")
+        samples = dataset.load(root, split, args.cache, deny_list=args.deny_list, labels=args.labels)
         if samples.shards:
             raise UserError(f"{root / split} is sharded already. Accepted: folders of images.")
         with progress_bar(f"writing {split} shards") as bar:
@@ -152,7 +157,7 @@ def show_command(args: argparse.Namespace) -> int:
         if value not in accepted:
             raise unknown(kind, value, accepted)
     root = folder(args)
-    samples = dataset.load(root, args.split, args.cache, on_bad="skip")
+    samples = dataset.load(root, args.split, args.cache, labels=args.labels, on_bad="skip")
     chosen = positions(args.samples, len(samples), args.split)
     from fixres_dist.data import show
     from fixres_dist.models.build import preprocessing

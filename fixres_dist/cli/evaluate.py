@@ -74,7 +74,8 @@ def evaluate_softmax(args: argparse.Namespace) -> int:
     config = data_config(args)
     data, classes = config.data, class_maps.trained_classes(config, args.run, args.split)
     root = dataset.folder(data.root, data.cache)
-    index = dataset.load(root, args.split, data.cache, deny_list=data.deny_list, on_bad="skip")
+    name, deny_list, labels = data.split_name(args.split), data.deny_list, data.labels
+    index = dataset.load(root, name, data.cache, deny_list=deny_list, labels=labels, on_bad="skip")
     index, columns = class_maps.fitted(index, classes, config, args.split)
     predictions = from_softmax(args.softmax, index, columns, len(classes))
     real = class_maps.real_labels(args.labels, index, len(classes)) if args.labels else None

@@ -28,7 +28,7 @@ PATHS = {
     ("model", "weights"): WEIGHTS,
     ("data", "root"): ("demo",),
     ("data", "class_map"): ("natural", "imagenet"),
-    **dict.fromkeys([("data", "deny_list"), ("data", "cache"), ("run", "feature_cache")], ()),
+    **dict.fromkeys([("data", "deny_list"), ("data", "labels"), ("data", "cache"), ("run", "feature_cache")], ()),
 }
 # How many of classifier, last BN, conv_head, last block a policy trains; classifier+bn_stats: the BN's statistics too.
 TRAINED = {"classifier": 1, "classifier+bn_stats": 1, "classifier+bn": 2, "classifier+bn+conv_head": 3, "last_block": 4}

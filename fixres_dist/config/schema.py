@@ -42,6 +42,9 @@ class Model:
 @dataclass(frozen=True, kw_only=True)
 class Data:
     root: str = ""  # directory with train/ and val/, a folder per class in each; or demo, the built-in example
+    train_split: str = "train"  # folder below root, or its tar files: a word of their names, or train-{000..146}.tar
+    val_split: str = "val"
+    labels: str = ""  # list of `name label` lines for images that stand in no class folders; empty: one beside them
     res: int = 224  # test resolution in pixels: the model is fixed for it, and evaluated at it
     resize_rule: ResizeRule = "timm"  # how an image becomes res x res, in tests and in training (docs/method.md)
     crop_pct: float | Literal["auto"] = "auto"  # the crop's side over that of the scaled photograph; auto: the rule's
@@ -58,12 +61,18 @@ class Data:
     cache: str = ""  # directory of scanned indexes and features; empty: $FIXRES_CACHE or ~/.cache/fixres_dist
 
     def __post_init__(self) -> None:
+        if self.train_split == self.val_split:
+            raise UserError(f"train_split and val_split are both {self.val_split!r}; accepted: two different names.")
         at_least(self, 32, "res")
         at_least(self, 0, "workers", "preallocate_width", "preallocate_height")
         if self.crop_pct != "auto" and not 0.25 <= self.crop_pct <= 2:
             raise UserError(f"crop_pct is {self.crop_pct}; accepted: auto, or 0.25 to 2, such as 0.875 (1: no margin).")
         if not 0 <= self.hw_decoder_load <= 1:
             raise UserError(f"hw_decoder_load is {self.hw_decoder_load}; accepted: 0 to 1.")
+
+    def split_name(self, split: str) -> str:
+        """How the data set calls the split `train` or `val`; other splits have their own names."""
+        return {"train": self.train_split, "val": self.val_split}.get(split, split)
 
 
 @dataclass(frozen=True, kw_only=True)

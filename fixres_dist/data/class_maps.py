@@ -11,7 +11,6 @@ from fixres_dist.base.errors import UserError
 from fixres_dist.config import recipes
 from fixres_dist.config.schema import Config
 from fixres_dist.data import class_names, dataset
-from fixres_dist.data.folders import class_names as folder_names
 from fixres_dist.data.index import Index
 
 
@@ -30,18 +29,16 @@ def trained_classes(config: Config, run: Path | None, split: str) -> tuple[str, 
 
 def split_folders(config: Config, split: str) -> list[str]:
     """The class folders of train/, or where there is none of `split`; none if that is missing: opening it raises the error."""
-    root = dataset.folder(config.data.root, config.data.cache)
-    here = next((root / name for name in ("train", split) if (root / name).is_dir()), None)
-    return folder_names(here) if here else []
+    return dataset.classes(config.data, "train") or dataset.classes(config.data, split)
 
 
 def chosen_map(config: Config, split: str) -> str:
     """data.class_map; or `imagenet` where folders are ImageNet's 1,000 by number or name and the weights are taken in
     ImageNet's order: timm's own, or a file's on a lone validation set such as ImageNet-V2."""
-    weights, root = config.model.weights, Path(config.data.root)
+    weights = config.model.weights
     if config.data.class_map or config.pretrain or weights == "none" or config.data.root == "demo":
         return config.data.class_map
-    known = weights in recipes.TIMM_WEIGHTS or not (root / "train").is_dir()
+    known = weights in recipes.TIMM_WEIGHTS or not dataset.classes(config.data, "train")
     return "imagenet" if known and class_names.is_imagenet(split_folders(config, split)) else ""
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -10,11 +10,12 @@ import numpy as np
 from fixres_dist.base.commands import command
 from fixres_dist.base.environment import cache_folder
 from fixres_dist.base.errors import UserError
-from fixres_dist.base.files import no_room, whole
-from fixres_dist.data import demo, folders, shards
-from fixres_dist.data.folders import class_names
+from fixres_dist.base.files import no_room
+from fixres_dist.config.schema import Data
+from fixres_dist.data import demo, deny_lists, folders, shards
 from fixres_dist.data.headers import read_headers
 from fixres_dist.data.index import Index, cache_file
+from fixres_dist.data.layout import CLASSES, EXTENSIONS, class_folders, class_names, counted, find
 from fixres_dist.data.progress import progress_bar
 
 
@@ -42,39 +43,41 @@ def load(
     cache: str = "",
     *,
     deny_list: str = "",
+    labels: str = "",
     on_bad: str = "stop",
     fresh: bool = False,
     show: bool = True,
 ) -> Index:
     """The index of one split, without the samples on the deny list; `show`: a progress bar while headers are read.
 
-    It is cached: headers are read where files changed, or all of them if `fresh`. Files whose header cannot be read are
-    refused with `on_bad: stop`; with `skip` they stay in and are skipped when their batch is decoded, so the order of
-    the others does not depend on them. Raises UserError: no such split, nothing left of it, or files that are refused.
+    `split`, `labels`: as layout.find has them. The index is cached: headers are read where files changed, or all of them
+    if `fresh`. Files whose header cannot be read are refused with `on_bad: stop`; with `skip` they stay in and are skipped
+    when their batch is decoded, so the order of the others does not depend on them. Raises UserError: no such split,
+    nothing left of it, or files that are refused.
     """
-    here = root / split
-    if not here.is_dir():
-        found = ", ".join(sorted(p.name for p in root.iterdir() if p.is_dir())[:6]) if root.is_dir() else ""
-        raise UserError(
-            f"no split {split!r} in {root} (found: {found or 'no directories'}). Accepted: one of its folders."
-        )
-    read = shards.load if shards.is_sharded(here) else folders.load
-    with progress_bar(f"reading {split} headers", show) as progress:
-        whole_split = read(here, cache_file(here, cache_folder(cache)), progress, fresh)
-    index = whole_split.without(denied(deny_list, split))
+    whole_split, where = whole_index(root, split, cache, labels, fresh, show), root / split
+    index = whole_split.without(deny_lists.names(deny_list, split, whole_split.names()).denied if deny_list else ())
     if not len(index):
         why = f"data.deny_list={deny_list} names all {len(whole_split)} of them" if len(whole_split) else "it is empty"
-        raise UserError(f"no image is left in {here}: {why}. Accepted: one image or more.")
+        raise UserError(f"no image is left in {where}: {why}. Accepted: one image or more.")
     index, bad = recheck(index)
     if bad and on_bad == "stop":
         listed = "\n  ".join(f"{index.where(sample)}: {reason}" for sample, reason in list(bad.items())[:5])
         more = f"\n  and {len(bad) - 5} more" if len(bad) > 5 else ""
         raise UserError(
-            f"{len(bad)} of {len(index)} files in {here} are no readable images:\n  {listed}{more}\n"
+            f"{len(bad)} of {len(index)} files in {where} are no readable images:\n  {listed}{more}\n"
             f"Next: {command('data verify', '--data', root, '--deny-list', 'bad.txt')}, then data.deny_list=bad.txt "
             "(`data shard`: --deny-list bad.txt); or data.on_bad=skip; or move them away."
         )
     return index
+
+
+def whole_index(root: Path, split: str, cache: str, labels: str, fresh: bool = False, show: bool = True) -> Index:
+    """The index of a split with all its samples, whether or not they can be read."""
+    place = find(root, split, labels)
+    read = shards.load if place.shards else folders.load
+    with progress_bar(f"reading {split} headers", show) as progress:
+        return read(place, cache_file(root / split, cache_folder(cache)), progress, fresh)
 
 
 def recheck(index: Index) -> tuple[Index, dict[int, str]]:
@@ -82,64 +85,75 @@ def recheck(index: Index) -> tuple[Index, dict[int, str]]:
     return read_headers(index, np.flatnonzero(index.sizes[:, 0] == 0))
 
 
-def count(root: Path, split: str) -> int:
-    """The images of a split. Headers are read only where shards have no index yet."""
-    here = root / split
-    if shards.is_sharded(here):
-        return len(shards.load(here, cache_file(here, cache_folder())))
-    return sum(folders.count(here / name) for name in class_names(here))
+@dataclass(frozen=True)
+class Survey:
+    """What a split holds, as far as names tell: no image is opened."""
+
+    classes: tuple[str, ...]
+    counts: tuple[int, ...]  # images of each class
+    passed: str  # what is passed over, counted by kind
+    denied: deny_lists.Denied
+    by_list: bool  # labels do not come from class folders: a class may have no image
+
+    @property
+    def images(self) -> int:
+        """Those that are left of the deny list."""
+        return sum(self.counts) - len(self.denied.denied)
 
 
-def check_folder(root: Path) -> None:
-    """Refuse what can be seen to be wrong without opening a file; raises UserError."""
-    if not root.is_dir():
-        raise UserError(f"no data set at {root}. Accepted: a directory with train/ and val/, or --data demo.")
-    found = sorted(p.name for p in root.iterdir() if p.is_dir())
-    for split in ("train", "val"):
-        if split not in found:
-            seen = ", ".join(found[:6]) or "no directories"
+def survey(root: Path, split: str, data: Data) -> Survey:
+    """The split (`train`, `val` or another name) of the data set in `root` under the settings. Headers are read only where
+    shards have no index yet. Raises UserError."""
+    where = root / data.split_name(split)
+    root, name = where.parent, where.name
+    place = find(root, name, data.labels)
+    if place.shards:
+        index = whole_index(root, name, data.cache, data.labels)
+        classes, names, labels, passed = index.classes, index.names(), index.labels.tolist(), "nothing"
+    else:
+        found = folders.listing(place)
+        classes, names, passed = found.classes, iter(found.names()), counted(found.passed)
+        labels = [label for one in found.directories for label in one.labels]
+    denied = deny_lists.names(data.deny_list, name, names)
+    counts = tuple(np.bincount(labels, minlength=len(classes)).tolist())
+    return Survey(classes, counts, passed, denied, by_list=bool(place.shards or place.labels))
+
+
+def classes(data: Data, split: str) -> list[str]:
+    """The class names of a split, in the order of its labels; none if there is no such split. Of folders only names are
+    read."""
+    where = folder(data.root, data.cache) / data.split_name(split)
+    if (where / CLASSES).is_file() or (where.is_dir() and len(class_folders(where)) > 1):
+        return class_names(where)
+    try:
+        place = find(where.parent, where.name, data.labels)
+    except UserError:
+        return []  # opening it raises the error
+    if place.shards:
+        return list(whole_index(where.parent, where.name, data.cache, data.labels).classes)
+    return list(folders.listing(place).classes)
+
+
+def check_folder(root: Path, data: Data | None = None) -> dict[str, Survey]:
+    """What train and val hold. Refuse what can be seen to be wrong without opening an image; raises UserError."""
+    data = data or Data()
+    surveys = {split: survey(root, split, data) for split in ("train", "val")}
+    for split, found in surveys.items():
+        where = root / data.split_name(split)
+        if len(found.classes) < 2:
             raise UserError(
-                f"{root} has no {split}/ folder (found: {seen}). Point --data at the parent of train/ and val/."
-            )
-        classes = class_names(root / split)
-        if len(classes) < 2:
-            raise UserError(
-                f"{root / split} has {len(classes)} class folder(s){': ' + classes[0] if classes else ''}; "
+                f"{where} has {len(found.classes)} class folder(s){': ' + found.classes[0] if found.classes else ''}; "
                 "accepted: two or more, one folder per class."
             )
-        for name in () if (root / split / folders.CLASSES).is_file() else classes:
-            if not folders.count(root / split / name):
-                raise UserError(
-                    f"class folder {root / split / name} holds no image ({' '.join(folders.EXTENSIONS)}). "
-                    "Add images or remove the folder."
-                )
-    train, val = class_names(root / "train"), class_names(root / "val")
-    if train != val:
+        if 0 in found.counts and not found.by_list:
+            raise UserError(
+                f"class folder {where / found.classes[found.counts.index(0)]} holds no image ({' '.join(EXTENSIONS)}); "
+                f"passed over in {where}: {found.passed}. Add images or remove the folder."
+            )
+    deny_lists.check(data.deny_list, [found.denied for found in surveys.values()])
+    train, val = (surveys[split].classes for split in ("train", "val"))
+    numbers = list(val) == list(map(str, range(len(val)))) and len(val) <= len(train)
+    if set(train) != set(val) and not (surveys["val"].by_list and (numbers or set(val) <= set(train))):
         odd = sorted(set(train) ^ set(val))
         raise UserError(f"train/ and val/ have different classes: {', '.join(odd[:6])} stand(s) in only one of them.")
-
-
-def denied(deny_list: str, split: str) -> list[str]:
-    """The names of this split in a deny list, as `write_deny_list` writes it; none for "". Raises UserError."""
-    if not deny_list:
-        return []
-    try:
-        lines = Path(deny_list).read_bytes().splitlines()
-    except OSError as error:
-        raise UserError(
-            f"data.deny_list is {deny_list!r}: {error.strerror}. Next: {command('data verify')} writes one."
-        ) from None
-    names = (os.fsdecode(line.partition(b"\t")[0]) for line in lines if not line.startswith(b"#"))
-    return [name.removeprefix(f"{split}/") for name in names if name.startswith(f"{split}/") and name != f"{split}/"]
-
-
-def write_deny_list(path: Path, found: dict[str, list[tuple[str, str]]]) -> None:
-    """Write the (name, reason) pairs of every split as lines of `split/name`, a tab and the reason.
-
-    By rename. Names keep their bytes, whatever their encoding.
-    """
-    lines = ["# files that cannot be decoded; used by data.deny_list"]
-    for split, entries in found.items():
-        lines += [f"{split}/{name}\t{' '.join(reason.split())}" for name, reason in entries]
-    with whole(path) as part:
-        part.write_bytes(b"".join(os.fsencode(line) + b"\n" for line in lines))
+    return surveys

@@ -19,6 +19,7 @@ from PIL import Image, UnidentifiedImageError
 from fixres_dist.data.index import Index
 from fixres_dist.data.progress import Progress
 
+PROBES = 64  # files that are read to recognise a cached index
 HEADER_BYTES = 16384  # nearly every JPEG has its frame header in them; for the others PIL reads on
 
 FRAMES = {0xC0, 0xC1, 0xC2}  # baseline, extended, progressive: all decoders here read them
@@ -108,6 +109,12 @@ def read_headers(
             if progress:
                 progress(done, len(index))
     return replace(index, sizes=sizes, marks=marks), reasons
+
+
+def same_first_bytes(index: Index, samples: NDArray[np.int64]) -> bool:
+    """Whether some of `samples`, spread evenly, begin with the bytes that they had when they were indexed."""
+    some = samples[np.unique(np.linspace(0, len(samples) - 1, min(len(samples), PROBES)).astype(int))]
+    return np.array_equal(read_headers(index, some)[0].marks[some], index.marks[some])
 
 
 def look(index: Index, sample: int) -> Seen:

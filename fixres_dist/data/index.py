@@ -30,7 +30,7 @@ OPEN_SHARDS = 128  # tar files kept open per process: an open is a round trip to
 
 @dataclass(frozen=True)
 class Index:
-    """The n samples of one split in ImageFolder's order: by class, then directory, then file name."""
+    """The n samples of one split in ImageFolder's order: by class (if there are class folders), directory, file name."""
 
     folder: Path  # the split's directory
     classes: tuple[str, ...]
@@ -122,10 +122,14 @@ class CachedIndex:
     directories: tuple[tuple[str, int, int], ...] = ()  # of class folders: path below `folder`, mtime in ns, images
     scanned_ns: int = 0  # when these directories were listed
     shards: tuple[tuple[str, int], ...] = ()  # of tar files: name, bytes
+    passed: dict[str, int] | None = (
+        None  # what is no sample, by kind; None: of a version that took hidden folders' images
+    )
+    labels: int = 0  # CRC-32 of the list of labels; 0: there is none
 
 
 def cache_file(folder: Path, cache: Path) -> Path:
-    """Where the index of the split in `folder` is cached below the directory `cache`."""
+    """Where the index of the split at `folder` (a name, where tar files of several lie together) is cached below `cache`."""
     return cache / "index" / f"{hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:24]}.npz"
 
 
@@ -146,7 +150,8 @@ def read_cached(file: Path) -> CachedIndex | None:
                 **{name: a[name] for name in ARRAYS},
             )
             directories = tuple((path, mtime_ns, images) for path, mtime_ns, images in meta.get("directories", ()))
-            return CachedIndex(index, directories, meta.get("scanned_ns", 0), shards)
+            scanned_ns, labels = meta.get("scanned_ns", 0), meta.get("labels", 0)
+            return CachedIndex(index, directories, scanned_ns, shards, meta.get("passed"), labels)
     except Exception:  # numpy, zipfile and json each report a torn file in ways of their own
         return None
 
@@ -154,11 +159,11 @@ def read_cached(file: Path) -> CachedIndex | None:
 def write_cached(cached: CachedIndex, file: Path) -> None:
     """Write by rename. Where that fails, say so: without the file the next start scans again."""
     index = cached.index
-    meta = {"format": FORMAT, "classes": index.classes}
+    meta = {"format": FORMAT, "classes": index.classes, "passed": cached.passed}
     if cached.shards:
         meta |= {"shards": cached.shards}
     else:
-        meta |= {"directories": cached.directories, "scanned_ns": cached.scanned_ns}
+        meta |= {"directories": cached.directories, "scanned_ns": cached.scanned_ns, "labels": cached.labels}
     joined = {"meta": json.dumps(meta).encode(), "text": index.text}
     arrays: dict[str, Any] = {name: np.frombuffer(data, np.uint8) for name, data in joined.items()}
     arrays |= {name: getattr(index, name) for name in ARRAYS}

@@ -20,20 +20,14 @@ from fixres_dist.base.commands import command
 from fixres_dist.base.errors import UserError
 from fixres_dist.base.files import sync, whole, write_text
 from fixres_dist.data import order
-from fixres_dist.data.folders import CLASSES, EXTENSIONS, class_names, modified_ns
-from fixres_dist.data.headers import read_headers
+from fixres_dist.data.folders import modified_ns
+from fixres_dist.data.headers import read_headers, same_first_bytes
 from fixres_dist.data.index import CachedIndex, Index, open_shard, read_cached, write_cached
+from fixres_dist.data.layout import CLASSES, Place, class_names, hidden, is_image
 from fixres_dist.data.progress import Progress
 
 INDEX = "index.npz"  # the cached index that is written beside the shards
 MOST_CLASSES = 1 << 24
-
-
-def is_sharded(folder: Path) -> bool:
-    """Whether a split is tar shards: with tars and no class folders, to which they may have been unpacked."""
-    return any(folder.glob("*.tar")) and (
-        (folder / CLASSES).is_file() or not any(path.is_dir() for path in folder.iterdir())
-    )
 
 
 def write_shards(index: Index, out: Path, samples_per_shard: int, progress: Progress | None = None) -> int:
@@ -65,7 +59,8 @@ def write_shards(index: Index, out: Path, samples_per_shard: int, progress: Prog
             made += 1
         if progress:
             progress(stop, n)
-    if load(out, out / INDEX, fresh=True).fingerprint != index.fingerprint:
+    tars = tuple(sorted(path.name for path in out.glob("*.tar")))
+    if load(Place(out, tars), out / INDEX, fresh=True).fingerprint != index.fingerprint:
         raise UserError(
             f"{out} does not hold the samples of {index.folder}: a file has changed since it was indexed. "
             f"Next: remove {out}, {command('data index', '--data', index.folder.parent, '--fresh')}, "
@@ -99,17 +94,19 @@ def label_name(name: str) -> str:
     return f"{folder}{slash}{file[: len(file) - len(file.lstrip('.'))]}{stem}.cls" if dot else f"{name}.cls"
 
 
-def load(folder: Path, file: Path, progress: Progress | None = None, fresh: bool = False) -> Index:
-    """The index of the shards in `folder`: the cached `file`, the index beside the shards, or, if both are older than a
-    shard or the class names, and always with `fresh`, a new one. Raises UserError for a shard that cannot be read."""
-    tars = sorted(folder.glob("*.tar"))
+def load(place: Place, file: Path, progress: Progress | None = None, fresh: bool = False) -> Index:
+    """The index of a split's shards: the cached `file`, the index beside the shards, or, if neither fits the shards and the
+    class names, and always with `fresh`, a new one. Raises UserError for a shard that cannot be read."""
+    folder, tars = place.folder, [place.folder / name for name in place.shards]
     sizes = tuple((path.name, path.stat().st_size) for path in tars)
     written = max(modified_ns(path) or 0 for path in (*tars, folder / CLASSES))
+    open_shard.cache_clear()  # a shard may have been replaced by another file
     for candidate in () if fresh else (file, folder / INDEX):
         cached = read_cached(candidate)
         if cached and cached.shards == sizes and (modified_ns(candidate) or 0) >= written:
-            return replace(cached.index, folder=folder)
-    open_shard.cache_clear()  # a shard may have been replaced by another file
+            index = replace(cached.index, folder=folder)
+            if same_first_bytes(index, np.arange(len(index))):
+                return index
     index = listed(folder, tars)
     index, _ = read_headers(index, np.arange(len(index)), progress)
     write_cached(CachedIndex(index, shards=sizes), file)
@@ -118,24 +115,34 @@ def load(folder: Path, file: Path, progress: Progress | None = None, fresh: bool
 
 def listed(folder: Path, shards: list[Path]) -> Index:
     """The index as far as the tables of contents tell: without sizes and marks."""
-    members = sorted(member for number, shard in enumerate(shards) for member in read_members(shard, number))
+    members = [member for number, shard in enumerate(shards) for member in read_members(shard, number)]
+    if len({(member.directory, member.file) for member in members}) < len(members):  # each shard counts from zero
+        members = [m._replace(directory=f"{shards[m.place[0]].stem}/{m.directory}".rstrip("/")) for m in members]
+    words = sorted({str(member.label) for member in members})
+    classes = class_names(folder) if (folder / CLASSES).is_file() else words
+    if all(isinstance(member.label, int) for member in members):
+        numbers = range(max((int(member.label) for member in members), default=-1) + 1)
+        classes = classes if (folder / CLASSES).is_file() else list(map(str, numbers))
+        if len(numbers) > len(classes):
+            raise UserError(
+                f"{folder} has label {numbers[-1]} and {len(classes)} classes in {CLASSES}. "
+                f"Accepted: 0 to {len(classes) - 1}."
+            )
+    elif unknown := sorted(set(words) - set(classes)):
+        raise UserError(f"{folder} has label {unknown[0]!r}, which {CLASSES} does not name. Accepted: its names.")
+    else:
+        number = {name: k for k, name in enumerate(classes)}
+        members = [member._replace(label=number[str(member.label)]) for member in members]
+    members.sort()
     names = [os.fsencode(member.name) for member in members]
     if len(set(names)) < len(names):
-        raise UserError(f"a name stands twice in the shards of {folder}. Next: write them again with `data shard`.")
-    labels = np.array([member.label for member in members], np.int32)
-    numbers = range(int(labels.max(initial=-1)) + 1)
-    classes = tuple(class_names(folder) if (folder / CLASSES).is_file() else map(str, numbers))
-    if len(numbers) > len(classes):
-        raise UserError(
-            f"{folder} has label {numbers[-1]} and {len(classes)} classes in {CLASSES}. "
-            f"Accepted: 0 to {len(classes) - 1}."
-        )
+        raise UserError(f"a name stands twice in a shard of {folder}. Next: write them again with `data shard`.")
     return Index(
         folder,
-        classes,
+        tuple(classes),
         b"".join(names),
         np.cumsum([len(name) for name in names], dtype=np.int64),
-        labels,
+        labels=np.array([member.label for member in members], np.int32),
         sizes=np.zeros((len(names), 2), np.int32),
         marks=np.zeros(len(names), np.uint32),
         shards=tuple(shard.name for shard in shards),
@@ -146,7 +153,7 @@ def listed(folder: Path, shards: list[Path]) -> Index:
 class Member(NamedTuple):
     """An image in a shard; they sort as the files of an ImageFolder do."""
 
-    label: int
+    label: int | str  # a number, or a class name
     directory: str
     file: str
     place: tuple[int, int, int]  # number of the shard, first byte in it, length in bytes
@@ -159,8 +166,7 @@ class Member(NamedTuple):
 def read_members(shard: Path, number: int) -> list[Member]:
     """Every image in a shard, from the tar's headers and the label files; raises UserError."""
     images: list[tuple[str, tarfile.TarInfo]] = []
-    labels: dict[str, int] = {}
-    found = []
+    labels: dict[str, int | str] = {}
     try:
         with tarfile.open(shard, "r:") as tar, open(shard, "rb") as file:
             for member in tar:
@@ -169,20 +175,23 @@ def read_members(shard: Path, number: int) -> list[Member]:
                     raise UserError(
                         f"{shard} holds {member.name!r}, which points outside. Accepted: names below the shard."
                     )
-                if member.isdir():
-                    continue
+                if member.isdir() or any(map(hidden, path.parts[:-1])) or path.name.startswith("._"):
+                    continue  # what macOS packs beside the files
                 if not member.isreg():
                     raise UserError(f"{shard} holds {member.name!r}, a link or device. Accepted: regular files.")
                 name = str(path)  # `tar -C folder .` writes ./class/file
-                if name.lower().endswith(EXTENSIONS):
+                stem, kind = os.path.splitext(name)
+                if is_image(name):
                     images.append((name, member))
-                elif name.endswith(".cls"):
+                elif kind in (".cls", ".json"):
                     file.seek(member.offset_data)
-                    labels[name] = int(file.read(member.size))
-                    if not 0 <= labels[name] < MOST_CLASSES:
-                        raise UserError(
-                            f"{shard} holds label {labels[name]} in {name!r}. Accepted: 0 to {MOST_CLASSES - 1}."
-                        )
+                    label = label_of(kind, file.read(member.size))
+                    if isinstance(label, int) and not 0 <= label < MOST_CLASSES:
+                        raise UserError(f"{shard} holds label {label} in {name!r}. Accepted: 0 to {MOST_CLASSES - 1}.")
+                    if label is not None and (kind == ".cls" or stem not in labels):
+                        labels[stem] = label
+            if len({type(label) for label in labels.values()}) > 1:
+                raise ValueError("some labels are numbers, others names")
             file.seek(max(0, shard.stat().st_size - 1024))
             if file.read() != bytes(1024):
                 raise tarfile.ReadError("the end mark is missing")
@@ -194,11 +203,27 @@ def read_members(shard: Path, number: int) -> list[Member]:
         raise UserError(
             f"shard {shard} is torn or no tar: {error}. Next: remove it, and run the same `data shard` command again."
         ) from None
+    found = []
     for name, member in images:
-        if (key := label_name(name)) not in labels:
+        keys = (os.path.splitext(name)[0], label_name(name).removesuffix(".cls"))
+        label = next((labels[key] for key in keys if key in labels), None)
+        if label is None:
             raise UserError(
-                f"{shard} holds {name!r} without its label {key!r}. Next: write it again with `data shard`."
+                f"{shard} holds {name!r} without its label {label_name(name)!r} (or a .json with `label` or `cls`). "
+                "Next: write it again with `data shard`."
             )
         directory, _, base = name.rpartition("/")
-        found.append(Member(labels[key], directory, base, (number, member.offset_data, member.size)))
+        found.append(Member(label, directory, base, (number, member.offset_data, member.size)))
     return found
+
+
+def label_of(kind: str, data: bytes) -> int | str | None:
+    """The label in a member `.cls` (text) or `.json` (key label or cls): a number or a class name; None: there is none."""
+    if kind == ".json":
+        values = json.loads(data)
+        value = next((values[k] for k in ("label", "cls") if k in values), None) if isinstance(values, dict) else None
+    else:
+        value = data.decode().strip()
+    if isinstance(value, str):
+        return int(value) if value.lstrip("-").isdecimal() else value
+    return value if isinstance(value, int) else None

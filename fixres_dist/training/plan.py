@@ -10,7 +10,7 @@ from fixres_dist.base.text import duration
 from fixres_dist.config import recipes
 from fixres_dist.config.recipes import Facts
 from fixres_dist.config.schema import Config
-from fixres_dist.data import class_maps, dataset, demo
+from fixres_dist.data import class_maps, dataset, demo, deny_lists
 from fixres_dist.models import nvidia_apex
 from fixres_dist.training.cache import rule
 from fixres_dist.training.stages import Stage, batch_per_device, stages
@@ -30,6 +30,7 @@ class Counts:
     val: int
     classes: int
     source: str
+    files: str = "passed over: nothing"  # what in the data set is no sample
 
 
 def classes(config: Config) -> tuple[str, ...]:
@@ -48,8 +49,15 @@ def count(config: Config) -> Counts:
         return Counts(demo.N_TRAIN, demo.N_VAL, len(classes(config)), "the built-in example")
     if not config.data.root:
         return Counts(*IMAGENET, "ImageNet-1k assumed: no --data given")
-    files = [dataset.count(root, split) for split in ("train", "val")]
-    return Counts(files[0], files[1], len(classes(config)), str(root))
+    train, val = (dataset.survey(root, split, config.data) for split in ("train", "val"))
+    passed = train.passed if train.passed == val.passed == "nothing" else f"{train.passed} (train), {val.passed} (val)"
+    return Counts(
+        train.images,
+        val.images,
+        len(classes(config)),
+        str(root),
+        f"passed over: {passed}{deny_lists.counted([train.denied, val.denied])}",
+    )
 
 
 def check(config: Config, world_size: int, dry: bool) -> None:
@@ -62,9 +70,8 @@ def check(config: Config, world_size: int, dry: bool) -> None:
             "no data set given. Next: --data DIR (with train/ and val/), --data demo, or data.root in the profile."
         )
     if config.data.root not in ("", "demo"):
-        dataset.check_folder(Path(config.data.root))
+        dataset.check_folder(Path(config.data.root), config.data)
         class_maps.check(config)
-    dataset.denied(config.data.deny_list, "train")
     weights = config.model.weights
     if weights not in recipes.WEIGHTS and not Path(weights).is_file():
         raise recipes.no_weights(weights)
@@ -95,6 +102,7 @@ def lines(config: Config, facts: Facts | None, counts: Counts, run_folder: Path,
     rows = {
         "model": f"{model.name} = {model.timm_name}, weights {model.weights}",
         "data": f"{counts.train:,} training and {counts.val:,} validation images, {classes}",
+        "files": counts.files,
         "policy": f"{tune.policy}{trained}, BN statistics {tune.bn_stats}, transform {data.train_transform}, "
         f"resize {data.resize_rule}",
         "parameters": "known once the model is built (no recipe carries its facts)",

@@ -216,12 +216,15 @@ def open_session(
     for turn in (True, False):
         if ranks.is_main is turn:
             root = dataset.folder(data.root, data.cache)
-            for split, folder in ({split: root / split for split in splits} | dict(sets or {})).items():
+            for split, folder in (
+                {split: root / data.split_name(split) for split in splits} | dict(sets or {})
+            ).items():
                 indexes[split] = dataset.load(
                     folder.parent,
                     folder.name,
                     data.cache,
                     deny_list=data.deny_list,
+                    labels=data.labels,
                     on_bad=data.on_bad,
                     show=ranks.is_main,
                 )

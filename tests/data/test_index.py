@@ -11,6 +11,7 @@ from torchvision.datasets import ImageFolder
 
 from fixres_dist.base.errors import UserError
 from fixres_dist.data import dataset, folders
+from fixres_dist.data.layout import Place
 
 
 def test_the_same_samples_as_torchvisions_image_folder(photos: Path, tmp_path: Path) -> None:
@@ -28,12 +29,12 @@ def test_cached_until_a_directory_changes(photos: Path, tmp_path: Path) -> None:
     age(data)
     scans: list[int] = []
     count = lambda done, total: scans.append(total)  # noqa: E731
-    first = folders.load(data / "train", tmp_path / "kept.npz", count)
-    second = folders.load(data / "train", tmp_path / "kept.npz", count)
+    first = folders.load(Place(data / "train"), tmp_path / "kept.npz", count)
+    second = folders.load(Place(data / "train"), tmp_path / "kept.npz", count)
     assert scans == [84], "the second load must come from the cache"
     assert first.fingerprint == second.fingerprint
     shutil.copy(first.path(0), data / "train" / "ash" / "new.jpg")
-    third = folders.load(data / "train", tmp_path / "kept.npz", count)
+    third = folders.load(Place(data / "train"), tmp_path / "kept.npz", count)
     assert len(third) == 85
     assert third.fingerprint != first.fingerprint
 
@@ -44,7 +45,7 @@ def test_a_directory_changed_while_it_was_scanned_is_scanned_again(photos: Path,
     os.utime(data / "train" / "birch", (time.time(), time.time()))
     scans: list[int] = []
     for _ in range(2):
-        folders.load(data / "train", tmp_path / "kept.npz", lambda done, total: scans.append(total))
+        folders.load(Place(data / "train"), tmp_path / "kept.npz", lambda done, total: scans.append(total))
     assert scans == [84, 84]
 
 
