@@ -154,10 +154,14 @@ def no_weights(file: str | Path) -> UserError:
 
 
 def check_classes(origin: str, own: int, wanted: int, new_classifier: bool) -> None:
-    """Raise UserError for weights of `own` classes on a data set of `wanted`, unless stage one trains a new classifier."""
+    """Raise UserError for weights of `own` classes on a data set of `wanted`, unless stage one trains a new classifier.
+
+    0: the weights are a backbone's, without a classifier (DINOv2, CLIP).
+    """
     if own != wanted and not new_classifier:
+        has = f"classifies {own} classes" if own else "has no classifier"
         raise UserError(
-            f"{origin} classifies {own} classes, the data set has {wanted}: a new classifier has to be trained first. "
+            f"{origin} {has}, the data set has {wanted}{'' if own else ' classes'}: a new classifier has to be trained first. "
             "Next: add stage one, --preset own_classes (or pretrain.epochs=10 and the like)"
             + (
                 f"; or if the folders are some of its classes: data.class_map=imagenet, or FILE with model.num_classes={own}"

@@ -19,7 +19,7 @@ from fixres_dist.base.errors import UserError
 from fixres_dist.base.files import write_text
 from fixres_dist.data.index import Index
 from fixres_dist.data.requests import whole_batches
-from fixres_dist.models.build import classifier_name
+from fixres_dist.models.build import classifiers
 from fixres_dist.models.parts import Parts
 from fixres_dist.training.cache.store import Loaded
 from fixres_dist.training.predict import from_rows, score
@@ -31,14 +31,26 @@ META = "extract.json"
 
 @contextlib.contextmanager
 def classifier_inputs(parts: Parts) -> Iterator[list[torch.Tensor]]:
-    """A list; every forward pass of the head within the block appends the classifier's input, fp32 [n, channels]."""
+    """A list; every forward pass of the head within the block appends the classifier's input, fp32 [n, channels].
+
+    Of a model with two classifiers: both inputs side by side.
+    """
     found: list[torch.Tensor] = []
-    classifier = parts.model.get_submodule(classifier_name(parts.model))
-    hook = classifier.register_forward_pre_hook(lambda _, inputs: found.append(inputs[0].detach().float().flatten(1)))
+    given: list[torch.Tensor] = []
+    layers = [parts.model.get_submodule(name) for name in classifiers(parts.model)]
+
+    def note(_: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        given.append(inputs[0].detach().float().flatten(1))
+        if len(given) == len(layers):
+            found.append(torch.cat(given, 1))
+            given.clear()
+
+    hooks = [layer.register_forward_pre_hook(note) for layer in layers]
     try:
         yield found
     finally:
-        hook.remove()
+        for hook in hooks:
+            hook.remove()
 
 
 @torch.no_grad()

@@ -91,8 +91,8 @@ def normalise_over_ranks(self: Any, x: torch.Tensor) -> torch.Tensor:
 
 def share_batch_statistics(parts: Parts) -> None:
     """Let every BN that runs in train mode normalise over the batches of all ranks: the same result at any world size."""
-    names = [parts.tuned.last_bn] if parts.trunk is not None else [n for n, _ in parts.model.named_modules()]
-    for name in filter(None, names):
+    names = parts.tuned.last_bns if parts.trunk is not None else [n for n, _ in parts.model.named_modules()]
+    for name in names:
         module = parts.model.get_submodule(name)
         if isinstance(module, _BatchNorm):
             module.forward = MethodType(normalise_over_ranks, module)  # type: ignore[method-assign]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -146,15 +147,28 @@ def own_size(model: nn.Module) -> int:
 
 
 def small_size(model: nn.Module) -> int:
-    """The pixels of a cheap forward pass: 64, or the model's own resolution where that is fixed."""
-    return own_size(model) if (getattr(model, "pretrained_cfg", None) or {}).get("fixed_input_size") else 64
+    """The pixels of a cheap forward pass: 64, or the model's own resolution where that is fixed or 64 is too small."""
+    fixed = (getattr(model, "pretrained_cfg", None) or {}).get("fixed_input_size")
+    return own_size(model) if fixed or not accepts(model, 64) else 64
+
+
+def copied(model: nn.Module, device: str = "") -> nn.Module:
+    """A copy of the layers of `model` in eval mode that shares its tensors, or has them without values on `device="meta"`.
+
+    Layers that keep a tensor of a forward pass (a rotary embedding's table, say) keep it in the copy.
+    """
+    tensors = {id(t): t for t in (*model.parameters(), *model.buffers())}
+    if device:
+        plain = [v for m in model.modules() for v in vars(m).values() if isinstance(v, torch.Tensor)]
+        tensors = {id(t): t.detach().to(device) for t in (*tensors.values(), *plain)}
+        tensors |= {id(p): nn.Parameter(tensors[id(p)], requires_grad=False) for p in model.parameters()}
+    return copy.deepcopy(model, dict[int, Any](tensors)).eval()
 
 
 def meta_forward(model: nn.Module, count: int, res: int) -> Any:
     """The output of `model` for `count` pictures of `res` px on the meta device: shapes without values, nothing computed."""
-    state = {name: value.to("meta") for name, value in [*model.named_parameters(), *model.named_buffers()]}
-    with torch.no_grad():
-        return torch.func.functional_call(model, state, (torch.zeros(count, 3, res, res, device="meta"),))
+    with torch.no_grad(), torch.device("meta"):
+        return copied(model, "meta")(torch.zeros(count, 3, res, res))
 
 
 def gmacs(model: nn.Module, res: int) -> float:
@@ -203,7 +217,7 @@ def check_batch(model: nn.Module, batch: int, resolutions: Iterable[int]) -> Non
 def accepts(model: nn.Module, res: int) -> bool:
     try:
         meta_forward(model, 1, res)
-    except (AssertionError, RuntimeError, ValueError):
+    except Exception:  # layers raise what they like where a size does not fit: from AssertionError to ZeroDivisionError
         return False
     return True
 
@@ -222,9 +236,22 @@ def check_resolutions(model: nn.Module, resolutions: Iterable[int]) -> None:
         )
 
 
-def classifier_name(model: nn.Module) -> str:
-    """Name of the classifier layer among the model's modules, by timm's get_classifier; UserError where there is not one."""
-    classifier = getattr(model, "get_classifier", lambda: None)()
-    if not isinstance(classifier, nn.Module) or isinstance(classifier, nn.Identity):
-        raise UserError(f"{type(model).__name__} has no single classifier layer to tune.")
-    return next(str(name) for name, module in model.named_modules() if module is classifier)
+def classifiers(model: nn.Module) -> tuple[str, ...]:
+    """Names of the classifier layers among the model's modules, by timm's get_classifier.
+
+    More than one where a model was distilled (DeiT, LeViT: timm averages their logits in tests) or has branches (CrossViT).
+    Raises UserError where there is none.
+    """
+
+    def each(found: Any) -> list[Any]:
+        several = isinstance(found, (tuple, list, nn.ModuleList))
+        return [layer for one in found for layer in each(one)] if several else [found]
+
+    layers = each(getattr(model, "get_classifier", lambda: None)())
+    names = {module: name for name, module in model.named_modules()}
+    if not all(layer in names and not isinstance(layer, nn.Identity) for layer in layers):
+        raise UserError(
+            f"{type(model).__name__} has no classifier layer, and timm cannot give it one. Next: a model that classifies; "
+            f"timm.list_models() names them"
+        )
+    return tuple(names[layer] for layer in layers)

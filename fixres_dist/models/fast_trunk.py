@@ -111,7 +111,8 @@ def folded_text(trunk: nn.Module, count: int) -> str:
 
 
 def prepared(trunk: nn.Module, dtype: torch.dtype, res: int = 64) -> tuple[nn.Module, int]:
-    """(a copy of `trunk` with BatchNorms folded, then cast to `dtype`; how many). BatchNorms that are left stay fp32.
+    """(a copy of `trunk` with BatchNorms folded, then cast to `dtype`; how many). What stays fp32:
+    BatchNorms that are left, and tables that the graph reads by itself (frequencies of a rotary embedding, as timm does).
 
     `res`: pixels of the images that folding is checked on.
     """
@@ -119,7 +120,13 @@ def prepared(trunk: nn.Module, dtype: torch.dtype, res: int = 64) -> tuple[nn.Mo
     own = own if count else copy.deepcopy(own)
     if next(own.parameters()).device.type == "cpu":
         cpu_layers.use(own)
+    read = (
+        {node.target for node in own.graph.nodes if node.op == "get_attr"} if isinstance(own, fx.GraphModule) else set()
+    )
+    tables = {name: table for name, table in own.named_buffers() if name in read}
     own = own.to(dtype)
+    for name, table in tables.items():
+        own.get_submodule(name.rpartition(".")[0]).register_buffer(name.rpartition(".")[2], table)
     for module in own.modules():
         if isinstance(module, _BatchNorm):
             module.float()

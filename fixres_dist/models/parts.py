@@ -7,6 +7,8 @@ a residual branch can be tuned as well as one right before the pooling.
 
 from __future__ import annotations
 
+import copy
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +17,7 @@ import torch
 from torch import fx, nn
 
 from fixres_dist.base.errors import UserError
-from fixres_dist.models.build import meta_forward, own_size
+from fixres_dist.models.build import copied, meta_forward, own_size
 from fixres_dist.models.policies import Tuned, select
 from fixres_dist.models.weights import state_digest
 
@@ -36,7 +38,7 @@ class Parts:
 def described(parts: Parts) -> str:
     """What trains, in a sentence for the log."""
     count = sum(p.numel() for p in parts.model.parameters() if p.requires_grad)
-    kept = "" if parts.tuned.last_bn or parts.trunk is None else "; no layer whose statistics are measured"
+    kept = "" if parts.tuned.last_bns or parts.trunk is None else "; no layer whose statistics are measured"
     return f"training {', '.join(parts.tuned.modules) if parts.trunk else 'everything'} ({count:,} parameters){kept}"
 
 
@@ -47,19 +49,20 @@ def parts_of(model: nn.Module, policy: str, recompute: bool = False) -> Parts:
     for a model that lacks what the policy tunes, or that cannot be cut there.
     """
     checkpoint_activations(model, recompute and policy == "all")
+    model.eval()
     tuned = select(model, policy)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in tuned.parameters)  # set on a module it would be ignored without a word
     if policy == "all":
         return Parts(model, tuned, None, model, True, recomputes=recompute)
-    model.eval()
     try:
+        checked, _ = cut(copied(model, "meta"), tuned.modules)  # a graph keeps the device that tensors are made on
         trunk, head = cut(model, tuned.modules)
     except fx.proxy.TraceError as error:
         raise UserError(
             f"{type(model).__name__} cannot be cut at {', '.join(tuned.modules)} ({error}). Next: tune.policy=all"
         ) from None
-    if not all(isinstance(f, torch.Tensor) and f.shape[0] == 2 for f in meta_forward(trunk, 2, own_size(model))):
+    if not all(isinstance(f, torch.Tensor) and f.shape[0] == 2 for f in meta_forward(checked, 2, own_size(model))):
         raise UserError(
             f"policy {policy!r} cuts {type(model).__name__} where more than image features passes (a rotary embedding, "
             "say). Next: tune.policy=classifier+bn"
@@ -70,9 +73,11 @@ def parts_of(model: nn.Module, policy: str, recompute: bool = False) -> Parts:
 class TunedModulesTracer(fx.Tracer):
     """Traces only into modules that contain a tuned one: all others stay whole, whatever their control flow."""
 
-    def __init__(self, modules: tuple[str, ...]) -> None:
-        # Functions that timm hides from tracers for their control flow, such as the resampling of a ViT's position embedding.
+    def __init__(self, model: nn.Module, modules: tuple[str, ...]) -> None:
+        # Functions that timm hides from tracers for their control flow, such as the resampling of a ViT's position embedding;
+        # called by the model's class or by one that it inherits from.
         super().__init__(autowrap_functions=tuple(timm.layers.get_notrace_functions()))
+        self._autowrap_search += [sys.modules[c.__module__] for c in type(model).__mro__ if c.__module__ in sys.modules]
         self.opened = {name[:i] for name in modules for i, c in enumerate(name) if c == "."}
 
     def create_args_for_root(self, *args: Any, **kwargs: Any) -> tuple[Any, list[Any]]:
@@ -89,7 +94,12 @@ def cut(model: nn.Module, modules: tuple[str, ...]) -> tuple[fx.GraphModule, fx.
 
     Both are graphs over the model's own modules. Raises fx.proxy.TraceError where a path to `modules` has control flow.
     """
-    graph = TunedModulesTracer(modules).trace(model)
+    traced = copied(model)
+    graph = TunedModulesTracer(model, modules).trace(traced)
+    root = copy.copy(model)  # with what the trace has computed without the images, such as a rotary embedding's periods
+    for node in graph.nodes:
+        if node.op == "get_attr" and str(node.target).startswith("_tensor_constant"):
+            setattr(root, str(node.target), getattr(traced, str(node.target)))
     after: set[fx.Node] = set()
     constant: set[fx.Node] = set()  # made of parameters alone: both parts compute it
     for node in graph.nodes:
@@ -108,7 +118,7 @@ def cut(model: nn.Module, modules: tuple[str, ...]) -> tuple[fx.GraphModule, fx.
     for node in graph.nodes:
         if node in after | constant:
             copies[node] = head.node_copy(node, copies.__getitem__)
-    parts = fx.GraphModule(model, trunk), fx.GraphModule(model, head)
+    parts = fx.GraphModule(root, trunk), fx.GraphModule(root, head)
     for part in parts:
         part.graph.eliminate_dead_code()
         part.recompile()
@@ -122,8 +132,9 @@ def set_modes(parts: Parts, bn_stats: str) -> None:
     """
     parts.model.train(parts.trunk is None)
     parts.head.train(parts.trunk is None)
-    if parts.trunk is not None and bn_stats == "ema" and parts.tuned.last_bn:
-        parts.model.get_submodule(parts.tuned.last_bn).train()
+    if parts.trunk is not None and bn_stats == "ema":
+        for name in parts.tuned.last_bns:
+            parts.model.get_submodule(name).train()
 
 
 def checkpoint_activations(model: nn.Module, enable: bool) -> None:

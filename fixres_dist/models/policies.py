@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import timm.layers
@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fixres_dist.base.errors import UserError
-from fixres_dist.models.build import classifier_name, meta_forward, own_size
+from fixres_dist.models.build import classifiers, meta_forward, own_size
 
 NORMS = (
     *(_BatchNorm, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm),
@@ -24,7 +24,7 @@ class Tuned:
     """The tensors that a policy changes, by name in the model's state dict."""
 
     modules: tuple[str, ...]  # the tuned modules, in forward order
-    last_bn: str  # empty where the policy does not tune the last norm's statistics, or that norm keeps none
+    last_bns: tuple[str, ...]  # whose statistics move: the last BN, or those of all classifiers; empty where none do
     parameters: tuple[str, ...]
     buffers: tuple[str, ...]  # BN statistics
 
@@ -61,26 +61,40 @@ def select(model: nn.Module, policy: str) -> Tuned:
     `classifier+bn_stats` is what the original code trains, `classifier+bn` what the paper says (docs/method.md). Where
     the last norm layer in forward order is no BatchNorm, its affine is tuned all the same; it has no statistics.
     """
-    classifier = classifier_name(model)
+    classifier = classifiers(model)
     if policy == "all":
         statistics = ("running_mean", "running_var", "num_batches_tracked")
         buffers = tuple(name for name, _ in model.named_buffers() if name.rpartition(".")[2] in statistics)
-        return Tuned(("",), "", tuple(name for name, _ in model.named_parameters()), buffers)
+        return Tuned(("",), (), tuple(name for name, _ in model.named_parameters()), buffers)
     if policy == "classifier":
-        return Tuned((classifier,), "", tuple(parameters_of(model, classifier)), ())
+        return Tuned(classifier, (), tuple(name for c in classifier for name in parameters_of(model, c)), ())
     order = forward_order(model)
-    norm = next((name for name in reversed(order) if isinstance(model.get_submodule(name), NORMS)), "")
-    has_statistics = bool(norm) and getattr(model.get_submodule(norm), "running_mean", None) is not None
+    norms = last_norms(model, order, classifier)
+    bns = [name for name in norms if getattr(model.get_submodule(name), "running_mean", None) is not None]
     if policy == "last_block":
         modules = last_block(model, order)
     else:
-        check_norm(model, policy, norm, has_statistics)
-        conv = [feeding_conv(model, order, norm)] if policy == "classifier+bn+conv_head" else []
-        modules = [*conv, norm, classifier]
-    frozen = norm if policy == "classifier+bn_stats" else None
-    trained = dict.fromkeys(name for m in modules if m != frozen for name in parameters_of(model, m))
-    moved = [f"{norm}.{name}" for name, _ in model.get_submodule(norm).named_buffers()] if has_statistics else []
-    return Tuned(tuple(modules), norm if has_statistics else "", tuple(trained), tuple(moved))
+        check_norm(model, policy, norms[-1] if norms else "", bool(bns))
+        conv = [feeding_conv(model, order, norms[-1])] if policy == "classifier+bn+conv_head" else []
+        modules = [*conv, *(name for name in norms if not inside(name, classifier)), *classifier]
+    trained = dict.fromkeys(name for m in modules for name in parameters_of(model, m))
+    if policy == "classifier+bn_stats":
+        trained = dict.fromkeys(name for name in trained if not inside(name, norms))
+    moved = [f"{bn}.{name}" for bn in bns for name, _ in model.get_submodule(bn).named_buffers()]
+    return Tuned(tuple(modules), tuple(bns), tuple(trained), tuple(moved))
+
+
+def inside(name: str, modules: Sequence[str]) -> bool:
+    """Whether `name` is a layer or tensor within one of `modules`."""
+    return any(name.startswith(f"{module}.") for module in modules)
+
+
+def last_norms(model: nn.Module, order: list[str], classifier: tuple[str, ...]) -> list[str]:
+    """The last norm layer in forward order; of classifiers that begin with a norm each (LeViT), all of theirs."""
+    norms = [name for name in dict.fromkeys(order) if isinstance(model.get_submodule(name), NORMS)]
+    return (
+        [name for name in norms if inside(name, classifier)] if inside((norms or [""])[-1], classifier) else norms[-1:]
+    )
 
 
 def check_norm(model: nn.Module, policy: str, norm: str, has_statistics: bool) -> None:

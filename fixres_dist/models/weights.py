@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from fixres_dist.config import recipes
 from fixres_dist.config.schema import Config
 from fixres_dist.data import class_names
 from fixres_dist.models import file_kinds, state_dicts
-from fixres_dist.models.build import build_model, check_resolutions, classifier_name, pretrained_cfg
+from fixres_dist.models.build import build_model, check_resolutions, classifiers, pretrained_cfg
 from fixres_dist.models.safe_load import STATE_DICT, load_pickled
 
 # timm's names for what turns a state dict of an older version, or of the model's authors, into this version's.
@@ -176,9 +176,12 @@ def read_state(path: Path) -> state_dicts.State:
 
 
 def classifier_tensors(model: nn.Module) -> state_dicts.State:
-    """The classifier's tensors by their names in the model."""
-    layer = classifier_name(model)
-    return {f"{layer}.{name}": value for name, value in model.get_submodule(layer).state_dict().items()}
+    """The tensors of the classifier, or of both of a distilled model, by their names in the model."""
+    return {
+        f"{layer}.{name}": value
+        for layer in classifiers(model)
+        for name, value in model.get_submodule(layer).state_dict().items()
+    }
 
 
 def fill(model: nn.Module, state: dict[str, torch.Tensor], origin: str, new_classifier: bool = False) -> None:
@@ -198,17 +201,26 @@ def fill(model: nn.Module, state: dict[str, torch.Tensor], origin: str, new_clas
     differ |= {n: f"{n} is {state[n].dtype}, quantised" for n in own if n in state and quantised(state[n])}
     differ |= {n: f"{n} is not in the model" for n in state if n not in own and not n.endswith(optional)}
     classifier = set(classifier_tensors(model))
-    if differ and differ.keys() <= classifier <= state.keys():
-        given, wanted = len(state[min(classifier)]), own[min(classifier)][0]
-        recipes.check_classes(origin, given, wanted, new_classifier)
-        if given != wanted:
-            state, differ = {name: value for name, value in state.items() if name not in classifier}, {}
+    if differ and differ.keys() <= classifier and of_other_classes(differ.keys(), state, own):
+        given = 0 if classifier.isdisjoint(state) else len(state[min(differ)])
+        recipes.check_classes(origin, given, own[min(differ)][0], new_classifier)
+        state, differ = {name: value for name, value in state.items() if name not in differ}, {}
     if differ:
         listed = "; ".join([*differ.values()][:4]) + (f"; and {len(differ) - 4} more" if len(differ) > 4 else "")
         raise UserError(
             f"{origin} does not fit {type(model).__name__} ({len(own)} tensors, {len(differ)} differ): {listed}."
         )
     model.load_state_dict(state, strict=False)
+
+
+def of_other_classes(names: Iterable[str], state: dict[str, torch.Tensor], own: Mapping[str, torch.Size]) -> bool:
+    """Whether the tensors `names` differ from the model's `own` shapes in the number of classes alone, or are all missing."""
+    given = [state[name].shape if name in state else None for name in names]
+    wanted = [own.get(name) for name in names]
+    if given.count(None) == len(given):
+        return True
+    pairs = [(a, b) for a, b in zip(given, wanted, strict=True) if a is not None and b is not None]
+    return len(pairs) == len(given) and all(a[:1] != b[:1] and a[1:] == b[1:] for a, b in pairs)
 
 
 def quantised(value: torch.Tensor) -> bool:

@@ -149,9 +149,10 @@ def measure(training: Training, startup: StartUp) -> None:
     if work.stage.name == "fix":
         training.keep("before", training.evaluate("before"))
         startup.mark("evaluation")
-    if work.parts.tuned.last_bn and work.stage.tune.bn_stats == "exact":
+    if work.parts.tuned.last_bns and work.stage.tune.bn_stats == "exact":
         count = measure_statistics(work)
-        training.say(f"statistics of {work.parts.tuned.last_bn} measured on {count} images at {work.stage.res} px")
+        names = ", ".join(work.parts.tuned.last_bns)
+        training.say(f"statistics of {names} measured on {count} images at {work.stage.res} px")
         startup.mark("statistics")
     training.save()
 

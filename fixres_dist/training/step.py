@@ -83,18 +83,19 @@ def distribute(work: StageSession) -> nn.Module:
 
 @torch.no_grad()
 def measure_statistics(work: StageSession) -> int:
-    """Set the last BN's mean and variance from the first `bn_stats_images` samples of the order; returns how many.
+    """Set mean and variance of the last BN from the first `bn_stats_images` samples of the order; returns how many.
 
     One pass and one all-reduce of fp64 sums, so the result is the same at any world size.
     """
-    bn = work.session.model.get_submodule(work.parts.tuned.last_bn)
-    moments = batchnorm.Moments(bn.num_features, work.session.ranks.device)  # type: ignore[arg-type]
-    hook = bn.register_forward_pre_hook(lambda _, inputs: moments.add(inputs[0]))
+    bns: list[Any] = [work.session.model.get_submodule(name) for name in work.parts.tuned.last_bns]
+    moments = {bn: batchnorm.Moments(bn.num_features, work.session.ranks.device) for bn in bns}
+    hooks = [bn.register_forward_pre_hook(lambda bn, inputs: moments[bn].add(inputs[0])) for bn in bns]
     for batch in work.statistics_batches():
         work.logits(work.parts.head, work.inputs(batch.images))
-    hook.remove()
-    moments.sums = work.session.ranks.total(moments.sums.cpu())
-    moments.set(bn)
+    for bn, hook in zip(bns, hooks, strict=True):
+        hook.remove()
+        moments[bn].sums = work.session.ranks.total(moments[bn].sums.cpu())
+        moments[bn].set(bn)
     return min(work.stage.tune.bn_stats_images, work.stage.n)
 
 

@@ -66,6 +66,37 @@ def test_weights_for_a_model_on_the_meta_device_are_checked_and_not_loaded(tmp_p
     load(resnet, "resnet18.a1_in1k", "pretrained", True)
 
 
+def test_weights_without_a_classifier_fit_where_stage_one_trains_a_new_one() -> None:
+    """A backbone's: DINOv2, CLIP, MAE, or a file whose classifier was taken off."""
+    given, model = state(seed=2), build_model(NAME, 5, 7)
+    given = {name: value for name, value in given.items() if not name.startswith("classifier.")}
+    own = model.classifier.weight.clone()
+    with pytest.raises(
+        UserError, match=r"a file has no classifier, the data set has 5 classes: .*--preset own_classes"
+    ):
+        weights.fill(model, given, "a file")
+    weights.fill(model, given, "a file", new_classifier=True)
+    assert torch.equal(model.classifier.weight, own)
+    assert torch.equal(model.conv_stem.weight, given["conv_stem.weight"])
+    name = "vit_small_patch14_dinov2.lvd142m"
+    with torch.device("meta"):
+        backbone = build_model(name, 5)
+    with pytest.raises(UserError, match="has no classifier"):
+        load(backbone, name, "pretrained")
+    load(backbone, name, "pretrained", True)
+
+
+def test_weights_of_two_classifiers_fit_and_other_classes_take_both_away() -> None:
+    name = "deit_tiny_distilled_patch16_224"
+    given, model, same = build_model(name, 7, 2).state_dict(), build_model(name, 5, 3), build_model(name, 7, 4)
+    heads = {n: v.clone() for n, v in model.state_dict().items() if n.startswith("head")}
+    weights.fill(model, given, "a file", new_classifier=True)
+    assert len(heads) == 4
+    assert all(torch.equal(model.state_dict()[n], heads.get(n, v)) for n, v in given.items())
+    weights.fill(same, given, "a file")
+    assert all(torch.equal(same.state_dict()[n], v) for n, v in given.items())
+
+
 def test_a_classifier_of_as_many_classes_and_other_inputs_is_refused(tmp_path: Path) -> None:
     """Even where stage one trains a new one: these are another model's weights."""
     other = state(classes=5)

@@ -47,6 +47,9 @@ LARGE = {
     "maxvit_tiny_tf_224": ("head.fc", "head.norm*", "", "stages.3 head"),
     "nfnet_f0": ("head.fc", "", "", "stages.3.2 final_conv head"),
     "vgg11_bn": ("head.fc", "features.26", "features.25", ""),
+    "deit_tiny_distilled_patch16_224": ("head head_dist", "norm*", "", "blocks.11 norm head head_dist"),
+    "pit_ti_distilled_224": ("head head_dist", "norm*", "", ""),
+    "crossvit_tiny_240": ("head.0 head.1", "norm.1*", "", "blocks.2 norm head"),
 }
 
 
@@ -58,12 +61,12 @@ def meta(name: str) -> torch.nn.Module:
 def expected(row: tuple[str, str, str, str], policy: str) -> tuple[list[str], str] | None:
     """(tuned modules, BN whose statistics move), or None for a refusal."""
     classifier, norm, conv, block = row
-    bn = "" if norm.endswith("*") else norm
+    bn, heads = "" if norm.endswith("*") else norm, classifier.split()
     found = {
-        "classifier": ([classifier], ""),
-        "classifier+bn_stats": ([bn, classifier], bn) if bn else None,
-        "classifier+bn": ([norm.rstrip("*"), classifier], bn) if norm else None,
-        "classifier+bn+conv_head": ([conv, norm.rstrip("*"), classifier], bn) if conv else None,
+        "classifier": (heads, ""),
+        "classifier+bn_stats": ([bn, *heads], bn) if bn else None,
+        "classifier+bn": ([norm.rstrip("*"), *heads], bn) if norm else None,
+        "classifier+bn+conv_head": ([conv, norm.rstrip("*"), *heads], bn) if conv else None,
         "last_block": (block.split(), bn) if block else None,
     }
     return found[policy]
@@ -78,7 +81,7 @@ def test_tuned_modules_by_structure(name: str, policy: str) -> None:
             policies.select(model, policy)
         return
     tuned = policies.select(model, policy)
-    assert (list(tuned.modules), tuned.last_bn) == wanted
+    assert (list(tuned.modules), "".join(tuned.last_bns)) == wanted
     frozen = wanted[1] if policy == "classifier+bn_stats" else None
     assert set(tuned.parameters) == {
         f"{m}.{n}" for m in wanted[0] if m != frozen for n, _ in model.get_submodule(m).named_parameters()
@@ -120,7 +123,6 @@ def test_trunk_and_head_are_the_model_at_another_resolution(name: str, policy: s
         ("convnext_atto", "classifier+bn_stats", r"head.norm \(LayerNorm2d\), keeps none"),
         ("densenet121", "classifier+bn+conv_head", r"denselayer16.conv2 \(Conv2d\) stands before features.norm5"),
         ("test_vit", "classifier+bn+conv_head", r"mlp.fc2 \(Linear\) stands before norm"),
-        ("deit_tiny_distilled_patch16_224", "classifier", "no single classifier layer"),
         ("eva02_tiny_patch14_224", "last_block", "rotary embedding"),
         ("pvt_v2_b0", "classifier+bn", "more than image features"),
     ],

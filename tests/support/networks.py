@@ -36,8 +36,8 @@ def one_step(parts: Parts, bn_stats: str) -> None:
     if parts.trunk is not None:
         with torch.no_grad():
             inputs = parts.trunk(images)
-    if parts.tuned.last_bn and bn_stats == "exact":
-        bn = parts.model.get_submodule(parts.tuned.last_bn)
+    if parts.tuned.last_bns and bn_stats == "exact":
+        (bn,) = (parts.model.get_submodule(name) for name in parts.tuned.last_bns)
         moments = batchnorm.Moments(bn.num_features)
         hook = bn.register_forward_pre_hook(lambda _, x: moments.add(x[0]))
         with torch.no_grad():
