@@ -51,4 +51,4 @@ def end_to_end(session: Session, setting: Setting) -> Work:
 
 def ahead(session: Session) -> int:
     """More batches than a loader has made while others had their turn."""
-    return 2 * backends.worker_count(session.config.data.workers, 1) + 2
+    return 2 * backends.worker_count(session.config.data.workers, session.ranks.cpus, 1) + 2

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Iterator
 from typing import Protocol, TypeVar
 
@@ -44,15 +43,13 @@ def choose(setting: str, device: torch.device, interpolation: str = "bicubic") -
     )
 
 
-def worker_count(setting: int | str, local_size: int) -> int:
-    """Loader processes or threads of each of a node's `local_size` ranks.
+def worker_count(setting: int | str, cpus: int, local_size: int) -> int:
+    """Loader processes or threads of a rank that may count on `cpus` CPUs, one of `local_size` ranks of its node.
 
-    `auto`: the rank's share of the CPUs that the node gives the job; with several ranks one of them is left for
-    training.
+    `auto`: as many; with several ranks one of them is left for training.
     """
     if setting != "auto":
         return int(setting)
-    cpus = len(os.sched_getaffinity(0)) // local_size
     return max(1, cpus - 1 if local_size > 1 else cpus)
 
 

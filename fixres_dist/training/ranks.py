@@ -16,8 +16,8 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar, cast
 
@@ -46,6 +46,7 @@ class Ranks:
     nodes: tuple[str, ...]
     device: torch.device
     control: Any = None  # a process group; None is the default one
+    cpus: int = field(default_factory=lambda: len(os.sched_getaffinity(0)))  # this rank's share of its node's
 
     @property
     def is_main(self) -> bool:
@@ -173,8 +174,18 @@ def join(run_folder: Path, keep_memory: bool = True) -> Ranks:
     dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
     control: Any = dist.new_group(backend="gloo", timeout=timeout) if backend == "nccl" else None
     found: list[Any] = [None] * world
-    dist.all_gather_object(found, node, group=control)
-    return Ranks(rank, world, local_size, tuple(dict.fromkeys(found)), device, control)
+    mine = os.sched_getaffinity(0)
+    dist.all_gather_object(found, (node, mine), group=control)
+    share = cpu_share(mine, [cpus for name, cpus in found if name == node])
+    return Ranks(rank, world, local_size, tuple(dict.fromkeys(name for name, _ in found)), device, control, share)
+
+
+def cpu_share(mine: set[int], on_node: Sequence[set[int]]) -> int:
+    """CPUs that a rank may count on, `on_node` being the CPUs that each rank of its node may use, its own included.
+
+    Slurm's task/affinity gives each task CPUs of its own, other launchers give all of them to every rank.
+    """
+    return max(1, int(sum(1 / sum(cpu in cpus for cpus in on_node) for cpu in mine) + 1e-6))
 
 
 def mig_devices() -> list[str]:

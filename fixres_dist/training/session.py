@@ -81,7 +81,7 @@ class Session:
 
     def pictures(self, index: Index, requests: Iterable[Request], res: int) -> Iterator[decoding.Batch]:
         settings, device, size = self.config.data, self.ranks.device, self.batch_per_device(res)
-        workers = backends.worker_count(settings.workers, self.ranks.local_size)
+        workers = backends.worker_count(settings.workers, self.ranks.cpus, self.ranks.local_size)
         return backends.batches(index, requests, res, self.resize(res), settings, device, workers, size, self.on_skip)
 
     def to_device(self, images: torch.Tensor, memory_format: torch.memory_format | None = None) -> torch.Tensor:
