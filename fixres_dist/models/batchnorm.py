@@ -65,7 +65,8 @@ class AllReduceSum(torch.autograd.Function):
 def normalise_over_ranks(self: Any, x: torch.Tensor) -> torch.Tensor:
     """Forward of a BatchNorm in train mode over the batches of all ranks, x [n, channels, ...] being this rank's.
 
-    torch's SyncBatchNorm refuses CPUs and drops timm's activation.
+    torch's SyncBatchNorm refuses CPUs and drops timm's activation. A single value per channel, over all ranks, has no
+    variance: it is normalised by the running statistics, which stay.
     """
     if not self.training:
         return cast(torch.Tensor, type(self).forward(self, x))
@@ -78,9 +79,9 @@ def normalise_over_ranks(self: Any, x: torch.Tensor) -> torch.Tensor:
     sums = AllReduceSum.apply(torch.cat([centred.sum(dims), centred.square().sum(dims), count]))
     count = sums[-1].detach()
     mean, square = (sums[:-1] / count.clamp(min=1)).chunk(2)
-    variance = square - mean.square()
+    some = count > 1  # False too where every rank skipped all its images
+    mean, variance = mean * some, torch.where(some, square - mean.square(), self.running_var)
     with torch.no_grad():
-        some = count > 0  # False where every rank skipped all its images: then the statistics stay
         self.num_batches_tracked += some
         self.running_mean.lerp_(mean + shift.flatten(), self.momentum * some)
         self.running_var.lerp_(variance * count / (count - 1).clamp(min=1), self.momentum * some)
@@ -96,6 +97,28 @@ def share_batch_statistics(parts: Parts) -> None:
         module = parts.model.get_submodule(name)
         if isinstance(module, _BatchNorm):
             module.forward = MethodType(normalise_over_ranks, module)  # type: ignore[method-assign]
+
+
+@contextlib.contextmanager
+def single_image(parts: Parts, images: int) -> Iterator[None]:
+    """Around both passes of a batch, on one rank. Of one image, a BatchNorm behind a global pool sees one value per channel.
+
+    That has no variance, and torch refuses it: such a BatchNorm uses its running statistics, and they stay.
+    """
+
+    def before(bn: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        bn.training = inputs[0].numel() > inputs[0].shape[1]
+
+    def after(bn: nn.Module, *_: Any) -> None:
+        bn.training = True
+
+    norms = [m for m in parts.model.modules() if isinstance(m, _BatchNorm) and m.training] if images == 1 else []
+    hooks = [h for bn in norms for h in (bn.register_forward_pre_hook(before), bn.register_forward_hook(after))]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 @contextlib.contextmanager

@@ -43,7 +43,9 @@ def backward(
         labels = torch.cat([batch.labels.to(ranks.device, non_blocking=True) for batch in group])
         samples += [sample for batch in group for sample in batch.samples.tolist()]
         group = next(groups, None)
-        with contextlib.nullcontext() if group is None or ranks.world_size == 1 else head.no_sync():  # type: ignore[operator]
+        waiting = contextlib.nullcontext() if group is None or ranks.world_size == 1 else head.no_sync()  # type: ignore[operator]
+        alone = batchnorm.single_image(work.parts, len(labels) if ranks.world_size == 1 else 0)
+        with waiting, alone:
             logits = work.logits(head, inputs)
             loss = F.cross_entropy(logits, labels, reduction="sum", label_smoothing=tune.label_smoothing)
             # DDP averages over ranks, and the loss is the mean over the global batch, however large this rank's part is.

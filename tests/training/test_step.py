@@ -16,6 +16,7 @@ from fixres_dist.data import geometry
 from fixres_dist.data.decoding import Batch
 from fixres_dist.data.index import Index
 from fixres_dist.data.requests import Pictures, micro_batches, train_steps
+from fixres_dist.models import batchnorm
 from fixres_dist.models.build import build_model, preprocessing
 from fixres_dist.models.parts import parts_of, set_modes
 from fixres_dist.models.precision import Arithmetic, LossScale, sgd
@@ -61,10 +62,10 @@ def test_every_rank_has_the_same_number_of_micro_batches(
         assert np.concatenate([request.samples for request in requests]).tolist() == whole.samples.tolist()
 
 
-def work(*items: str) -> StageSession:
+def work(*items: str, name: str = "test_efficientnet") -> StageSession:
     """The fixing stage of a small model on 12 images, in fp32 on a CPU."""
     config = reading.parse(Config, reading.overrides(["data.res=64", "tune.global_batch=12", *items]))
-    model = lived_in(build_model("test_efficientnet", 3))
+    model = lived_in(build_model(name, 3))
     parts = parts_of(model, config.tune.policy)
     set_modes(parts, config.tune.bn_stats)
     index, device = made(12), torch.device("cpu")
@@ -99,6 +100,31 @@ def test_micro_batches_add_up_to_the_global_batch(bn_stats: str, sizes: list[int
     assert set(whole) == set(cut) == {"bn2.weight", "bn2.bias", "classifier.weight", "classifier.bias"}
     for name, expected in whole.items():
         torch.testing.assert_close(cut[name], expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_batch_of_one_image_trains_with_a_batch_norm_behind_a_global_pool(
+    ranks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One value per channel has no variance: running statistics take its place, and stay."""
+    found = work("tune.policy=all", name="mobilenetv4_conv_small")
+    if ranks == 2:
+        monkeypatch.setattr(batchnorm.dist, "all_reduce", lambda x: x)
+        batchnorm.share_batch_statistics(found.parts)
+    bn = found.session.model.get_submodule("norm_head")
+    with torch.no_grad(), batchnorm.single_image(found.parts, 11):
+        found.parts.head(torch.randn(11, 3, 64, 64))  # a first batch, so that the statistics are those of used weights
+    before, count = bn.running_var.clone(), int(bn.num_batches_tracked)
+    assert count == 1
+    with batchnorm.single_image(found.parts, 1 if ranks == 1 else 0):
+        found.parts.head(torch.randn(1, 3, 64, 64)).square().sum().backward()
+    assert torch.equal(bn.running_var, before)
+    assert int(bn.num_batches_tracked) == count
+    assert bn.training
+    assert int(found.session.model.bn1.num_batches_tracked) == 2  # where a map has more values, they move
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in found.session.model.parameters())
+    if ranks == 1:
+        assert gradients(work("tune.policy=all", name="mobilenetv4_conv_small"), [11, 1])
 
 
 def test_averaged_weights_are_the_mean_and_the_optimizer_keeps_it() -> None:
