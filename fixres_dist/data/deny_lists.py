@@ -64,7 +64,8 @@ def names(deny_list: str, split: str, known: Iterable[str]) -> Denied:
 def spellings(line: str, split: str) -> Iterator[str]:
     """The names below `split` that a line may mean, the likeliest first."""
     bare = line.partition("\t")[0].strip()
-    for text in dict.fromkeys((bare, bare.partition(" #")[0].strip())):
+    without_remarks = (bare, bare.rpartition(" #")[0].strip() or bare, bare.partition(" #")[0].strip())
+    for text in dict.fromkeys(without_remarks):
         for path in dict.fromkeys((text, text.strip("\"'"), text.strip("\"'").replace("\\", "/"))):
             parts = [part for part in path.split("/") if part not in ("", ".")]
             yield from ("/".join(parts[k + 1 :]) for k, part in enumerate(parts) if part == split)

@@ -136,16 +136,11 @@ def load(place: Place, file: Path, progress: Progress | None = None, fresh: bool
     listed, and for a list of labels that does not fit.
     """
     folder, cached = place.folder, None if fresh else read_cached(file)
-    known = unchanged(folder, cached) if cached else {}
+    crc = zlib.crc32(place.labels.read_bytes()) if place.labels and place.labels.is_file() else 0
+    known = unchanged(folder, cached) if cached and cached.labels == crc else {}
     if cached and not looks_the_same(folder, cached, known):
         known = {}
-    crc = zlib.crc32(place.labels.read_bytes()) if place.labels and place.labels.is_file() else 0
-    if (
-        cached
-        and known
-        and len(known) == len(cached.directories)
-        and (cached.labels, cached.passed is None) == (crc, False)
-    ):
+    if cached and known and len(known) == len(cached.directories) and cached.passed is not None:
         return replace(cached.index, folder=folder)
     scanned_ns, listed = time.time_ns(), listing(place)
     index = scan(folder, listed, cached.index if cached else None, known, progress)
