@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,6 +13,7 @@ from fixres_dist.base.errors import EXIT_DONE, UserError
 from fixres_dist.base.files import write_text
 from fixres_dist.base.text import parse_sizes, table
 from fixres_dist.cli.arguments import add_source
+from fixres_dist.config.schema import Config
 from fixres_dist.evaluation.inputs import Subject, model_config, opened, parts_with, subjects, weights_after
 from fixres_dist.runs.rundir import RunDir
 
@@ -44,7 +45,7 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Evaluate every model at every resolution, one pass over the images per resolution; table, sweep.json, PNG."""
-    sizes, config = parse_sizes(args.res), model_config(args)
+    sizes, config = parse_sizes(args.res), uncompiled(model_config(args))
     own = subjects(args.run)
     chosen = [*own, *others(args.also)]
     from fixres_dist.evaluation import activations
@@ -81,6 +82,14 @@ def run(args: argparse.Namespace) -> int:
     write_text(out / "sweep.json", json.dumps(record, indent=1) + "\n")
     print(f"curve: {out / 'sweep.png'}")
     return EXIT_DONE
+
+
+def uncompiled(config: Config) -> Config:
+    """`config` without compiling, unless it is asked for: one pass at a resolution does not pay for its graph.
+
+    So the speeds of all resolutions are of the same arrangement, and none contains the compiler's minutes.
+    """
+    return replace(config, run=replace(config.run, compile=config.run.compile is True))
 
 
 def others(items: list[str]) -> list[Subject]:

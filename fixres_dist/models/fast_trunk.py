@@ -27,6 +27,7 @@ CLEARLY = 1.1  # how much faster than the usual arrangement another one must be:
 PROBE_IMAGES = 16  # at most, on a CPU; a GPU is probed with a whole batch
 PROBE_S = 0.5  # seconds that rounds of the probe go on for, of at least 5 and at most 20
 COMPILE_PAYS_S = 1200.0  # seconds of eager work from which on compiling, minutes for the largest models, is tried
+GRAPHS = 10_000  # sizes of one compiled trunk, and of all in a process: more than any sweep has
 Choose = Callable[[str, Callable[[], dict[str, Any]]], dict[str, Any]]
 
 
@@ -49,6 +50,8 @@ class FastTrunk(nn.Module):
         self.neck = neck.to(memory_format=self.memory_format) if neck is not None else None
         if how.compile:
             # dynamic=False: a second size would otherwise be traced symbolically, which takes minutes with SAME padding.
+            # So each size has a graph of its own. By default the ninth would run eagerly, with a warning in the log.
+            torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = GRAPHS
             # CUDA graphs take the launch costs away; their outputs are overwritten by the next run, hence `features`' clone.
             cuda = next(body.parameters()).device.type == "cuda"
             mode = "reduce-overhead" if cuda else None

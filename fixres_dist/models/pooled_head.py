@@ -16,7 +16,7 @@ from torch import fx, nn
 
 from fixres_dist.models.parts import Parts, cut
 
-PIECE_BYTES = 1 << 20  # of fp32 values that a CPU takes at once; a GPU takes all
+PIECE_BYTES = 1 << 20  # of fp32 values that are taken at once
 
 
 class PooledSilu(torch.autograd.Function):
@@ -32,7 +32,7 @@ class PooledSilu(torch.autograd.Function):
         n, area, channels = points.shape
         training = any(ctx.needs_input_grad[1:])
         sums = x.new_empty(3 if training else 1, n, channels)
-        size = max(1, n if x.device.type == "cuda" else PIECE_BYTES // (4 * max(1, area * channels)))
+        size = max(1, PIECE_BYTES // (4 * max(1, area * channels)))
         one = scale.new_ones(())
         for first in range(0, n, size):
             piece = points[first : first + size]

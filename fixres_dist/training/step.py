@@ -58,7 +58,8 @@ def backward(
 def distribute(work: StageSession) -> nn.Module:
     """The head as it trains: wrapped in DDP where there are several ranks, so that only its gradients are reduced."""
     parts, ranks = work.parts, work.session.ranks
-    own = pooled_head(parts)
+    # The pass pays where a map outgrows a processor's cache. No GPU has been asked: there the plain layers run.
+    own = pooled_head(parts) if ranks.device.type == "cpu" else parts.head
     if ranks.world_size == 1:
         return own
     if work.stage.tune.bn_stats == "ema":

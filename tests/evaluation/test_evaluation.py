@@ -22,6 +22,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from fixres_dist.base.commands import command
 from fixres_dist.cli.main import main
+from fixres_dist.cli.sweep import uncompiled
 from fixres_dist.config import reading, recipes
 from fixres_dist.config.schema import Config
 from fixres_dist.data import dataset
@@ -439,3 +440,10 @@ def test_real_labels_that_do_not_fit_are_refused(
     error = refused(capsys, "evaluate", *given)
     for text in says:
         assert text in error
+
+
+@pytest.mark.parametrize(("setting", "compiled"), [("auto", False), ("true", True), ("false", False)])
+def test_a_sweep_compiles_only_where_it_is_asked_to(setting: str, compiled: bool) -> None:
+    """A graph for each resolution takes minutes, and their speeds would contain them."""
+    config = reading.parse(Config, reading.overrides([f"run.compile={setting}", "run.seed=3"]))
+    assert (uncompiled(config).run.compile, uncompiled(config).run.seed) == (compiled, 3)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from support.networks import lived_in
-from torch import nn
+from torch import fx, nn
 
 from fixres_dist.config import reading
 from fixres_dist.config.schema import Config, Run
@@ -194,6 +194,25 @@ def test_only_a_smaller_batch_is_copied_to_fill_it_up(monkeypatch: pytest.Monkey
             live.inputs(parts, images)
         assert [a != images.data_ptr() for a, images in zip(arrived, given, strict=True)] == copied
         arrived.clear()
+
+
+def test_each_size_of_a_compiled_trunk_has_a_graph_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By torch's default the ninth size would run eagerly, with no word but a warning."""
+    compiled, graphs = torch.compile, []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Callable[..., Any]:
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", lambda body, dynamic, mode: compiled(body, dynamic=dynamic, backend=backend))
+    trunk = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 8, 3))
+    parts = fx.GraphModule(trunk, fx.Tracer().trace(trunk))
+    fast = fast_trunk.FastTrunk(parts, None, torch.float32, fast_trunk.Arrangement("contiguous", True))
+    sizes = [(n, 16 + 8 * k) for k in range(10) for n in (2, 5)]
+    for _ in range(2):
+        for n, res in sizes:
+            assert len(fast.features(torch.zeros(n, 3, res, res))) == n
+        assert len(graphs) == len(sizes), "one for each size, and none a second time"
 
 
 def timed(monkeypatch: pytest.MonkeyPatch, cost: Callable[[fast_trunk.FastTrunk], float]) -> None:

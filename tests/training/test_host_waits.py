@@ -23,6 +23,7 @@ from fixres_dist.models import fast_trunk
 from fixres_dist.models.batchnorm import share_batch_statistics
 from fixres_dist.models.build import build_model, preprocessing
 from fixres_dist.models.parts import parts_of, set_modes
+from fixres_dist.models.pooled_head import PooledHead
 from fixres_dist.models.precision import Arithmetic, LossScale, sgd
 from fixres_dist.training import session as sessions
 from fixres_dist.training.cache.store import Rows, begin_writing, open_store
@@ -31,7 +32,7 @@ from fixres_dist.training.ranks import Ranks
 from fixres_dist.training.session import Session, one_ahead, tell
 from fixres_dist.training.stage_session import StageSession
 from fixres_dist.training.stages import stages
-from fixres_dist.training.step import backward, measure_statistics
+from fixres_dist.training.step import backward, distribute, measure_statistics
 from fixres_dist.training.throughput import Meter
 
 RES, IMAGES = 64, 4
@@ -96,6 +97,14 @@ def test_a_step_never_waits_for_the_device(policy: str, bn_stats: str) -> None:
     with waits:
         assert meter.read(found.session.ranks)["loss"] == 0.0
     assert waits.found == ["__float__"], "the loss is read where it is logged"
+
+
+def test_the_head_in_one_pass_is_for_cpus() -> None:
+    """On a GPU it would be more kernels than the layers it stands for; none has measured it."""
+    on_device = work("classifier+bn", "exact")
+    assert distribute(on_device) is on_device.parts.head
+    cpu = replace(on_device.session, ranks=Ranks(0, 1, 1, ("here",), torch.device("cpu")))
+    assert isinstance(distribute(replace(on_device, session=cpu)), PooledHead)
 
 
 def test_a_batchnorm_over_several_ranks_makes_its_count_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
