@@ -13,7 +13,7 @@ from fixres_dist.base.commands import command
 from fixres_dist.base.errors import EXIT_DONE, EXIT_FAILED, UserError, check_output, unknown
 from fixres_dist.base.files import write_text
 from fixres_dist.base.text import parse_sizes
-from fixres_dist.config import recipes
+from fixres_dist.config import timm_names
 from fixres_dist.data import dataset
 from fixres_dist.data.layout import find
 
@@ -75,7 +75,7 @@ def check(args: argparse.Namespace) -> None:
         for value in getattr(args, f"{kind}s").split(","):
             if value not in accepted:
                 raise unknown(kind, value, accepted)
-    if "model" in args and args.model.partition(".")[0] not in (known := recipes.timm_names()):
+    if "model" in args and args.model.partition(".")[0] not in (known := timm_names.architectures()):
         raise unknown("timm model", args.model, sorted(known))
     if (folder := getattr(args, "data", None)) and args.stage != "data":
         dataset.check_folder(folder)

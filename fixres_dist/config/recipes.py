@@ -7,7 +7,6 @@ the meta device, so that the plan of a dry run imports no torch.
 from __future__ import annotations
 
 import csv
-import importlib.util
 import os
 import re
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from typing import Any
 from fixres_dist.base.commands import command
 from fixres_dist.base.environment import shipped
 from fixres_dist.base.errors import UserError, unknown
+from fixres_dist.config import timm_names
 from fixres_dist.config.reading import merge, parse, read_yaml
 
 FROM_SCRATCH = ("demo", "r50")  # recipes with a first stage of their own and no weights
@@ -135,16 +135,18 @@ def find(name: str, weights: str = "") -> Recipe:
 
 def generic(name: str, weights: str) -> Recipe:
     """The recipe for any timm model."""
-    known = timm_names()
-    if name.partition(".")[0] not in known:
-        hint = f"`{command('submit', '--list')}` shows the recipes; any timm model name works too."
-        raise unknown("model", name, [*model_names(), *(sorted(known) if len(name) > 3 else ())], hint)
+    hint = f"`{command('submit', '--list')}` shows the recipes; any timm model name works too."
+    timm_name = timm_names.resolved(name, model_names(), hint)
+    if timm_name.startswith(timm_names.FOLDER):
+        name = timm_name
     if weights in ("ns", "ap"):
         raise UserError(
             f"weights {weights!r} belong to the recipes b0 .. b8 and l2; for {name} accepted: pretrained, none, a file."
         )
-    values = merge(read_yaml((folder() / "generic.yaml").read_text()), {"model": {"name": name, "timm_name": name}})
-    if "efficientnet" not in name:
+    values = merge(
+        read_yaml((folder() / "generic.yaml").read_text()), {"model": {"name": name, "timm_name": timm_name}}
+    )
+    if "efficientnet" not in timm_name or ":" in timm_name:  # another's model says itself how it is evaluated
         values["data"]["resize_rule"] = "timm"
     return Recipe(name, "pretrained", values)
 
@@ -190,20 +192,13 @@ def preset(name: str) -> dict[str, Any]:
     return dict(read_yaml((folder() / "presets" / f"{name}.yaml").read_text()))
 
 
-@cache
-def timm_names() -> frozenset[str]:
-    """timm's model entry points and our own, read from the sources: importing timm would import torch."""
-    spec = importlib.util.find_spec("timm")
-    if spec is None or spec.origin is None:
-        raise UserError("timm is not installed. Next: pip install timm")
-    pattern = re.compile(r"^@register_model\b.*\s+def (\w+)\(", re.MULTILINE)
-    sources = [*(Path(spec.origin).parent / "models").glob("*.py"), Path(__file__).parents[1] / "models" / "build.py"]
-    return frozenset(name for path in sources for name in pattern.findall(path.read_text(encoding="utf-8")))
-
-
 def run_name(name: str, res: int, weights: str) -> str:
     """The default name of a run: the same command again finds the same directory."""
     default = next((w for n, w in published() if n == name), "none" if name in FROM_SCRATCH else "pretrained")
     if name == "demo":
         return "demo" if weights == default else f"demo-{res}-{Path(weights).stem}"
-    return f"{name.replace('/', '_')}-{res}" + ("" if weights in (default, "pretrained") else f"-{Path(weights).stem}")
+    if name.startswith(timm_names.FOLDER):
+        name = Path(name).name
+    return f"{re.sub('[/:@]', '_', name)}-{res}" + (
+        "" if weights in (default, "pretrained") else f"-{Path(weights).stem}"
+    )

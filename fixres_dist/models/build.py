@@ -16,7 +16,8 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from fixres_dist.base.errors import UserError, unknown
+from fixres_dist.base.commands import command
+from fixres_dist.base.errors import UserError, first_line, unknown
 from fixres_dist.config.schema import Data
 from fixres_dist.data import geometry
 
@@ -74,13 +75,30 @@ def constant(values: tuple[float, ...], device: torch.device) -> torch.Tensor:
 
 
 def pretrained_cfg(timm_name: str) -> Any:
-    """timm's description of the weights; None for an architecture without any. Raises UserError for an unknown tag."""
+    """timm's description of the weights; None for an architecture without any.
+
+    Raises UserError for an unknown tag, and for a model of the hub that neither cache nor hub can describe.
+    """
+    if ":" in timm_name:
+        return timm.models.PretrainedCfg(**from_elsewhere(timm_name))
     try:
         return timm.get_pretrained_cfg(timm_name)
     except RuntimeError:
         architecture, _, tag = timm_name.partition(".")
         tags = [name.partition(".")[2] for name in timm.list_pretrained(architecture)]
         raise unknown(f"weights tag of {architecture}", tag, tags) from None
+
+
+def from_elsewhere(timm_name: str) -> dict[str, Any]:
+    """The config.json of hf-hub:OWNER/NAME or local-dir:FOLDER as timm reads it; raises UserError where it cannot."""
+    try:
+        found: dict[str, Any] = timm.models.resolve_model_input_args(timm_name)["pretrained_cfg"]
+    except Exception as error:  # the hub client raises a dozen kinds, from DNS to HTTP status
+        raise UserError(
+            f"{timm_name} cannot be read ({type(error).__name__}: {first_line(error)}). Accepted: a model in timm's form, in "
+            f"the cache of the hub or within reach. Next, on a machine with network: {command('fetch', '--model', timm_name)}"
+        ) from None
+    return found
 
 
 def preprocessing(timm_name: str) -> Preprocessing:
@@ -130,7 +148,7 @@ def build_model(timm_name: str, num_classes: int, seed: int = 0) -> nn.Module:
         model: nn.Module = timm.create_model(timm_name, pretrained=False, num_classes=num_classes, **options)
         return model.eval()
 
-    cfg = pretrained_cfg(timm_name) if timm.is_model(timm_name) else None
+    cfg = pretrained_cfg(timm_name) if ":" in timm_name or timm.is_model(timm_name) else None
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:

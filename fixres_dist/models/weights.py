@@ -102,7 +102,7 @@ def timms_names(model: nn.Module, timm_name: str, state: state_dicts.State) -> s
     """`state` with the names and shapes of this timm version where older ones had others: by timm's own filter."""
     own = {name: value.shape for name, value in model.state_dict().items()}
     misfits = sum(n not in state or state[n].shape != shape for n, shape in own.items())
-    architecture = timm_name.partition(".")[0]
+    architecture = getattr(model, "pretrained_cfg", {}).get("architecture", timm_name.partition(".")[0])
     if not misfits or not timm.is_model(architecture):
         return state
     module = sys.modules[timm.model_entrypoint(architecture).__module__]
@@ -155,7 +155,8 @@ def hub_state(timm_name: str, meta: bool = False) -> dict[str, torch.Tensor]:
 
     Raises UserError if timm has none, or if neither cache nor hub can give them; that message names `fetch`.
     """
-    if pretrained_cfg(timm_name) is None or not timm.is_model_pretrained(timm_name):
+    cfg = pretrained_cfg(timm_name)
+    if cfg is None or not cfg.has_weights:
         raise UserError(f"timm has no pretrained weights for {timm_name!r}. Accepted: --weights none, or a file.")
     try:
         with torch.device("meta") if meta else contextlib.nullcontext():

@@ -15,9 +15,9 @@ from support.folders import write_photos
 from fixres_dist.base.errors import UserError
 from fixres_dist.base.json_lines import read_lines
 from fixres_dist.base.signals import StopFlag
-from fixres_dist.config import reading, recipes
+from fixres_dist.config import reading, recipes, timm_names
 from fixres_dist.config.schema import Config
-from fixres_dist.models import fast_trunk, policies
+from fixres_dist.models import fast_trunk, policies, weights
 from fixres_dist.models.build import build_model, preprocessing
 from fixres_dist.models.parts import parts_of
 from fixres_dist.runs import rundir
@@ -79,7 +79,53 @@ def test_advprop_and_noisy_student_have_their_own_preprocessing() -> None:
 
 
 def test_timm_names_read_from_its_sources_are_timms() -> None:
-    assert recipes.timm_names() == frozenset(timm.list_models())
+    assert timm_names.architectures() == frozenset(timm.list_models())
+    assert timm_names.former() == {old: new or "" for old, new in timm.models._registry._deprecated_models.items()}
+
+
+@pytest.mark.parametrize(
+    ("typed", "built"),
+    [
+        ("tf_efficientnet_b0_ap", "tf_efficientnet_b0.ap_in1k"),
+        ("tf_efficientnet_l2_ns", "tf_efficientnet_l2.ns_jft_in1k"),
+        ("tv_resnet50", "resnet50.tv_in1k"),
+        ("hf_hub:timm/resnet18.a1_in1k", "resnet18.a1_in1k"),
+        ("HF-hub:timm/vit_base_patch16_224_in21k", "vit_base_patch16_224.augreg_in21k"),
+        ("timm/resnet18", "resnet18"),
+        ("hf-hub:someone/flowers-vit", "hf-hub:someone/flowers-vit"),
+        ("hf_hub:someone/flowers-vit@v2", "hf-hub:someone/flowers-vit@v2"),
+    ],
+)
+def test_names_that_timm_takes_are_taken_with_the_same_weights(typed: str, built: str) -> None:
+    recipe = recipes.find(typed)
+    assert recipe.values["model"]["timm_name"] == built
+    assert "/" not in recipes.run_name(typed, 224, recipe.weights)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("someone/flowers-vit", "hf-hub:OWNER/NAME, or local-dir:FOLDER"),
+        ("hf-hub:flowers", "hf-hub:OWNER/NAME"),
+        ("local-dir:/nowhere", "/nowhere has no readable config.json"),
+        ("hf-hub:", "hf-hub:OWNER/NAME"),
+        ("timm/resnet51", "hf-hub:OWNER/NAME"),
+    ],
+)
+def test_names_that_timm_does_not_take_are_refused_with_what_it_takes(name: str, words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        recipes.find(name)
+
+
+def test_a_model_in_a_folder_is_built_with_its_own_classes_and_pictures(tmp_path: Path) -> None:
+    """As `export` or timm's push writes it; the path is typed relative to where the command runs."""
+    model = timm.create_model("test_efficientnet", num_classes=7)
+    timm.models.save_for_hf(model, tmp_path, model_config={"mean": (0.1, 0.2, 0.3)})
+    name = recipes.find(f"local-dir:{tmp_path}").values["model"]["timm_name"]
+    config = reading.parse(Config, {"model": {"name": name, "timm_name": name}, "data": {"res": "64"}})
+    found = weights.open_model(config, [f"c{k}" for k in range(7)])
+    assert torch.equal(found.classifier.weight, model.classifier.weight)
+    assert preprocessing(name).train_res == 160
 
 
 def test_names_resolve() -> None:
