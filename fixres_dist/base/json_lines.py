@@ -17,12 +17,12 @@ def append(path: Path, line: dict[str, Any]) -> None:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The lines that are complete (a kill may have cut one off); none where there is no file."""
+    """The lines that are complete (a kill may have cut one off) and undamaged; none where there is no file."""
     lines = []
-    for text in path.read_text().splitlines() if path.exists() else ():
+    for text in path.read_text(errors="replace").splitlines() if path.exists() else ():
         with contextlib.suppress(json.JSONDecodeError):
             lines.append(json.loads(text))
-    return lines
+    return [line for line in lines if isinstance(line, dict)]
 
 
 def keep_lines(path: Path, kept: Callable[[dict[str, Any]], bool]) -> None:

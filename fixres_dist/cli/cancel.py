@@ -18,6 +18,7 @@ from fixres_dist.cluster import slurm, status
 from fixres_dist.runs.rundir import RunDir
 
 EXAMPLES = ("b0-320", "b0-320 b1-384 --runs-dir /scratch/runs")
+FIRST_S = 0.5
 WAIT_S = 120.0  # Slurm kills what has not left after KillWait, 30 s by default
 
 
@@ -39,13 +40,13 @@ def cancel(run: RunDir) -> int:
         answer = slurm.call("scancel", job)
         if answer is None or answer.returncode:
             raise UserError(f"scancel {job}: {answer.stderr.strip() if answer else 'no answer'}")
-        left = wait(lambda: (now := slurm.queue([user])) is not None and job not in now)
+        left = wait(lambda: (now := slurm.queue([user])) is not None and job not in now, most_s=status.SLURM_EVERY_S)
     elif run.is_locked():
         host, pid = holder(run.root / ".lock")
         if host != socket.gethostname():
             raise UserError(f"{run.name} runs on {host}, outside of Slurm. Next: the same command there.")
         os.kill(pid, signal.SIGTERM)  # its ranks agree on the signal
-        left = wait(lambda: not run.is_locked())
+        left = wait(lambda: not run.is_locked(), most_s=FIRST_S)
     else:
         print(f"{run.name} is {status.rows([run])[0].state}, so there is nothing to cancel")
         return EXIT_DONE
@@ -57,10 +58,12 @@ def cancel(run: RunDir) -> int:
     return EXIT_DONE
 
 
-def wait(ended: Callable[[], bool]) -> bool:
-    deadline = time.monotonic() + WAIT_S
+def wait(ended: Callable[[], bool], most_s: float) -> bool:
+    """Whether it has `ended` within WAIT_S; asks after FIRST_S, then after twice as long each time, up to `most_s`."""
+    deadline, pause = time.monotonic() + WAIT_S, FIRST_S
     while not ended():
         if time.monotonic() > deadline:
             return False
-        time.sleep(0.5)
+        time.sleep(pause)
+        pause = min(2 * pause, most_s)
     return True

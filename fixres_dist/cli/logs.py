@@ -32,7 +32,7 @@ def show(run: RunDir, rank: int, follow: bool) -> int:
     shown: dict[Path, int] = {}
     told_waiting = False
     while True:
-        ended = status.rows([run])[0].state not in UNFINISHED
+        ended = status.rows([run], status.SLURM_EVERY_S)[0].state not in UNFINISHED
         logs = status.logs(run)
         ranks = sorted({number for number, _ in logs})
         if logs and rank not in ranks:

@@ -31,7 +31,7 @@ def run(args: argparse.Namespace) -> int:
 def show(args: argparse.Namespace) -> int:
     while True:
         runs = [status.find(name, args.runs_dir) for name in args.names] or status.every(args.runs_dir)
-        rows = status.rows(runs)
+        rows = status.rows(runs, status.SLURM_EVERY_S if args.watch else 0.0)
         if args.json:
             print(json.dumps([asdict(row) for row in rows], indent=1), flush=True)
         else:

@@ -19,7 +19,7 @@ from typing import Any
 
 from fixres_dist.base.errors import UserError
 from fixres_dist.base.files import write_text
-from fixres_dist.cluster import slurm
+from fixres_dist.cluster import slurm, words
 from fixres_dist.config.schema import Cluster, Config
 from fixres_dist.config.shell_values import LEFT_OUT
 from fixres_dist.runs.rundir import RunDir
@@ -214,7 +214,7 @@ def ask_slurm(text: str, cluster: Cluster) -> str:
     need = slurm.Need(cluster.node_range()[0], gpus, cluster.gpus_per_node * cluster.cpus_per_task)
     if waits := slurm.waits_for_nodes(said, cluster.partition, need):
         return waits
-    raise UserError(slurm.refusal(said, asked(text)))
+    raise UserError(words.refusal(said, asked(text)))
 
 
 def check_limits(cluster: Cluster) -> list[str]:
@@ -259,7 +259,7 @@ def submit_slurm(config: Config, runs: Sequence[RunDir], task: Job, at_once: int
         with clean_environment(), executor.batch():
             jobs = [executor.submit(task(str(run.root.resolve()))) for run in runs]
     except submitit.core.utils.FailedJobError as error:
-        refused = slurm.refusal(str(error), asked(text))
+        refused = words.refusal(str(error), asked(text))
         for run in runs:
             run.fail(refused, run.submit_command())
         raise UserError(refused) from None

@@ -6,6 +6,7 @@ COMPLETING if it is cancelled, and `Restarts` is already higher if Slurm requeue
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import subprocess
@@ -14,49 +15,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
+ANSWERS: dict[tuple[str, ...], tuple[float, dict[str, Queued] | None]] = {}  # of squeue by users: when, what
 OUR_JOB = "FIXRES_JOB"  # set by our batch scripts to their job's raw id: other jobs are somebody's notebook or shell
 ANSWER_S = 20  # clients of a controller that is down wait for minutes
 EARLY_S = 90  # Slurm may warn of the time limit a minute early
 ALIVE = ("RUNNING", "SIGNALING", "STOPPED", "SUSPENDED", "CONFIGURING")
-
-# squeue's reasons in words; `status` shows others as Slurm spells them.
-WORDS = {
-    "BeginTime": "held for about two minutes after a requeue, then it starts by itself",
-    "Resources": "waits for free nodes",
-    "Priority": "waits behind jobs of higher priority",
-    "Dependency": "waits for another job",
-    "JobArrayTaskLimit": "waits for the concurrency limit of its array",
-    "JobHeldUser": "held by its owner: scontrol release",
-    "JobHeldAdmin": "held by an administrator",
-    "ReqNodeNotAvail": "the nodes it asks for are down or reserved",
-    "PartitionTimeLimit": "asks for more time than the partition allows",
-    "PartitionNodeLimit": "asks for more nodes than the partition has",
-    "QOSMaxGRESPerUser": "your GPU limit is used up",
-    "QOSMaxJobsPerUserLimit": "your job limit is used up",
-    "AssocGrpGRES": "your account's GPU limit is used up",
-    "JobLaunchFailure": "a node could not start it; Slurm tries again",
-}
-
-# Parts of sbatch's refusals, with the setting to change.
-REFUSALS = {
-    "invalid partition": "there is no such partition: change cluster.partition",
-    "node configuration is not available": "no partition has so many nodes, GPUs, CPUs or so much memory: change --nodes, "
-    "--gpus-per-node, cluster.cpus_per_task or cluster.mem",
-    "more processors requested": "too many CPUs: change cluster.cpus_per_task",
-    "node count specification invalid": "too many nodes: change --nodes",
-    "invalid account": "the account may not submit here: change cluster.account",
-    "invalid qos": "there is no such QOS for you: change cluster.qos",
-    "time limit": "the time limit is above the partition's: change cluster.time",
-    "invalid feature": "no node has the features of cluster.constraint",
-    "invalid node name": "cluster.exclude names a node that does not exist",
-    "partition not available": "the partition takes no jobs now: wait, or change cluster.partition",
-    "reservation": "the reservation is not there, or not for you: change cluster.sbatch",
-    "wckey": "this cluster wants a wckey of yours: cluster.sbatch={wckey: NAME}",
-    "unrecognized option": "this sbatch has no such option: change cluster.sbatch",
-    "invalid generic resource": "no node has such GPUs: change cluster.gpus_per_node, or gres in cluster.sbatch",
-    "invalid license": "there are no such licenses: change cluster.sbatch",
-}
-
 
 # sbatch --test-only's words for nodes that are not there now; sbatch itself queues the job.
 NOT_NOW = re.compile(
@@ -82,13 +45,15 @@ class Stop:
     by_slurm: bool = False
 
 
-@dataclass(frozen=True)
-class Queued:
+class Queued(NamedTuple):
     """A row of squeue."""
 
     state: str
     reason: str
     nodes: str
+    start: str = ""  # of a job that waits: when Slurm expects to start it; N/A if it does not know yet
+    used: str = ""  # wall time, such as 3:02:11
+    limit: str = ""
 
 
 def call(*command: str) -> subprocess.CompletedProcess[str] | None:
@@ -170,13 +135,24 @@ def requeue(job: str) -> str:
     return answer.stderr.strip() or f"scontrol requeue ended with {answer.returncode}"
 
 
-def queue(users: Iterable[str]) -> dict[str, Queued] | None:
-    """The queued and running jobs of `users` by id (N or N_TASK), with one call; None where squeue does not answer."""
-    answer = call("squeue", "-r", "-h", "-u", ",".join(sorted(set(users))), "-o", "%i|%T|%r|%N")
-    if answer is None or answer.returncode:
-        return None
-    rows = (line.split("|") for line in answer.stdout.splitlines())
-    return {row[0]: Queued(row[1], row[2], row[3]) for row in rows if len(row) == 4}
+def queue(users: Iterable[str], max_age_s: float = 0.0) -> dict[str, Queued] | None:
+    """The queued and running jobs of `users` by id (N or N_TASK), with one call; None where squeue does not answer.
+
+    An answer that is at most `max_age_s` seconds old is good enough. Users without a name are not known to squeue: then
+    all jobs are listed.
+    """
+    names = sorted(set(users))
+    asked_at, known = ANSWERS.get(tuple(names), (-math.inf, None))
+    if time.monotonic() - asked_at <= max_age_s:
+        return known
+    whose = [] if any(name.isdigit() for name in names) else ["-u", ",".join(names)]
+    answer = call("squeue", "-r", "-h", *whose, "-o", "%i|%T|%r|%N|%S|%M|%l")
+    found = None
+    if answer and answer.returncode == 0:
+        rows = (line.split("|") for line in answer.stdout.splitlines())
+        found = {row[0]: Queued(*row[1:7]) for row in rows if len(row) >= 4}
+    ANSWERS[tuple(names)] = (time.monotonic(), found)
+    return found
 
 
 def waits_for_nodes(said: str, partition: str, need: Need) -> str:
@@ -217,23 +193,3 @@ def kill_wait_s() -> int:
     answer = call("scontrol", "show", "config")
     found = re.search(r"^KillWait\s*=\s*(\d+)", answer.stdout, re.MULTILINE) if answer else None
     return int(found[1]) if found else 0
-
-
-def refusal(said: str, asked: str = "") -> str:
-    """sbatch's refusal `said` in plain words, with what was asked and this cluster's partitions."""
-    text = next((words for part, words in REFUSALS.items() if part in said.lower()), "Slurm refuses the submission")
-    answer = call("sinfo", "-h", "-o", "%R: %D nodes with %c CPUs, %G, %m MB, time limit %l")
-    accepted = "; ".join(sorted(set(answer.stdout.splitlines()))) if answer and answer.returncode == 0 else ""
-    reason = " ".join(said.split()).rstrip(".")
-    was = f" Asked: {asked}." if asked else ""
-    return f"{text}. Slurm says: {reason}.{was}" + (f" Accepted: partition {accepted}." if accepted else "")
-
-
-def in_words(job: Queued) -> str:
-    """Why the job waits; empty for one that runs."""
-    if job.state in ("RUNNING", "SIGNALING"):
-        return ""
-    if job.state == "COMPLETING":
-        return "leaving its nodes"
-    words = WORDS.get(job.reason, "")
-    return f"{words} ({job.reason})" if words else job.reason

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import time
 from collections.abc import Iterable, Mapping
@@ -13,11 +14,19 @@ from fixres_dist.base.errors import unknown
 from fixres_dist.base.files import owner
 from fixres_dist.base.json_lines import read_lines
 from fixres_dist.base.text import duration, table
-from fixres_dist.cluster import slurm
+from fixres_dist.cluster import slurm, words
 from fixres_dist.runs.rundir import RunDir
 from fixres_dist.runs.states import UNFINISHED, WORKING, Event, RunState, State
 
 FULL_BELOW = 16 * 2**20  # bytes; with less, a full disk is the likely end
+SLURM_EVERY_S = 30.0  # how often commands that go on looking ask Slurm; the files they read all the time
+STANDING = (
+    "PENDING",
+    "SUSPENDED",
+    "STOPPED",
+    "REQUEUE_HOLD",
+    "SPECIAL_EXIT",
+)  # squeue's states of jobs that do no work
 GRACE_S = 60.0  # a job appears in squeue, or leaves it, a moment before its run directory says so
 
 
@@ -38,6 +47,10 @@ class Row:
     nodes: list[str]
     job_id: str | None
     last_log_age_s: float | None
+    expected_start: str | None = None  # of a job that waits, if Slurm says when
+    time_used: str | None = None  # wall time of the job's start, such as 3:02:11
+    time_limit: str | None = None
+    skipped_images: int = 0  # that could not be decoded (data.on_bad=skip)
 
 
 def find(name: str, runs_dir: Path) -> RunDir:
@@ -60,32 +73,56 @@ def every(runs_dir: Path) -> list[RunDir]:
     return sorted(found, key=lambda run: run.state().updated)
 
 
-def rows(runs: Iterable[RunDir]) -> list[Row]:
-    """A row for each run, in this order; asks squeue once, and only if a run may be in the queue."""
+def rows(runs: Iterable[RunDir], max_age_s: float = 0.0) -> list[Row]:
+    """A row for each run, in this order; asks squeue once, and only if a run may be in the queue.
+
+    `max_age_s`: squeue's last answer is good enough if it is not older, and knows the jobs.
+    """
     states = [(run, run.state()) for run in runs]
-    owners = {owner(run.root) for run, state in states if state.slurm_job and state.state in UNFINISHED}
-    queue = slurm.queue(owners) if owners else {}
-    return [row(run, state, queue) for run, state in states]
+    waiting = [(run, state) for run, state in states if state.slurm_job and state.state in UNFINISHED]
+    owners = {owner(run.root) for run, _ in waiting}
+    queue = slurm.queue(owners, max_age_s) if owners else {}
+    if max_age_s and not {state.slurm_job for _, state in waiting} <= set(queue or ()):
+        queue = slurm.queue(owners)
+    return [readable_row(run, state, queue) for run, state in states]
+
+
+def readable_row(run: RunDir, state: RunState, queue: Mapping[str, slurm.Queued] | None) -> Row:
+    """The run's row; one damaged run must not hide the others."""
+    try:
+        return row(run, state, queue)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        reason = f"its files cannot be read ({type(error).__name__}: {error}). Next: look at {run.root}"
+        return Row(run.name, State.FAILED, reason, 0, None, None, None, None, None, {}, [], None, None)
 
 
 def row(run: RunDir, state: RunState, queue: Mapping[str, slurm.Queued] | None) -> Row:
     now, reason = as_seen(run, state, queue)
+    job = (queue or {}).get(state.slurm_job or "", slurm.Queued("", "", ""))
+    at_work = now in WORKING and job.state not in STANDING
+    skipped = run.skipped()
     step = state.total_steps if now == State.DONE and state.total_steps else state.step
     tops = [line["top1"] for line in read_lines(run.metrics) if "top1" in line]
     return Row(
         name=run.name,
         state=now,
-        reason=reason,
+        reason="; ".join(filter(None, (reason, f"{skipped} images skipped" if skipped else ""))),
         step=step,
         total_steps=state.total_steps,
         percent=round(100 * step / state.total_steps, 1) if state.total_steps else None,
-        eta_s=state.eta_s if now in (State.RUNNING, State.DONE) else None,
-        images_per_second=state.images_per_second,
+        eta_s=state.eta_s if now == State.DONE or (now == State.RUNNING and at_work) else None,
+        images_per_second=state.images_per_second
+        if now in (State.DONE, State.FAILED, State.CANCELLED) or at_work
+        else None,
         best_top1=max(tops, default=None),
         restarts=state.restarts,
-        nodes=list(state.nodes) if state.state in WORKING else [],
+        nodes=list(state.nodes) if now in WORKING else [],
         job_id=state.job_id,
         last_log_age_s=log_age(run),
+        expected_start=job.start if job.state == "PENDING" and job.start not in ("", "N/A", "Unknown") else None,
+        time_used=(job.used or None) if now in WORKING else None,
+        time_limit=job.limit or None,
+        skipped_images=skipped,
     )
 
 
@@ -101,9 +138,12 @@ def as_seen(run: RunDir, state: RunState, queue: Mapping[str, slurm.Queued] | No
     if job and queue is None:
         reasons.append("squeue does not answer")
     elif job and queue and job in queue:
-        reasons.append(slurm.in_words(queue[job]))
-        if now not in WORKING and queue[job].state == "RUNNING":
-            reasons.append(f"starting on {queue[job].nodes}")
+        shown = queue[job]
+        if now in WORKING and shown.state in ("PENDING", "REQUEUE_HOLD", "SPECIAL_EXIT"):
+            now, reasons = State.REQUEUED, ["Slurm has requeued it"]  # a node was lost, and nobody could write
+        reasons.append(words.in_words(job, shown))
+        if now not in WORKING and shown.state == "RUNNING":
+            reasons = [f"job {job} is starting on {shown.nodes}"]
     elif job and (time.time() - state.updated > GRACE_S or not run.is_locked()):
         return lost.state, f"{now}, but job {job} has left the queue{room(run)}. Next: {run.command('resume')}"
     elif now in WORKING and not job and not run.is_locked():
@@ -129,7 +169,8 @@ def logs(run: RunDir) -> dict[tuple[int, str], Path]:
     if not jobs:
         return {}
     newest = max(jobs, key=lambda path: path.stat().st_mtime)
-    return {(int(file.stem.split("_")[-2]), file.suffix[1:]): file for file in newest.glob("*_log.*")}
+    found = ((re.search(r"_(\d+)_log\.(out|err)$", file.name), file) for file in newest.glob("*_log.*"))
+    return {(int(match[1]), match[2]): file for match, file in found if match}
 
 
 def as_table(listed: list[Row]) -> str:

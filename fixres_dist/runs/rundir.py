@@ -22,10 +22,10 @@ from fixres_dist.base.commands import command, shell
 from fixres_dist.base.environment import environment, shipped
 from fixres_dist.base.errors import UserError
 from fixres_dist.base.files import whole, write_text
-from fixres_dist.base.json_lines import append
+from fixres_dist.base.json_lines import append, read_lines
 from fixres_dist.config import reading
 from fixres_dist.config.schema import Config
-from fixres_dist.runs.states import Event, RunState
+from fixres_dist.runs.states import Event, RunState, State
 
 LONGEST_NAME = 200  # bytes: file systems take 255, and some files of a run are called by its name and more
 
@@ -102,10 +102,24 @@ class RunDir:
         return file
 
     def state(self) -> RunState:
+        """From state.json; where that is damaged, what the other files say."""
         try:
             return RunState.of(json.loads(self.state_file.read_text()))
         except FileNotFoundError:
             return RunState()
+        except (OSError, ValueError, TypeError, AttributeError) as error:
+            reason = (
+                f"{self.state_file} cannot be read ({str(error) or type(error).__name__}): taken from the other files"
+            )
+        seen = (State.DONE, self.done.exists()), (State.FAILED, self.failed.exists()), (State.RUNNING, self.is_locked())
+        state = next((state for state, true in seen if true), State.CANCELLED)
+        jobs = [line.get("job_id") for line in read_lines(self.events) if line.get("event") == Event.STARTED]
+        return RunState(state=state, step=max(0, self.saved_step()), reason=reason, job_id=jobs[-1] if jobs else None)
+
+    def skipped(self) -> int:
+        """Images that this run, over all its starts and ranks, could not decode."""
+        files = (self.root / "skipped").glob("rank_*.jsonl")
+        return len({line.get("name") for file in files for line in read_lines(file)})
 
     def update_state(self, event: Event | None = None, **changes: Any) -> bool:
         """Write `changes` of RunState's fields and what follows from `event`; False where the event changes nothing."""

@@ -78,6 +78,7 @@ class RunState:
         """From state.json, whatever version wrote it: keys that are unknown here are left out."""
         known = {f.name: values[f.name] for f in fields(cls) if f.name in values}
         state = known.get("state")
+        known["updated"] = float(known.get("updated") or 0)
         known["state"] = State(state) if state in list(State) else State.PENDING
         return cls(**known | {"nodes": tuple(known.get("nodes", ()))})
 

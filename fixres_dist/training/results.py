@@ -10,7 +10,6 @@ from fixres_dist.base.environment import processor, versions
 from fixres_dist.models import nvidia_apex
 from fixres_dist.runs.results import Accuracy, Hardware, Results
 from fixres_dist.runs.rundir import RunDir
-from fixres_dist.training import samples
 from fixres_dist.training.predictions import Predictions
 from fixres_dist.training.session import Session
 
@@ -34,7 +33,7 @@ def write_results(run: RunDir, session: Session, seconds: float, images_seen: in
         transform=config.data.train_transform,
         resize_rule=config.data.resize_rule,
         n=int(after.counted.sum()),
-        skipped=samples.count_skipped(run),
+        skipped=run.skipped(),
         before=accuracy(before),
         after=accuracy(after),
         delta_top1=gain.delta_top1,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 
 from fixres_dist.base.json_lines import append
@@ -38,9 +37,3 @@ def skipping(run: RunDir, ranks: Ranks) -> Callable[[Index, Bad], None]:
             print(f"skipped {index.where(bad.sample)}: {bad.reason}", flush=True)
 
     return note
-
-
-def count_skipped(run: RunDir) -> int:
-    """Images that this run, over all its starts and ranks, could not decode."""
-    files = (run.root / "skipped").glob("rank_*.jsonl")
-    return len({json.loads(line)["name"] for file in files for line in file.read_text().splitlines()})
