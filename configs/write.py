@@ -1,13 +1,19 @@
-"""Write the recipes of both published tables: `python configs/write.py` (needs torch and timm; a test checks the result).
+"""Write the recipes of both published tables, or with `sizes` the resolutions of timm's weights.
 
-Facts about a model are measured here, on the meta device, so that plans need no torch.
+    python configs/write.py          # *_ns.yaml, *_ap.yaml
+    python configs/write.py sizes    # timm_sizes.csv: builds every architecture of timm, half an hour
+
+Needs torch and timm; tests check the results. Facts about a model are measured here, on the meta device, so that plans
+need no torch.
 """
 
 from __future__ import annotations
 
 import csv
 import sys
+from dataclasses import astuple
 from pathlib import Path
+from typing import TextIO
 
 import timm
 import torch
@@ -16,6 +22,8 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from fixres_dist.models import policies
+from fixres_dist.models.build import preprocessing, pretrained_cfg
+from fixres_dist.models.sizes import Sizes, measured
 
 TEMPLATE = """\
 # Fix{title}: python launch/submit.py --model {model} --res {fix_test_res} --weights {weights} --data DIR --nodes 4
@@ -86,8 +94,30 @@ def recipe(row: dict[str, str]) -> str:
     return TEMPLATE.format(title=title, weights=weights, facts=lines, **row)
 
 
+def write_sizes(file: TextIO) -> None:
+    """A row for each of timm's weights, an architecture's default first, and for architectures without weights."""
+    rows = csv.writer(file, lineterminator="\n")
+    rows.writerow(("name", "train", "test", "larger"))
+    tagged = timm.list_pretrained()
+    for architecture in timm.list_models():
+        default = pretrained_cfg(architecture)
+        names = [name for name in tagged if name.partition(".")[0] == architecture]
+        first = f"{architecture}.{default.tag}" if default and default.tag else ""
+        known: dict[tuple[int, int], Sizes] = {}  # the same model at the same sizes takes the same next one
+        for name in sorted(names, key=lambda name: name != first) or [architecture]:
+            spec = preprocessing(name)
+            key = (spec.train_res, spec.test_res or 0)
+            if key not in known:
+                known[key] = measured(name)
+            rows.writerow((name, *astuple(known[key])))
+
+
 if __name__ == "__main__":
     here = Path(__file__).parent
+    if sys.argv[1:] == ["sizes"]:
+        with open(here / "timm_sizes.csv", "w", newline="") as file:
+            write_sizes(file)
+        sys.exit()
     with open(here / "published.csv", newline="") as file:
         for row in csv.DictReader(file):
             path = here / f"{row['model']}_{'ns' if row['table'] == '1' else 'ap'}.yaml"

@@ -45,7 +45,7 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     p.usage = f"{command('submit')} --model M --res PX --data DIR [options] [section.key=value ...]"
     what = p.add_argument_group("what")
     what.add_argument("--model", metavar="M", help="a recipe (--list) or any timm model name")
-    what.add_argument("--res", metavar="PX", help="the test resolution that is fixed; default: the recipe's")
+    what.add_argument("--res", metavar="PX", help="the test resolution that is fixed; default: the recipe's, or timm's")
     text = "ns, ap, pretrained, none, or a file; default: the recipe's"
     what.add_argument("--weights", default="", metavar="W", help=text)
     what.add_argument("--data", metavar="DIR", help="with train/ and val/, a folder per class; or demo")
@@ -158,7 +158,7 @@ def list_recipes() -> int:
     print(table(("--model", "--weights", "--res", "timm starts at", "published, fixed", "timm name"), rows))
     print("demo: the built-in example, trained and fixed from new weights in minutes on a CPU")
     print("r50: ResNet-50 from new weights at 128 px with repeated augmentation, then fixed at 224 px")
-    print("Published: top-1 in arXiv 2003.08237, Tables 1 and 2. Any other timm model name works too, with --res.")
+    print("Published: top-1 in arXiv 2003.08237, Tables 1 and 2. Any other timm model name works too.")
     return EXIT_DONE
 
 
@@ -227,16 +227,14 @@ def configure(args: argparse.Namespace, kind: str) -> tuple[Config, recipes.Reci
     gpus = args.gpus_per_node
     if gpus is None and kind != "slurm":
         gpus = str(max(1, len(visible())) if kind == "local" else 1)
+    if args.res and not args.res.isdigit():
+        square = "a whole number of pixels, the side of a square, such as 224"
+        raise UserError(f"--res is {args.res!r}; accepted: {square}. Next: --grid data.res=224,256 for several.")
     given = {"data": {"res": args.res, "root": args.data}, "cluster": {"nodes": args.nodes, "gpus_per_node": gpus}}
     flags = {section: {k: v for k, v in keys.items() if v is not None} for section, keys in given.items()}
     values = reading.merge(reading.merge(values, flags), reading.overrides(args.overrides))
-    if "res" not in values["data"]:
-        raise UserError(
-            f"no --res given, and nothing is published for {name}. Next: --res 288, say: above its training resolution."
-        )
-    if recipe.facts and values.get("pretrain"):
-        values["pretrain"].setdefault("res", recipe.facts.train_res)
-    config = reading.parse(Config, recipes.with_absolute_paths(values))
+    values = submission.with_resolutions(recipes.with_absolute_paths(values), recipe)
+    config = reading.parse(Config, values)
     nodes, gpus = config.cluster.nodes, config.cluster.gpus_per_node
     if kind != "slurm" and nodes != "1":
         raise UserError(

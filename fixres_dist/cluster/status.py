@@ -15,6 +15,7 @@ from fixres_dist.base.files import owner
 from fixres_dist.base.json_lines import read_lines
 from fixres_dist.base.text import duration, table
 from fixres_dist.cluster import slurm, words
+from fixres_dist.runs.results import OTHER_SIZE
 from fixres_dist.runs.rundir import RunDir
 from fixres_dist.runs.states import UNFINISHED, WORKING, Event, RunState, State
 
@@ -102,7 +103,7 @@ def row(run: RunDir, state: RunState, queue: Mapping[str, slurm.Queued] | None) 
     at_work = now in WORKING and job.state not in STANDING
     skipped = run.skipped()
     step = state.total_steps if now == State.DONE and state.total_steps else state.step
-    tops = [line["top1"] for line in read_lines(run.metrics) if "top1" in line]
+    tops = [x["top1"] for x in read_lines(run.metrics) if "top1" in x and x.get("evaluation") != OTHER_SIZE]
     return Row(
         name=run.name,
         state=now,

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 from fixres_dist.base.environment import cache_folder, scratch_folder, writable
 from fixres_dist.base.errors import UserError
 from fixres_dist.config import reading, recipes
-from fixres_dist.config.schema import Config
+from fixres_dist.config.schema import Config, Model
+from fixres_dist.models import sizes
 from fixres_dist.runs.rundir import RunDir
 
 if TYPE_CHECKING:
@@ -34,6 +35,9 @@ def model_config(args: argparse.Namespace, res: int | None = None) -> Config:
         values = asdict(RunDir(args.run).config())
     elif args.model and args.checkpoint:
         values = dict(recipes.find(args.model, args.checkpoint).values)
+        if res is None and "res" not in values["data"]:
+            own = sizes.of_weights(reading.parse(Model, values["model"]))
+            res = own.test or own.train
     else:
         raise UserError("nothing to evaluate was given. Accepted: --run DIR, or --model M --checkpoint FILE.")
     return with_data(args, values, {} if res is None else {"res": res})

@@ -58,7 +58,10 @@ class Row:
             published = f"{p['base_top1']} at {p['base_test_res']} -> {p['fix_top1']} at {p['fix_test_res']}"
             published += f"; timm's start: {p['timm_base_top1']}"
         model = [self.run, r.timm_name, f"{self.data}, {self.classes} classes", f"{self.parameters_m:.3g}"]
-        accuracy = [f"{r.before.top1:.2f}", f"{r.after.top1:.2f}", r.gain, r.n]
+        others = [f"; {one.top1:.2f} at {res} px" for res, one in r.before_at.items()]
+        best = r.best_before
+        gain = f"{r.gain}; over the best before, {best.res} px: {best}" if best and best.res != r.res else r.gain
+        accuracy = [f"{r.before.top1:.2f}{''.join(others)}", f"{r.after.top1:.2f}", gain, r.n]
         resolutions = [f"{self.multiply_adds_g:.3g}", self.train_res, r.res]
         return [*model, *resolutions, *accuracy, published, duration(r.seconds), self.hardware]
 
@@ -130,7 +133,10 @@ def markdown(runs: Sequence[RunDir], rows: Sequence[Row], out: Path) -> str:
     """report.md; its links to the runs' figures start from the folder `out`."""
     text = ["# Runs", "", markdown_table(HEAD, (row.cells() for row in rows)), ""]
     text += ["![top-1 against parameters and multiply-adds](report.png)", ""]
-    text += ["Published: arXiv 2003.08237, on ImageNet. before and after are both at the test resolution.", ""]
+    text += [
+        "Published: arXiv 2003.08237, on ImageNet. before and after are at the test resolution, and before also at others.",
+        "",
+    ]
     robust = [
         (row.run, line.set, line.res, f"{line.before.top1:.2f}", f"{line.after.top1:.2f}", line.gain)
         for row in rows

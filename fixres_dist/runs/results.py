@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from fixres_dist.base.files import write_text
 from fixres_dist.runs.rundir import RunDir
+
+OTHER_SIZE = "before, at another size"  # in metrics.jsonl: not comparable with the evaluations at the test resolution
 
 
 @dataclass(frozen=True)
@@ -22,6 +24,13 @@ class Accuracy:
     @staticmethod
     def read(record: Mapping[str, Any]) -> Accuracy:
         return Accuracy(record["top1"], record["top5"], record["loss"])
+
+
+@dataclass(frozen=True)
+class Before(Accuracy):
+    """Accuracy before fixing at another resolution than the test's."""
+
+    why: str  # timm's test | the weights' own | stage one's
 
 
 @dataclass(frozen=True)
@@ -49,6 +58,13 @@ class Gain:
         low, high = self.delta_ci95
         count = "" if n is None else f", n {n}"
         return f"{self.delta_top1:+.2f} points (95 % interval {low:+.2f} to {high:+.2f}, paired{count})"
+
+
+@dataclass(frozen=True)
+class Best(Gain):
+    """The gain of fixing over the best accuracy before it, which was at `res` pixels."""
+
+    res: int
 
 
 @dataclass(frozen=True)
@@ -95,6 +111,8 @@ class Results:
     after: Accuracy
     delta_top1: float  # percentage points
     delta_ci95: tuple[float, float]
+    before_at: dict[int, Before] = field(default_factory=dict)  # by resolution; older runs have none
+    best_before: Best | None = None  # where there is any such
     images_seen: int
     seconds: float
     world_size: int
@@ -117,13 +135,22 @@ class Results:
     def read(run: RunDir) -> Results:
         """Raises UserError for a run that has not finished."""
         found = json.loads(run.finished(run.results).read_text())
-        values = {field.name: found[field.name] for field in fields(Results) if field.name in found}
+        values = {one.name: found[one.name] for one in fields(Results) if one.name in found}
         values["before"], values["after"] = Accuracy.read(found["before"]), Accuracy.read(found["after"])
+        values["before_at"] = {int(res): Before(**one) for res, one in found.get("before_at", {}).items()}
+        if best := found.get("best_before"):
+            values["best_before"] = Best(best["delta_top1"], tuple(best["delta_ci95"]), best["res"])
         values["delta_ci95"], values["hardware"] = tuple(found["delta_ci95"]), Hardware(**found["hardware"])
         return Results(**values)
 
     def sentence(self) -> str:
-        return (
+        """The last line of a run."""
+        text = (
             f"{self.model} at {self.res} px: top-1 {self.before.top1:.2f} before, {self.after.top1:.2f} after fixing: "
             f"{self.gain.phrase(self.n)}"
         )
+        for res, before in self.before_at.items():
+            text += f"; before at {res} px ({before.why}) {before.top1:.2f}"
+        if self.best_before and self.best_before.res != self.res:
+            text += f"; over the best before, at {self.best_before.res} px: {self.best_before.phrase()}"
+        return text

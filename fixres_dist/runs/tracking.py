@@ -14,7 +14,7 @@ from fixres_dist.base.json_lines import append, keep_lines
 from fixres_dist.base.text import duration
 from fixres_dist.config import reading
 from fixres_dist.config.schema import Config
-from fixres_dist.runs.results import Summary
+from fixres_dist.runs.results import OTHER_SIZE, Summary
 from fixres_dist.runs.rundir import RunDir
 
 
@@ -26,7 +26,7 @@ class Tracker:
     def __init__(self, run: RunDir, config: Config, first_step: int, total_steps: int, resumed: bool) -> None:
         self.run, self.first_step, self.total_steps, self.opened = run, first_step, total_steps, time.monotonic()
         # Evaluations at a stage's ends are made before the first save or after the last one: a resume makes them again.
-        again = ("after", "pretrained") if resumed else ("before",)
+        again = ("after", "pretrained") if resumed else ("before", OTHER_SIZE)
         keep_lines(
             run.metrics,
             lambda x: x["step"] < first_step or (x["step"] == first_step and x.get("evaluation") not in again),
@@ -76,6 +76,13 @@ class Tracker:
             self.board.add_scalar(f"eval/{name}", getattr(summary, name), step)
         text = f"evaluation ({label}, {res} px): top-1 {summary.top1:.2f} | top-5 {summary.top5:.2f}"
         self.say(f"{text} | loss {summary.loss:.4f} | n {summary.n}")
+
+    def other_size(self, step: int, res: int, why: str, summary: Summary) -> None:
+        """Log the accuracy before fixing at another resolution than the test's."""
+        line = {"step": step, "evaluation": OTHER_SIZE, "res": res, **asdict(summary), "time": time.time()}
+        append(self.run.metrics, line)
+        self.board.add_scalar("eval_by_res/top1", summary.top1, res)
+        self.say(f"evaluation (before, {res} px, {why}): top-1 {summary.top1:.2f} | n {summary.n}")
 
     def flush(self) -> None:
         self.board.flush()

@@ -18,6 +18,7 @@ from fixres_dist.cluster import requeue
 from fixres_dist.config import reading
 from fixres_dist.models.parts import described, frozen_digest, parts_of, set_modes
 from fixres_dist.models.precision import LossScale, sgd
+from fixres_dist.models.sizes import of_weights
 from fixres_dist.models.weights import write_weights
 from fixres_dist.runs import checkpoint
 from fixres_dist.runs.checkpoint import Progress
@@ -29,7 +30,7 @@ from fixres_dist.training.cache.build import Stopped, open_stores
 from fixres_dist.training.predictions import Predictions
 from fixres_dist.training.session import Session
 from fixres_dist.training.stage_session import StageSession
-from fixres_dist.training.stages import Stage, stages
+from fixres_dist.training.stages import Stage, other_sizes, stages
 from fixres_dist.training.step import average_weights, backward, distribute, measure_statistics
 from fixres_dist.training.throughput import Meter, StartUp
 
@@ -63,6 +64,23 @@ class Training:
         if self.tracker:
             self.tracker.evaluation(self.progress.step, label, self.work.stage.res, predictions.summary())
         return predictions
+
+    def measure_other_sizes(self) -> None:
+        """Before fixing, the accuracy at the weights' own size and at timm's test size, where stage one has not told it."""
+        config = self.work.session.config
+        for res, why in other_sizes(config, of_weights(config.model)).items():
+            if config.pretrain and res == config.pretrain.res:
+                continue
+            predictions = self.work.evaluate_at(res, f"before, {res} px")
+            if predictions is None:
+                self.say(
+                    f"not measured at {res} px ({why}): {config.model.timm_name} is built for {config.data.res} px"
+                )
+                continue
+            self.keep(f"before-{res}", predictions)
+            if self.tracker:
+                self.tracker.other_size(self.progress.step, res, why, predictions.summary())
+        self.set_modes()
 
     def keep(self, when: str, predictions: Predictions) -> None:
         """predictions/WHEN.npz, so that any two runs can be compared image by image."""
@@ -148,6 +166,7 @@ def measure(training: Training, startup: StartUp) -> None:
     work = training.work
     if work.stage.name == "fix":
         training.keep("before", training.evaluate("before"))
+        training.measure_other_sizes()
         startup.mark("evaluation")
     if work.parts.tuned.last_bns and work.stage.tune.bn_stats == "exact":
         count = measure_statistics(work)
@@ -215,7 +234,7 @@ def close(training: Training) -> None:
             "a tensor that the policy keeps frozen has changed; please report this with the run's config.yaml"
         )
     if stage.name == "pretrain":
-        training.evaluate("pretrained")
+        training.keep(f"before-{stage.res}", training.evaluate("pretrained"))
         weights = run.pretrained
     else:
         training.keep("after", training.evaluate("after"))

@@ -12,8 +12,9 @@ from fixres_dist.config.recipes import Facts
 from fixres_dist.config.schema import Config
 from fixres_dist.data import class_maps, dataset, demo, deny_lists
 from fixres_dist.models import nvidia_apex
+from fixres_dist.models.sizes import Sizes, of_weights
 from fixres_dist.training.cache import rule
-from fixres_dist.training.stages import Stage, batch_per_device, stages
+from fixres_dist.training.stages import Stage, batch_per_device, other_sizes, stages
 
 IMAGENET = (1_281_167, 50_000, 1000)
 # An eager EfficientNet is bound by memory traffic; 55 % of the nominal bandwidth is what published A100 timings reach.
@@ -95,6 +96,7 @@ def check(config: Config, world_size: int, dry: bool) -> None:
 def lines(config: Config, facts: Facts | None, counts: Counts, run_folder: Path, world_size: int) -> list[str]:
     """The plan: at most fifteen lines."""
     model, data, tune, cluster = config.model, config.data, config.tune, config.cluster
+    others, _ = before(config, facts)
     todo, classes = stages(config, counts.train), f"{counts.classes:,} classes ({counts.source})"
     trained = f" ({facts.tuned(tune.policy)})" if facts else ""
     engine, why, pictures = engine_plan(config, facts, counts, todo[-1])
@@ -106,14 +108,14 @@ def lines(config: Config, facts: Facts | None, counts: Counts, run_folder: Path,
         "policy": f"{tune.policy}{trained}, BN statistics {tune.bn_stats}, transform {data.train_transform}, "
         f"resize {data.resize_rule}",
         "parameters": "known once the model is built (no recipe carries its facts)",
-        "resolution": f"fixed at {data.res} px",
+        "resolution": f"{starting(config, facts).train} px weights, fixed at {data.res} px",
     }
     if facts:
         count = model.num_classes or counts.classes
         total, trainable = facts.total(count), facts.trainable(tune.policy, count)
         rows["parameters"] = f"{trainable:,} trainable of {total:,} ({100 * trainable / total:.2f} %)"
         cost = f"{facts.multiply_adds_g * (data.res / facts.res) ** 2:.2f} G multiply-adds per image"
-        rows["resolution"] = f"{facts.train_res} px weights, fixed at {data.res} px: {cost}"
+        rows["resolution"] += f": {cost}"
     for stage in todo:
         t = stage.tune
         rows[stage.name] = (
@@ -121,6 +123,7 @@ def lines(config: Config, facts: Facts | None, counts: Counts, run_folder: Path,
             f"global batch {t.global_batch}, learning rate {t.peak_learning_rate():.3g} {t.schedule}"
         )
     where = f"{cluster.nodes} node(s) x {cluster.gpus_per_node}"
+    rows |= {"before": others} if others else {}
     rows["ranks"] = f"{world_size} ({where}); {size} images per forward and rank"
     rows["engine"] = f"{engine}: {why}"
     if facts:
@@ -129,6 +132,20 @@ def lines(config: Config, facts: Facts | None, counts: Counts, run_folder: Path,
         rows["time"] = time_text(config, facts, pictures, world_size)
     rows["run"] = str(run_folder)
     return [f"{key:<11}{text}" for key, text in rows.items()]
+
+
+def starting(config: Config, facts: Facts | None) -> Sizes:
+    """Of the weights that the run starts from."""
+    return Sizes(facts.train_res, 0) if facts and config.model.weights in recipes.WEIGHTS else of_weights(config.model)
+
+
+def before(config: Config, facts: Facts | None) -> tuple[str, float]:
+    """(at which other sizes the weights are measured before fixing, what that costs in evaluations at the test size)."""
+    others, done = other_sizes(config, starting(config, facts)), config.pretrain.res if config.pretrain else 0
+    listed = " and ".join(f"{res} px ({why})" for res, why in others.items())
+    evaluations = sum((res / config.data.res) ** 2 for res in others if res != done)
+    cost = f"{evaluations:.2f} of an evaluation at {config.data.res} px more" if evaluations else "as stage one ends"
+    return f"also measured at {listed}: {cost}" if listed else "", evaluations
 
 
 def memory_gib(config: Config, facts: Facts, counts: Counts, world_size: int) -> float:
@@ -199,8 +216,9 @@ def engine_plan(config: Config, facts: Facts | None, counts: Counts, stage: Stag
     """
     setting, folder = config.run.engine, rule.feature_folder(config)
     streamed = rule.streamed_pictures(stage, counts.val, rule.evaluations(config))
+    others = round(before(config, facts)[1] * counts.val)  # whatever the engine
     if config.run.precision in nvidia_apex.NEAREST:
-        return "stream", f"run.precision={config.run.precision} runs the trunk through apex", streamed
+        return "stream", f"run.precision={config.run.precision} runs the trunk through apex", streamed + others
     pictures, size = rule.VIEWS.get(stage.transform, 0) * counts.train + counts.val, 0.0
     if facts:
         wide = 2 if config.run.precision in ("fp32", "tf32") else 1
@@ -210,7 +228,7 @@ def engine_plan(config: Config, facts: Facts | None, counts: Counts, stage: Stag
             setting, stage, streamed, rule.Need(pictures, int(size), rule.free_bytes(folder), folder)
         )
     except UserError as error:
-        return "refused", str(error), streamed
+        return "refused", str(error), streamed + others
     if engine == "cached" and not facts:
         why = f"if there is room in {folder}; the size of the features is known once the model is built"
-    return engine, why, pictures if engine == "cached" else streamed
+    return engine, why, (pictures if engine == "cached" else streamed) + others

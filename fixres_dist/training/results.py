@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
 from fixres_dist.base.environment import processor, versions
 from fixres_dist.models import nvidia_apex
-from fixres_dist.runs.results import Accuracy, Hardware, Results
+from fixres_dist.models.sizes import of_weights
+from fixres_dist.runs.results import Accuracy, Before, Best, Hardware, Results
 from fixres_dist.runs.rundir import RunDir
 from fixres_dist.training.predictions import Predictions
 from fixres_dist.training.session import Session
+from fixres_dist.training.stages import other_sizes
 
 
 def predictions_file(run: RunDir, when: str) -> Path:
@@ -23,6 +26,7 @@ def write_results(run: RunDir, session: Session, seconds: float, images_seen: in
     """results.json of a run that has saved its predictions before and after; `trunk` says how the frozen one ran."""
     config = session.config
     before, after = (Predictions.read(predictions_file(run, when)) for when in ("before", "after"))
+    others = before_at(run, session)
     gain, uses_apex = after.gain_over(before), session.arithmetic.amp or config.run.optimizer == "apex"
     results = Results(
         model=config.model.name,
@@ -38,6 +42,8 @@ def write_results(run: RunDir, session: Session, seconds: float, images_seen: in
         after=accuracy(after),
         delta_top1=gain.delta_top1,
         delta_ci95=gain.delta_ci95,
+        before_at={res: Before(**asdict(accuracy(p)), why=why) for res, (p, why) in others.items()},
+        best_before=best_before(after, {config.data.res: before} | {r: p for r, (p, _) in others.items()}),
         images_seen=images_seen,
         seconds=round(seconds, 2),
         world_size=session.ranks.world_size,
@@ -51,6 +57,26 @@ def write_results(run: RunDir, session: Session, seconds: float, images_seen: in
     )
     results.write(run)
     return results
+
+
+def before_at(run: RunDir, session: Session) -> dict[int, tuple[Predictions, str]]:
+    """Predictions before fixing at other resolutions, and why they were made: those kept for this validation split."""
+    config, found = session.config, {}
+    for res, why in other_sizes(config, of_weights(config.model)).items():
+        file = predictions_file(run, f"before-{res}")
+        if file.exists():  # not of a run that an older version has begun
+            predictions, sample_list = Predictions.read_with_list(file)
+            if sample_list == session.val.fingerprint:
+                found[res] = predictions, why
+    return found
+
+
+def best_before(after: Predictions, before: dict[int, Predictions]) -> Best | None:
+    """The gain over the best of `before`, by resolution, of which the first is the test's; None for that one alone."""
+    if len(before) == 1:
+        return None
+    res = max(before, key=lambda res: before[res].summary().top1)
+    return Best(**asdict(after.gain_over(before[res])), res=res)
 
 
 def accuracy(predictions: Predictions) -> Accuracy:

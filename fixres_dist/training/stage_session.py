@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import nn
 
 from fixres_dist.data.requests import Pictures, Request, first_samples, micro_batches, train_steps
+from fixres_dist.models.build import accepts
+from fixres_dist.models.fast_trunk import FastTrunk
 from fixres_dist.models.parts import Parts
 from fixres_dist.training.cache.store import Loaded, Store
 from fixres_dist.training.predict import predict
@@ -80,6 +82,20 @@ class StageSession:
 
     def logits(self, head: nn.Module, inputs: tuple[torch.Tensor, ...]) -> torch.Tensor:
         return self.session.logits(self.parts, head, inputs)
+
+    def evaluate_at(self, res: int, note: str) -> Predictions | None:
+        """Of every validation image at another resolution, uncompiled: a compiled trunk is of one size, and takes minutes.
+
+        None where the model, as it is built, does not take that resolution.
+        """
+        if not accepts(self.session.model, res):
+            return None
+        config, trunk = self.session.config, self.parts.trunk
+        size = max(1, int(self.batch_per_device * min(1.0, (self.stage.res / res) ** 2)))
+        session = replace(self.session, config=replace(config, run=replace(config.run, batch_per_device=size)))
+        parts = replace(self.parts, trunk=trunk.eager() if isinstance(trunk, FastTrunk) else trunk)
+        (found,) = predict(session, [parts], res, note)
+        return found
 
     def evaluate(self, note: str) -> Predictions:
         """Of every validation image at the stage's resolution."""

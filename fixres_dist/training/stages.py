@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from fixres_dist.config.schema import Config, Tune
 from fixres_dist.data import order
+from fixres_dist.models.sizes import Sizes
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,21 @@ def stages(config: Config, n: int) -> list[Stage]:
         *found,
         Stage("fix", config.tune, config.data.res, config.data.train_transform, first, n, 2 * config.run.seed),
     ]
+
+
+def other_sizes(config: Config, own: Sizes) -> dict[int, str]:
+    """Resolutions other than the test's at which the weights are measured before fixing too -> why, in words.
+
+    `own`: of the weights that the run starts from. New weights without a stage one have none.
+    """
+    found = {}
+    if config.model.weights != "none":
+        found = {own.test: "timm's test", own.train: "the weights' own"}
+    if config.pretrain:
+        found[config.pretrain.res] = "stage one's"
+        if own.train != config.pretrain.res:
+            found.pop(own.train, None)
+    return {res: why for res, why in sorted(found.items()) if res not in (0, config.data.res)}
 
 
 def batch_by_pixels(res: int) -> int:

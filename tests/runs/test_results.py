@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from fixres_dist.base.errors import UserError
-from fixres_dist.runs.results import Accuracy, Gain, Hardware, Results
+from fixres_dist.runs.results import Accuracy, Before, Best, Gain, Hardware, Results
 from fixres_dist.runs.rundir import RunDir
 
 RESULTS = Results(
@@ -44,9 +44,25 @@ def test_results_are_read_as_they_were_written(tmp_path: Path) -> None:
     assert RESULTS.sentence() == f"{sentence} (95 % interval +1.10 to +1.70, paired, n 50000)"
 
 
+def test_the_sentence_tells_the_other_sizes_and_the_best_before(tmp_path: Path) -> None:
+    others = {224: Before(78.1, 94.0, 0.9, "the weights' own"), 288: Before(79.2, 94.6, 0.8, "timm's test")}
+    found = replace(RESULTS, before_at=others, best_before=Best(0.9, (0.6, 1.2), 288))
+    found.write(RunDir(tmp_path))
+    assert Results.read(RunDir(tmp_path)) == found
+    told = "; before at 224 px (the weights' own) 78.10; before at 288 px (timm's test) 79.20"
+    told += "; over the best before, at 288 px: +0.90 points (95 % interval +0.60 to +1.20, paired)"
+    assert found.sentence() == RESULTS.sentence() + told
+    same = replace(found, best_before=Best(1.4, (1.1, 1.7), 320))
+    assert "over the best" not in same.sentence(), "that is the gain itself"
+
+
 def test_results_of_older_versions_are_read(tmp_path: Path) -> None:
     """They say nothing of the engine, and compare the dry run's estimates with the run."""
-    old = {key: value for key, value in asdict(RESULTS).items() if key not in ("engine", "trunk", "apex", "skipped")}
+    old = {
+        key: value
+        for key, value in asdict(RESULTS).items()
+        if key not in ("engine", "trunk", "apex", "skipped", "before_at", "best_before")
+    }
     (tmp_path / "results.json").write_text(json.dumps({**old, "prediction": {"seconds": None}}))
     assert Results.read(RunDir(tmp_path)) == replace(RESULTS, engine="", trunk="")
 
