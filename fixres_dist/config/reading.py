@@ -29,7 +29,7 @@ OPERATIONAL = {
     },
     "run": {
         *("optimizer", "activation_checkpointing", "batch_per_device", "memory_format", "compile"),
-        *("engine", "feature_cache", "log_every", "save_every_s", "record_samples"),
+        *("deterministic", "engine", "feature_cache", "log_every", "save_every_s", "record_samples"),
     },
 }
 

@@ -137,6 +137,7 @@ class Run:
     activation_checkpointing: bool = False  # with policy all: run blocks twice instead of keeping their activations
     memory_format: Literal["auto", "channels_last", "contiguous"] = "auto"  # auto: a short probe of the frozen trunk
     compile: bool | Literal["auto"] = "auto"  # torch.compile the frozen trunk; auto: on a GPU, if the probe says so
+    deterministic: bool = False  # only algorithms that repeat to the bit on the same kind of GPU; no probes by time
     # stream: decode and run the trunk in every epoch; cached: once (training/cache/rule.py)
     engine: Literal["auto", "stream", "cached"] = "auto"
     feature_cache: str = ""  # directory of the cached engine's files, seen by all ranks; empty: features/ in data.cache

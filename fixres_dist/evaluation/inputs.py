@@ -99,17 +99,19 @@ def opened(
     with its class order and its choices.json.
     """
     from fixres_dist.data import class_maps
+    from fixres_dist.models.precision import determinism
     from fixres_dist.training.ranks import abort, join
     from fixres_dist.training.session import open_session
 
     rendezvous = run or (cache_folder() if writable(cache_folder()) else scratch_folder())
     rendezvous.mkdir(parents=True, exist_ok=True)
-    ranks = join(rendezvous)
+    needed = any(subject.weights is None for subject in subjects)
+    kept = run / "choices.json" if run else None
     try:
-        needed = any(subject.weights is None for subject in subjects)
-        trained = class_maps.trained_classes(config, run, split)
-        kept = run / "choices.json" if run else None
-        yield open_session(config, ranks, load_weights=needed, splits=(split,), sets=sets, trained=trained, kept=kept)
+        with determinism(config.run):
+            ranks = join(rendezvous)
+            names = class_maps.trained_classes(config, run, split)
+            yield open_session(config, ranks, load_weights=needed, splits=(split,), sets=sets, trained=names, kept=kept)
     except BaseException:
         abort()
         raise

@@ -157,7 +157,7 @@ def arranged(trunk: nn.Module, dtype: torch.dtype, how: Arrangement) -> FastTrun
 
 
 def candidates(settings: Run, device: torch.device) -> list[Arrangement]:
-    """The arrangements to choose from, the usual one first."""
+    """The arrangements to choose from, the usual one first; that one alone where a measured time must not decide."""
     usual = ["channels_last", "contiguous"] if device.type == "cpu" else ["contiguous", "channels_last"]
     formats = usual if settings.memory_format == "auto" else [settings.memory_format]
     if settings.compile is True:
@@ -165,7 +165,7 @@ def candidates(settings: Run, device: torch.device) -> list[Arrangement]:
     found = [Arrangement(name, False) for name in formats]
     if settings.compile == "auto" and device.type == "cuda":
         found.append(Arrangement(formats[0], True))
-    return found
+    return found[:1] if settings.deterministic else found
 
 
 def probe(

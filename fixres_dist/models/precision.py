@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import os
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import nn
 
-from fixres_dist.base.errors import UserError
+from fixres_dist.base.errors import UserError, first_line
+from fixres_dist.config.schema import Run
 from fixres_dist.models import nvidia_apex
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -40,6 +42,31 @@ def refusal(setting: str, instead: str) -> Iterator[None]:
         yield
     except Exception as error:
         raise UserError(f"{setting}: apex refuses ({type(error).__name__}: {error}). Next: {instead}") from error
+
+
+@contextlib.contextmanager
+def determinism(settings: Run) -> Iterator[None]:
+    """With run.deterministic: within it, torch takes deterministic algorithms, and a UserError names an operation without.
+
+    It is entered before CUDA starts, which is when cuBLAS reads its variable.
+    """
+    if not settings.deterministic:
+        yield
+        return
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    # It guards reads of memory that was never written, and there are none.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined,unused-ignore]
+    torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
+    try:
+        yield
+    except RuntimeError as error:
+        if "deterministic" not in str(error):
+            raise
+        raise UserError(f"run.deterministic=true: {first_line(error)} Next: run.deterministic=false") from error
+    finally:
+        torch.use_deterministic_algorithms(False)
+        torch.backends.cudnn.deterministic = False
 
 
 class Arithmetic:

@@ -71,7 +71,7 @@ def distribute(work: StageSession) -> nn.Module:
     }
     head = DistributedDataParallel(own, [ranks.device.index] if ranks.device.type == "cuda" else None, **buffers)
     # DDP orders its buckets anew after the first backward pass, and sums over three or more ranks depend on that order.
-    # A resumed run is bit-identical only if this has happened before its first real step: so two backward passes of an
+    # A resumed run has the same bits only if this has happened before its first real step: so two backward passes of an
     # empty batch come first. They have no gradient and leave the statistics alone.
     modes = {module: module.training for module in parts.head.modules()}
     parts.head.eval()

@@ -17,6 +17,7 @@ from fixres_dist.cluster import requeue, slurm
 from fixres_dist.config.schema import Config
 from fixres_dist.data import backends
 from fixres_dist.models import weights
+from fixres_dist.models.precision import determinism
 from fixres_dist.runs import checkpoint
 from fixres_dist.runs.rundir import Locked, RunDir
 from fixres_dist.training import samples
@@ -37,7 +38,8 @@ def train(folder: Path, flag: StopFlag | None = None) -> int:
     run = RunDir(folder)
     config, again = run.config(), run.submit_command()
     try:
-        return work(run, config, flag or StopFlag().install())
+        with determinism(config.run):
+            return work(run, config, flag or StopFlag().install())
     except UserError as error:
         run.fail(str(error), again, final=True)
         print(f"error: {error}", flush=True)

@@ -251,6 +251,8 @@ def test_what_is_tried() -> None:
 
     assert names(CPU) == ["channels_last", "contiguous"]
     assert names(GPU) == ["contiguous", "channels_last", "contiguous compiled"]
+    assert names(GPU, deterministic=True) == ["contiguous"], "a measured time decides otherwise from run to run"
+    assert names(CPU, deterministic=True) == ["channels_last"]
     assert names(CPU, compile=True) == ["channels_last compiled"]
     assert names(GPU, compile=False, memory_format="channels_last") == ["channels_last"]
 

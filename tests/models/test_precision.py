@@ -18,9 +18,10 @@ from torch import nn
 from fixres_dist.base.errors import UserError
 from fixres_dist.base.json_lines import read_lines
 from fixres_dist.config import reading
-from fixres_dist.config.schema import Config
+from fixres_dist.config.schema import Config, Run
+from fixres_dist.evaluation import inputs
 from fixres_dist.models import nvidia_apex, precision
-from fixres_dist.training import plan
+from fixres_dist.training import plan, worker
 
 CPU = torch.device("cpu")
 
@@ -159,6 +160,54 @@ def test_an_apex_that_fails_to_import_is_reported_to_the_user(tmp_path: Path, mo
             precision.Arithmetic("apex-O1", CPU)
     finally:
         sys.modules.pop("apex", None)
+
+
+@pytest.fixture
+def _no_cublas_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")  # put back afterwards
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
+
+
+@pytest.mark.usefixtures("_no_cublas_variable")
+def test_determinism_is_switched_on_before_cuda_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """cuBLAS reads its variable when CUDA starts, which is in `ranks.join`: for a run, and where one is evaluated."""
+    seen: list[tuple[Any, ...]] = []
+
+    def look() -> bool:
+        cudnn = torch.backends.cudnn
+        flags = (torch.are_deterministic_algorithms_enabled(), cudnn.deterministic, cudnn.benchmark)
+        seen.append((os.environ.get("CUBLAS_WORKSPACE_CONFIG"), *flags))
+        raise LookupError
+
+    monkeypatch.setattr(torch.cuda, "is_available", look)
+    for setting in ("false", "true"):
+        item = f"run.deterministic={setting}"
+        with pytest.raises(LookupError), inputs.opened(config(item), [], tmp_path):
+            pass
+        (tmp_path / "config.yaml").write_text(reading.dump(config(item)))
+        with pytest.raises(LookupError):
+            worker.train(tmp_path)
+    assert seen == [(None, False, False, False)] * 2 + [(":4096:8", True, True, False)] * 2
+    assert not torch.are_deterministic_algorithms_enabled(), "what else this process does is free again"
+
+
+@pytest.mark.usefixtures("_no_cublas_variable")
+def test_an_operation_without_a_deterministic_form_is_named() -> None:
+    torch_s = "upsample_bicubic2d_backward_out_cuda does not have a deterministic implementation, but you set ..."
+    says = r"run.deterministic=true: upsample_bicubic2d.*Next: run.deterministic=false"
+    with pytest.raises(UserError, match=says), precision.determinism(Run(deterministic=True)):
+        raise RuntimeError(torch_s)
+    with pytest.raises(RuntimeError, match="another"), precision.determinism(Run(deterministic=True)):
+        raise RuntimeError("another")
+    with pytest.raises(RuntimeError, match="upsample"), precision.determinism(Run()):
+        raise RuntimeError(torch_s)
+
+
+def test_determinism_is_no_part_of_a_run_s_identity() -> None:
+    """As memory format and compiling: it changes the rounding of the same result, and older runs have no such key."""
+    a, b = (reading.identity(config(f"run.deterministic={value}")) for value in ("true", "false"))
+    assert a == b
+    assert not config().run.deterministic
 
 
 def scaled_steps(steps: int, state: dict[str, Any] | None, weight: torch.Tensor, first: int) -> tuple[nn.Linear, Any]:
