@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +19,7 @@ from fixres_dist.config.schema import Config
 from fixres_dist.data import geometry
 from fixres_dist.data.decoding import Batch
 from fixres_dist.data.index import Index
-from fixres_dist.data.requests import Pictures, micro_batches, train_steps
+from fixres_dist.data.requests import Pictures, Request, micro_batches, train_steps
 from fixres_dist.models import batchnorm
 from fixres_dist.models.build import build_model, preprocessing
 from fixres_dist.models.parts import parts_of, set_modes
@@ -62,17 +66,48 @@ def test_every_rank_has_the_same_number_of_micro_batches(
         assert np.concatenate([request.samples for request in requests]).tolist() == whole.samples.tolist()
 
 
-def work(*items: str, name: str = "test_efficientnet") -> StageSession:
-    """The fixing stage of a small model on 12 images, in fp32 on a CPU."""
+@pytest.mark.parametrize("skipped", [False, True])
+@pytest.mark.parametrize(("n", "global_batch", "batch_per_device", "world_size"), [(21, 12, 4, 2), (5, 8, 2, 4)])
+def test_every_rank_takes_them_in_the_same_steps(
+    n: int, global_batch: int, batch_per_device: int, world_size: int, skipped: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The loop's part of it: a batch for each request, and none left over, though a rank's may be empty or all skipped."""
+    taken: list[list[int]] = []
+    for rank in range(world_size):
+        items = [f"tune.global_batch={global_batch}", f"run.batch_per_device={batch_per_device}", "tune.epochs=2"]
+        one = work("tune.policy=all", *items, n=n)
+        session = replace(one.session, ranks=replace(one.session.ranks, rank=rank, world_size=world_size))
+        left: list[int] = []
+
+        def batches(
+            self: Session, index: Index, requests: Iterator[Request], *_: object, left: list[int] = left
+        ) -> Any:
+            for request in requests:
+                left.append(1)
+                kept = request.samples[:0] if skipped else request.samples
+                yield SimpleNamespace(samples=kept, skipped=())
+                left.pop()
+
+        monkeypatch.setattr(Session, "batches", batches)
+        steps = replace(one, session=session).steps(0, Meter())
+        taken.append([len(list(micro_batches)) for _, micro_batches in steps])
+        assert len(left) <= 1, "the last one was asked for, and no more came"
+    assert taken == [taken[0]] * world_size
+    images = [global_batch] * (n // global_batch) + [n % global_batch] * (n % global_batch > 0)
+    assert taken[0] == [micro_batches(k, world_size, batch_per_device) for k in images] * 2
+
+
+def work(*items: str, name: str = "test_efficientnet", n: int = 12) -> StageSession:
+    """The fixing stage of a small model on `n` images, in fp32 on a CPU."""
     config = reading.parse(Config, reading.overrides(["data.res=64", "tune.global_batch=12", *items]))
     model = lived_in(build_model(name, 3))
     parts = parts_of(model, config.tune.policy)
     set_modes(parts, config.tune.bn_stats)
-    index, device = made(12), torch.device("cpu")
+    index, device = made(n), torch.device("cpu")
     ranks, spec = Ranks(0, 1, 1, ("here",), device), preprocessing("test_efficientnet")
     arithmetic, layout = Arithmetic("fp32", device), torch.contiguous_format
     session = Session(config, ranks, model, spec, {"train": index}, index.classes, {}, arithmetic, layout, tell)
-    return StageSession(session, stages(config, 12)[-1], parts)
+    return StageSession(session, stages(config, n)[-1], parts)
 
 
 def gradients(found: StageSession, sizes: list[int]) -> dict[str, torch.Tensor]:
