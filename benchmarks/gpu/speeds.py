@@ -15,6 +15,8 @@ from typing import Any
 import torch
 
 from benchmarks.gpu.section import Section, tail
+from fixres_dist.base.errors import first_line
+from fixres_dist.base.memory import does_not_fit
 from fixres_dist.bench import step, turns
 from fixres_dist.bench.photographs import write_data_set
 from fixres_dist.bench.result import row_of
@@ -118,7 +120,10 @@ def batches_that_fit(one: Setting, most: int) -> Iterator[dict[str, Any] | None]
             peak = torch.cuda.max_memory_allocated() / 2**20 if cuda else turns.memory_mib(peak=True)
             found["peak_memory_mib"] = round(peak)
             low = batch
-        except torch.OutOfMemoryError:
+        except Exception as error:
+            if not does_not_fit(error):
+                raise
+            found["why"] = first_line(error)[:200]
             high = batch
         images = []
         batch = min(2 * low, most) if high > most else (low + high) // 2

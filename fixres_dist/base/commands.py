@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 
 # fixres | module | launch. It stands in the environment, so that jobs and local ranks name commands as their user does.
@@ -23,3 +24,8 @@ def command(name: str, *words: object) -> str:
 def shell(*words: object) -> str:
     """A command line of other programs: every word quoted where it has to be, such as a path with a space."""
     return shlex.join(map(str, words))
+
+
+def smaller_batch(line: str, images: int) -> str:
+    """The command line again, with `images` in a forward pass instead of what it says."""
+    return f"{re.sub(r' run[.]batch_per_device=[^ ]+', '', line)} run.batch_per_device={images}"

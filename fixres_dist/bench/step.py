@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from fixres_dist.base.memory import does_not_fit
 from fixres_dist.bench import turns
 from fixres_dist.bench.result import Ratios, Result, Row, row_of
 from fixres_dist.bench.setting import Build, Setting, Work, opened, pictures, variant
@@ -164,8 +165,8 @@ def plain_step(session: Session, setting: Setting) -> Work:
             torch.autograd.backward(F.cross_entropy(session.model(images), labels))
             optimizer.step()
             return len(labels)
-        except torch.OutOfMemoryError:
-            if len(labels) == 1:
+        except Exception as error:
+            if len(labels) == 1 or not does_not_fit(error):
                 raise
         torch.cuda.empty_cache()
         images, labels = images[: len(labels) // 2].clone(), labels[: len(labels) // 2]

@@ -17,7 +17,7 @@ from fixres_dist.runs import rundir
 from fixres_dist.runs.rundir import RunDir
 from fixres_dist.training import plan
 from fixres_dist.training.job import TrainJob
-from fixres_dist.training.stages import batch_by_pixels
+from fixres_dist.training.stages import batch_by_pixels, batch_per_device
 
 
 def check(run: RunDir, config: Config, dry: bool = False) -> None:
@@ -142,4 +142,5 @@ def start_here(run: RunDir, config: Config, kind: str) -> int:
             from fixres_dist.training import worker
 
             return worker.train(run.root.resolve())  # messages that it keeps hold in any folder
-        return local.run_local(run, config.cluster.gpus_per_node, TrainJob)
+        smaller = max(1, max(batch_per_device(config, res) for res in config.resolutions()) // 2)
+        return local.run_local(run, config.cluster.gpus_per_node, TrainJob, smaller)

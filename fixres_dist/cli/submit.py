@@ -169,10 +169,12 @@ class Target:
     run: rundir.RunDir
     config: Config
     recipe: recipes.Recipe
+    on_cpu: bool  # of this machine
 
     def plan(self) -> list[str]:
         world_size = self.config.cluster.node_range()[0] * self.config.cluster.gpus_per_node
-        return plan.lines(self.config, self.recipe.facts, plan.count(self.config), self.run.root, world_size)
+        counts = plan.count(self.config)
+        return plan.lines(self.config, self.recipe.facts, counts, self.run.root, world_size, self.on_cpu)
 
 
 def asked_for(args: argparse.Namespace, kind: str) -> list[Target]:
@@ -197,7 +199,7 @@ def asked_for(args: argparse.Namespace, kind: str) -> list[Target]:
         if args.name:
             name = f"{args.name}-{name}" if args.table else args.name
         name = "-".join([name, *(f"{key.rpartition('.')[2]}={value.replace('/', '_')}" for key, value in chosen)])
-        found.append(Target(rundir.RunDir(args.runs_dir / name), config, recipe))
+        found.append(Target(rundir.RunDir(args.runs_dir / name), config, recipe, kind != "slurm" and not visible()))
     return found
 
 

@@ -12,6 +12,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fixres_dist.base import memory
+from fixres_dist.base.commands import smaller_batch
 from fixres_dist.base.errors import EXIT_DONE, EXIT_FAILED
 from fixres_dist.base.files import FULL
 from fixres_dist.base.signals import SIGNALS, StopFlag
@@ -28,8 +30,10 @@ ALONE_S = 90.0  # longer than a rank that ends by itself after another one's err
 NO_TIMEOUT_MIN = 60 * 24 * 365  # submitit's local executor insists on a limit
 
 
-def run_local(run: RunDir, processes: int, job: Job) -> int:
+def run_local(run: RunDir, processes: int, job: Job, smaller: int = 1) -> int:
     """Run `processes` ranks and follow them to their end; returns the highest of their exit codes.
+
+    `smaller`: images per forward pass to go on with where the kernel kills a rank because memory ran out.
 
     A stop signal to this process, or to all of them, makes the ranks save and leave; submitit's controller, a process
     between this one and the ranks, ignores it.
@@ -47,6 +51,7 @@ def run_local(run: RunDir, processes: int, job: Job) -> int:
     executor.parameters["visible_gpus"] = devices  # update_parameters takes numbers only, and these may be UUIDs
     if processes > 1 and "OMP_NUM_THREADS" not in os.environ:
         os.environ["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // processes))
+    killed_before = memory.kills_for_memory()
     task = job(str(run.root.resolve()))  # before the change of directory: --runs-dir may be relative
     with ignored_signals(), contextlib.chdir(run.code):
         started = executor.submit(task)
@@ -62,7 +67,8 @@ def run_local(run: RunDir, processes: int, job: Job) -> int:
     if flag.signal and run.state().state in UNFINISHED:  # no rank had come so far as to save
         run.cancel("cancelled; the same command goes on")
     else:
-        name_lost_ranks(run, tasks, codes, ended_some)
+        out_of_memory = memory.kills_for_memory() > killed_before
+        name_lost_ranks(run, tasks, codes, ended_some, smaller if out_of_memory else 0)
     if run.failed.exists():
         print(run.failed.read_text(), file=sys.stderr, end="")
     return max(codes)
@@ -76,12 +82,14 @@ def exit_code(task: submitit.Job[int]) -> int:
 
 
 def name_lost_ranks(
-    run: RunDir, tasks: Sequence[submitit.Job[int]], codes: Sequence[int], ended_some: bool = False
+    run: RunDir, tasks: Sequence[submitit.Job[int]], codes: Sequence[int], ended_some: bool = False, smaller: int = 0
 ) -> None:
     """Write FAILED for ranks that could not write it themselves; other ranks may have failed because of them.
 
-    `ended_some`: ranks were ended by this process, so an error that a rank has written down came first.
+    `ended_some`: ranks were ended by this process, so an error that a rank has written down came first. `smaller`: the
+    images per forward pass to go on with, where the kernel has killed a process meanwhile because memory ran out.
     """
+    again = run.submit_command()
     state = run.state()
     said = run.failed.read_text().partition("\n")[0] if run.failed.exists() else ""
     gone = [task.paths for task in tasks if not task.paths.result_pickle.exists()]
@@ -94,14 +102,17 @@ def name_lost_ranks(
         return  # explained already; on a full disk a rank cannot leave a result either
     if gone:
         ranks = ", ".join(str(paths.task_id) for paths in gone)
-        lost = f"rank {ranks} left no result, killed by hand or out of memory (log: {gone[0].stdout})"
+        why = "killed by hand or out of memory"
+        if smaller:
+            why, again = "and the kernel has killed a process because memory ran out", smaller_batch(again, smaller)
+        lost = f"rank {ranks} left no result, {why} (log: {gone[0].stdout})"
     else:
         folder = tasks[0].paths.stdout.parent
         lost = f"a process of the run ended without a message (exit codes {list(codes)}); its log: {folder}"
     if said:
         lost += f"; after it: {said}"
         run.failed.unlink()
-    run.fail(lost, f"again, from the last checkpoint: {run.submit_command()}")
+    run.fail(lost, f"again, from the last checkpoint: {again}")
 
 
 @contextlib.contextmanager

@@ -49,17 +49,32 @@ class Moments:
 class AllReduceSum(torch.autograd.Function):
     """Sum over ranks, forward and backward."""
 
+    alone = False  # as on_this_rank_alone has it
+
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
-        x = x.clone()
-        dist.all_reduce(x)
-        return x
+        return AllReduceSum.total(x)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
-        grad = grad.clone()
-        dist.all_reduce(grad)
-        return grad
+        return AllReduceSum.total(grad)
+
+    @staticmethod
+    def total(x: torch.Tensor) -> torch.Tensor:
+        x = x.clone()
+        if not AllReduceSum.alone:
+            dist.all_reduce(x)
+        return x
+
+
+@contextlib.contextmanager
+def on_this_rank_alone() -> Iterator[None]:
+    """BatchNorms that share their batch's statistics take this rank's inside: what its memory holds can be tried alone."""
+    AllReduceSum.alone = True
+    try:
+        yield
+    finally:
+        AllReduceSum.alone = False
 
 
 def normalise_over_ranks(self: Any, x: torch.Tensor) -> torch.Tensor:

@@ -16,6 +16,7 @@ import torch
 from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from fixres_dist.base.memory import does_not_fit
 from fixres_dist.config.schema import Run
 from fixres_dist.models import cpu_layers, folding
 from fixres_dist.models.build import small_size
@@ -173,11 +174,24 @@ def probe(
 ) -> dict[str, Any]:
     """The fastest of `choices` for fp32 `images` [n, 3, res, res], as choices.json keeps it, and the ms per image of each.
 
-    `pictures`: how many this rank will run; compiled choices are tried if that takes COMPILE_PAYS_S without.
+    `pictures`: how many this rank will run; compiled choices are tried if that takes COMPILE_PAYS_S without. Images that do
+    not fit into memory are halved: the batch that does is found later (training/auto_batch.py).
     """
-    best = fastest(trunk, dtype, [how for how in choices if not how.compile], images)
+    try:
+        best = fastest(trunk, dtype, [how for how in choices if not how.compile], images)
+    except Exception as error:
+        if len(images) == 1 or not does_not_fit(error):
+            raise
+        best = {}
+    if not best:
+        torch.cuda.empty_cache()
+        return probe(trunk, dtype, choices, images[: len(images) // 2].clone(), pictures)
     if min(best.values()) * pictures >= COMPILE_PAYS_S * len(images):
-        best |= fastest(trunk, dtype, [how for how in choices if how.compile], images)
+        try:
+            best |= fastest(trunk, dtype, [how for how in choices if how.compile], images)
+        except Exception as error:
+            if not does_not_fit(error):
+                raise
     chosen = min(best, key=lambda how: best[how] if how == choices[0] else best[how] * CLEARLY)
     per_image = {str(how): round(1000 * s / len(images), 4) for how, s in best.items()}
     return {"memory_format": chosen.memory_format, "compile": chosen.compile, "ms_per_image": per_image}

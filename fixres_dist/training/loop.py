@@ -108,10 +108,12 @@ def train_stage(
     training = open_stage(run, session, stage, total_steps, writer)
     startup.mark("trunk")
     try:
-        open_features(training, flag)
-        if not training.resumed:
-            measure(training, startup)
-        stop_signal = loop(training, flag, startup)
+        with auto_batch.naming_a_smaller_batch(training.work, in_steps=False):
+            open_features(training, flag)
+            if not training.resumed:
+                measure(training, startup)
+        with auto_batch.naming_a_smaller_batch(training.work, in_steps=True):
+            stop_signal = loop(training, flag, startup)
     except Stopped as stop:
         stop_signal = stop.number
     if stop_signal and training.tracker:
@@ -140,7 +142,7 @@ def open_stage(run: RunDir, session: Session, stage: Stage, total_steps: int, wr
     start = Progress(stage.first, stage.name)
     progress, resumed = checkpoint.resume(run.checkpoints, start, session.model, optimizer, fingerprint)
     scale.restore(progress.loss_scale)
-    work = StageSession(auto_batch.with_batch(session, stage, parts), stage, parts)
+    work = StageSession(auto_batch.with_batch(session, stage, parts, optimizer, scale), stage, parts)
     main = session.ranks.is_main
     tracker = Tracker(run, session.config, progress.step, total_steps, resumed) if main else None
     return Training(run, work, optimizer, scale, fingerprint, progress, resumed, tracker, writer)

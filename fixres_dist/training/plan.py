@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from fixres_dist.base import memory
 from fixres_dist.base.errors import UserError
 from fixres_dist.base.text import duration
 from fixres_dist.config import recipes
@@ -23,6 +24,7 @@ H200_MIB_PER_S = 0.55 * 4.8e12 / 2**20
 # device for b0 at 320 px (0.49) and b4 at 380 px (0.48), fp32, timm 1.0.31; and the share of them left by checkpointing
 # (0.11 and 0.07).
 SAVED, CHECKPOINTED = 0.49, 0.11
+PROCESS_GIB = 0.8  # of a process that has imported torch and timm, before it has a model (torch 2.15: 825 MB)
 
 
 @dataclass(frozen=True)
@@ -93,8 +95,10 @@ def check(config: Config, world_size: int, dry: bool) -> None:
             )
 
 
-def lines(config: Config, facts: Facts | None, counts: Counts, run_folder: Path, world_size: int) -> list[str]:
-    """The plan: at most fifteen lines."""
+def lines(
+    config: Config, facts: Facts | None, counts: Counts, run_folder: Path, world_size: int, on_cpu: bool = False
+) -> list[str]:
+    """The plan: at most fifteen lines. `on_cpu`: the ranks are to be processes on this machine's CPU."""
     model, data, tune, cluster = config.model, config.data, config.tune, config.cluster
     others, _ = before(config, facts)
     todo, classes = stages(config, counts.train), f"{counts.classes:,} classes ({counts.source})"
@@ -127,8 +131,13 @@ def lines(config: Config, facts: Facts | None, counts: Counts, run_folder: Path,
     rows["ranks"] = f"{world_size} ({where}); {size} images per forward and rank"
     rows["engine"] = f"{engine}: {why}"
     if facts:
-        memory = memory_gib(config, facts, counts, world_size)
-        rows["memory"] = f"about {memory:.1f} GiB per GPU: weights, head, activations (estimate)"
+        gib = memory_gib(config, facts, counts, world_size)
+        rows["memory"] = f"about {gib:.1f} GiB per GPU: weights, head, activations (estimate)"
+        if on_cpu:
+            gib = cpu_memory_gib(config, facts, counts, world_size, world_size)
+            rows["memory"] = f"about {gib:.1f} GiB of this machine's memory for {world_size} process(es) (estimate)"
+            if short := shortage(config, facts, counts, world_size, world_size):
+                rows["memory"] += f"; {short}"
         rows["time"] = time_text(config, facts, pictures, world_size)
     rows["run"] = str(run_folder)
     return [f"{key:<11}{text}" for key, text in rows.items()]
@@ -166,6 +175,35 @@ def memory_gib(config: Config, facts: Facts, counts: Counts, world_size: int) ->
         weights = 4 * facts.parameters + 12 * trainable  # 12: gradient, momentum and DDP's bucket
         peaks.append(weights / 2**30 + mib * (stage.res / facts.res) ** 2 / 2**10)
     return max(peaks)
+
+
+def cpu_memory_gib(config: Config, facts: Facts, counts: Counts, world_size: int, processes: int) -> float:
+    """Of `processes` ranks on one machine's CPU, each with its libraries; `auto` is taken to be fp32, the wider format."""
+    wide = replace(config, run=replace(config.run, precision="fp32")) if config.run.precision == "auto" else config
+    return processes * (PROCESS_GIB + memory_gib(wide, facts, counts, world_size))
+
+
+def shortage(
+    config: Config, facts: Facts, counts: Counts, world_size: int, processes: int, started: bool = False
+) -> str:
+    """What is missing on a CPU, and the batch that would fit; empty where the estimate fits. `started`: they run already."""
+    have = memory.available_bytes()
+    if have is None:
+        return ""
+    have_gib = have / 2**30 + (processes * PROCESS_GIB if started else 0.0)
+
+    def need(batch: int) -> float:
+        tried = replace(config, run=replace(config.run, batch_per_device=batch))
+        return cpu_memory_gib(tried, facts, counts, world_size, processes)
+
+    batch = max(batch_per_device(config, res) for res in config.resolutions())
+    needed = cpu_memory_gib(config, facts, counts, world_size, processes)
+    if needed <= have_gib:
+        return ""
+    while batch > 1 and need(batch) > have_gib:
+        batch //= 2
+    way = f"run.batch_per_device={batch}" if need(batch) <= have_gib else "a smaller --res, or fewer processes"
+    return f"{have_gib:.1f} of the {needed:.1f} GiB are available, and the kernel kills processes that take more. Next: {way}"
 
 
 LEFT_OUT = "without decoding, start-up, compiling and the wait in a queue"

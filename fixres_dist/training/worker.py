@@ -8,19 +8,22 @@ from pathlib import Path
 
 from safetensors.torch import load_file
 
+from fixres_dist.base.commands import smaller_batch
 from fixres_dist.base.errors import EXIT_DONE, EXIT_FAILED, EXIT_USER, UserError
 from fixres_dist.base.files import no_room, write_text
 from fixres_dist.base.json_lines import keep_lines
 from fixres_dist.base.locks import STALE_S
 from fixres_dist.base.signals import StopFlag
 from fixres_dist.cluster import requeue, slurm
+from fixres_dist.config import recipes
 from fixres_dist.config.schema import Config
 from fixres_dist.data import backends
 from fixres_dist.models import weights
 from fixres_dist.models.precision import determinism
 from fixres_dist.runs import checkpoint
 from fixres_dist.runs.rundir import Locked, RunDir
-from fixres_dist.training import samples
+from fixres_dist.training import plan, samples
+from fixres_dist.training.auto_batch import DoesNotFit
 from fixres_dist.training.loop import train_stage
 from fixres_dist.training.ranks import Ranks, abort, join
 from fixres_dist.training.session import Session, open_session
@@ -41,7 +44,8 @@ def train(folder: Path, flag: StopFlag | None = None) -> int:
         with determinism(config.run):
             return work(run, config, flag or StopFlag().install())
     except UserError as error:
-        run.fail(str(error), again, final=True)
+        next_command = smaller_batch(again, error.smaller) if isinstance(error, DoesNotFit) else again
+        run.fail(str(error), next_command, final=True)
         print(f"error: {error}", flush=True)
         abort()
         return EXIT_USER
@@ -113,10 +117,21 @@ def begin(run: RunDir, session: Session, total_steps: int) -> None:
     """Rank 0, before the first stage: the class names, the number of steps, and no sample lines beyond the checkpoint."""
     names = dict(enumerate(session.classes))
     write_text(run.root / "class_index.json", json.dumps(names, indent=1) + "\n")
+    config = session.config
     run.update_state(total_steps=total_steps)
     saved = max(0, run.saved_step())
     for file in (run.root / "samples").glob("rank_*.jsonl"):
         keep_lines(file, lambda line: line["step"] < saved)
     interpolation = session.resize(session.config.data.res).interpolation
+    with contextlib.suppress(UserError):  # a model by a name that this version does not know
+        facts = recipes.find(config.model.name, config.model.weights).facts
+        counts = plan.Counts(len(session.train), len(session.val), len(session.classes), "")
+        sizes = session.ranks.world_size, session.ranks.local_size
+        if (
+            facts
+            and session.ranks.device.type == "cpu"
+            and (short := plan.shortage(config, facts, counts, *sizes, started=True))
+        ):
+            print(f"warning: {short}", flush=True)
     backend, why = backends.choose(session.config.data.backend, session.ranks.device, interpolation)
     print(f"decoding with {backend}: {why}", flush=True)
