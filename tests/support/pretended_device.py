@@ -54,6 +54,10 @@ class Waits(TorchFunctionMode):
         if on_device(first) and (name == "cpu" or (name == "to" and torch.device("cpu") in map(as_device, args[1:]))):
             self.found.append(name)
             return torch.zeros(first.shape, dtype=first.dtype)
+        if name == "copy_" and on_device(args[1]) and not on_device(first):
+            waits = kwargs.get("non_blocking") is not True or not self.is_pinned(first)
+            self.found += [f"copy to {list(first.shape)}"] * waits
+            return first
         made = func(*args, **kwargs)
         if pin:
             self.pin(made)

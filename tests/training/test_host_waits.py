@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -29,7 +30,7 @@ from fixres_dist.training import session as sessions
 from fixres_dist.training.cache.store import Rows, begin_writing, open_store
 from fixres_dist.training.predict import score_batches
 from fixres_dist.training.ranks import Ranks
-from fixres_dist.training.session import Session, one_ahead, tell
+from fixres_dist.training.session import Session, one_ahead, tell, to_host
 from fixres_dist.training.stage_session import StageSession
 from fixres_dist.training.stages import stages
 from fixres_dist.training.step import backward, distribute, measure_statistics
@@ -45,53 +46,68 @@ def index(n: int) -> Index:
     return Index(Path("nowhere"), ("c0", "c1", "c2"), b"".join(names), ends, labels, sizes, np.zeros(n, np.uint32))
 
 
-def work(policy: str, bn_stats: str) -> StageSession:
-    """A stage on the pretended device, its trunk in bf16 where it is frozen."""
+def work(policy: str, bn_stats: str, device: torch.device = DEVICE) -> StageSession:
+    """A stage on a device, by default the pretended one; its trunk in bf16 where it is frozen."""
     items = [f"data.res={RES}", f"tune.policy={policy}", f"tune.bn_stats={bn_stats}", f"tune.global_batch={2 * IMAGES}"]
     config = reading.parse(Config, reading.overrides(items))
-    model = build_model("test_efficientnet", 3).to(DEVICE)
+    model = build_model("test_efficientnet", 3).to(device)
     parts = parts_of(model, policy)
     if isinstance(parts.trunk, torch.nn.Module) and not parts.trains_blocks:
         how = fast_trunk.Arrangement("channels_last", False)
         trunk = fast_trunk.arranged(parts.trunk.to(torch.bfloat16), torch.bfloat16, how)
-        model.get_submodule("bn2").float()
         parts = replace(parts, trunk=trunk)
     set_modes(parts, bn_stats)
-    ranks, spec = Ranks(0, 1, 1, ("here",), DEVICE), preprocessing("test_efficientnet")
-    arithmetic = Arithmetic("fp32", DEVICE)
+    ranks, spec = Ranks(0, 1, 1, ("here",), device), preprocessing("test_efficientnet")
+    arithmetic = Arithmetic("fp32", device)
     split = {"train": index(2 * IMAGES)}
     session = Session(config, ranks, model, spec, split, ("a", "b", "c"), {}, arithmetic, torch.channels_last, tell)
     return StageSession(session, stages(config, 2 * IMAGES)[-1], parts)
 
 
-def batches(waits: Waits) -> Iterator[Batch]:
+def batches(pin: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[Batch]:
     """Two micro-batches as a loader's pinning thread hands them over."""
     for k in range(2):
-        images = waits.pin(torch.zeros(IMAGES, RES, RES, 3, dtype=torch.uint8)).permute(0, 3, 1, 2)
-        labels = waits.pin(torch.arange(IMAGES) % 3)
-        yield Batch(images, labels, torch.arange(k * IMAGES, (k + 1) * IMAGES))
+        images = pin(torch.zeros(IMAGES, RES, RES, 3, dtype=torch.uint8)).permute(0, 3, 1, 2)
+        yield Batch(images, pin(torch.arange(IMAGES) % 3), torch.arange(k * IMAGES, (k + 1) * IMAGES))
 
 
-@pytest.mark.parametrize(
-    ("policy", "bn_stats"),
-    [
-        ("classifier", "exact"),
-        ("classifier+bn", "exact"),
-        ("classifier+bn", "ema"),
-        ("last_block", "exact"),
-        ("all", "ema"),
-    ],
-)
-def test_a_step_never_waits_for_the_device(policy: str, bn_stats: str) -> None:
-    found, waits = work(policy, bn_stats), Waits()
+def stepper(found: StageSession, meter: Meter) -> Callable[[Iterator[Batch]], None]:
+    """The loop's step, but for its logging."""
     optimizer = sgd("torch", [p for p in found.session.model.parameters() if p.requires_grad], 0.9, 1e-4)
-    scale, meter = LossScale(found.session.arithmetic, optimizer, None), Meter()
+    scale = LossScale(found.session.arithmetic, optimizer, None)
+
+    def step(micro_batches: Iterator[Batch]) -> None:
+        optimizer.zero_grad()
+        assert backward(found, found.parts.head, scale, 0, micro_batches, meter) == list(range(2 * IMAGES))
+        assert scale.step()
+
+    return step
+
+
+POLICIES = [("classifier", "exact"), ("classifier+bn", "exact"), ("classifier+bn", "ema")]
+POLICIES += [("last_block", "exact"), ("all", "ema")]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize(("policy", "bn_stats"), POLICIES)
+def test_torch_sees_no_wait_in_a_step_on_a_gpu(policy: str, bn_stats: str) -> None:
+    step = stepper(work(policy, bn_stats, torch.device("cuda", 0)), Meter())
+    step(batches(torch.Tensor.pin_memory))  # makes the constants, starts cuDNN
+    micro_batches = list(batches(torch.Tensor.pin_memory))
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step(iter(micro_batches))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize(("policy", "bn_stats"), POLICIES)
+def test_a_step_never_waits_for_the_device(policy: str, bn_stats: str) -> None:
+    found, waits, meter = work(policy, bn_stats), Waits(), Meter()
+    one = stepper(found, meter)
     for step in range(2):  # the first makes the constants
         with waits:
-            optimizer.zero_grad()
-            seen = backward(found, found.parts.head, scale, step, batches(waits), meter)
-            assert scale.step()
-        assert seen == list(range(2 * IMAGES))
+            one(batches(waits.pin))
         assert len(waits.found) <= 2 * (not step), waits.found
         waits.found.clear()
     with waits:
@@ -119,7 +135,7 @@ def test_a_batchnorm_over_several_ranks_makes_its_count_on_the_device(monkeypatc
 def test_statistics_are_summed_on_the_device_and_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
     found, waits = work("classifier+bn", "exact"), Waits()
     found.session.spec.normalised(torch.zeros(1, 3, 2, 2, device=DEVICE, dtype=torch.uint8))
-    monkeypatch.setattr(StageSession, "statistics_batches", lambda self: batches(waits))
+    monkeypatch.setattr(StageSession, "statistics_batches", lambda self: batches(waits.pin))
     monkeypatch.setattr("fixres_dist.models.batchnorm.Moments.set", lambda self, bn: None)
     with waits:
         measure_statistics(found)
@@ -134,7 +150,7 @@ def test_an_evaluation_reads_its_scores_at_the_end() -> None:
         return [found.logits(found.parts.head, found.inputs(batch.images))]
 
     with waits, pytest.raises(RuntimeError, match=r"saw 0 images of 8"):  # the pretended device's values are all 0
-        score_batches(logits, found.session.train, batches(waits), found.session.ranks)
+        score_batches(logits, found.session.train, batches(waits.pin), found.session.ranks)
     assert waits.found == ["cpu"]
 
 
@@ -185,6 +201,23 @@ def test_dali_s_batches_bring_labels_and_jitter_pinned(monkeypatch: pytest.Monke
         batch.labels.to(DEVICE, non_blocking=True)
     assert batch.images.is_meta
     assert waits.found == []
+
+
+def test_what_is_copied_back_is_waited_for_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An event after the copies: what was queued behind them goes on."""
+    queued: list[str] = []
+    event = SimpleNamespace(synchronize=lambda: queued.append("waited"))
+    stream = SimpleNamespace(record_event=lambda: queued.append("event") or event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+    waits, made = Waits(), torch.zeros(2, 8, 3, 3, device=DEVICE).contiguous(memory_format=torch.channels_last)
+    with waits:
+        wait = to_host([made, made[:, :, 0, 0]])
+        queued.append("next batch")
+        maps, rows = wait()
+    assert queued == ["event", "next batch", "waited"]
+    assert waits.found == []
+    assert (maps.device.type, maps.shape, maps.stride()) == ("cpu", made.shape, made.stride())
+    assert rows.shape == (2, 8)
 
 
 def test_the_next_batch_is_queued_before_the_last_one_is_waited_for() -> None:
