@@ -69,6 +69,8 @@ def run(args: argparse.Namespace) -> int:
         if args.format == "onnx":
             off = export.write_onnx(model, out / file, size)
             print(f"{out / file}: logits equal torch's to {off:.0e} of the largest")
+            if export.data_file(out / file).exists():
+                print(f"{export.data_file(out / file)}: its weights; the two belong into one folder")
         else:
             weights.write_weights(model, out / file, config, size, classes)
     export.write_config(model, out / "config.json", config, res, classes)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +63,8 @@ def licence(config: Config) -> str | None:
 def write_onnx(model: nn.Module, file: Path, res: int) -> float:
     """One graph for pictures [n, 3, res, res] of any n (`tf_` models bake their SAME padding for one size).
 
+    Of a model above torch's limit for one file (1.5 GiB of weights; protobuf's is 2 GiB) the weights stand in `data_file`.
+
     Returns the largest difference between onnxruntime's logits and torch's, relative to the largest logit. Raises
     RuntimeError above ONNX_TOLERANCE, UserError for a size the model does not take; no file is left behind then.
     """
@@ -75,20 +79,30 @@ def write_onnx(model: nn.Module, file: Path, res: int) -> float:
         expected = model(images)
     except (AssertionError, RuntimeError) as error:
         raise UserError(f"the model does not take {res} px: {first_line(error)}") from None
-    with whole(file) as part:
-        batch = ({0: "batch"},)
+    with whole(file) as part, tempfile.TemporaryDirectory(prefix=f".{file.name}.", dir=file.parent) as folder:
+        made, batch = Path(folder) / file.name, ({0: "batch"},)
         torch.onnx.export(
-            model, (images,), part, input_names=["images"], output_names=["logits"], dynamic_shapes=batch,
+            model, (images,), made, input_names=["images"], output_names=["logits"], dynamic_shapes=batch,
             dynamo=True, external_data=False, verbose=False,
         )  # fmt: skip
-        session = onnxruntime.InferenceSession(part, providers=["CPUExecutionProvider"])
+        session = onnxruntime.InferenceSession(made, providers=["CPUExecutionProvider"])
         worst = 0.0
         for n in (3, 1):
             (logits,) = session.run(["logits"], {"images": images[:n].numpy()})
             worst = max(worst, float((torch.from_numpy(logits) - expected[:n]).abs().max() / expected.abs().max()))
         if not worst <= ONNX_TOLERANCE:
             raise RuntimeError(f"logits of {file.name} are off by {worst:.1e} of the largest; at most {ONNX_TOLERANCE}")
+        file.unlink(missing_ok=True)  # a kill between the two must not leave one with the other of an earlier export
+        data_file(file).unlink(missing_ok=True)
+        if data_file(made).exists():
+            os.replace(data_file(made), data_file(file))
+        os.replace(made, part)
     return worst
+
+
+def data_file(file: Path) -> Path:
+    """Where the weights of a large ONNX model stand, by the name that its graph has for them: they are moved together."""
+    return file.with_name(f"{file.name}.data")
 
 
 def push(folder: Path, repo: str) -> str:

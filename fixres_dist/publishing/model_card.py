@@ -86,7 +86,7 @@ transform = timm.data.create_transform(**settings, is_training=False)
 ```"""
 USE_ONNX = """\
 Input `images`: [n, 3, px, px] in fp32, px as in the file's name, normalised with `mean` and `std` of `config.json`. Output `logits`:
-[n, {classes}]."""
+[n, {classes}]. A file `.onnx.data` holds the weights of the `.onnx` of its name, and stays beside it."""
 
 
 def row(line: BeforeAfter) -> list[object]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import math
+import shutil
 import socket
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -201,6 +202,35 @@ def test_onnx_logits_at_any_batch_size(run: RunDir, tmp_path: Path) -> None:
             (logits,) = live.run(["logits"], {"images": images.numpy()})
             torch.testing.assert_close(torch.from_numpy(logits), model(images).detach(), atol=1e-5, rtol=1e-4)
     assert "model_64.onnx" in (out / "README.md").read_text()
+
+
+def test_onnx_above_the_limit_of_one_file_has_its_weights_beside_it(
+    run: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The limit is lowered; moved to another folder, the two files are whole."""
+    out = exported(run, tmp_path / "out", "--format", "onnx")
+    small = (out / "model_64.onnx").stat().st_size
+    monkeypatch.setattr("torch.onnx._internal.exporter._onnx_program._LARGE_MODEL_THRESHOLD", 1000)
+    exported(run, out, "--format", "onnx")
+    assert sorted(file.name for file in out.iterdir()) == [
+        "README.md",
+        "config.json",
+        "model_64.onnx",
+        "model_64.onnx.data",
+    ]
+    assert (out / "model_64.onnx").stat().st_size < small / 2
+    assert "`model_64.onnx.data`" in (out / "README.md").read_text()
+    moved = shutil.copytree(out, tmp_path / "moved")
+    shutil.rmtree(out)
+    model = timm.create_model(
+        "test_efficientnet", num_classes=3, checkpoint_path=run.root / "export" / "model.safetensors"
+    )
+    images = torch.randn(2, 3, 64, 64)
+    (logits,) = onnxruntime.InferenceSession(moved / "model_64.onnx").run(["logits"], {"images": images.numpy()})
+    torch.testing.assert_close(torch.from_numpy(logits), model.eval()(images).detach(), atol=1e-5, rtol=1e-4)
+    monkeypatch.undo()
+    exported(run, moved, "--format", "onnx")
+    assert not (moved / "model_64.onnx.data").exists(), "of an earlier export"
 
 
 def test_onnx_refuses_a_size_that_the_model_does_not_take(tmp_path: Path) -> None:
