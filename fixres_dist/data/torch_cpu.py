@@ -10,23 +10,31 @@ import contextlib
 import ctypes
 import gc
 import math
+import os
 import signal
+import sys
 import weakref
 from collections.abc import Iterable, Iterator
-from typing import Any
+from functools import cache
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
+from fixres_dist.base.errors import UserError
 from fixres_dist.base.memory import release_freed_memory
 from fixres_dist.base.signals import ignore_stop_signals
 from fixres_dist.data import pixels
-from fixres_dist.data.decoding import Bad, Batch, Undecodable, load, rows
+from fixres_dist.data.decoding import Bad, Batch, Undecodable, load
 from fixres_dist.data.geometry import Resize, View, vertical_first
 from fixres_dist.data.index import Index
 from fixres_dist.data.requests import Request
 
 PR_SET_PDEATHSIG = 1
+SHARED = "/dev/shm"
+SPARED = 16 * 2**20  # bytes of it that are left to others: locks, NCCL
 
 
 def draw(image: torch.Tensor, view: View, resize: Resize, canvas: torch.Tensor) -> None:
@@ -44,14 +52,23 @@ def draw(image: torch.Tensor, view: View, resize: Resize, canvas: torch.Tensor) 
     pixels.jitter(canvas, view.jitter)
 
 
-class Batches(Dataset[Batch]):
+class Packed(NamedTuple):
+    """A batch on its way from a worker. Arrays travel through a pipe; a tensor lies in shared memory and is not copied."""
+
+    images: torch.Tensor | NDArray[np.uint8]  # as an array [n, res, res, 3]
+    labels: NDArray[np.int64]
+    samples: NDArray[np.int64]
+    skipped: tuple[Bad, ...]
+
+
+class Batches(Dataset[Packed]):
     """A data set whose indices are requests and whose items are batches: a worker makes a whole batch."""
 
     def __init__(self, index: Index, res: int, resize: Resize) -> None:
         self.index, self.res, self.resize = index, res, resize
 
-    def __getitem__(self, request: Request) -> Batch:
-        images = empty_batch(len(request.samples), self.res)
+    def __getitem__(self, request: Request) -> Packed:
+        images, shared = empty_batch(len(request.samples), self.res)
         good: list[int] = []
         bad: list[Bad] = []
         for row, (sample, view) in enumerate(zip(request.samples.tolist(), request.views, strict=True)):
@@ -60,18 +77,58 @@ class Batches(Dataset[Batch]):
                 good.append(row)
             except Undecodable as error:
                 bad.append(Bad(sample, str(error)))
-        return Batch(images[: len(good)], *rows(self.index, request.samples[good]), tuple(bad))
+        images, samples = images[: len(good)], request.samples[good]
+        labels = self.index.labels[samples].astype(np.int64)
+        copied = get_worker_info() and not shared
+        return Packed(images.permute(0, 2, 3, 1).numpy() if copied else images, labels, samples, tuple(bad))
 
 
-def empty_batch(n: int, res: int) -> torch.Tensor:
-    """uint8 [n, 3, res, res], channels last in memory, as files are decoded; in a worker process in shared memory, so
-    that the training process gets it without a copy."""
+def empty_batch(n: int, res: int) -> tuple[torch.Tensor, bool]:
+    """(uint8 [n, 3, res, res], channels last in memory, as files are decoded; whether it lies in shared memory).
+
+    It does in a worker process, so that the training process gets it without a copy, unless too little is free.
+    """
     size = (n, res, res, 3)
-    if n and get_worker_info():
-        storage: Any = torch.UntypedStorage
-        shared = storage._new_shared(math.prod(size))  # as torch's own default_collate does
-        return torch.empty(0, dtype=torch.uint8).set_(shared).view(size).permute(0, 3, 1, 2)
-    return torch.empty(size, dtype=torch.uint8).permute(0, 3, 1, 2)
+    shared = shared_memory(math.prod(size)) if n and get_worker_info() else None
+    if shared is not None:
+        return torch.empty(0, dtype=torch.uint8).set_(shared).view(size).permute(0, 3, 1, 2), True
+    return torch.empty(size, dtype=torch.uint8).permute(0, 3, 1, 2), False
+
+
+def shared_memory(length: int) -> Any:
+    """`length` bytes, which are there: a process that touches a page that is not is killed. None if too few are free.
+
+    Docker gives 64 MB to all processes of a container.
+    """
+    storage: Any = torch.UntypedStorage
+    try:
+        state = os.statvfs(SHARED)
+        if state.f_bavail * state.f_frsize < length + SPARED:
+            return None
+        shared = storage._new_shared(length)  # as torch's own default_collate does
+        os.posix_fallocate(shared._share_fd_cpu_()[0], 0, length)
+    except (OSError, RuntimeError):
+        return None
+    return shared
+
+
+def unpacked(packed: Packed) -> Batch:
+    images, labels, samples, skipped = packed
+    if isinstance(images, np.ndarray):
+        images = torch.from_numpy(images).permute(0, 3, 1, 2)
+        if len(images):
+            say_copied()
+    return Batch(images, torch.from_numpy(labels), torch.from_numpy(samples), skipped)
+
+
+@cache
+def say_copied() -> None:
+    print(
+        f"{SHARED} has too little room for batches, which are copied through pipes instead: the same pictures, more slowly. "
+        "Next: more of it (docker run --shm-size=8g or --ipc=host), fewer data.workers, or a smaller run.batch_per_device",
+        file=sys.stderr,
+        flush=True,
+    )
 
 
 def as_is(batch: Any) -> Any:
@@ -101,9 +158,15 @@ def batches(index: Index, requests: Iterable[Request], res: int, resize: Resize,
         worker_init_fn=start_worker,
         multiprocessing_context="fork" if workers else None,  # the index is shared, not copied
     )
-    started = iter(loader)
+    try:
+        started = iter(loader)
+    except OSError as error:  # its locks lie there too
+        raise UserError(
+            f"no loader process can be started: {error.strerror or error} ({SHARED}). Accepted: data.workers=0, or more "
+            "shared memory (docker run --shm-size=8g or --ipc=host)."
+        ) from None
     atexit.register(end_workers, weakref.ref(started))
-    return started
+    return map(unpacked, started)
 
 
 def end_workers(loader: weakref.ref[Any]) -> None:

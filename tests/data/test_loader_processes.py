@@ -9,9 +9,16 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
+import pytest
+import torch
 from support.commands import ROOT, environment
 
+from fixres_dist.data import dataset, geometry, requests, torch_cpu
+from fixres_dist.data.decoding import Batch
+
 SCRIPT = """
+import multiprocessing
 import sys
 from pathlib import Path
 import numpy as np
@@ -22,7 +29,7 @@ endless = (requests.make_request(photos, pictures, np.array([k % len(photos)]), 
 batches = torch_cpu.batches(photos, endless, 32, pictures.resize, 2)
 for _ in sys.stdin:
     numbers = [int(next(batches).samples[0]) for _ in range(12)]
-    print(*[worker.pid for worker in batches._workers], numbers[0], flush=True)
+    print(*sorted(worker.pid for worker in multiprocessing.active_children()), numbers[0], flush=True)
 """
 
 
@@ -66,6 +73,28 @@ def test_a_process_whose_error_holds_the_loader_ends_all_the_same(photos: Path) 
     assert done.returncode == 1
     assert done.stderr.count("Traceback") == 1, done.stderr
     assert "of the loop" in done.stderr
+
+
+def test_with_little_shared_memory_batches_are_copied_and_that_is_said(
+    photos: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    index = dataset.load(photos, "val")
+    pictures = requests.Pictures("test", 32, geometry.resize_of("fixres", 32, 1.0, "bilinear"), 0)
+
+    def made(workers: int) -> list[Batch]:
+        asked = requests.in_batches(index, pictures, np.arange(12), 5)
+        return list(torch_cpu.batches(index, asked, 32, pictures.resize, workers))
+
+    first = made(workers=1)
+    assert "pipes" not in capsys.readouterr().err
+    free = os.statvfs(torch_cpu.SHARED)
+    monkeypatch.setattr(torch_cpu, "SPARED", free.f_bavail * free.f_frsize - 1)
+    second = made(workers=1)
+    assert capsys.readouterr().err.count("copied through pipes") == 1
+    for a, b in zip(first, second, strict=True):
+        assert torch.equal(a.images, b.images)
+        assert b.images.is_contiguous(memory_format=torch.channels_last)
+        assert (a.labels.tolist(), a.samples.tolist()) == (b.labels.tolist(), b.samples.tolist())
 
 
 def running(pid: int) -> bool:
