@@ -47,7 +47,12 @@ def run(args: argparse.Namespace) -> int:
         print(table(["alpha", "top-1", "top-5", "gain over alpha 0 (paired 95 %)"], rows))
     out = args.out or args.run
     out.mkdir(parents=True, exist_ok=True)
-    data = {"data": config.data.root, "res": config.data.res, "resize_rule": config.data.resize_rule}
+    data = {
+        "data": config.data.root,
+        "res": config.data.res,
+        "resize_rule": config.data.resize_rule,
+        "crop_pct": config.data.crop_pct,
+    }
     records = {split: [mixture.record() for mixture in mixtures] for split, mixtures in curves.items()}
     record = {"model": config.model.name, **data, "curves": records, "hardware": asdict(device), "versions": versions()}
     write_text(out / "alpha.json", json.dumps(record, indent=1) + "\n")

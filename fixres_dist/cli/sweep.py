@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -13,7 +14,8 @@ from fixres_dist.base.errors import EXIT_DONE, UserError
 from fixres_dist.base.files import write_text
 from fixres_dist.base.text import parse_sizes, table
 from fixres_dist.cli.arguments import add_source
-from fixres_dist.config.schema import Config
+from fixres_dist.config import reading
+from fixres_dist.config.schema import Config, Data
 from fixres_dist.evaluation.inputs import Subject, model_config, opened, parts_with, subjects, weights_after
 from fixres_dist.runs.rundir import RunDir
 
@@ -26,12 +28,15 @@ EXAMPLES = (
     "--run runs/b0-320 --res 224,256,288,320,352",
     "--run runs/demo --res 96,128,160 --also control=runs/demo-control --activations",
     "--model b0 --checkpoint ns --data /data/imagenet --res 224,320 --max-gmacs 0.8",
+    "--model resnet50.a1_in1k --checkpoint pretrained --data DIR --res 224,288 --crop-pct 0.875,1 data.resize_rule=timm,fixres",
 )
 
 
 def add_arguments(p: argparse.ArgumentParser) -> None:
     add_source(p, "--res A,B,...")
     p.add_argument("--res", required=True, metavar="A,B,...", help="test resolutions, such as 224,256,288")
+    text = "also with each of these data.crop_pct; data.resize_rule=A,B varies the rule"
+    p.add_argument("--crop-pct", default="", metavar="A,B,...", help=text)
     text = "another run's curve, such as a control; repeatable"
     p.add_argument("--also", action="append", default=[], metavar="LABEL=RUN", help=text)
     p.add_argument("--max-gmacs", type=float, metavar="G", help="also the best within G 1e9 multiply-adds per image")
@@ -44,21 +49,23 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Evaluate every model at every resolution, one pass over the images per resolution; table, sweep.json, PNG."""
-    sizes, config = parse_sizes(args.res), uncompiled(model_config(args))
+    """Evaluate every model at every resolution, one pass over the images for each and each crop; table, sweep.json, PNG."""
+    sizes, choices = parse_sizes(args.res), varied(args)
+    config = uncompiled(model_config(args))
     own = subjects(args.run)
     chosen = [*own, *others(args.also)]
     from fixres_dist.evaluation import activations
-    from fixres_dist.evaluation.sweep import Limit, sweep
+    from fixres_dist.evaluation.sweep import Crop, Limit, sweep
     from fixres_dist.models.build import check_resolutions
     from fixres_dist.publishing import figures
     from fixres_dist.runs import tracking
 
+    crops = [Crop(data.resize_rule, data.crop_pct) for data in crop_settings(config, choices)]
     limit = Limit(args.max_gmacs, args.min_images_per_second)
     with opened(config, chosen, args.run) as session:
         check_resolutions(session.model, sizes)
         models = {subject.label: parts_with(session, subject.weights) for subject in chosen}
-        swept = sweep(session, models, sizes, limit if limit != Limit() else None)
+        swept = sweep(session, models, sizes, limit if limit != Limit() else None, crops)
         inputs = activations.collect_all(session, {s.label: models[s.label] for s in own}) if args.activations else {}
         if not session.ranks.is_main:
             return EXIT_DONE
@@ -75,7 +82,9 @@ def run(args: argparse.Namespace) -> int:
     if args.run:
         for label, curve in swept.curves.items():
             points = {res: summary.top1 for res, summary in curve.items()}
-            tracking.write_curve(RunDir(args.run), label, "eval_by_res/top1", points)
+            tracking.write_curve(
+                RunDir(args.run), label.replace(", ", "-").replace(" ", "-"), "eval_by_res/top1", points
+            )
         for label in dict.fromkeys(label for label, _ in inputs):
             values = {res: rows for (one, res), rows in inputs.items() if one == label}
             tracking.write_histograms(RunDir(args.run), label, "pooled_features", values)
@@ -92,6 +101,25 @@ def uncompiled(config: Config) -> Config:
     return replace(config, run=replace(config.run, compile=config.run.compile is True))
 
 
+def varied(args: argparse.Namespace) -> dict[str, list[str]]:
+    """The keys of the crop that the command gives several values for; they are taken out of its settings."""
+    args.overrides += [f"data.crop_pct={args.crop_pct}"] if args.crop_pct else []
+    found: dict[str, list[str]] = {}
+    for item in args.overrides:
+        key, _, values = item.partition("=")
+        if key in ("data.resize_rule", "data.crop_pct") and "," in values:
+            found[key.removeprefix("data.")] = values.split(",")
+    args.overrides = [item for item in args.overrides if item.partition("=")[0].removeprefix("data.") not in found]
+    return found
+
+
+def crop_settings(config: Config, choices: dict[str, list[str]]) -> list[Data]:
+    """The data settings of each combination of `choices`; raises UserError for a value that is not accepted."""
+    products = itertools.product(*choices.values()) if choices else ()
+    own = asdict(config.data)
+    return [reading.parse(Data, own | dict(zip(choices, values, strict=True)), "data") for values in products]
+
+
 def others(items: list[str]) -> list[Subject]:
     found = []
     for item in items:
@@ -104,6 +132,8 @@ def others(items: list[str]) -> list[Subject]:
 
 def sweep_text(swept: Sweep) -> str:
     """A table of top-1 and cost by resolution; the best resolutions, and the gain between them."""
+    if swept.points:
+        return points_text(swept)
     curves, best = swept.curves, swept.best()
     rows = []
     for res, cost in swept.costs.items():
@@ -120,6 +150,27 @@ def sweep_text(swept: Sweep) -> str:
     for label, (gain, n) in swept.gains.items():
         what = f"best after fixing ({best['after']} px) minus best {label} ({best[label]} px)"
         lines.append(f"{what}: {gain.phrase()}, n {n}")
+    return "\n".join(lines)
+
+
+def points_text(swept: Sweep) -> str:
+    """As `sweep_text`, for several crops: a row for each resolution, rule and crop_pct."""
+    models = list(dict.fromkeys(point.model for point in swept.points))
+    rows: dict[tuple[int, str, float], dict[str, str]] = {}
+    for point in swept.points:
+        row = rows.setdefault((point.res, point.resize_rule, point.crop_pct), {})
+        row[point.model] = f"{point.summary.top1:.2f}"
+    cells = [
+        [*key[:2], f"{key[2]:g}", *(row[model] for model in models), f"{swept.costs[key[0]].gmacs:.3g}"]
+        for key, row in rows.items()
+    ]
+    lines = [table(["test px", "rule", "crop_pct", *models, "GMACs"], cells)]
+    lines.append(f"best: {', '.join(map(str, swept.best_points()))}")
+    if swept.limit:
+        allowed = ", ".join(map(str, swept.best_points(swept.limit)))
+        lines.append(f"best with {swept.limit}: {allowed or 'none of these'}")
+    for label, (gain, n) in swept.gains.items():
+        lines.append(f"best after fixing minus best {label}: {gain.phrase()}, n {n}")
     return "\n".join(lines)
 
 

@@ -51,11 +51,17 @@ def figure(
 
 
 def sweep_plot(curves: Mapping[str, Mapping[int, Summary]], config: Config, file: Path) -> None:
-    """Top-1 against test resolution with bars of one standard error; marks where the model was trained and fixed."""
+    """Top-1 against test resolution with bars of one standard error; marks where the model was trained and fixed.
+
+    A line for each model, or for each model and crop ("before, timm 0.875"): the colour is the crop's then.
+    """
     styles = {"before": ("tab:gray", "o--"), "after": ("tab:blue", "o-")}
+    crops = list(dict.fromkeys(label.partition(", ")[2] for label in curves))
     with figure(file, f"{config.model.name}: top-1 against test resolution") as (axes,):
         for k, (label, curve) in enumerate(curves.items()):
-            colour, style = styles.get(label, (f"C{k + 1}", "s:"))
+            model, _, crop = label.partition(", ")
+            colour, style = styles.get(model, (f"C{k + 1}", "s:"))
+            colour = f"C{crops.index(crop)}" if crop else colour
             top1 = [s.top1 for s in curve.values()]
             bars = [(s.top1 * (100 - s.top1) / s.n) ** 0.5 for s in curve.values()]
             axes.errorbar(list(curve), top1, bars, fmt=style, color=colour, label=label, capsize=2)

@@ -43,7 +43,8 @@ def of_exported(run: RunDir, results: Results, alpha: float) -> BeforeAfter | No
     if alpha == 1:
         return BeforeAfter.read(line)
     found = json.loads(file.read_text()) if file.exists() else {}
-    if (found.get("data"), found.get("res"), found.get("resize_rule")) != (data.root, data.res, data.resize_rule):
+    measured = (found.get("data"), found.get("res"), found.get("resize_rule"), found.get("crop_pct", "auto"))
+    if measured != (data.root, data.res, data.resize_rule, data.crop_pct):
         return None
     rows = (row for row in found["curves"]["val"] if row["alpha"] == alpha)
     return next((BeforeAfter.read({**line, **row}, after=row) for row in rows), None)

@@ -26,8 +26,8 @@ from fixres_dist.cli.sweep import uncompiled
 from fixres_dist.config import reading, recipes
 from fixres_dist.config.schema import Config
 from fixres_dist.data import dataset
-from fixres_dist.evaluation import activations
-from fixres_dist.evaluation.sweep import Cost, Limit, Sweep
+from fixres_dist.evaluation import activations, sweep
+from fixres_dist.evaluation.sweep import Cost, Crop, Limit, Sweep
 from fixres_dist.models.build import build_model, gmacs
 from fixres_dist.runs.results import Summary
 from fixres_dist.training.predictions import Predictions, paired_gain
@@ -287,6 +287,65 @@ def test_sweep_names_the_best_resolution_and_explains_it(
     events.Reload()
     (histogram,) = events.Histograms("pooled_features")
     assert (histogram.step, histogram.histogram_value.num) == (64, 33 * 256)
+
+
+def test_sweep_varies_crop_and_rule_as_single_evaluations_do(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: dict[tuple[str, Crop], dict[int, Predictions]] = {}
+    passes = sweep.passes
+
+    def kept(*args: Any) -> Any:
+        found = passes(*args)
+        made.update(found[0])
+        return found
+
+    monkeypatch.setattr(sweep, "passes", kept)
+    crops = ("--crop-pct", "0.75,1,auto", "data.resize_rule=timm,fixres")
+    assert (
+        call("sweep", "--run", finished, "--res", "64,96", *crops, "--out", tmp_path, "--max-gmacs", "0.015", *SMALL)
+        == 0
+    )
+    shown, found = capsys.readouterr().out, json.loads((tmp_path / "sweep.json").read_text())
+    for rule in ("timm", "fixres"):
+        for crop_pct in ("0.75", "auto"):
+            for res in (64, 96):
+                single = ("--res", res, f"data.resize_rule={rule}", f"data.crop_pct={crop_pct}", *SMALL)
+                assert call("evaluate", "--run", finished, "--predictions", tmp_path / "p.npz", *single) == 0
+                alone = Predictions.read(tmp_path / "p.npz")
+                ours = made["after", Crop(rule, "auto" if crop_pct == "auto" else 0.75)][res]  # type: ignore[arg-type]
+                assert np.array_equal(ours.predicted, alone.predicted)
+                assert np.array_equal(ours.loss, alone.loss), "image by image, bit by bit"
+    points = {(p["model"], p["res"], p["resize_rule"], p["crop_pct"]): p for p in found["points"]}
+    used = {"timm": (0.75, 0.95, 1.0), "fixres": (0.75, 0.875, 1.0)}  # auto: the rule's own
+    expected = {(m, r, rule, c) for m in ("before", "after") for r in (64, 96) for rule in used for c in used[rule]}
+    assert set(points) == expected
+    for label, best in found["best"].items():
+        assert best["top1"] == max(p["top1"] for p in found["points"] if p["model"] == label)
+    gain = max(
+        (made[key][res] for key in made if key[0] == "after" for res in (64, 96)), key=lambda p: p.summary().top1
+    )
+    assert found["best_after_minus_best_before"]["n"] == len(gain.loss)
+    assert set(found["curves"]) == {
+        f"{m}, {rule}{c}" for m in ("before", "after") for rule in used for c in (" 0.75", " 1", "")
+    }
+    row = points["after", 96, "timm", 0.95]["top1"]
+    assert any(line.split()[:3] == ["96", "timm", "0.95"] and f"{row:.2f}" in line for line in shown.splitlines())
+    assert "best with at most 0.015 GMACs: before 64 px " in shown
+    assert Image.open(tmp_path / "sweep.png").size[0] > 500
+    assert "data.crop_pct is 'x'" in refused(capsys, "sweep", "--run", finished, "--res", "64", "--crop-pct", "1,x")
+    assert "Did you mean 'fixres'" in refused(
+        capsys, "sweep", "--run", finished, "--res", "64", "data.resize_rule=timm,fixre"
+    )
+
+
+def test_one_crop_is_one_curve_for_each_model(finished: Path, tmp_path: Path) -> None:
+    given = ("--crop-pct", "0.75", "data.resize_rule=fixres", "--out", tmp_path)
+    assert call("sweep", "--run", finished, "--res", "64", *given, *SMALL) == 0
+    found = json.loads((tmp_path / "sweep.json").read_text())
+    assert set(found["curves"]) == {"before", "after"}
+    single = result(tmp_path, "--run", finished, "data.resize_rule=fixres", "data.crop_pct=0.75")
+    assert found["curves"]["after"]["64"]["top1"] == single["top1"]
 
 
 @pytest.mark.parametrize(
