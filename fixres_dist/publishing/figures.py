@@ -39,7 +39,8 @@ def figure(
     yield list(axes[0])
     for one in axes[0]:
         one.grid(alpha=0.3)
-        if one.get_legend_handles_labels()[0] and not (share_y and one is not axes[0][0]):
+        drawn = one.get_legend() or (share_y and one is not axes[0][0])
+        if one.get_legend_handles_labels()[0] and not drawn:
             one.legend(fontsize="medium" if panels == 1 else 8)
     if panels == 1:
         axes[0][0].set_title(title)
@@ -57,7 +58,8 @@ def sweep_plot(curves: Mapping[str, Mapping[int, Summary]], config: Config, file
     """
     styles = {"before": ("tab:gray", "o--"), "after": ("tab:blue", "o-")}
     crops = list(dict.fromkeys(label.partition(", ")[2] for label in curves))
-    with figure(file, f"{config.model.name}: top-1 against test resolution") as (axes,):
+    size = (9.5, 4.5) if len(crops) > 1 else (7, 4.5)
+    with figure(file, f"{config.model.name}: top-1 against test resolution", size) as (axes,):
         for k, (label, curve) in enumerate(curves.items()):
             model, _, crop = label.partition(", ")
             colour, style = styles.get(model, (f"C{k + 1}", "s:"))
@@ -70,6 +72,8 @@ def sweep_plot(curves: Mapping[str, Mapping[int, Summary]], config: Config, file
             axes.axvline(res, color="tab:gray", lw=0.8, ls=":")
             axes.annotate(text, (res, 0.02), **MARK)
         axes.set(xticks=list(next(iter(curves.values()))), xlabel="test resolution (px)", ylabel=TOP1)
+        if len(crops) > 1:
+            axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))  # beside the many lines, not over them
 
 
 def activation_plot(inputs: Mapping[tuple[str, int], NDArray[np.float32]], title: str, file: Path) -> None:
