@@ -25,7 +25,7 @@ from fixres_dist.runs.checkpoint import Progress
 from fixres_dist.runs.rundir import RunDir
 from fixres_dist.runs.states import Event
 from fixres_dist.runs.tracking import Tracker
-from fixres_dist.training import auto_batch, class_order, results, samples
+from fixres_dist.training import auto_batch, class_order, compiled_code, results, samples
 from fixres_dist.training.cache.build import Stopped, open_stores
 from fixres_dist.training.predictions import Predictions
 from fixres_dist.training.session import Session
@@ -112,6 +112,7 @@ def train_stage(
             open_features(training, flag)
             if not training.resumed:
                 measure(training, startup)
+            keep_compiled_code(session)
         with auto_batch.naming_a_smaller_batch(training.work, in_steps=True):
             stop_signal = loop(training, flag, startup)
     except Stopped as stop:
@@ -122,7 +123,14 @@ def train_stage(
         close(training)
     if training.tracker:
         training.tracker.close()
+    keep_compiled_code(session)
     return not stop_signal
+
+
+def keep_compiled_code(session: Session) -> None:
+    """Before the first step, for starts after a kill, and at the stage's end, for what was compiled since."""
+    if session.ranks.is_main:
+        compiled_code.keep(session.config.data.cache)
 
 
 def open_stage(run: RunDir, session: Session, stage: Stage, total_steps: int, writer: checkpoint.Writer) -> Training:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +12,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fixres_dist.base.environment import cache_folder, writable
 from fixres_dist.base.errors import UserError
 from fixres_dist.base.files import write_text
 from fixres_dist.config.schema import Config
@@ -25,6 +22,7 @@ from fixres_dist.models import fast_trunk, precision
 from fixres_dist.models.build import Preprocessing, largest_batch
 from fixres_dist.models.network import open_network
 from fixres_dist.models.parts import Parts
+from fixres_dist.training import compiled_code
 from fixres_dist.training.cache.store import Loaded, Store
 from fixres_dist.training.ranks import Ranks
 from fixres_dist.training.stages import batch_per_device
@@ -212,7 +210,8 @@ def open_session(
     `mark` is told of each part that is through.
     """
     data, indexes = config.data, {}
-    keep_compiled_code(cache_folder(data.cache))
+    if config.run.compile is True or (config.run.compile and ranks.device.type == "cuda"):
+        compiled_code.use_node_folder(data.cache)
     for turn in (True, False):
         if ranks.is_main is turn:
             root = dataset.folder(data.root, data.cache)
@@ -243,14 +242,3 @@ def open_session(
     model, spec, arithmetic, layout = open_network(config, classes, ranks.device, load_weights, say)
     mark("model")
     return Session(config, ranks, model, spec, indexes, classes, columns, arithmetic, layout, on_skip, kept)
-
-
-def keep_compiled_code(cache: Path) -> None:
-    """torch.compile's results go beside the indexes, where every node finds them: a restart compiles nothing again.
-
-    Where that cannot be written, torch's own default stays: a folder in /tmp.
-    """
-    name = "TORCHINDUCTOR_CACHE_DIR"
-    own = f"{tempfile.gettempdir()}/torchinductor_"  # importing torch has set its default; a person's setting stands
-    if os.environ.get(name, own).startswith(own) and writable(cache):
-        os.environ[name] = str(cache.absolute() / "inductor")

@@ -13,8 +13,8 @@ from fixres_dist.base.environment import cache_folder, scratch_folder, writable
 from fixres_dist.base.errors import UserError
 from fixres_dist.base.files import owner
 from fixres_dist.data import dataset
+from fixres_dist.training import compiled_code
 from fixres_dist.training.cache import rule
-from fixres_dist.training.session import keep_compiled_code
 
 
 def nobody(uid: int) -> None:
@@ -45,12 +45,12 @@ def test_a_cache_of_somebody_else_is_read_and_not_written(
     age(data)
     first = [dataset.load(data, "train", str(cache)) for _ in range(2)][1]  # loads what Python loads late
     open_to_all(tmp_path)
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/tmp/torchinductor_someone")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "fixres_dist-compiled-0"))
     with as_an_ordinary_user():
         assert not writable(cache / "features")
         assert rule.free_bytes(cache / "features") == 0
-        keep_compiled_code(cache)
-        assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == "/tmp/torchinductor_someone"
+        compiled_code.keep(str(cache))
+        assert not list(cache.glob("compiled*"))
         assert dataset.load(data, "train", str(cache)).fingerprint == first.fingerprint
         assert "is not kept" not in capsys.readouterr().err
         assert len(dataset.load(data, "val", str(cache))) == 6

@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 
@@ -27,7 +26,6 @@ from fixres_dist.data import dataset, geometry, torch_cpu
 from fixres_dist.data.requests import Pictures, make_request
 from fixres_dist.runs import checkpoint, rundir
 from fixres_dist.training.ranks import launched
-from fixres_dist.training.session import keep_compiled_code
 
 
 @pytest.fixture(scope="module")
@@ -86,15 +84,6 @@ def test_events_tell_what_starting_and_saving_cost(finished: Path) -> None:
     saved = [line for line in events if line["event"] == "saved"]
     assert [line["step"] for line in saved] == [0, 7, 7, 21], "the starts and ends of both stages"
     assert all(line["stall_ms"] >= 0 for line in saved)
-
-
-def test_compiled_code_is_kept_where_a_restart_finds_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", f"{tempfile.gettempdir()}/torchinductor_someone")
-    keep_compiled_code(tmp_path)
-    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "inductor")
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/fast/disk")
-    keep_compiled_code(tmp_path)
-    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == "/fast/disk"
 
 
 def test_tensorboard_has_the_promised_tags(finished: Path) -> None:
