@@ -1,4 +1,4 @@
-"""Stop signals set a flag. The training loop reads it at a step boundary, where all ranks agree, save and leave."""
+"""Stop signals set a flag. Every loop over batches reads it at each batch, where all ranks agree, save and leave."""
 
 from __future__ import annotations
 
@@ -13,6 +13,14 @@ from collections.abc import Callable
 from types import FrameType
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT, signal.SIGHUP)
+
+
+class Stopped(Exception):
+    """A stop signal on which all ranks have agreed, at the same batch. What is done so far is kept for the next start."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number  # the signal's
 
 
 class StopFlag:
@@ -51,7 +59,7 @@ class StopFlag:
                 while not self.signal and told.recv(1)[0] not in SIGNALS:
                     pass  # another signal: Slurm sends SIGCONT with most of its signals
                 time.sleep(seconds)
-                print(f"no common step boundary {seconds:.0f} s after the stop signal: giving up", file=sys.stderr)
+                print(f"no common batch {seconds:.0f} s after the stop signal: giving up", file=sys.stderr)
                 faulthandler.dump_traceback()
                 give_up()
                 os._exit(1)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import tempfile
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from fixres_dist.base.commands import command
 from fixres_dist.base.errors import EXIT_DONE, EXIT_FAILED, UserError, check_output, unknown
-from fixres_dist.base.files import write_text
+from fixres_dist.base.json_lines import write_json
 from fixres_dist.base.text import parse_sizes
 from fixres_dist.config import timm_names
 from fixres_dist.data import dataset
@@ -130,5 +129,5 @@ def run(args: argparse.Namespace) -> int:
     found = measure(args)
     print(found.text())
     if args.json:
-        write_text(args.json, json.dumps(found.json(args.stage), indent=1) + "\n")
+        write_json(args.json, found.json(args.stage))
     return EXIT_FAILED if found.failed else EXIT_DONE

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import json
 from dataclasses import asdict
 from pathlib import Path
 
 from fixres_dist.base.errors import EXIT_DONE, UserError, check_output
-from fixres_dist.base.files import write_text
+from fixres_dist.base.json_lines import write_json
 from fixres_dist.cli.arguments import add_json
 from fixres_dist.runs.rundir import RunDir
 
@@ -40,5 +39,5 @@ def run(args: argparse.Namespace) -> int:
     print(f"top-1 {summaries[0].top1:.2f} and {summaries[1].top1:.2f}: {gain.phrase()}")
     if args.json:
         record = {"before": asdict(summaries[0]), "after": asdict(summaries[1]), **asdict(gain)}
-        write_text(args.json, json.dumps(record, indent=1) + "\n")
+        write_json(args.json, record)
     return EXIT_DONE

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
 from fixres_dist.base.errors import EXIT_DONE, UserError, check_output
-from fixres_dist.base.files import write_text
+from fixres_dist.base.json_lines import write_json
 from fixres_dist.base.text import parse_size
 from fixres_dist.cli.arguments import add_eval_sets, add_json, add_source
 from fixres_dist.data import class_maps, dataset
@@ -64,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
     if args.json and records:
         main = records[args.split]
         summary = {"model": config.model.name, "split": args.split, **main[chosen[-1].label], **main, "sets": records}
-        write_text(args.json, json.dumps(summary, indent=1) + "\n")
+        write_json(args.json, summary)
     return EXIT_DONE
 
 
@@ -86,7 +85,7 @@ def evaluate_softmax(args: argparse.Namespace) -> int:
         predictions.save(args.predictions, index.fingerprint)
     if args.json:
         record = evaluation.record()
-        write_text(args.json, json.dumps({**record["softmax"], **record}, indent=1) + "\n")
+        write_json(args.json, {**record["softmax"], **record})
     return EXIT_DONE
 
 

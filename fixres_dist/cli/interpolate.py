@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import json
 from dataclasses import asdict
 from pathlib import Path
 
 from fixres_dist.base.environment import versions
 from fixres_dist.base.errors import EXIT_DONE
-from fixres_dist.base.files import write_text
+from fixres_dist.base.json_lines import write_json
 from fixres_dist.base.text import table
 from fixres_dist.cli.arguments import add_eval_sets, add_source
 from fixres_dist.cli.export import parse_alphas
@@ -55,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
     }
     records = {split: [mixture.record() for mixture in mixtures] for split, mixtures in curves.items()}
     record = {"model": config.model.name, **data, "curves": records, "hardware": asdict(device), "versions": versions()}
-    write_text(out / "alpha.json", json.dumps(record, indent=1) + "\n")
+    write_json(out / "alpha.json", record)
     figures.alpha_plot(curves, config, out / "alpha.png")
     print(f"curve: {out / 'alpha.png'}")
     return EXIT_DONE

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
 from fixres_dist.base.errors import EXIT_DONE
 from fixres_dist.base.files import write_text
+from fixres_dist.base.json_lines import as_json
 from fixres_dist.runs.rundir import RunDir
 
 EXAMPLES = ("runs/*", "runs/b0-320 --json")
@@ -32,7 +32,7 @@ def run(args: argparse.Namespace) -> int:
         print(f"left out, no run directories: {', '.join(others)}", file=sys.stderr)
     rows = [report.row(run) for run in runs if run.results.exists()]
     if args.json:
-        print(json.dumps({"runs": [row.record() for row in rows], "unfinished": report.unfinished(runs)}, indent=1))
+        print(as_json({"runs": [row.record() for row in rows], "unfinished": report.unfinished(runs)}, indent=1))
         return EXIT_DONE
     out = args.out or runs[0].root.parent / "report"
     text = report.markdown(runs, rows, out)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from dataclasses import asdict
 
 from fixres_dist.base.errors import EXIT_DONE, only_prints
+from fixres_dist.base.json_lines import as_json
 from fixres_dist.cli.arguments import add_runs_dir
 from fixres_dist.cluster import status
 from fixres_dist.runs.states import UNFINISHED
@@ -33,7 +33,7 @@ def show(args: argparse.Namespace) -> int:
         runs = [status.find(name, args.runs_dir) for name in args.names] or status.every(args.runs_dir)
         rows = status.rows(runs, status.SLURM_EVERY_S if args.watch else 0.0)
         if args.json:
-            print(json.dumps([asdict(row) for row in rows], indent=1), flush=True)
+            print(as_json([asdict(row) for row in rows], indent=1), flush=True)
         else:
             clear = "\033[2J\033[H" if args.watch and sys.stdout.isatty() else ""
             print(clear + status.as_table(rows) if rows else f"no runs in {args.runs_dir}", flush=True)

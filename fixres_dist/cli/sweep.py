@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fixres_dist.base.errors import EXIT_DONE, UserError
-from fixres_dist.base.files import write_text
+from fixres_dist.base.json_lines import write_json
 from fixres_dist.base.text import parse_sizes, table
 from fixres_dist.cli.arguments import add_source
 from fixres_dist.config import reading
@@ -88,7 +87,7 @@ def run(args: argparse.Namespace) -> int:
         for label in dict.fromkeys(label for label, _ in inputs):
             values = {res: rows for (one, res), rows in inputs.items() if one == label}
             tracking.write_histograms(RunDir(args.run), label, "pooled_features", values)
-    write_text(out / "sweep.json", json.dumps(record, indent=1) + "\n")
+    write_json(out / "sweep.json", record)
     print(f"curve: {out / 'sweep.png'}")
     return EXIT_DONE
 

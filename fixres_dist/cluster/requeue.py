@@ -57,10 +57,10 @@ def stopped(run: RunDir, number: int, step: int, signal_delay_s: float) -> str:
         run.event(Event.STOP_REQUESTED, signal=name, step=step)
         run.update_state(Event.STOP_REQUESTED, reason=name, eta_s=None)
         leave_to_batch_script(run, name)
-        return f"{name}: saved at step {step}; the batch script asks Slurm why, and requeues."
+        return f"{name}: saved at step {step}; the batch script asks Slurm why, and the job continues from there."
     why = slurm.why_stopped(shown, signal_delay_s) if shown else slurm.Stop("cancelled")
     run.event(Event.STOP_REQUESTED, signal=name, step=step, reason=why.reason)
-    return settle(run, job or "", why, f"{name} at step {step}")
+    return f"{name}: saved at step {step}; " + settle(run, job or "", why, f"{name} at step {step}")
 
 
 def broke(run: RunDir, why: str, next_command: str) -> None:
@@ -82,14 +82,14 @@ def settle(run: RunDir, job: str, why: slurm.Stop, what: str) -> str:
     """Record and carry out what follows from a stop; returns a sentence. Recorded first: a requeue kills its caller."""
     if why.reason == "cancelled":
         run.cancel(f"{what}; the same command goes on from there")
-        return f"{what}: saved. The same command goes on from there."
+        return "the same command goes on from there."
     reason = "preempted" if why.reason == "asked" else why.reason
     write_requeued(run, reason, what, {})
     refused = "" if why.by_slurm else slurm.requeue(job)
     if refused:
         run.fail(f"{reason} ({what}), and Slurm refused to requeue job {job}: {refused}", run.command("resume"))
         return run.failed.read_text().strip()
-    return f"{what}: saved; job {job} is requeued ({reason})."
+    return f"job {job} is requeued ({reason}) and continues from there."
 
 
 def write_requeued(run: RunDir, counted_as: str, what: str, details: Mapping[str, object], **changes: object) -> None:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from fixres_dist.base.files import write_text
+from fixres_dist.base.json_lines import write_json
 from fixres_dist.config import reading
 from fixres_dist.config.schema import Config
 from fixres_dist.data import class_maps
@@ -49,4 +48,4 @@ def keep(
     folder.mkdir(exist_ok=True)
     for label, made in predictions.items():
         made.save(folder / f"{stem}-{label}.npz", sample_list)
-    write_text(folder / f"{stem}.json", json.dumps(evaluation.record(), indent=1) + "\n")
+    write_json(folder / f"{stem}.json", evaluation.record())

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from fixres_dist.base.commands import command
 from fixres_dist.base.errors import UserError
-from fixres_dist.base.files import write_text
+from fixres_dist.base.json_lines import write_json
 from fixres_dist.data.index import Index
 from fixres_dist.data.requests import whole_batches
 from fixres_dist.models.build import classifiers
@@ -95,7 +95,7 @@ def extract(session: Session, parts: Parts, split: str, out: Path, dtype: str) -
         np.save(unfinished / "labels.npy", np.array(session.columns[split], np.int64)[index.labels])
         (unfinished / "names.txt").write_bytes(b"".join(os.fsencode(index.name(k)) + b"\n" for k in range(len(index))))
         meta = {"model": session.config.model.name, "split": split, "res": res, "sample_list": index.fingerprint}
-        write_text(unfinished / META, json.dumps(meta, indent=1) + "\n")
+        write_json(unfinished / META, meta)
         os.replace(unfinished, out)
     ranks.barrier()
     return len(index)

@@ -23,6 +23,7 @@ from torch import nn
 from fixres_dist.base.commands import shell
 from fixres_dist.base.errors import UserError
 from fixres_dist.base.files import sync, whole
+from fixres_dist.base.json_lines import as_json
 from fixres_dist.config import reading
 from fixres_dist.config.schema import Config
 
@@ -38,6 +39,7 @@ class Progress:
     seconds: float = 0.0  # of training, over all starts
     best_top1: float = -1.0  # per cent, of the evaluations while this stage trains
     best_step: int = -1
+    pending: str = ""  # label of the evaluation that is due after this step
     loss_scale: dict[str, Any] = field(default_factory=dict)  # precision.LossScale.state
 
     def with_top1(self, top1: float) -> Progress:
@@ -123,9 +125,7 @@ def write(folder: Path, tensors: Tensors, progress: Progress, fingerprint: dict[
         part.mkdir(parents=True)
         save_file(tensors.head, part / "head.safetensors")
         save_file(tensors.optimizer, part / "optimizer.safetensors")
-        (part / "meta.json").write_text(
-            json.dumps({"progress": asdict(progress), "fingerprint": fingerprint}, indent=1)
-        )
+        (part / "meta.json").write_text(as_json({"progress": asdict(progress), "fingerprint": fingerprint}, indent=1))
         for file in part.iterdir():
             sync(file)
     sync(folder)

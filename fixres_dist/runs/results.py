@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
-from fixres_dist.base.files import write_text
+from fixres_dist.base.json_lines import write_json
 from fixres_dist.runs.rundir import RunDir
 
 OTHER_SIZE = "before, at another size"  # in metrics.jsonl: not comparable with the evaluations at the test resolution
@@ -23,7 +23,8 @@ class Accuracy:
 
     @staticmethod
     def read(record: Mapping[str, Any]) -> Accuracy:
-        return Accuracy(record["top1"], record["top5"], record["loss"])
+        loss = record["loss"]
+        return Accuracy(record["top1"], record["top5"], float("nan") if loss is None else loss)
 
 
 @dataclass(frozen=True)
@@ -129,7 +130,7 @@ class Results:
         return Gain(self.delta_top1, self.delta_ci95)
 
     def write(self, run: RunDir) -> None:
-        write_text(run.results, json.dumps(asdict(self), indent=1) + "\n")
+        write_json(run.results, asdict(self))
 
     @staticmethod
     def read(run: RunDir) -> Results:

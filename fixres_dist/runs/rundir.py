@@ -22,7 +22,7 @@ from fixres_dist.base.commands import command, shell
 from fixres_dist.base.environment import environment, shipped
 from fixres_dist.base.errors import UserError
 from fixres_dist.base.files import whole, write_text
-from fixres_dist.base.json_lines import append, read_lines
+from fixres_dist.base.json_lines import append, read_lines, write_json
 from fixres_dist.config import reading
 from fixres_dist.config.schema import Config
 from fixres_dist.runs.states import Event, RunState, State
@@ -56,6 +56,7 @@ class RunDir:
     failed = File("FAILED")  # why, and the next command
     metrics = File("metrics.jsonl")
     prepared = File("prepared.sh")  # what slurm/train.sbatch takes from the run's settings
+    partial = File("partial")  # what an interrupted evaluation or measurement has found
     pretrained = File("pretrained.safetensors")  # the whole model after stage one, once that is complete
     results = File("results.json")
     state_file = File("state.json")
@@ -126,8 +127,7 @@ class RunDir:
         state = self.state()
         after = state.after(event) if event else state
         if after:
-            text = json.dumps(asdict(replace(after, updated=time.time(), **changes)), indent=1)
-            write_text(self.state_file, text + "\n")
+            write_json(self.state_file, asdict(replace(after, updated=time.time(), **changes)))
         return after is not None
 
     def event(self, name: str, **details: Any) -> None:
@@ -198,7 +198,7 @@ def prepare(root: Path, config: Config, typed: str) -> RunDir:
         run.update_state()
     if not run.done.exists():
         write_text(root / "command.txt", typed + "\n")
-        write_text(root / "environment.json", json.dumps(environment(), indent=1) + "\n")
+        write_json(root / "environment.json", environment())
         snapshot_code(run)
     return run
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from fixres_dist.base.json_lines import append, keep_lines
+from fixres_dist.base.json_lines import append, keep_lines, read_lines
 from fixres_dist.base.text import duration
 from fixres_dist.config import reading
 from fixres_dist.config.schema import Config
@@ -20,22 +22,27 @@ from fixres_dist.runs.rundir import RunDir
 
 class Tracker:
     """The log of one stage, from step `first_step` on: lines that an earlier start wrote beyond it are dropped, so that
-    curves do not go back. `resumed`: from a checkpoint of this stage. Steps count over both stages, to `total_steps`.
+    curves do not go back, and with them the evaluations `again` at that step, which this start makes again. `resumed`:
+    from a checkpoint of this stage. Steps count over both stages, to `total_steps`.
     """
 
-    def __init__(self, run: RunDir, config: Config, first_step: int, total_steps: int, resumed: bool) -> None:
+    def __init__(
+        self, run: RunDir, config: Config, first_step: int, total_steps: int, resumed: bool, again: Sequence[str] = ()
+    ) -> None:
         self.run, self.first_step, self.total_steps, self.opened = run, first_step, total_steps, time.monotonic()
-        # Evaluations at a stage's ends are made before the first save or after the last one: a resume makes them again.
-        again = ("after", "pretrained") if resumed else ("before", OTHER_SIZE)
         keep_lines(
             run.metrics,
             lambda x: x["step"] < first_step or (x["step"] == first_step and x.get("evaluation") not in again),
         )
-        self.board = SummaryWriter(str(run.root / "tb"), purge_step=first_step + 1 if resumed else None)
+        # TensorBoard drops whole steps: what is kept of this one is written again.
+        self.board = SummaryWriter(str(run.root / "tb"), purge_step=first_step)
+        if not first_step:
+            self.board.add_text("config", "```yaml\n" + reading.dump(config) + "```", 0)
+        for line in read_lines(run.metrics):
+            if (line["res"] if line.get("evaluation") == OTHER_SIZE else line["step"]) >= first_step:
+                self.scalars(line)
         if resumed:
             self.board.add_scalar("events/restart", 1.0, first_step + 1)
-        elif not first_step:
-            self.board.add_text("config", "```yaml\n" + reading.dump(config) + "```", 0)
         layout = "{percentage:3.0f}%|{bar:12}| {n_fmt}/{total_fmt} {elapsed}<{remaining}{postfix}"
         self.bar = tqdm(total=total_steps, initial=first_step, bar_format=layout, disable=None)  # only on a terminal
 
@@ -49,10 +56,9 @@ class Tracker:
     def step(self, step: int, stage: str, epoch: float, values: dict[str, float]) -> None:
         """Log the steps up to `step`, and the time left; `values` are the train/ scalars, `epoch` may be a fraction."""
         eta_s = (self.total_steps - step) * (time.monotonic() - self.opened) / (step - self.first_step)
-        line = {"step": step, "stage": stage, "epoch": round(epoch, 4)}
-        append(self.run.metrics, {**line, **values, "time": time.time()})
-        for name, value in values.items():
-            self.board.add_scalar(f"train/{name}", value, step)
+        line = {"step": step, "stage": stage, "epoch": round(epoch, 4), **values, "time": time.time()}
+        append(self.run.metrics, line)
+        self.scalars(line)
         self.run.update_state(
             step=step, epoch=int(epoch), images_per_second=round(values["images_per_second"], 2), eta_s=round(eta_s, 1)
         )
@@ -69,11 +75,9 @@ class Tracker:
 
     def evaluation(self, step: int, label: str, res: int, summary: Summary) -> None:
         """Log an evaluation at `res` pixels."""
-        append(
-            self.run.metrics, {"step": step, "evaluation": label, "res": res, **asdict(summary), "time": time.time()}
-        )
-        for name in ("top1", "top5", "loss"):
-            self.board.add_scalar(f"eval/{name}", getattr(summary, name), step)
+        line = {"step": step, "evaluation": label, "res": res, **asdict(summary), "time": time.time()}
+        append(self.run.metrics, line)
+        self.scalars(line)
         text = f"evaluation ({label}, {res} px): top-1 {summary.top1:.2f} | top-5 {summary.top5:.2f}"
         self.say(f"{text} | loss {summary.loss:.4f} | n {summary.n}")
 
@@ -81,8 +85,19 @@ class Tracker:
         """Log the accuracy before fixing at another resolution than the test's."""
         line = {"step": step, "evaluation": OTHER_SIZE, "res": res, **asdict(summary), "time": time.time()}
         append(self.run.metrics, line)
-        self.board.add_scalar("eval_by_res/top1", summary.top1, res)
+        self.scalars(line)
         self.say(f"evaluation (before, {res} px, {why}): top-1 {summary.top1:.2f} | n {summary.n}")
+
+    def scalars(self, line: dict[str, Any]) -> None:
+        """A line of metrics.jsonl in TensorBoard."""
+        if line.get("evaluation") == OTHER_SIZE:
+            self.board.add_scalar("eval_by_res/top1", line["top1"], line["res"], walltime=line["time"])
+            return
+        evaluated = "evaluation" in line
+        names = ("top1", "top5", "loss") if evaluated else set(line) - {"step", "stage", "epoch", "time"}
+        for name in sorted(names):
+            tag = f"{'eval' if evaluated else 'train'}/{name}"
+            self.board.add_scalar(tag, line[name], line["step"], walltime=line["time"])
 
     def flush(self) -> None:
         self.board.flush()

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from tqdm import tqdm
 
 from fixres_dist.base.commands import command
@@ -16,20 +19,27 @@ from fixres_dist.data.index import Index
 from fixres_dist.data.requests import every_sample
 from fixres_dist.models.parts import Parts, frozen_digest
 from fixres_dist.training.cache.store import Loaded, Store
+from fixres_dist.training.partial import Partial, unseen
 from fixres_dist.training.predictions import Predictions
 from fixres_dist.training.ranks import Ranks
 from fixres_dist.training.session import Session
 
 
 def predict(
-    session: Session, models: Sequence[Parts], res: int, note: str, split: str = "val", store: Store | None = None
+    session: Session,
+    models: Sequence[Parts],
+    res: int,
+    note: str,
+    split: str = "val",
+    store: Store | None = None,
+    partial: Partial | None = None,
 ) -> list[Predictions]:
     """Predictions of each model for every image of `split` at `res` px, the same on all ranks.
 
     All models share one pass over the images, in the arithmetic of training, and a frozen trunk that several of them have
     runs once. Logits are restricted to the split's classes, the protocol of ImageNet-A and ImageNet-R; predicted classes
-    are the model's. `store` gives trunk features in place of images; `note` labels the progress bar. The models are left
-    in eval mode.
+    are the model's. `store` gives trunk features in place of images; `note` labels the progress bar. `partial`
+    keeps what is done at a stop signal (Stopped), and its images are not computed again. The models are left in eval mode.
     """
     index, columns = session.splits[split], torch.tensor(session.columns[split], device=session.ranks.device)
     for parts in models:
@@ -48,8 +58,11 @@ def predict(
             for name, parts in zip(trunks, models, strict=True)
         ]
 
-    batches = session.batches(index, session.requests(every_sample, index, res), res, store)
-    found = score_batches(logits, index, batches, session.ranks, len(models), note)
+    requests, done = session.requests(every_sample, index, res), None
+    if partial and (done := session.ranks.from_main(partial.read)) is not None:
+        requests = unseen(requests, done[0, :, 0] > 0)
+    batches = session.batches(index, requests, res, store)
+    found = score_batches(logits, index, batches, session.ranks, len(models), note, partial, done)
     return [predictions.of_classes(session.columns[split]) for predictions in found]
 
 
@@ -61,36 +74,64 @@ def score_batches(
     ranks: Ranks,
     models: int = 1,
     note: str = "",
+    partial: Partial | None = None,
+    done: NDArray[np.float64] | None = None,
 ) -> list[Predictions]:
     """Predictions of each of `models` models from `logits(batch)` of this rank's batches, put together over all ranks.
 
+    `partial` keeps the rows [models, n, 6] at a stop signal, and when they are complete; `done` are rows that it has kept.
+
     Raises RuntimeError if an image was missed or repeated, UserError if no image could be decoded.
     """
-    n = len(index)
-    seen: list[torch.Tensor] = []
-    missed: list[int] = []
-    scores: list[list[torch.Tensor]] = [
-        [] for _ in range(models)
-    ]  # on the device until the end: it need not be waited for
+    n, own = len(index), Scored([], [], [[] for _ in range(models)])
+    if done is not None and ranks.is_main:
+        print(f"{note}: {int(done[0, :, 0].sum())} of {n} images are done already", flush=True)
+
+    def keep() -> torch.Tensor:
+        """Rows [models, n, 6] of all ranks, as far as they are."""
+        rows = own.rows(n)
+        if done is not None and ranks.is_main:
+            rows += torch.from_numpy(done)
+        ranks.total(rows)
+        if partial and ranks.is_main:
+            partial.write(rows.numpy())
+        return rows
+
     start, stop = order.rank_part(0, n, ranks.rank, ranks.world_size)
+    batches = ranks.together(iter(batches), keep, partial.every_s if partial else math.inf)
     with tqdm(total=stop - start, desc=note, unit="img", leave=False, disable=None if ranks.is_main else True) as bar:
         for batch in batches:
-            seen.append(batch.samples)
-            missed += [bad.sample for bad in batch.skipped]
             labels = batch.labels.to(ranks.device, non_blocking=True)
-            for of_model, values in zip(scores, logits(batch), strict=True):
-                of_model.append(score(values, labels))
+            own.add(batch, [score(values, labels) for values in logits(batch)])
             bar.update(len(batch.labels) + len(batch.skipped))
-    rows = torch.zeros(models, n, 6, dtype=torch.float64)  # the columns of `score`
-    for sample in missed:
-        rows[:, sample, :2] += torch.tensor([1.0, -1.0], dtype=rows.dtype)  # seen, without a prediction
-    for row, of_model in zip(rows, scores, strict=True):
-        if of_model:
-            row.index_add_(0, torch.cat(seen), torch.cat(of_model).double().cpu())
-    ranks.total(rows)
+    rows = keep()
     if not bool((rows[:, :, 0] == 1).all()):
         raise RuntimeError(f"evaluation saw {int(rows[0, :, 0].sum())} images of {n}, each should be seen once")
     return [from_rows(part, index) for part in rows]
+
+
+class Scored(NamedTuple):
+    """What one rank has found so far; scores stay on the device until they are asked for, so that nothing waits for it."""
+
+    seen: list[torch.Tensor]  # samples of each batch
+    missed: list[int]  # samples that could not be decoded
+    scores: list[list[torch.Tensor]]  # of each model and batch, as `score` returns them
+
+    def add(self, batch: Loaded, scores: list[torch.Tensor]) -> None:
+        self.seen.append(batch.samples)
+        self.missed.extend(bad.sample for bad in batch.skipped)
+        for of_model, values in zip(self.scores, scores, strict=True):
+            of_model.append(values)
+
+    def rows(self, n: int) -> torch.Tensor:
+        """[models, n, 6] with the columns of `score`; zeros where nothing is seen."""
+        rows = torch.zeros(len(self.scores), n, 6, dtype=torch.float64)
+        for sample in self.missed:
+            rows[:, sample, :2] += torch.tensor([1.0, -1.0], dtype=rows.dtype)  # seen, without a prediction
+        for row, of_model in zip(rows, self.scores, strict=True):
+            if of_model:
+                row.index_add_(0, torch.cat(self.seen), torch.cat(of_model).double().cpu())
+        return rows
 
 
 def score(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

@@ -16,7 +16,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar, cast
@@ -28,6 +28,7 @@ from torch.distributed import Store, TCPStore  # type: ignore[attr-defined,unuse
 from fixres_dist.base import memory
 from fixres_dist.base.errors import EXIT_FAILED, UserError
 from fixres_dist.base.files import write_text
+from fixres_dist.base.signals import StopFlag, Stopped
 from fixres_dist.cluster import slurm
 
 T = TypeVar("T")
@@ -47,6 +48,7 @@ class Ranks:
     device: torch.device
     control: Any = None  # a process group; None is the default one
     cpus: int = field(default_factory=lambda: len(os.sched_getaffinity(0)))  # this rank's share of its node's
+    flag: StopFlag | None = None  # of a run's stop signals; None for a command, which a signal ends at once
 
     @property
     def is_main(self) -> bool:
@@ -63,12 +65,43 @@ class Ranks:
         return values
 
     def highest(self, values: list[int]) -> list[int]:
-        """Element-wise maximum over ranks: how they agree on flags at a step boundary."""
+        """Element-wise maximum over ranks: how they agree on flags."""
         if self.world_size == 1:
             return values
         shared = torch.tensor(values)
         dist.all_reduce(shared, op=dist.ReduceOp.MAX, group=self.control)
         return [int(v) for v in shared]
+
+    def check_stop(self, *values: int) -> list[int]:
+        """Element-wise maximum over ranks of `values`; raises Stopped where a stop signal has come to any of them.
+
+        All ranks call it at the same batch.
+        """
+        number, *found = self.highest([self.flag.signal if self.flag else 0, *values])
+        if number:
+            raise Stopped(number)
+        return found
+
+    def together(self, batches: Iterator[T], keep: Callable[[], object], every_s: float) -> Iterator[T]:
+        """`batches` of this rank, one at a time on all ranks, some of which may have fewer; raises Stopped at a stop signal.
+
+        Before that, and every `every_s` seconds, all ranks call `keep`: what they have made of the batches so far stays.
+        """
+        if self.flag is None:
+            yield from batches
+            return
+        kept_at, more = time.monotonic(), 1
+        while more:
+            batch = next(batches, None)
+            due = self.is_main and time.monotonic() - kept_at >= every_s
+            number, due_now, more = self.highest([self.flag.signal, due, batch is not None])
+            if number or due_now:
+                keep()
+                kept_at = time.monotonic()
+            if number:
+                raise Stopped(number)
+            if batch is not None:
+                yield batch
 
     def from_main(self, compute: Callable[[], T]) -> T:
         """What rank 0 computes (small, picklable by torch), on every rank."""
@@ -142,7 +175,7 @@ def launched(environ: Mapping[str, str]) -> Launched:
     return Launched(rank, world, local, size, key)
 
 
-def join(run_folder: Path, keep_memory: bool = True) -> Ranks:
+def join(run_folder: Path, keep_memory: bool = True, flag: StopFlag | None = None) -> Ranks:
     """Join the other ranks of this start; a single process needs no process group.
 
     `keep_memory`: on a CPU, use freed memory again (base/memory.py); False leaves the process as it is.
@@ -166,7 +199,7 @@ def join(run_folder: Path, keep_memory: bool = True) -> Ranks:
         memory.keep_freed_memory()
     node = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
     if world == 1:
-        return Ranks(0, 1, 1, (node,), device)
+        return Ranks(0, 1, 1, (node,), device, flag=flag)
     store = meet(run_folder / "rendezvous" / f"{key}.json", rank, world, many_nodes=world > local_size)
     wait_for_all(store, rank, world)
     timeout = datetime.timedelta(seconds=COLLECTIVE_TIMEOUT_S)
@@ -177,7 +210,7 @@ def join(run_folder: Path, keep_memory: bool = True) -> Ranks:
     mine = os.sched_getaffinity(0)
     dist.all_gather_object(found, (node, mine), group=control)
     share = cpu_share(mine, [cpus for name, cpus in found if name == node])
-    return Ranks(rank, world, local_size, tuple(dict.fromkeys(name for name, _ in found)), device, control, share)
+    return Ranks(rank, world, local_size, tuple(dict.fromkeys(name for name, _ in found)), device, control, share, flag)
 
 
 def cpu_share(mine: set[int], on_node: Sequence[set[int]]) -> int:

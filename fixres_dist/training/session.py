@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from fixres_dist.base.errors import UserError
-from fixres_dist.base.files import write_text
+from fixres_dist.base.json_lines import write_json
 from fixres_dist.config.schema import Config
 from fixres_dist.data import backends, class_maps, dataset, decoding, geometry
 from fixres_dist.data.index import Index
@@ -96,7 +96,7 @@ class Session:
             return known
         value = decide() if together else self.ranks.from_main(decide)
         if self.kept and self.ranks.is_main:
-            write_text(self.kept, json.dumps({**self.choices(), name: value}, indent=1) + "\n")
+            write_json(self.kept, {**self.choices(), name: value})
             print(f"{name}: {', '.join(f'{key} {v}' for key, v in value.items())}", flush=True)
         return value
 

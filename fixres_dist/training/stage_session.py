@@ -14,6 +14,7 @@ from fixres_dist.models.build import accepts
 from fixres_dist.models.fast_trunk import FastTrunk
 from fixres_dist.models.parts import Parts
 from fixres_dist.training.cache.store import Loaded, Store
+from fixres_dist.training.partial import Partial
 from fixres_dist.training.predict import predict
 from fixres_dist.training.predictions import Predictions
 from fixres_dist.training.session import Session
@@ -61,17 +62,25 @@ class StageSession:
         stage, size = self.stage, self.batch_per_device
         requests = itertools.chain.from_iterable(self.requests(first, stage.stop, size))
         loaded = meter.waiting(self.loaded("train", requests))
+        ranks = self.session.ranks
         for step in range(first, stage.stop):
-            yield (
-                step,
-                itertools.islice(loaded, micro_batches(stage.batch_size(step), self.session.ranks.world_size, size)),
-            )
+            parts = itertools.islice(loaded, micro_batches(stage.batch_size(step), ranks.world_size, size))
+            # A step that moves statistics is done to its end: they could not be taken back.
+            yield step, parts if stage.tune.bn_stats == "ema" else self.asking(parts)
 
-    def statistics_batches(self) -> Iterator[Loaded]:
-        """This rank's part of the first `bn_stats_images` samples of the order: what exact statistics are measured on."""
+    def asking(self, parts: Iterator[Loaded]) -> Iterator[Loaded]:
+        """A step's micro-batches; raises Stopped where a stop signal has come before a later one than the first."""
+        for k, batch in enumerate(parts):
+            if k:
+                self.session.ranks.check_stop()
+            yield batch
+
+    def statistics_batches(self, first: int) -> Iterator[Loaded]:
+        """This rank's part of the first `bn_stats_images` samples of the order, on which exact statistics are measured,
+        from its batch `first` on."""
         count, ranks = self.stage.tune.bn_stats_images, self.session.ranks
         args = (self.session.train, self.pictures, count, self.batch_per_device, ranks.rank, ranks.world_size)
-        return self.loaded("train", first_samples(*args))
+        return self.loaded("train", itertools.islice(first_samples(*args), first, None))
 
     def loaded(self, split: str, requests: Iterator[Request]) -> Iterator[Loaded]:
         """What the head's inputs are computed from: pictures, or the cached features where there are some."""
@@ -83,7 +92,7 @@ class StageSession:
     def logits(self, head: nn.Module, inputs: tuple[torch.Tensor, ...]) -> torch.Tensor:
         return self.session.logits(self.parts, head, inputs)
 
-    def evaluate_at(self, res: int, note: str) -> Predictions | None:
+    def evaluate_at(self, res: int, note: str, partial: Partial) -> Predictions | None:
         """Of every validation image at another resolution, uncompiled: a compiled trunk is of one size, and takes minutes.
 
         None where the model, as it is built, does not take that resolution.
@@ -94,10 +103,11 @@ class StageSession:
         size = max(1, int(self.batch_per_device * min(1.0, (self.stage.res / res) ** 2)))
         session = replace(self.session, config=replace(config, run=replace(config.run, batch_per_device=size)))
         parts = replace(self.parts, trunk=trunk.eager() if isinstance(trunk, FastTrunk) else trunk)
-        (found,) = predict(session, [parts], res, note)
+        (found,) = predict(session, [parts], res, note, partial=partial)
         return found
 
-    def evaluate(self, note: str) -> Predictions:
-        """Of every validation image at the stage's resolution."""
-        (found,) = predict(self.session, [self.parts], self.stage.res, note, store=self.stores.get("val"))
+    def evaluate(self, note: str, partial: Partial) -> Predictions:
+        """Of every validation image at the stage's resolution; `partial` as in predict."""
+        store = self.stores.get("val")
+        (found,) = predict(self.session, [self.parts], self.stage.res, note, store=store, partial=partial)
         return found

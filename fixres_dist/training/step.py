@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,6 +17,7 @@ from fixres_dist.models import batchnorm
 from fixres_dist.models.pooled_head import pooled_head
 from fixres_dist.models.precision import LossScale
 from fixres_dist.training.cache.store import Loaded
+from fixres_dist.training.partial import Partial
 from fixres_dist.training.stage_session import StageSession
 from fixres_dist.training.throughput import Meter
 
@@ -85,19 +87,36 @@ def distribute(work: StageSession) -> nn.Module:
 
 
 @torch.no_grad()
-def measure_statistics(work: StageSession) -> int:
+def measure_statistics(work: StageSession, partial: Partial | None = None) -> int:
     """Set mean and variance of the last BN from the first `bn_stats_images` samples of the order; returns how many.
 
-    One pass and one all-reduce of fp64 sums, so the result is the same at any world size.
+    One pass and one all-reduce of fp64 sums, so the result is the same at any world size. `partial` keeps each rank's
+    sums and its number of batches at a stop signal (Stopped); it belongs to one world size.
     """
+    ranks = work.session.ranks
     bns: list[Any] = [work.session.model.get_submodule(name) for name in work.parts.tuned.last_bns]
-    moments = {bn: batchnorm.Moments(bn.num_features, work.session.ranks.device) for bn in bns}
+    moments = {bn: batchnorm.Moments(bn.num_features, ranks.device) for bn in bns}
     hooks = [bn.register_forward_pre_hook(lambda bn, inputs: moments[bn].add(inputs[0])) for bn in bns]
-    for batch in work.statistics_batches():
+    count = 0
+    if partial and (done := ranks.from_main(partial.read)) is not None:
+        count, kept = int(done[ranks.rank, 0]), torch.from_numpy(done[ranks.rank, 1:]).to(ranks.device)
+        for bn, sums in zip(bns, torch.split(kept, [len(moments[bn].sums) for bn in bns]), strict=True):
+            moments[bn].sums += sums
+
+    def keep() -> None:
+        own = torch.cat([torch.tensor([count], dtype=torch.float64), *(moments[bn].sums.cpu() for bn in bns)])
+        found = torch.zeros(ranks.world_size, len(own), dtype=torch.float64)
+        found[ranks.rank] = own
+        ranks.total(found)
+        if partial and ranks.is_main:
+            partial.write(found.numpy())
+
+    for batch in ranks.together(work.statistics_batches(count), keep, partial.every_s if partial else math.inf):
         work.logits(work.parts.head, work.inputs(batch.images))
+        count += 1
     for bn, hook in zip(bns, hooks, strict=True):
         hook.remove()
-        moments[bn].sums = work.session.ranks.total(moments[bn].sums.cpu())
+        moments[bn].sums = ranks.total(moments[bn].sums.cpu())
         moments[bn].set(bn)
     return min(work.stage.tune.bn_stats_images, work.stage.n)
 

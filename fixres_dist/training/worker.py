@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from pathlib import Path
 
 from safetensors.torch import load_file
 
 from fixres_dist.base.commands import smaller_batch
 from fixres_dist.base.errors import EXIT_DONE, EXIT_FAILED, EXIT_USER, UserError
-from fixres_dist.base.files import no_room, write_text
-from fixres_dist.base.json_lines import keep_lines
+from fixres_dist.base.files import no_room
+from fixres_dist.base.json_lines import keep_lines, write_json
 from fixres_dist.base.locks import STALE_S
-from fixres_dist.base.signals import StopFlag
+from fixres_dist.base.signals import StopFlag, Stopped
 from fixres_dist.cluster import requeue, slurm
 from fixres_dist.config import recipes
 from fixres_dist.config.schema import Config
@@ -24,6 +23,7 @@ from fixres_dist.runs import checkpoint
 from fixres_dist.runs.rundir import Locked, RunDir
 from fixres_dist.training import plan, samples
 from fixres_dist.training.auto_batch import DoesNotFit
+from fixres_dist.training.divergence import Diverged
 from fixres_dist.training.loop import train_stage
 from fixres_dist.training.ranks import Ranks, abort, join
 from fixres_dist.training.session import Session, open_session
@@ -49,6 +49,10 @@ def train(folder: Path, flag: StopFlag | None = None) -> int:
         print(f"error: {error}", flush=True)
         abort()
         return EXIT_USER
+    except Diverged as error:
+        run.fail(error.why, error.next_command, final=True)
+        print(f"error: {error.why}. Next: {error.next_command}", flush=True)
+        return EXIT_FAILED
     except Exception as error:
         full = no_room(error)
         next_command = f"{'make room, then' if full else 'again, from the last checkpoint:'} {again}"
@@ -63,35 +67,45 @@ def work(run: RunDir, config: Config, flag: StopFlag) -> int:
     if in_slurm:
         seconds = 0.8 * config.cluster.signal_delay_s
         flag.deadline(seconds, lambda: requeue.leave_to_batch_script(run, "stop deadline"))
-    ranks = join(run.root)
+    ranks = join(run.root, flag=flag)
     with contextlib.ExitStack() as stack:
         stack.push(lambda error, *_: None if error else ranks.stop())
         if (code := ranks.from_main(lambda: claim(run, ranks, stack))) is not None:
             return code
-        writer = stack.enter_context(checkpoint.Writer(run.checkpoints, lambda **saved: run.event("saved", **saved)))
         startup.mark("rendezvous")
-        session = open_session(
-            config,
-            ranks,
-            load_weights=not run.pretrained.exists(),
-            on_skip=samples.skipping(run, ranks),
-            kept=run.root / "choices.json",
-            mark=startup.mark,
-        )
-        todo = stages(config, len(session.train))
-        if ranks.is_main:
-            begin(run, session, total_steps=todo[-1].stop)
-        ranks.barrier()
-        for stage in todo:
-            if run.pretrained.exists():
-                if stage.name == "pretrain":
-                    continue
-                weights.fill(session.model, load_file(run.pretrained), str(run.pretrained))
-            if not train_stage(run, session, stage, todo[-1].stop, flag, writer, startup):
-                return EXIT_DONE if in_slurm else EXIT_FAILED
+        try:
+            train_stages(run, config, ranks, stack, startup)
+        except Stopped as stop:
+            if ranks.is_main:
+                step = max(0, run.saved_step())
+                print(requeue.stopped(run, stop.number, step, config.cluster.signal_delay_s), flush=True)
+            return EXIT_DONE if in_slurm else EXIT_FAILED
         if ranks.is_main:
             run.finish()
         return EXIT_DONE
+
+
+def train_stages(run: RunDir, config: Config, ranks: Ranks, stack: contextlib.ExitStack, startup: StartUp) -> None:
+    """What is left of the run's stages; raises Stopped, once all is saved, where a stop signal has come to any rank."""
+    writer = stack.enter_context(checkpoint.Writer(run.checkpoints, lambda **saved: run.event("saved", **saved)))
+    session = open_session(
+        config,
+        ranks,
+        load_weights=not run.pretrained.exists(),
+        on_skip=samples.skipping(run, ranks),
+        kept=run.root / "choices.json",
+        mark=startup.mark,
+    )
+    todo = stages(config, len(session.train))
+    if ranks.is_main:
+        begin(run, session, total_steps=todo[-1].stop)
+    for stage in todo:
+        ranks.check_stop()
+        if run.pretrained.exists():
+            if stage.name == "pretrain":
+                continue
+            weights.fill(session.model, load_file(run.pretrained), str(run.pretrained))
+        train_stage(run, session, stage, todo[-1].stop, writer, startup)
 
 
 def claim(run: RunDir, ranks: Ranks, stack: contextlib.ExitStack) -> int | None:
@@ -116,7 +130,7 @@ def claim(run: RunDir, ranks: Ranks, stack: contextlib.ExitStack) -> int | None:
 def begin(run: RunDir, session: Session, total_steps: int) -> None:
     """Rank 0, before the first stage: the class names, the number of steps, and no sample lines beyond the checkpoint."""
     names = dict(enumerate(session.classes))
-    write_text(run.root / "class_index.json", json.dumps(names, indent=1) + "\n")
+    write_json(run.root / "class_index.json", names)
     config = session.config
     run.update_state(total_steps=total_steps)
     saved = max(0, run.saved_step())

@@ -91,12 +91,24 @@ def test_a_resume_drops_what_was_logged_beyond_its_checkpoint(run: RunDir) -> No
 
 
 @pytest.mark.parametrize(
-    ("resumed", "kept"), [(True, ["before"]), (False, ["pretrained"])], ids=["of this stage", "of the stage before"]
+    ("resumed", "again", "kept"),
+    [
+        (True, ("", "after"), ["pretrained", "before"]),
+        (True, ("", "pretrained"), ["before"]),
+        (False, ("before",), ["pretrained"]),
+    ],
+    ids=["first steps of stage two", "last step of stage one", "evaluation before stage two"],
 )
-def test_the_evaluations_that_a_start_makes_again_are_dropped(run: RunDir, resumed: bool, kept: list[str]) -> None:
-    """At step 10 stage one ends and stage two begins: a start resumes one of them there."""
-    tracker(run, 10, resumed).close()
+def test_the_evaluations_that_a_start_makes_again_are_dropped(
+    run: RunDir, resumed: bool, again: tuple[str, ...], kept: list[str]
+) -> None:
+    """At step 10 stage one ends and stage two begins: a start resumes one of them there, and no curve has a point twice."""
+    Tracker(run, Config(), 10, 20, resumed, again).close()
     assert [label for step, label in lines(run) if step == 10] == kept
+    found = board(run)
+    assert [e.step for e in found.Scalars("eval/top1")] == [10] * len(kept)
+    assert [e.step for e in found.Scalars("train/loss")] == [5]
+    assert "config/text_summary" in found.Tags()["tensors"]
 
 
 def test_state_and_console_tell_speed_and_time_left(run: RunDir, capsys: pytest.CaptureFixture[str]) -> None:

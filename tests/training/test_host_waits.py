@@ -135,7 +135,7 @@ def test_a_batchnorm_over_several_ranks_makes_its_count_on_the_device(monkeypatc
 def test_statistics_are_summed_on_the_device_and_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
     found, waits = work("classifier+bn", "exact"), Waits()
     found.session.spec.normalised(torch.zeros(1, 3, 2, 2, device=DEVICE, dtype=torch.uint8))
-    monkeypatch.setattr(StageSession, "statistics_batches", lambda self: batches(waits.pin))
+    monkeypatch.setattr(StageSession, "statistics_batches", lambda self, first: batches(waits.pin))
     monkeypatch.setattr("fixres_dist.models.batchnorm.Moments.set", lambda self, bn: None)
     with waits:
         measure_statistics(found)

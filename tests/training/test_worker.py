@@ -82,7 +82,9 @@ def test_events_tell_what_starting_and_saving_cost(finished: Path) -> None:
     assert total == pytest.approx(sum(first.values()), abs=0.002)
     assert first["imports_s"] > 0.1, "counted from the process's start: torch alone takes longer"
     saved = [line for line in events if line["event"] == "saved"]
-    assert [line["step"] for line in saved] == [0, 7, 7, 21], "the starts and ends of both stages"
+    assert [line["step"] for line in saved] == [0, 7, 7, 14, 21], (
+        "the starts and ends of both stages, and before an evaluation"
+    )
     assert all(line["stall_ms"] >= 0 for line in saved)
 
 

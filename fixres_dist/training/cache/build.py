@@ -29,15 +29,6 @@ from fixres_dist.training.stage_session import StageSession
 
 SEGMENT_BATCHES, SEGMENTS = 4, 512  # a segment is the larger of 4 forward passes and 1/512 of the split
 WAIT_S = 2.0  # between looks at whether another run has finished writing the same features
-Stop = Callable[[], int]  # number of the stop signal that has come, or 0
-
-
-class Stopped(Exception):
-    """A stop signal that all ranks have agreed on. What is written stays, and the next start continues from there."""
-
-    def __init__(self, number: int) -> None:
-        super().__init__(number)
-        self.number = number
 
 
 def cache_key(work: StageSession, index: Index, views: int) -> dict[str, Any]:
@@ -60,7 +51,7 @@ def cache_key(work: StageSession, index: Index, views: int) -> dict[str, Any]:
     }
 
 
-def open_stores(work: StageSession, stop: Stop, check: bool) -> StageSession:
+def open_stores(work: StageSession, check: bool) -> StageSession:
     """`work` with the features of its train and val pictures, written where they are missing; as it is where it streams.
 
     `check`: compare the checksums of the features that exist. Raises Stopped, and UserError where run.engine=cached
@@ -95,7 +86,7 @@ def open_stores(work: StageSession, stop: Stop, check: bool) -> StageSession:
             store.verify(session.splits[split], ranks.rank, ranks.world_size)
         ranks.barrier()
         if ranks.from_main(store.missing):
-            write_missing(work, trunk, store, keys[split], session.splits[split], stop)
+            write_missing(work, trunk, store, keys[split], session.splits[split])
     return replace(work, stores=stores)
 
 
@@ -120,10 +111,9 @@ def check_shared(session: Session, store: Store) -> None:
         )
 
 
-def write_missing(
-    work: StageSession, trunk: FastTrunk, store: Store, key: dict[str, Any], index: Index, stop: Stop
-) -> None:
-    """One pass of the trunk over the samples without features, each rank over a part of them.
+def write_missing(work: StageSession, trunk: FastTrunk, store: Store, key: dict[str, Any], index: Index) -> None:
+    """One pass of the trunk over the samples without features, each rank over a part of them; complete segments stay
+    where a stop signal ends it (Stopped).
 
     Where another run is writing the same features, wait for it and write what it has left.
     """
@@ -133,17 +123,17 @@ def write_missing(
         for attempt in itertools.count():
             if ranks.from_main(partial(locked, stack, store, say=attempt == 0)):
                 break
-            agree(session, stop)
+            ranks.check_stop()
             time.sleep(WAIT_S)
         if ranks.is_main:
             begin_writing(store, key)
         gaps = ranks.from_main(store.missing)
         shares = [share(gaps, rank, ranks.world_size, segment_length(store, size)) for rank in range(ranks.world_size)]
-        own, rounds, started = shares[ranks.rank], max(map(len, shares)), time.monotonic()
+        own, started = shares[ranks.rank], time.monotonic()
         pictures = session.pictures_of("test", work.stage.res)
         spans = ((a, min(b, a + size)) for first, b in own for a in range(first, b, size))
         requests = (make_request(index, pictures, np.arange(a, b), 0) for a, b in spans)
-        loaded = session.pictures(index, requests, work.stage.res)
+        loaded = ranks.together(session.pictures(index, requests, work.stage.res), lambda: None, math.inf)
 
         def computed(span: Span) -> Iterator[tuple[torch.Tensor, list[Callable[[], tuple[torch.Tensor, ...]]]]]:
             for _ in range(-(-(span[1] - span[0]) // size)):
@@ -151,14 +141,14 @@ def write_missing(
                 views = [batch.images, batch.images.flip(-1)][: store.views]
                 yield batch.samples, [to_host(session.trunk_features(trunk, images)) for images in views]
 
-        for k in range(rounds):
-            if k < len(own):
-                made = one_ahead(computed(own[k]))
-                store.write(own[k], ((samples.numpy(), [wait() for wait in views]) for samples, views in made))
-            agree(session, stop)
-            if ranks.is_main and (k + 1) * 10 // rounds > k * 10 // rounds:
-                text = f"features of {index.folder.name}: {100 * (k + 1) // rounds} % written to {store.folder}"
+        for k, span in enumerate(own):
+            made = one_ahead(computed(span))
+            store.write(span, ((samples.numpy(), [wait() for wait in views]) for samples, views in made))
+            if ranks.is_main and (k + 1) * 10 // len(own) > k * 10 // len(own):
+                text = f"features of {index.folder.name}: {100 * (k + 1) // len(own)} % written to {store.folder}"
                 print(f"{text}, {time.monotonic() - started:.0f} s", flush=True)
+        for _ in loaded:  # nothing is left of this rank's; the others may have batches yet
+            pass
         ranks.barrier()
 
 
@@ -170,11 +160,6 @@ def locked(stack: contextlib.ExitStack, store: Store, say: bool) -> bool:
         if say:
             print(f"another run is writing the features in {store.folder}; waiting for it", flush=True)
         return False
-
-
-def agree(session: Session, stop: Stop) -> None:
-    if number := session.ranks.highest([stop()])[0]:
-        raise Stopped(number)
 
 
 def segment_length(store: Store, batch: int) -> int:

@@ -26,7 +26,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fixres_dist.base.files import whole, write_text
+from fixres_dist.base.files import whole
+from fixres_dist.base.json_lines import write_json
 from fixres_dist.data import decoding
 from fixres_dist.data.decoding import Bad
 from fixres_dist.data.index import Index
@@ -224,6 +225,6 @@ def open_store(root: Path, spec: dict[str, Any], samples: int, views: int, examp
 def begin_writing(found: Store, spec: dict[str, Any]) -> None:
     """Before writing, by the one run that may: say in words what the key stands for; what a killed writer left goes."""
     found.folder.mkdir(parents=True, exist_ok=True)
-    write_text(found.folder / "spec.json", json.dumps(spec, indent=1) + "\n")
+    write_json(found.folder / "spec.json", spec)
     for left in found.folder.glob(".*.rows.*"):
         left.unlink(missing_ok=True)

@@ -1,0 +1,65 @@
+"""What an interrupted pass over images has found: the next start of the run goes on from there."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import zlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from zipfile import BadZipFile
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fixres_dist.base.files import sync, whole
+from fixres_dist.data.requests import Request
+from fixres_dist.models.parts import Parts
+from fixres_dist.models.weights import state_digest
+
+
+@dataclass(frozen=True)
+class Partial:
+    """A file of rank 0. One that belongs to other weights, images or settings is not read, and is replaced."""
+
+    path: Path
+    key: str  # digest of all that the pass depends on
+    every_s: float  # seconds between two writes
+
+    @staticmethod
+    def of(path: Path, every_s: float, parts: Parts, depends: tuple[object, ...]) -> Partial:
+        """The key is of `depends`, values that JSON has, and of the tuned tensors as they are."""
+        weights = parts.model.state_dict()
+        tuned = state_digest({name: weights[name] for name in parts.tuned.tensors})
+        return Partial(path, hashlib.sha256(json.dumps([tuned, *depends]).encode()).hexdigest(), every_s)
+
+    def read(self) -> NDArray[np.float64] | None:
+        """The array that was written last; None where there is no file, or a damaged one."""
+        try:
+            with np.load(self.path, allow_pickle=False) as found:
+                known: NDArray[np.float64] = found["array"]
+                return known if found["key"].tobytes().decode() == self.key else None
+        except (OSError, ValueError, KeyError, EOFError, BadZipFile, zlib.error):
+            return None
+
+    def write(self, array: NDArray[Any]) -> None:
+        self.path.parent.mkdir(exist_ok=True)
+        with whole(self.path) as part:
+            with open(part, "wb") as file:
+                np.savez(file, array=array, key=np.frombuffer(self.key.encode(), np.uint8))
+            sync(part)
+
+
+def unseen(requests: Iterable[Request], seen: NDArray[np.bool_]) -> Iterator[Request]:
+    """The requests without the samples that `seen` [samples of the split] marks.
+
+    A rank stops between two batches, so at the same world size the rest is whole batches, with the same bits.
+    """
+    for request in requests:
+        left = np.flatnonzero(~seen[request.samples])
+        if len(left) == len(request.samples):
+            yield request
+        elif len(left):
+            yield Request(request.samples[left], [request.views[k] for k in left])
