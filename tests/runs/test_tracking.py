@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.summary.writer import event_file_writer
 
 from fixres_dist.base.json_lines import read_lines
 from fixres_dist.config.schema import Config
@@ -39,6 +40,12 @@ def board(run: RunDir, folder: str = "tb") -> EventAccumulator:
     found = EventAccumulator(str(run.root / folder))
     found.Reload()
     return found
+
+
+@pytest.fixture(autouse=True)
+def event_files_in_their_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their names end with a counter, and files of one second are read in the order of their names: .9 after .10."""
+    monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(100))
 
 
 @pytest.fixture
