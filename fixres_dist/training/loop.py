@@ -140,7 +140,8 @@ def train_stage(
             open_features(training)
             if not training.resumed:
                 measure(training, startup)
-            keep_compiled_code(session)
+            if session.ranks.is_main:
+                compiled_code.keep(session.config.data.cache)  # for starts after a kill
         with auto_batch.naming_a_smaller_batch(training.work, in_steps=True):
             loop(training, startup)
         close(training)
@@ -150,7 +151,8 @@ def train_stage(
     finally:
         if training.tracker:
             training.tracker.close()
-    keep_compiled_code(session)
+    if session.ranks.is_main:
+        compiled_code.keep(session.config.data.cache)  # what was compiled since
 
 
 def stop(training: Training) -> None:
@@ -162,12 +164,6 @@ def stop(training: Training) -> None:
     if training.saved_step not in (-1, step):
         training.save()
     training.writer.wait()
-
-
-def keep_compiled_code(session: Session) -> None:
-    """Before the first step, for starts after a kill, and at the stage's end, for what was compiled since."""
-    if session.ranks.is_main:
-        compiled_code.keep(session.config.data.cache)
 
 
 def open_stage(run: RunDir, session: Session, stage: Stage, total_steps: int, writer: checkpoint.Writer) -> Training:
