@@ -40,8 +40,18 @@ def named(class_map: str, folders: Sequence[str], count: int = 0) -> Classes:
     if class_map == "natural":
         return Classes(tuple(natural(folders)))
     found = imagenet() if class_map == "imagenet" else from_file(Path(class_map))
-    more = (f"class_{k}" for k in range(len(found.names), count))  # classes that no folder stands for
+    more = map(nameless, range(len(found.names), count))
     return Classes((*found.names, *more), found.aliases)
+
+
+def nameless(number: int) -> str:
+    """The name of a class that no folder stands for, where a map gives only some folders their numbers."""
+    return f"class_{number}"
+
+
+def unnamed(names: Sequence[str]) -> bool:
+    """Whether a class among `names` is nameless: the names then say less than the numbers."""
+    return any(name == nameless(k) for k, name in enumerate(names))
 
 
 @cache
@@ -133,14 +143,19 @@ def of_places(places: Mapping[str, int]) -> Classes:
     if len(set(places.values())) < len(places) or min(places.values(), default=-1) < 0:
         raise ValueError("two folders have one number" if places else "it is empty")
     by_number = {number: name for name, number in places.items()}
-    return Classes(tuple(by_number.get(k, f"class_{k}") for k in range(max(by_number) + 1)))
+    return Classes(tuple(by_number.get(k, nameless(k)) for k in range(max(by_number) + 1)))
 
 
 def in_header(path: Path) -> tuple[str, ...]:
     """The class names in a safetensors file's header; empty where it has none."""
     with open(path, "rb") as file:
         header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-    return tuple(json.loads(header.get("__metadata__", {}).get(NAMES, "[]")))
+    return unique(json.loads(header.get("__metadata__", {}).get(NAMES, "[]")))
+
+
+def unique(names: Sequence[str]) -> tuple[str, ...]:
+    """The names; none where two classes have one, which tells them not apart."""
+    return tuple(names) if len(set(names)) == len(names) else ()
 
 
 def in_checkpoint(loaded: Mapping[str, Any]) -> tuple[str, ...]:
@@ -148,7 +163,12 @@ def in_checkpoint(loaded: Mapping[str, Any]) -> tuple[str, ...]:
     for key in (NAMES, "class_names", "classes", "class_to_idx"):
         value = loaded.get(key)
         if isinstance(value, list | tuple) and value and all(isinstance(name, str) for name in value):
-            return tuple(value)
-        if isinstance(value, Mapping) and value and sorted(value.values()) == list(range(len(value))):
+            return unique(value)
+        if (
+            isinstance(value, Mapping)
+            and value
+            and all(isinstance(k, int) for k in value.values())
+            and sorted(value.values()) == list(range(len(value)))
+        ):
             return tuple(sorted(value, key=value.__getitem__))
     return ()

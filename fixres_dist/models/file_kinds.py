@@ -70,11 +70,9 @@ def kind_of(path: Path) -> str:
 
 def text_of(head: bytes) -> str:
     """What a text is, with the next step; empty for bytes that are no text."""
-    try:
-        text = head.decode("utf-8-sig", "strict" if len(head) < 512 else "ignore").strip()
-    except UnicodeDecodeError:
-        return ""
-    if any(not (c.isprintable() or c.isspace()) for c in text):
+    wide = head.startswith((b"\xff\xfe", b"\xfe\xff"))
+    text = head.decode("utf-16" if wide else "utf-8-sig", "ignore").strip()
+    if not text.startswith("<") and (not head.isascii() or any(not (c.isprintable() or c.isspace()) for c in text)):
         return ""
     start = printable(" ".join(text.split())[:60])
     if text.startswith("<"):

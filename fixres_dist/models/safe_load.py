@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import collections
 import datetime
 import decimal
 import fractions
@@ -22,6 +21,7 @@ import torch
 
 from fixres_dist.base.errors import UserError, first_line
 
+NEWER = range(0x8C, 0x99)  # instructions of pickle's protocols 4 and 5
 STATE_DICT = 'Next: where the file was made: torch.save(model.state_dict(), "weights.pth"), and that file.'
 
 
@@ -30,6 +30,13 @@ class Settings(OrderedDict[str, Any]):
 
     def __new__(cls, *_: object, **__: object) -> OrderedDict[str, Any]:  # type: ignore[misc]
         return OrderedDict()  # the only mapping, beside dict, whose items torch's reader sets
+
+
+class Items(list[Any]):
+    """Stands for a sequence that is no list: torch's reader appends to lists only."""
+
+    def __init__(self, *_: object) -> None:
+        super().__init__()
 
 
 # By the names in the files: of other versions of Python and numpy too, and of libraries that are not installed here.
@@ -58,11 +65,12 @@ CONTAINERS = (
     "torchvision.transforms.functional.InterpolationMode",
 )
 ALLOWED: list[Any] = [
-    *(argparse.Namespace, types.SimpleNamespace, collections.deque, uuid.UUID, decimal.Decimal, fractions.Fraction),
+    *(argparse.Namespace, types.SimpleNamespace, uuid.UUID, decimal.Decimal, fractions.Fraction),
     *(datetime.date, datetime.time, datetime.datetime, datetime.timedelta, datetime.timezone),
     *(bool, int, float, str, bytes, list, dict, tuple, frozenset, range, slice, object),
     *((kind, name) for name, kind in {**PATHS, **NUMPY, "torch.torch_version.TorchVersion": str}.items()),
     *((Settings, name) for name in CONTAINERS),
+    (Items, "collections.deque"),
 ]
 
 
@@ -95,7 +103,7 @@ def refused(path: Path, said: str) -> UserError:
     """The refusal of a pickle in which torch's reader met an instruction or a class that it does not run."""
     if found := re.search(r"GLOBAL (.+?) (?:was not|whose module)", said):
         name = found[1]
-        model = re.match(r"(torch\.nn|timm|torchvision|__main__)\.", name) or ".models." in name
+        model = re.match(r"(torch\.nn|timm|torchvision)\.", name) or ".models." in name
         holds = f"a pickled model (class {name})" if model else f"an object of class {name}"
         return UserError(
             f"{path} holds {holds} and is not opened: reading it would run the file's code. "
@@ -103,8 +111,8 @@ def refused(path: Path, said: str) -> UserError:
         )
     if "DTensor" in said or "torch.distributed" in said:
         return UserError(f"{path} holds a model sharded over ranks. Next: save its full_state_dict, and that file.")
-    if re.search(r"Unsupported operand \d+", said):
-        return UserError(
-            f"{path} is pickled in a protocol above torch's own, 2, or holds instructions that are not run. {STATE_DICT}"
-        )
-    return UserError(f"{path} is no file that torch.save wrote whole, and is not opened. {STATE_DICT}")
+    if (found := re.search(r"Unsupported operand (\d+)", said)) and int(found[1]) in NEWER:
+        return UserError(f"{path} is pickled in a protocol above torch's own, 2, and is not opened. {STATE_DICT}")
+    return UserError(
+        f"{path} is damaged, or is no file of torch.save, and is not opened. Next: copy it again; or {STATE_DICT[6:]}"
+    )

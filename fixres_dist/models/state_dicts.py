@@ -14,7 +14,7 @@ import torch
 from fixres_dist.base.errors import UserError
 
 State = dict[str, torch.Tensor]
-AVERAGED = {"ema", "averaged", "average", "avg", "swa"}  # a word of an entry's name, as in model_ema
+AVERAGED = {"ema", "moving", "averaged", "average", "avg", "swa"}  # a word of an entry's name, as in model_ema
 RAW = ("state_dict", "model", "model_state_dict")  # in timm's order, then torchvision's and the tutorials'
 WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}  # no model's own names
 COUNTERS = {"n_averaged", "total_ops", "total_params"}  # of AveragedModel, and of a profiler
@@ -35,7 +35,8 @@ class Candidate:
 
     @property
     def averaged(self) -> bool:
-        return bool(AVERAGED & set(re.split(r"[._]", self.label.lower())))
+        words = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", self.label).lower()  # modelEma
+        return bool(AVERAGED & set(re.split(r"[._]", words)))
 
 
 @dataclass(frozen=True)
@@ -132,6 +133,8 @@ def candidates(entry: str, state: State, own: set[str]) -> Iterator[Candidate]:
             if ".".join(parts[k:]) in own:
                 known["".join(f"{part}." for part in parts[:k])] += 1
     starts = {name.partition(".")[0] for name in state}
-    whole = f"{starts.pop()}." if len(starts) == 1 else ""  # of a foreign naming scheme within one wrapper
+    whole = (
+        f"{starts.pop()}." if len(starts) == 1 and all("." in name for name in state) else ""
+    )  # of a foreign naming scheme within one wrapper
     for prefix, count in [item for item in known.items() if 2 * item[1] >= len(own)] or [(whole, 0)]:
         yield Candidate(entry, prefix, count, state)

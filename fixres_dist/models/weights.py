@@ -15,11 +15,12 @@ from typing import Any
 import timm
 import timm.layers
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from fixres_dist.base.commands import command
-from fixres_dist.base.errors import UserError, printable
+from fixres_dist.base.errors import UserError, first_line, printable
 from fixres_dist.base.files import whole
 from fixres_dist.config import recipes
 from fixres_dist.config.schema import Config
@@ -91,7 +92,12 @@ def read_file(path: Path) -> WeightsFile:
     if not path.is_file():
         raise recipes.no_weights(path)
     if file_kinds.kind_of(path) == "safetensors":
-        return WeightsFile(load_file(path), class_names.in_header(path))
+        try:
+            return WeightsFile(load_file(path), class_names.in_header(path))
+        except (SafetensorError, ValueError) as error:
+            raise UserError(
+                f"{path} is a safetensors file whose header is damaged: {first_line(error)}. {file_kinds.AGAIN}."
+            ) from None
     loaded = load_pickled(path)
     if not isinstance(loaded, Mapping):
         raise UserError(f"{path} holds no state dict but one {type(loaded).__name__}. {STATE_DICT}")
@@ -124,7 +130,12 @@ def in_order(
 
     Raises UserError where as many classes have other names, unless a `new` classifier is trained: that is kept then.
     """
-    if not (given and names) or list(given) == list(names) or len(given) != len(names):
+    if (
+        list(given) == list(names)
+        or len(given) != len(names)
+        or class_names.unnamed(given)
+        or class_names.unnamed(names)
+    ):
         return state, []
     rows = {n: v for n, v in classifier_tensors(model).items() if n in state and len(state[n]) == len(given)}
     if set(given) == set(names):
@@ -136,7 +147,7 @@ def in_order(
     listed = ", ".join(f"{a!r} against {b!r}" for a, b in differ[:3])
     raise UserError(
         f"{origin} classifies other classes than the data set: {listed} ({len(differ)} of {len(names)} names differ). "
-        "Next: data.class_map=FILE, which gives each folder its class, or --preset own_classes for a new classifier"
+        "Next: data.class_map=FILE (or imagenet), which gives each folder its class, or --preset own_classes for a new classifier"
     )
 
 
@@ -209,7 +220,8 @@ def fill(model: nn.Module, state: dict[str, torch.Tensor], origin: str, new_clas
     if differ:
         listed = "; ".join([*differ.values()][:4]) + (f"; and {len(differ) - 4} more" if len(differ) > 4 else "")
         raise UserError(
-            f"{origin} does not fit {type(model).__name__} ({len(own)} tensors, {len(differ)} differ): {listed}."
+            f"{origin} does not fit {type(model).__name__} ({len(own)} tensors, {len(differ)} differ): {listed}. "
+            "Next: --model by the name of the weights' own architecture, or a file of this model's state dict alone"
         )
     model.load_state_dict(state, strict=False)
 

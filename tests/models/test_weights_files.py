@@ -321,7 +321,7 @@ NOT_WEIGHTS: dict[str, tuple[bytes, str]] = {
         of_safetensors().replace(b'"data_offsets"', b'"data_0ffsets"'),
         "header is damaged",
     ),
-    "a plain pickle": (pickle.dumps({"a": 1}, 2), "is no file that torch.save wrote whole"),
+    "a plain pickle": (pickle.dumps({"a": 1}, 2), "is damaged, or is no file of torch.save"),
     "a newer pickle": (of_torch(pickle_protocol=4), "in a protocol above torch's own"),
 }
 
