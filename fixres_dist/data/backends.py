@@ -7,9 +7,9 @@ from typing import Protocol, TypeVar
 
 import torch
 
-from fixres_dist.base.commands import command
 from fixres_dist.base.errors import UserError
 from fixres_dist.config.schema import Data
+from fixres_dist.data.dataset import verify_command
 from fixres_dist.data.decoding import Bad, Batch
 from fixres_dist.data.geometry import Resize
 from fixres_dist.data.index import Index
@@ -95,7 +95,7 @@ def checked(index: Index, made: Iterator[AnyBatch], on_bad: str, on_skip: OnSkip
 
 
 def refusal(index: Index, bad: Bad) -> UserError:
-    verify = command("data verify", "--data", index.folder.parent, "--deny-list", "bad.txt")
+    verify = verify_command(index.folder.parent, index.folder.name)
     return UserError(
         f"cannot decode {index.where(bad.sample)}: {bad.reason}. Next: {verify} finds every such file; "
         "then run the same command again with data.deny_list=bad.txt, or with data.on_bad=skip."

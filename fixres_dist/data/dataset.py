@@ -66,10 +66,16 @@ def load(
         more = f"\n  and {len(bad) - 5} more" if len(bad) > 5 else ""
         raise UserError(
             f"{len(bad)} of {len(index)} files in {where} are no readable images:\n  {listed}{more}\n"
-            f"Next: {command('data verify', '--data', root, '--deny-list', 'bad.txt')}, then data.deny_list=bad.txt "
+            f"Next: {verify_command(root, split)}, then data.deny_list=bad.txt "
             "(`data shard`: --deny-list bad.txt); or data.on_bad=skip; or move them away."
         )
     return index
+
+
+def verify_command(root: Path, split: str) -> str:
+    """`data verify` for the data set; its splits are train and val unless they are named."""
+    named = () if split in ("train", "val") else ("--split", split)
+    return command("data verify", "--data", root, *named, "--deny-list", "bad.txt")
 
 
 def whole_index(root: Path, split: str, cache: str, labels: str, fresh: bool = False, show: bool = True) -> Index:
@@ -143,7 +149,7 @@ def check_folder(root: Path, data: Data | None = None) -> dict[str, Survey]:
         if len(found.classes) < 2:
             raise UserError(
                 f"{where} has {len(found.classes)} class folder(s){': ' + found.classes[0] if found.classes else ''}; "
-                "accepted: two or more, one folder per class."
+                f"passed over: {found.passed}. Accepted: two or more, one folder per class, or .tar files (.tar.gz: unpack it)."
             )
         if 0 in found.counts and not found.by_list:
             raise UserError(
