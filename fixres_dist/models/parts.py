@@ -55,19 +55,36 @@ def parts_of(model: nn.Module, policy: str, recompute: bool = False) -> Parts:
         parameter.requires_grad_(name in tuned.parameters)  # set on a module it would be ignored without a word
     if policy == "all":
         return Parts(model, tuned, None, model, True, recomputes=recompute)
-    try:
-        checked, _ = cut(copied(model, "meta"), tuned.modules)  # a graph keeps the device that tensors are made on
-        trunk, head = cut(model, tuned.modules)
-    except fx.proxy.TraceError as error:
-        raise UserError(
-            f"{type(model).__name__} cannot be cut at {', '.join(tuned.modules)} ({error}). Next: tune.policy=all"
-        ) from None
-    if not all(isinstance(f, torch.Tensor) and f.shape[0] == 2 for f in meta_forward(checked, 2, own_size(model))):
-        raise UserError(
-            f"policy {policy!r} cuts {type(model).__name__} where more than image features passes (a rotary embedding, "
-            "say). Next: tune.policy=classifier+bn"
-        )
+    trunk, head = parted(model, policy, tuned)
     return Parts(model, tuned, trunk, head, policy == "last_block")
+
+
+def parted(model: nn.Module, policy: str, tuned: Tuned) -> tuple[fx.GraphModule, fx.GraphModule]:
+    """(trunk, head) as `cut` makes them, cut before the tuned modules, or before the modules around them where that is impossible.
+
+    A block whose forward decides by sizes can't be opened: then all of it belongs to the head, where its other layers
+    stay frozen. Raises UserError where that helps neither.
+    """
+    name, why, points = type(model).__name__, "", tuned.modules
+    while True:
+        try:
+            # Checked on the meta device, by a graph of its own: a graph keeps the device that tensors are made on.
+            checked, _ = cut(copied(model, "meta"), points)
+            features = meta_forward(checked, 3, own_size(model))
+            if not all(isinstance(f, torch.Tensor) and f.shape[0] == 3 for f in features):
+                raise fx.proxy.TraceError("more than image features passes there, a rotary embedding, say")
+            if not {n for n, _ in checked.named_parameters()}.isdisjoint(tuned.parameters):
+                raise fx.proxy.TraceError("it has no single module around them")
+            return cut(model, points)
+        except fx.proxy.TraceError as error:
+            why = why or str(error)
+        around = tuple(dict.fromkeys(point.rpartition(".")[0] or point for point in points))
+        if around == points:
+            other = "tune.policy=all" if policy == "classifier+bn" else "tune.policy=classifier+bn"
+            raise UserError(
+                f"policy {policy!r}: {name} cannot be cut at {', '.join(tuned.modules)} ({why}). Next: {other}"
+            )
+        points = around
 
 
 class TunedModulesTracer(fx.Tracer):
