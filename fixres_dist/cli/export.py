@@ -55,11 +55,12 @@ def run(args: argparse.Namespace) -> int:
     files = [FORMATS[args.format].format(size) for size in (sizes if args.format == "onnx" else [res])]
     from fixres_dist.evaluation.interpolation import interpolated, starting_state
     from fixres_dist.models import weights
+    from fixres_dist.models.resizing import for_size
     from fixres_dist.publishing import export
 
     classes = list(class_maps.trained_classes(config, run.root, "val"))
     starting = args.alpha != 1 and weights_before(run) is None
-    model = weights.open_model(config, classes, with_weights=starting)
+    model = for_size(weights.open_model(config, classes, with_weights=starting), res)
     state = weights.read_state(weights_after(run))
     if args.alpha != 1:
         state = interpolated(starting_state(run, model), state, args.alpha)

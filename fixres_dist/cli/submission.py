@@ -39,8 +39,8 @@ def check_model(config: Config, recipe: Recipe) -> None:
         return
     import torch
 
-    from fixres_dist.models.build import check_batch
     from fixres_dist.models.parts import parts_of
+    from fixres_dist.models.resizing import check_batch
     from fixres_dist.models.weights import open_model
 
     with torch.device("meta"):

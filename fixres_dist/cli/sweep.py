@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
     chosen = [*own, *others(args.also)]
     from fixres_dist.evaluation import activations
     from fixres_dist.evaluation.sweep import Crop, Limit, sweep
-    from fixres_dist.models.build import check_resolutions
+    from fixres_dist.models.resizing import check_resolutions
     from fixres_dist.publishing import figures
     from fixres_dist.runs import tracking
 

@@ -77,6 +77,7 @@ def collect(session: Session, parts: Parts, res: int, transform: str) -> NDArray
     pictures = Pictures(transform, res, session.resize(res), 0)
     size = session.batch_per_device(res)
     requests = (make_request(index, pictures, p, 0) for p in chunks(chosen[low:high], size))
+    parts = session.parts_for_size(parts, res)
     parts.model.eval()
     parts.head.eval()
     rows: list[torch.Tensor] = []

@@ -124,11 +124,11 @@ def parts_with(session: Session, weights: Path | dict[str, torch.Tensor] | None)
     `weights`: a file or a state dict of the whole model; None keeps the session's.
     """
     from fixres_dist.models.parts import parts_of
-    from fixres_dist.models.weights import fill, read_state
+    from fixres_dist.models.weights import fill, fitted, read_state
 
-    model = copy.deepcopy(session.model)
+    model = copy.deepcopy(session.for_size(session.config.data.res).model)
     if isinstance(weights, Path):
-        fill(model, read_state(weights), str(weights))
+        fill(model, fitted(model, read_state(weights)), str(weights))
     elif weights is not None:
         fill(model, weights, "the interpolation")
     parts = session.with_fast_trunk(parts_of(model, session.config.tune.policy))

@@ -48,15 +48,22 @@ def interpolated(before: State, after: State, alpha: float) -> dict[str, torch.T
 
 
 def starting_state(run: RunDir, model: nn.Module) -> dict[str, torch.Tensor]:
-    """The whole model before fixing, on the CPU: after stage one, or without it `model`, with the starting weights."""
+    """The whole model before fixing, on the CPU: after stage one, or without it `model`, with the starting weights.
+
+    For the size that `model` is built for.
+    """
     file = weights_before(run)
-    return weights.read_state(file) if file else {name: value.cpu() for name, value in model.state_dict().items()}
+    return (
+        weights.fitted(model, weights.read_state(file))
+        if file
+        else {name: value.cpu() for name, value in model.state_dict().items()}
+    )
 
 
 def curves(session: Session, run: RunDir, alphas: Sequence[float]) -> Curves:
     """Evaluate the mixtures on every set of the session, one pass over the images of each; on every rank."""
     start, end, res = (
-        starting_state(run, session.model),
+        starting_state(run, session.for_size(session.config.data.res).model),
         weights.read_state(weights_after(run)),
         session.config.data.res,
     )

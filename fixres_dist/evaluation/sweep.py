@@ -10,8 +10,8 @@ from typing import Any, Literal
 from fixres_dist.base.text import duration
 from fixres_dist.config.schema import ResizeRule
 from fixres_dist.data.geometry import Resize
-from fixres_dist.models.build import gmacs
 from fixres_dist.models.parts import Parts
+from fixres_dist.models.resizing import gmacs
 from fixres_dist.runs.results import Gain, Summary
 from fixres_dist.training.predict import predict
 from fixres_dist.training.predictions import Predictions

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -13,8 +12,6 @@ import timm.data
 import torch
 from timm.models import register_model, resnet
 from torch import nn
-from torch.overrides import TorchFunctionMode
-from torch.utils.flop_counter import FlopCounterMode
 
 from fixres_dist.base.commands import command
 from fixres_dist.base.errors import UserError, first_line, unknown
@@ -161,7 +158,7 @@ def build_model(timm_name: str, num_classes: int, seed: int = 0) -> nn.Module:
 
 def own_size(model: nn.Module) -> int:
     """The model's own resolution in pixels, at least 64: a forward pass is sure to take it."""
-    return max(64, int((getattr(model, "pretrained_cfg", None) or {}).get("input_size", (3, 224, 224))[-1]))
+    return max(64, int(timm.models.get_model_input_config(model)["input_size"][-1]))
 
 
 def small_size(model: nn.Module) -> int:
@@ -189,69 +186,12 @@ def meta_forward(model: nn.Module, count: int, res: int) -> Any:
         return copied(model, "meta")(torch.zeros(count, 3, res, res))
 
 
-def gmacs(model: nn.Module, res: int) -> float:
-    """1e9 multiply-adds of one picture's forward pass: convolutions and matrix products, counted on the meta device."""
-    with FlopCounterMode(display=False) as counter:
-        meta_forward(model, 1, res)
-    return float(counter.get_total_flops() / 2e9)
-
-
-class LargestOutput(TorchFunctionMode):
-    """Within it, `elements` is the number of elements of the largest tensor that a torch function has returned."""
-
-    elements = 0
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        found = func(*args, **(kwargs or {}))
-        for value in found if isinstance(found, tuple | list) else (found,):
-            if isinstance(value, torch.Tensor):
-                self.elements = max(self.elements, value.numel())
-        return found
-
-
-def largest_batch(model: nn.Module, res: int) -> int:
-    """The most pictures of `res` px for which every tensor of a forward pass stays under 2^31 elements; 0: not even one.
-
-    CUDA's kernels for depthwise convolutions count elements in 32 bits and raise a plain RuntimeError beyond that, in any
-    number format and with memory to spare. Layers that pad their input are counted with the padding.
-    """
-    many = 1 << 12  # the largest tensor is then one of the pictures', not of the weights'
-    largest = LargestOutput()
-    with largest:
-        meta_forward(model, many, res)
-    return (2**31 - 1) * many // largest.elements
-
-
-def check_batch(model: nn.Module, batch: int, resolutions: Iterable[int]) -> None:
-    """Raise UserError where `batch` pictures at one of `resolutions` are more than `largest_batch`."""
-    most, res = min((largest_batch(model, res), res) for res in resolutions)
-    if batch > most:
-        raise UserError(
-            f"run.batch_per_device is {batch}: at {res} px a tensor of {type(model).__name__} would have 2^31 elements or "
-            f"more, and CUDA's kernels count in 32 bits. Accepted: 1 .. {most}, auto. Next: run.batch_per_device={most}"
-        )
-
-
 def accepts(model: nn.Module, res: int) -> bool:
     try:
         meta_forward(model, 1, res)
     except Exception:  # layers raise what they like where a size does not fit: from AssertionError to ZeroDivisionError
         return False
     return True
-
-
-def check_resolutions(model: nn.Module, resolutions: Iterable[int]) -> None:
-    """Raise UserError for a resolution that the model cannot take, with the nearest that it can."""
-    for res in sorted(set(resolutions)):
-        if accepts(model, res):
-            continue
-        near = sorted((r for r in range(max(32, res - 64), res + 65) if r != res), key=lambda r: (abs(r - res), -r))
-        found = next((r for r in near if accepts(model, r)), None) or own_size(model)
-        patch = getattr(getattr(model, "patch_embed", None), "patch_size", None)
-        why = f"its patches are {patch[0]} px" if patch and res % patch[0] else "its input size cannot change freely"
-        raise UserError(
-            f"{type(model).__name__} cannot take {res} px: {why}. Accepted near it: {found}. Next: --res {found}"
-        )
 
 
 def classifiers(model: nn.Module) -> tuple[str, ...]:

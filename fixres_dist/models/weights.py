@@ -26,7 +26,8 @@ from fixres_dist.config import recipes
 from fixres_dist.config.schema import Config
 from fixres_dist.data import class_names
 from fixres_dist.models import file_kinds, state_dicts
-from fixres_dist.models.build import build_model, check_resolutions, classifiers, pretrained_cfg
+from fixres_dist.models.build import build_model, classifiers, pretrained_cfg
+from fixres_dist.models.resizing import check_resolutions, for_size
 from fixres_dist.models.safe_load import STATE_DICT, load_pickled
 
 # timm's names for what turns a state dict of an older version, or of the model's authors, into this version's.
@@ -44,6 +45,7 @@ def open_model(
     """
     model = build_model(config.model.timm_name, len(classes), config.run.seed)
     check_resolutions(model, config.resolutions())
+    model = for_size(model, config.resolutions()[0])
     if with_weights and (notes := load_weights(model, config, classes)):
         say(printable(f"{config.model.weights}: {'; '.join(notes)}"))
     return model
@@ -65,7 +67,7 @@ def load_weights(model: nn.Module, config: Config, names: Sequence[str] = ()) ->
     else:
         origin, file = weights, read_file(Path(weights))
         chosen = state_dicts.choose(file.loaded, list(model.state_dict()), config.model.checkpoint_key, origin)
-        notes, state = [*chosen.notes], timms_names(model, timm_name, chosen.state)
+        notes, state = [*chosen.notes], timms_names(model, chosen.state)
         if kinds := {str(v.dtype)[6:] for v in state.values() if v.is_floating_point() and v.dtype != torch.float32}:
             notes.append(f"converted from {', '.join(sorted(kinds))} to float32")
         state, ordered = in_order(model, state, file.classes, names, origin, new_classifier)
@@ -77,8 +79,13 @@ def load_weights(model: nn.Module, config: Config, names: Sequence[str] = ()) ->
                 f"({', '.join(names[:3])}, ..); if timm's script trained it ({', '.join(by_timm[:3])}, ..): data.class_map=natural"
             )
     state = {name: value.to("meta") for name, value in state.items()} if meta else state
-    fill(model, resampled(model, state), origin, new_classifier)
+    fill(model, fitted(model, state), origin, new_classifier)
     return notes
+
+
+def fitted(model: nn.Module, state: state_dicts.State) -> state_dicts.State:
+    """`state` for the size that the model is built for, where it is of another one."""
+    return resampled(model, timms_names(model, state))
 
 
 @dataclass(frozen=True)
@@ -104,11 +111,11 @@ def read_file(path: Path) -> WeightsFile:
     return WeightsFile(loaded, class_names.in_checkpoint(loaded))
 
 
-def timms_names(model: nn.Module, timm_name: str, state: state_dicts.State) -> state_dicts.State:
+def timms_names(model: nn.Module, state: state_dicts.State) -> state_dicts.State:
     """`state` with the names and shapes of this timm version where older ones had others: by timm's own filter."""
     own = {name: value.shape for name, value in model.state_dict().items()}
     misfits = sum(n not in state or state[n].shape != shape for n, shape in own.items())
-    architecture = getattr(model, "pretrained_cfg", {}).get("architecture", timm_name.partition(".")[0])
+    architecture = getattr(model, "pretrained_cfg", {}).get("architecture", "")
     if not misfits or not timm.is_model(architecture):
         return state
     module = sys.modules[timm.model_entrypoint(architecture).__module__]

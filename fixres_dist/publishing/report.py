@@ -97,7 +97,8 @@ def costs(config: Config, classes: int) -> tuple[int, float, int]:
             return recipe.facts.total(classes), multiply_adds_g, recipe.facts.train_res
     import torch
 
-    from fixres_dist.models.build import build_model, gmacs, preprocessing
+    from fixres_dist.models.build import build_model, preprocessing
+    from fixres_dist.models.resizing import gmacs
 
     with torch.device("meta"):
         built = build_model(model.timm_name, classes)

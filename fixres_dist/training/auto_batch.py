@@ -19,10 +19,10 @@ from fixres_dist.base.errors import UserError, first_line
 from fixres_dist.base.memory import does_not_fit
 from fixres_dist.data.requests import every_sample
 from fixres_dist.models import batchnorm
-from fixres_dist.models.build import largest_batch
 from fixres_dist.models.fast_trunk import FastTrunk
 from fixres_dist.models.parts import Parts, set_modes
 from fixres_dist.models.precision import LossScale
+from fixres_dist.models.resizing import largest_batch
 from fixres_dist.training.session import Session
 from fixres_dist.training.stage_session import StageSession
 from fixres_dist.training.stages import Stage, batch_per_device

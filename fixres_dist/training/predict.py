@@ -41,6 +41,7 @@ def predict(
     are the model's. `store` gives trunk features in place of images; `note` labels the progress bar. `partial`
     keeps what is done at a stop signal (Stopped), and its images are not computed again. The models are left in eval mode.
     """
+    models = [session.parts_for_size(parts, res) for parts in models]
     index, columns = session.splits[split], torch.tensor(session.columns[split], device=session.ranks.device)
     for parts in models:
         parts.model.eval()

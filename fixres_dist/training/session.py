@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,9 +19,10 @@ from fixres_dist.data import backends, class_maps, dataset, decoding, geometry
 from fixres_dist.data.index import Index
 from fixres_dist.data.requests import Pictures, Request
 from fixres_dist.models import fast_trunk, precision
-from fixres_dist.models.build import Preprocessing, largest_batch
+from fixres_dist.models.build import Preprocessing
 from fixres_dist.models.network import open_network
-from fixres_dist.models.parts import Parts
+from fixres_dist.models.parts import Parts, parts_of
+from fixres_dist.models.resizing import for_size, largest_batch
 from fixres_dist.training import compiled_code
 from fixres_dist.training.cache.store import Loaded, Store
 from fixres_dist.training.ranks import Ranks
@@ -111,6 +112,19 @@ class Session:
         pictures = sum(map(len, self.splits.values())) * max(1, self.config.tune.epochs) // self.ranks.world_size
         size = self.batch_per_device(res)
         return fast_trunk.with_fast_trunk(parts, self.arithmetic, self.config.run, size, res, pictures, self.decided)
+
+    def for_size(self, res: int) -> Session:
+        """The session with its model for pictures of `res` px: the same one wherever that takes them as it is."""
+        model = for_size(self.model, res)
+        return self if model is self.model else replace(self, model=model.to(memory_format=self.memory_format))
+
+    def parts_for_size(self, parts: Parts, res: int) -> Parts:
+        """`parts` for pictures of `res` px, in the arithmetic in which they are evaluated."""
+        model = for_size(parts.model, res)
+        if model is parts.model:
+            return parts
+        made = parts_of(model.to(memory_format=self.memory_format), self.config.tune.policy)
+        return self.with_fast_trunk(made, res)
 
     def full(self, n: int, res: int) -> int:
         """The batch size that `n` pictures are filled up to for a compiled trunk: an epoch's last batch is no new graph."""

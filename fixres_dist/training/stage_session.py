@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from fixres_dist.data.requests import Pictures, Request, first_samples, micro_batches, train_steps
-from fixres_dist.models.build import accepts
 from fixres_dist.models.fast_trunk import FastTrunk
 from fixres_dist.models.parts import Parts
+from fixres_dist.models.resizing import takes
 from fixres_dist.training.cache.store import Loaded, Store
 from fixres_dist.training.partial import Partial
 from fixres_dist.training.predict import predict
@@ -95,9 +95,9 @@ class StageSession:
     def evaluate_at(self, res: int, note: str, partial: Partial) -> Predictions | None:
         """Of every validation image at another resolution, uncompiled: a compiled trunk is of one size, and takes minutes.
 
-        None where the model, as it is built, does not take that resolution.
+        None where the model does not take that resolution.
         """
-        if not accepts(self.session.model, res):
+        if not takes(self.session.model, res):
             return None
         config, trunk = self.session.config, self.parts.trunk
         size = max(1, int(self.batch_per_device * min(1.0, (self.stage.res / res) ** 2)))

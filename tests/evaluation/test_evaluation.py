@@ -28,7 +28,8 @@ from fixres_dist.config.schema import Config
 from fixres_dist.data import dataset
 from fixres_dist.evaluation import activations, sweep
 from fixres_dist.evaluation.sweep import Cost, Crop, Limit, Sweep
-from fixres_dist.models.build import build_model, gmacs
+from fixres_dist.models.build import build_model
+from fixres_dist.models.resizing import gmacs
 from fixres_dist.runs.results import Summary
 from fixres_dist.training.predictions import Predictions, paired_gain
 

@@ -13,7 +13,8 @@ from fixres_dist.base.errors import UserError
 from fixres_dist.config import reading
 from fixres_dist.config.schema import Config
 from fixres_dist.models import weights
-from fixres_dist.models.build import build_model, largest_batch, preprocessing
+from fixres_dist.models.build import build_model, preprocessing
+from fixres_dist.models.resizing import largest_batch
 
 NAME = "test_efficientnet"
 

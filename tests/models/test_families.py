@@ -14,7 +14,7 @@ from support.networks import BN_BUFFERS, one_step
 
 from fixres_dist.base.errors import UserError
 from fixres_dist.models import policies, weights
-from fixres_dist.models.build import build_model, check_resolutions, own_size, preprocessing
+from fixres_dist.models.build import build_model, preprocessing
 from fixres_dist.models.parts import parts_of
 from fixres_dist.runs.rundir import RunDir
 
@@ -151,27 +151,6 @@ def test_vit_at_another_resolution_is_timms_own() -> None:
     images = torch.randn(2, 3, 96, 96)
     with torch.no_grad():
         torch.testing.assert_close(model(images), other(images))
-
-
-@pytest.mark.parametrize(
-    ("name", "res", "words"),
-    [
-        ("test_vit", 100, "patches are 16 px. Accepted near it: 96"),
-        ("vit_tiny_patch16_224", 391, "Next: --res 384"),
-        ("maxvit_tiny_tf_224", 256, "cannot change freely. Accepted near it: 224"),
-    ],
-)
-def test_resolutions_that_do_not_fit_are_refused_with_the_nearest_that_does(name: str, res: int, words: str) -> None:
-    model = meta(name)
-    with pytest.raises(UserError, match=words):
-        check_resolutions(model, [own_size(model), res])
-
-
-@pytest.mark.parametrize(
-    ("name", "sizes"), [("tf_efficientnet_b0", [33, 420, 472]), ("swin_tiny_patch4_window7_224", [224, 288])]
-)
-def test_resolutions_that_fit_are_accepted(name: str, sizes: list[int]) -> None:
-    check_resolutions(meta(name), sizes)
 
 
 def test_a_vit_is_fixed_and_swept_at_sizes_not_its_own(tmp_path: Path, photos: Path) -> None:
