@@ -18,6 +18,7 @@ from fixres_dist.runs.rundir import RunDir
 EXAMPLES = (
     "--run runs/b0-320",
     "--run runs/b0-320 --eval-set v2=/data/imagenetv2 --labels real.json",
+    "--model b0 --checkpoint last.pth.tar --data DIR --res 320 data.class_map=natural      # trained by timm's script",
     "--model b0 --checkpoint ns --data /data/imagenet --res 320 --json b0.json",
 )
 

@@ -107,7 +107,8 @@ def lines(
     size = min(batch_per_device(config, data.res), -(-tune.global_batch // world_size))
     rows = {
         "model": f"{model.name} = {model.timm_name}, weights {model.weights}",
-        "data": f"{counts.train:,} training and {counts.val:,} validation images, {classes}",
+        "data": f"{counts.train:,} training and {counts.val:,} validation images, {classes}"
+        + (f", class map {data.class_map}" if data.class_map else ""),
         "files": counts.files,
         "policy": f"{tune.policy}{trained}, BN statistics {tune.bn_stats}, transform {data.train_transform}, "
         f"resize {data.resize_rule}",
