@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import re
+import struct
+import zlib
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +14,8 @@ from fixres_dist.base.errors import UserError
 from fixres_dist.base.files import lines_of
 
 SYNSETS = "map_clsloc.txt"  # of ImageNet's devkit: lines of WordNet id, the devkit's number, words
+META = "meta.mat"  # the same in the devkit of 2012
+COMPRESSED = 15  # of MATLAB's types
 BOX = re.compile(r"(n\d{8})( \d+){4}")  # LOC_val_solution.csv: the class, and its boxes
 
 
@@ -20,7 +24,7 @@ def read(path: Path, images: Sequence[str]) -> tuple[list[str], Counter[str]]:
 
     A line is `name label`, with blanks, a tab, comma or semicolon between; or a label alone, in the order of the sorted
     file names. Labels are class names, or numbers that count from 0 in the order of the class folders. The devkit's numbers
-    count from 1 in an order of their own, which map_clsloc.txt beside them translates. Raises UserError.
+    count from 1 in an order of their own, which map_clsloc.txt or meta.mat beside them translates. Raises UserError.
     """
     try:
         rows = [fields(line) for line in lines_of(path)]
@@ -71,18 +75,32 @@ def fields(line: str) -> list[str]:
 def numbered(path: Path, found: dict[str, str]) -> dict[str, str]:
     """Numbers as class names: the devkit's by its own table, others without leading zeros. Raises UserError for numbers
     that do not begin at 0 and have no table."""
-    table = path.with_name(SYNSETS)
-    if table.is_file():
-        rows = (line.split() for line in table.read_text().splitlines())
-        names = {row[1]: row[0] for row in rows if len(row) > 1}
-        if unknown := {str(int(label)) for label in found.values()} - set(names):
-            raise UserError(f"{path} has number {min(unknown)}, which {table} does not have.")
-        return {image: names[str(int(label))] for image, label in found.items()}
     numbers = {image: int(label) for image, label in found.items()}
+    if table := next((path.with_name(name) for name in (SYNSETS, META) if path.with_name(name).is_file()), None):
+        names = synsets(table)
+        if unknown := set(numbers.values()) - set(names):
+            raise UserError(f"{path} has number {min(unknown)}, which {table} does not have.")
+        return {image: names[number] for image, number in numbers.items()}
     if numbers and min(numbers.values()) != 0:
         raise UserError(
             f"{path} has numbers from {min(numbers.values())} to {max(numbers.values())}. Accepted: numbers from 0 in the order "
             f"of the class folders, or class names. ImageNet's devkit counts from 1 in an order of its own: put its {SYNSETS} "
-            f"beside the list, or take LOC_val_solution.csv."
+            f"or {META} beside the list, or take LOC_val_solution.csv."
         )
     return {image: str(number) for image, number in numbers.items()}
+
+
+def synsets(table: Path) -> dict[int, str]:
+    """The WordNet ids of the devkit's numbers. In meta.mat (MATLAB 5), a table sorted by number, they are the only texts of
+    their form."""
+    if table.name == SYNSETS:
+        rows = (line.split() for line in table.read_text().splitlines())
+        return {int(row[1]): row[0] for row in rows if len(row) > 1}
+    data, at, text = table.read_bytes(), 128, b""
+    while at + 8 <= len(data):
+        kind, size = struct.unpack_from("<II", data, at)
+        part = data[at + 8 : at + 8 + size]
+        text += zlib.decompress(part) if kind == COMPRESSED else part
+        at += 8 + size
+    found = (name.replace(b"\0", b"").decode() for name in re.findall(rb"n\0{0,3}(?:[0-9]\0{0,3}){8}", text))
+    return dict(enumerate(dict.fromkeys(found), start=1))

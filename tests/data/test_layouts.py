@@ -6,8 +6,10 @@ import io
 import json
 import os
 import shutil
+import struct
 import tarfile
 import unicodedata
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,7 +20,7 @@ from support import pictures as p
 from support.folders import age, write_photos
 
 from fixres_dist.base.errors import UserError
-from fixres_dist.config.schema import Config, Data
+from fixres_dist.config.schema import Config, Data, Model
 from fixres_dist.data import class_maps, dataset, layout
 from fixres_dist.data.index import Index
 from fixres_dist.training import plan
@@ -104,6 +106,12 @@ def test_the_devkits_numbers_are_translated_by_its_table_or_refused(tmp_path: Pa
     (devkit / "map_clsloc.txt").write_text(lines([f"{WNIDS[k]} {number} words" for k, number in own.items()]))
     found = dataset.load(root, "val", str(tmp_path / "cache"))
     assert tell(found, list(WNIDS)) == dict(zip(names, TRUE, strict=True))
+    (devkit / "map_clsloc.txt").unlink()
+    texts = b"".join(WNIDS[k].encode("utf-16-le") + b"\x0e\0\0\0words" for k in sorted(own, key=own.__getitem__))
+    packed = zlib.compress(texts)
+    (devkit / "meta.mat").write_bytes(b"MATLAB 5.0".ljust(128) + struct.pack("<II", 15, len(packed)) + packed)
+    again = dataset.load(root, "val", str(tmp_path / "cache"), fresh=True)
+    assert tell(again, list(WNIDS)) == dict(zip(names, TRUE, strict=True))
 
 
 @pytest.mark.parametrize(
@@ -149,7 +157,7 @@ def test_what_is_passed_over_is_counted_in_the_plan(tmp_path: Path) -> None:
     for name in ("a.heic", "b.HEIC", "c.txt", "Thumbs.db", "._000.jpg", ".DS_Store", "readme"):
         (root / "train" / "birch" / name).write_bytes(b"no image")
     (root / "val" / "loose.jpg").write_bytes(JPEG)
-    config = Config(data=Data(root=str(root)))
+    config = Config(model=Model(timm_name="test_efficientnet"), data=Data(root=str(root)))
     counts = plan.count(config)
     assert (counts.train, counts.val, counts.classes) == (6, 3, 3)
     for words in ("2 @eaDir/", "2 .heic", "1 .txt", "1 .db", "2 hidden file(s)", "1 without an extension"):
