@@ -39,10 +39,12 @@ def check_model(config: Config, recipe: Recipe) -> None:
         return
     import torch
 
+    from fixres_dist.models.build import preprocessing
     from fixres_dist.models.parts import parts_of
     from fixres_dist.models.resizing import check_batch
     from fixres_dist.models.weights import open_model
 
+    preprocessing(config.model.timm_name)  # refuses pictures that are not made here
     with torch.device("meta"):
         model = open_model(config, plan.classes(config))
     for stage in config.stage_settings():

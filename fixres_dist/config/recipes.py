@@ -172,6 +172,14 @@ def check_classes(origin: str, own: int, wanted: int, new_classifier: bool) -> N
         )
 
 
+def check_count(num_classes: int, found: int) -> None:
+    """Raise UserError for a model.num_classes that is not the number of classes `found`."""
+    if num_classes not in (0, found):
+        raise UserError(
+            f"model.num_classes is {num_classes}; the data set has {found} classes. Accepted: 0, or that number."
+        )
+
+
 def with_absolute_paths(values: dict[str, Any]) -> dict[str, Any]:
     """`values` with absolute paths: relative ones are meant from here, and a job starts in the run's code/."""
     for (section, key), words in PATHS.items():

@@ -101,7 +101,7 @@ def from_elsewhere(timm_name: str) -> dict[str, Any]:
 def preprocessing(timm_name: str) -> Preprocessing:
     """Of the weights that timm knows by this name; timm's defaults for an architecture without weights."""
     cfg = pretrained_cfg(timm_name)
-    found = timm.data.resolve_data_config(pretrained_cfg=cfg.to_dict() if cfg else {})
+    found = timm.data.resolve_data_config(pretrained_cfg=(cfg or timm.models.PretrainedCfg()).to_dict())
     if (channels := found["input_size"][0]) != 3:
         raise UserError(
             f"{timm_name} takes pictures of {channels} channels; accepted: models of RGB pictures (3 channels)."

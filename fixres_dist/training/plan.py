@@ -75,6 +75,7 @@ def check(config: Config, world_size: int, dry: bool) -> None:
     if config.data.root not in ("", "demo"):
         dataset.check_folder(Path(config.data.root), config.data)
         class_maps.check(config)
+        recipes.check_count(config.model.num_classes, len(classes(config)))
     weights = config.model.weights
     if weights not in recipes.WEIGHTS and not Path(weights).is_file():
         raise recipes.no_weights(weights)

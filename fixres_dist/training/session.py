@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fixres_dist.base.errors import UserError
 from fixres_dist.base.json_lines import write_json
+from fixres_dist.config import recipes
 from fixres_dist.config.schema import Config
 from fixres_dist.data import backends, class_maps, dataset, decoding, geometry
 from fixres_dist.data.index import Index
@@ -244,10 +244,7 @@ def open_session(
         ranks.barrier()
     mark("index")
     classes = trained or class_maps.trained_classes(config, None, splits[0]) or indexes[splits[0]].classes
-    if config.model.num_classes not in (0, len(classes)):
-        raise UserError(
-            f"model.num_classes is {config.model.num_classes}; the data set has {len(classes)} classes. Accepted: 0, or that number."
-        )
+    recipes.check_count(config.model.num_classes, len(classes))
     known = class_maps.aliases(config, splits[0])
     columns = {name: class_maps.class_map(i.classes, classes, i.folder, known) for name, i in indexes.items()}
     for split in splits:

@@ -191,6 +191,7 @@ NEW = "--weights none --data PHOTOS"
         (f"--model b0 {NEW} --name q/3", "a name without slashes"),
         ("--res 64 --data PHOTOS", "no --model given"),
         (f"--model mixer_b16_224 {NEW}", "no square above 224 px is known that mixer_b16_224 takes. Next: --res 224"),
+        (f"--model b0 {NEW} model.num_classes=7", "num_classes is 7; the data set has 3 classes"),
         (f"--model b0 --res 224x336 {NEW}", "'224x336'; accepted: a whole number of pixels, the side of a square"),
         (f"--model b0 --res 224,256 {NEW}", "Next: --grid data.res=224,256 for several"),
         (f"--model b0 {NEW} data.crop_pct=87.5", "crop_pct is 87.5; accepted: auto, or 0.25 to 2"),

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -203,3 +204,19 @@ def test_large_weights_do_not_bound_the_batch() -> None:
     with torch.device("meta"):
         model = build_model("resnetv2_50x3_bit", 1000)
     assert largest_batch(model, 32) == (2**31 - 1) // (3 * 64 * 18**2)  # the stem, padded for the pooling
+
+
+@pytest.mark.parametrize(
+    ("changed", "says"),
+    [
+        ({"input_size": (1, 28, 28)}, "takes pictures of 1 channels; accepted: models of RGB pictures"),
+        ({"interpolation": "nearest"}, "unknown interpolation in timm's settings of NAME 'nearest'"),
+        ({"crop_mode": "corner"}, "unknown crop_mode in timm's settings of NAME 'corner'"),
+    ],
+)
+def test_pictures_that_are_not_made_here_are_refused(tmp_path: Path, changed: dict[str, object], says: str) -> None:
+    cfg = {"architecture": NAME, "num_classes": 5, "pretrained_cfg": {"input_size": (3, 64, 64), **changed}}
+    (tmp_path / "config.json").write_text(json.dumps(cfg))
+    with pytest.raises(UserError) as caught:
+        preprocessing(f"local-dir:{tmp_path}")
+    assert says.replace("NAME", f"local-dir:{tmp_path}") in str(caught.value)

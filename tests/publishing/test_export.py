@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import huggingface_hub
+import numpy as np
 import onnxruntime
 import pytest
 import timm
@@ -24,7 +25,9 @@ from support.folders import write_photos
 from fixres_dist.base.commands import command
 from fixres_dist.base.errors import UserError
 from fixres_dist.cli.main import main
+from fixres_dist.data import dataset, torch_cpu
 from fixres_dist.data.geometry import resize_of
+from fixres_dist.data.requests import Pictures, make_request
 from fixres_dist.evaluation.inputs import Subject, opened, parts_with
 from fixres_dist.models import weights
 from fixres_dist.models.build import build_model, preprocessing
@@ -90,6 +93,46 @@ def test_timms_own_evaluation_of_the_export_predicts_the_same(run: RunDir, tmp_p
         predicted = torch.cat([theirs(images).argmax(1) for images, _ in loader]).numpy()
     assert len(set(predicted)) == 3
     assert (predicted == ours.predicted).all()
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "used"),
+    [
+        ("convnext_tiny.fb_in22k_ft_in1k_384", {}, {"crop_mode": "squash", "crop_pct": 1.0}),
+        ("convnext_tiny.fb_in22k_ft_in1k_384", {"crop_pct": 0.8}, {"crop_mode": "squash", "crop_pct": 0.8}),
+        (
+            "convnext_tiny.fb_in22k_ft_in1k_384",
+            {"resize_rule": "fixres"},
+            {"crop_mode": "center", "interpolation": "bilinear"},
+        ),
+        ("deepseek_vit_412m.deepseek_v4_flash_vision_exp", {}, {"crop_mode": "border", "mean": [0.5, 0.5, 0.5]}),
+        ("resnet50.a1_in1k", {"res": 288}, {"crop_pct": 1.0}),
+        ("resnet50.a1_in1k", {"res": 96}, {"crop_pct": 0.95}),
+        ("volo_d4_448.sail_in1k", {}, {"crop_pct": 1.15}),
+    ],
+)
+def test_timms_transform_of_the_export_makes_our_pixels(
+    run: RunDir, tmp_path: Path, name: str, data: dict[str, Any], used: dict[str, Any]
+) -> None:
+    config = run.config()
+    given = replace(config.data, **{"resize_rule": "timm", "res": 64, **data})
+    config = replace(config, data=given, model=replace(config.model, timm_name=name))
+    model = build_model("test_efficientnet", 3)
+    export.write_config(model, tmp_path / "config.json", config, given.res, CLASSES)
+    weights.write_weights(model, tmp_path / "model.safetensors", config, given.res, CLASSES)
+    written = json.loads((tmp_path / "config.json").read_text())["pretrained_cfg"]
+    assert {key: written[key] for key in used} == used
+    assert written["test_input_size"] == written["input_size"] == [3, given.res, given.res]
+
+    index, spec = dataset.load(Path(given.root), "val"), preprocessing(name)
+    pictures = Pictures("test", given.res, spec.resize(given, given.res), 0)
+    (batch,) = torch_cpu.batches(index, [make_request(index, pictures, np.arange(9), 0)], given.res, pictures.resize, 0)
+    theirs = timm.create_model(f"local-dir:{tmp_path}", pretrained=True)
+    for tested in (False, True):
+        settings = timm.data.resolve_model_data_config(theirs, use_test_size=tested)
+        transform = timm.data.create_transform(**settings, is_training=False)
+        made = torch.stack([transform(Image.open(index.path(k)).convert("RGB")) for k in range(9)])
+        torch.testing.assert_close(spec.normalised(batch.images), made, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("rule", ["fixefficientnet", "fixres", "fixres_height", "timm"])
