@@ -105,7 +105,7 @@ def train_stages(run: RunDir, config: Config, ranks: Ranks, stack: contextlib.Ex
             if stage.name == "pretrain":
                 continue
             weights.fill(session.model, load_file(run.pretrained), str(run.pretrained))
-        train_stage(run, session, stage, todo[-1].stop, writer, startup)
+        train_stage(run, session.for_size(stage.res), stage, todo[-1].stop, writer, startup)
 
 
 def claim(run: RunDir, ranks: Ranks, stack: contextlib.ExitStack) -> int | None:
