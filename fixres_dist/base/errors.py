@@ -31,6 +31,13 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode("ascii") for c in text)
 
 
+class StorageError(Exception):
+    """A file system that does not answer: nothing is wrong with the file, and a retry may help. The text names the file.
+
+    No OSError: those of a picture are reasons to leave it out.
+    """
+
+
 def exit_code(work: Callable[[], int]) -> int:
     """The exit code of a command: a mistake, a full disk or a forbidden place is a line on stderr, all else keeps its traceback."""
     try:
@@ -38,6 +45,9 @@ def exit_code(work: Callable[[], int]) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_USER
+    except StorageError as error:
+        print(f"error: {error}. Next: the same command, when it is back.", file=sys.stderr)
+        return EXIT_FAILED
     except OSError as error:
         if full := no_room(error):
             print(f"error: {full}. Next: make room, then the same command.", file=sys.stderr)

@@ -24,7 +24,18 @@ Section = TypeVar("Section")
 # The whole section `cluster` is among them.
 OPERATIONAL = {
     "data": {
-        *("root", "train_split", "val_split", "labels", "workers", "backend", "cache", "on_bad", "deny_list"),
+        *(
+            "root",
+            "train_split",
+            "val_split",
+            "labels",
+            "workers",
+            "backend",
+            "cache",
+            "on_bad",
+            "max_skipped",
+            "deny_list",
+        ),
         *("hw_decoder_load", "preallocate_width", "preallocate_height"),
     },
     "run": {

@@ -54,6 +54,8 @@ class Data:
     backend: Literal["auto", "dali", "torch"] = "auto"  # decoder and resizer; auto: dali on a GPU, torch on a CPU
     on_bad: Literal["stop", "skip"] = "stop"  # a file that cannot be decoded: stop and name it, or do without it
     deny_list: str = ""  # file of images to leave out, as `data verify --deny-list` writes it
+    # With on_bad=skip: images that a run may do without; more end it. auto: 1 in 100 of the data set, at least 10
+    max_skipped: int | Literal["auto"] = "auto"
     hw_decoder_load: float = 0.65  # share of the JPEGs that the GPU's decoding engine takes (dali)
     preallocate_width: int = 0  # pixels of the largest photograph, for the GPU decoder's buffers (dali); 0: they grow
     preallocate_height: int = 0
@@ -64,7 +66,7 @@ class Data:
         if self.train_split == self.val_split:
             raise UserError(f"train_split and val_split are both {self.val_split!r}; accepted: two different names.")
         at_least(self, 32, "res")
-        at_least(self, 0, "workers", "preallocate_width", "preallocate_height")
+        at_least(self, 0, "workers", "max_skipped", "preallocate_width", "preallocate_height")
         if self.crop_pct != "auto" and not 0.25 <= self.crop_pct <= 2:
             raise UserError(f"crop_pct is {self.crop_pct}; accepted: auto, or 0.25 to 2, such as 0.875 (1: no margin).")
         if not 0 <= self.hw_decoder_load <= 1:

@@ -10,12 +10,14 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
+from fixres_dist.base.storage import patiently
 from fixres_dist.data.index import Index
 from fixres_dist.data.progress import Progress
 
@@ -118,18 +120,23 @@ def same_first_bytes(index: Index, samples: NDArray[np.int64]) -> bool:
 
 
 def look(index: Index, sample: int) -> Seen:
-    """Read a sample's header; an error is the reason of what it returns."""
+    """Read a sample's header; an error is the reason of what it returns. Raises StorageError."""
     try:
         if index.places is not None:
             data = index.read(sample)
             return look_at(io.BytesIO(data.data), len(data))
         path = index.path(sample)
-        if not stat.S_ISREG(os.stat(path).st_mode):
-            return Seen((0, 0), 0, "not a regular file")  # opening a pipe would wait for a writer
-        with open(path, "rb") as file:
-            return look_at(file, os.fstat(file.fileno()).st_size)
+        return patiently(lambda: look_once(path), path, index.folder)
     except OSError as error:
         return Seen((0, 0), 0, error.strerror or str(error) or type(error).__name__)
+
+
+def look_once(path: Path) -> Seen:
+    """The same of a file; raises OSError."""
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        return Seen((0, 0), 0, "not a regular file")  # opening a pipe would wait for a writer
+    with open(path, "rb") as file:
+        return look_at(file, os.fstat(file.fileno()).st_size)
 
 
 def look_at(file: BinaryIO, length: int) -> Seen:
@@ -148,5 +155,7 @@ def look_at(file: BinaryIO, length: int) -> Seen:
     except UnidentifiedImageError:
         reason = "not an image" if data else "empty file"
     except Exception as error:  # Pillow's plugins raise many types
+        if isinstance(error, OSError) and error.errno is not None:
+            raise  # of the file system
         reason = str(error) or type(error).__name__
     return Seen((0, 0), mark, reason)

@@ -22,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fixres_dist.base.files import whole
+from fixres_dist.base.storage import fill, patiently
 
 FORMAT = 3  # of the cached file
 ARRAYS = ("ends", "labels", "sizes", "marks")  # those of an Index that are cached as they are
@@ -61,13 +62,27 @@ class Index:
         return os.fsencode(text).decode("utf-8", "backslashreplace")
 
     def read(self, sample: int) -> NDArray[np.uint8]:
-        """The encoded image: uint8 [bytes]. Raises OSError. Safe from any thread and after a fork."""
+        """The encoded image: uint8 [bytes]. Raises OSError for a bad file, StorageError for a file system that fails.
+
+        Safe from any thread and after a fork.
+        """
+        path = self.path(sample)
+        return patiently(lambda: self.read_once(sample, path), path, self.folder)
+
+    def read_once(self, sample: int, path: Path) -> NDArray[np.uint8]:
         if self.places is None:
-            return np.fromfile(self.path(sample), np.uint8)
+            with FileIO(path) as file:
+                data = np.empty(os.fstat(file.fileno()).st_size, np.uint8)
+                return data[: fill(file.fileno(), data.data)]
         _, offset, size = (int(v) for v in self.places[sample])
         data = np.empty(size, np.uint8)
-        shard = open_shard(str(self.path(sample)))  # this reference keeps it open if another thread evicts it
-        if (got := os.preadv(shard.fileno(), [data.data], offset)) < size:
+        try:
+            shard = open_shard(str(path))  # this reference keeps it open if another thread evicts it
+            got = fill(shard.fileno(), data.data, offset)
+        except OSError:
+            open_shard.cache_clear()  # a stale handle of a network file system stays stale
+            raise
+        if got < size:
             raise OSError(f"the shard ends after {got} of its {size} bytes")
         return data
 

@@ -13,6 +13,7 @@ import math
 import os
 import signal
 import sys
+import time
 import weakref
 from collections.abc import Iterable, Iterator
 from functools import cache
@@ -23,7 +24,7 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-from fixres_dist.base.errors import UserError
+from fixres_dist.base.errors import StorageError, UserError
 from fixres_dist.base.memory import release_freed_memory
 from fixres_dist.base.signals import ignore_stop_signals
 from fixres_dist.data import pixels
@@ -166,7 +167,33 @@ def batches(index: Index, requests: Iterable[Request], res: int, resize: Resize,
             "shared memory (docker run --shm-size=8g or --ipc=host)."
         ) from None
     atexit.register(end_workers, weakref.ref(started))
-    return map(unpacked, started)
+    return map(unpacked, explained(started))
+
+
+def explained(loader: Any) -> Iterator[Any]:
+    """The same; errors of worker processes are raised as what they are."""
+    try:
+        yield from loader
+    except StorageError as error:  # torch gives the worker's whole traceback as its text
+        raise StorageError(str(error).rstrip().rpartition(f"{StorageError.__name__}: ")[2]) from None
+    except Exception as error:
+        # The pipes of a killed worker break before torch's watchdog notices, in one of several ways.
+        if isinstance(error, UserError) or not (killed := lost_workers(loader)):
+            raise
+        raise RuntimeError(f"loader worker {killed}; after it: {type(error).__name__}: {error}") from error
+
+
+def lost_workers(loader: Any) -> str:
+    """`process 4711 was killed by SIGKILL (by hand, or out of memory)` of the first one that a signal has ended."""
+    deadline = time.monotonic() + 1.0
+    workers = getattr(loader, "_workers", [])
+    while workers and all(worker.exitcode is None for worker in workers) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    for worker in workers:
+        if (worker.exitcode or 0) < 0:
+            why = " (by hand, or out of memory)" if worker.exitcode == -signal.SIGKILL else ""
+            return f"process {worker.pid} was killed by {signal.Signals(-worker.exitcode).name}{why}"
+    return ""
 
 
 def end_workers(loader: weakref.ref[Any]) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from fixres_dist.base.commands import command
+from fixres_dist.base.errors import UserError
 from fixres_dist.base.json_lines import append
 from fixres_dist.data.decoding import Bad
 from fixres_dist.data.index import Index
@@ -24,8 +26,11 @@ def record(run: RunDir, work: StageSession, step: int, seen: list[int]) -> None:
     append(file, {"epoch": epoch, "step": step, "stage": stage.name, "samples": seen, "views": views})
 
 
-def skipping(run: RunDir, ranks: Ranks) -> Callable[[Index, Bad], None]:
-    """What a run does about an image it has to do without: a line in skipped/rank_K.jsonl, once per start."""
+def skipping(run: RunDir, ranks: Ranks, most: int | str) -> Callable[[Index, Bad], None]:
+    """What a run does about an image it has to do without: a line in skipped/rank_K.jsonl, once per start.
+
+    `most`: data.max_skipped, over all ranks and starts; beyond it a UserError is raised.
+    """
     seen: set[str] = set()
 
     def note(index: Index, bad: Bad) -> None:
@@ -35,5 +40,12 @@ def skipping(run: RunDir, ranks: Ranks) -> Callable[[Index, Bad], None]:
             (run.root / "skipped").mkdir(exist_ok=True)
             append(run.root / "skipped" / f"rank_{ranks.rank}.jsonl", {"name": name, "reason": bad.reason})
             print(f"skipped {index.where(bad.sample)}: {bad.reason}", flush=True)
+            limit, skipped = max(10, len(index) // 100) if most == "auto" else int(most), run.skipped()
+            if skipped > limit:
+                verify = command("data verify", "--data", index.folder.parent)
+                raise UserError(
+                    f"{skipped} images could not be decoded, the last one {index.where(bad.sample)}: {bad.reason}. Accepted: "
+                    f"data.max_skipped={limit}. Next: {verify} lists them; or the same command with a higher data.max_skipped"
+                )
 
     return note

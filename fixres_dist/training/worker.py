@@ -92,7 +92,7 @@ def train_stages(run: RunDir, config: Config, ranks: Ranks, stack: contextlib.Ex
         config,
         ranks,
         load_weights=not run.pretrained.exists(),
-        on_skip=samples.skipping(run, ranks),
+        on_skip=samples.skipping(run, ranks, config.data.max_skipped),
         kept=run.root / "choices.json",
         mark=startup.mark,
     )
