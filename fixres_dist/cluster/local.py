@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import re
 import signal
 import sys
 import time
@@ -19,6 +20,7 @@ from fixres_dist.base.files import FULL
 from fixres_dist.base.signals import SIGNALS, StopFlag
 from fixres_dist.cluster import gpus
 from fixres_dist.cluster.jobs import Job
+from fixres_dist.cluster.reasons import last_words
 from fixres_dist.runs.rundir import RunDir
 from fixres_dist.runs.states import UNFINISHED, State
 
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
 
 
 ALONE_S = 90.0  # longer than a rank that ends by itself after another one's error needs (training/ranks.py)
+SAID_WHY = re.compile(r"error|exception|abort|fatal|terminate called", re.IGNORECASE)  # of the last line of a log
 NO_TIMEOUT_MIN = 60 * 24 * 365  # submitit's local executor insists on a limit
 
 
@@ -105,6 +108,9 @@ def name_lost_ranks(
         why = "killed by hand or out of memory"
         if smaller:
             why, again = "and the kernel has killed a process because memory ran out", smaller_batch(again, smaller)
+        words = last_words(gone[0].stdout)
+        if SAID_WHY.search(words) and not smaller:
+            why = f"and its log ends: {words}"
         lost = f"rank {ranks} left no result, {why} (log: {gone[0].stdout})"
     else:
         folder = tasks[0].paths.stdout.parent

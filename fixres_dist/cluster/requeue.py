@@ -8,15 +8,15 @@ fraction of a second.
 
 from __future__ import annotations
 
-import contextlib
-import re
+import os
 import signal
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from fixres_dist.base.files import write_text
-from fixres_dist.cluster import slurm
+from fixres_dist.base.json_lines import read_lines
+from fixres_dist.cluster import reasons, slurm
 from fixres_dist.runs.rundir import RunDir
 from fixres_dist.runs.states import WORKING, Event, State
 
@@ -65,12 +65,19 @@ def stopped(run: RunDir, number: int, step: int, signal_delay_s: float) -> str:
 
 def broke(run: RunDir, why: str, next_command: str) -> None:
     """Any rank, with an error that a retry may mend. In a job the batch script judges it; the first rank's error is
-    kept, since it made the others fail."""
+    kept, since it made the others fail, unless it tells only that another rank was gone."""
     if slurm.own_job() is None:
         run.fail(why, next_command)
         return
-    with contextlib.suppress(FileExistsError), open(run.root / BROKEN, "x") as file:
-        file.write(why)
+    if "SLURM_PROCID" in os.environ:
+        why = f"rank {os.environ['SLURM_PROCID']} on {os.environ.get('SLURMD_NODENAME', 'its node')}: {why}"
+    broken = run.root / BROKEN
+    try:
+        with open(broken, "x") as file:
+            file.write(why)
+    except FileExistsError:
+        if reasons.consequence(broken.read_text()) and not reasons.consequence(why):
+            write_text(broken, why)
 
 
 def leave_to_batch_script(run: RunDir, what: str) -> None:
@@ -120,7 +127,7 @@ def ended(run: RunDir, code: int) -> None:
     if why.by_slurm and (run.root / BROKEN).exists() and not slurm.was_preempted(shown):
         why = slurm.Stop("failure", by_slurm=True)  # a node was lost, and Slurm noticed before the ranks did
     if why.by_slurm or why.reason in ("preempted", "cancelled") or told or shown.get("JobState") not in slurm.ALIVE:
-        settle(run, job, why, told or f"srun ended with {code}")
+        settle(run, job, why, told or ("Slurm ended the step" if code == 0 else f"srun ended with {code}"))
     else:
         failed(run, job, code, cluster.max_restarts)
 
@@ -132,7 +139,12 @@ def failed(run: RunDir, job: str, code: int, max_restarts: int) -> None:
         return  # the user's mistake, which FAILED explains
     broken = run.root / BROKEN
     said = broken.read_text().partition("\n")[0] if broken.exists() else ""
-    why = "; ".join(filter(None, (culprit(run, job) or f"srun ended with {code}", said)))
+    why = reasons.first_cause(run, job, code, said)
+    node, before = (
+        reasons.node_of(why),
+        [e.get("why", "") for e in read_lines(run.events) if e["event"] == Event.REQUEUED],
+    )
+    again = [f"cluster.exclude={node}"] if node and node in map(reasons.node_of, before) else []  # it has failed twice
     failures = state.restarts.get("failure", 0)
     if failures >= max_restarts:
         why = f"{failures} restarts after failures reached cluster.max_restarts; the last: {why}"
@@ -146,22 +158,7 @@ def failed(run: RunDir, job: str, code: int, max_restarts: int) -> None:
         if not refused:
             return
         why = f"{why}; Slurm refused to requeue job {job}: {refused}"
-    run.fail(why, f"{run.command('logs')}, mend it, then {run.command('resume')}")
-
-
-def culprit(run: RunDir, job: str) -> str:
-    """What srun says of the task that died first, such as `n2: task 3: Killed`; empty if its log names none.
-
-    Other tasks break because of that one, or srun terminates them. srun's exit code tells less: it is the highest one,
-    so mostly 143 of a terminated task.
-    """
-    file = run.root / "submitit" / job / f"{job}_0_log.err"
-    text = file.read_text(errors="replace") if file.exists() else ""
-    text = re.split(r"^.*\*\*\* JOB \S+ ON \S+ CANCELLED AT ", text, flags=re.MULTILINE)[-1]  # starts before this one
-    said = re.findall(r"^srun: error: (\S+: tasks? \S+: (?!Terminated).+)$", text, re.MULTILINE)
-    # A task that breaks ends by itself, with a code; srun hears of it before or after the one that a signal ended.
-    said.sort(key=lambda line: "Exited with" in line)
-    return said[0] + (" (by hand, or out of memory)" if said[0].endswith("Killed") else "") if said else ""
+    run.fail(why, f"{run.command('logs')}, mend it, then {run.command('resume', *again)}")
 
 
 if __name__ == "__main__":

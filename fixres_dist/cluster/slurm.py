@@ -97,6 +97,8 @@ def why_stopped(job: Mapping[str, str], signal_delay_s: float) -> Stop:
     if requeued_meanwhile(job):
         return Stop("preempted", by_slurm=True)
     if state not in ALIVE:
+        if state == "PREEMPTED" or ended_by_preemption(job):
+            return Stop("preempted")  # PreemptMode=CANCEL: Slurm ends the job, which may be requeued all the same
         return Stop("timeout" if job.get("Reason") == "TimeLimit" or state == "TIMEOUT" else "cancelled")
     if was_preempted(job):
         return Stop("preempted")
@@ -111,6 +113,16 @@ def requeued_meanwhile(job: Mapping[str, str]) -> bool:
 
 def was_preempted(job: Mapping[str, str]) -> bool:
     return job.get("PreemptTime", "None") not in ("None", "Unknown", "(null)")
+
+
+def ended_by_preemption(job: Mapping[str, str]) -> bool:
+    """Whether `job` ended when it was preempted; one that is cancelled later has another EndTime."""
+    times = (job.get("PreemptTime", ""), job.get("EndTime", ""))
+    try:
+        preempted, end = (time.mktime(time.strptime(text, "%Y-%m-%dT%H:%M:%S")) for text in times)
+    except ValueError:
+        return False
+    return abs(end - preempted) <= 2
 
 
 def seconds_left(job: Mapping[str, str]) -> float:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from fixres_dist.base.files import write_text
-from fixres_dist.cluster import jobs, requeue, slurm, status
+from fixres_dist.cluster import jobs, reasons, requeue, slurm, status
 from fixres_dist.config import reading
 from fixres_dist.config.schema import Config
 from fixres_dist.runs.rundir import RunDir
@@ -27,6 +27,15 @@ RUNNING = {"JobState": "RUNNING", "Restarts": "0", "PreemptTime": "None", "EndTi
         ({"PreemptTime": "2026-01-02T03:04:05"}, slurm.Stop("preempted")),
         ({"JobState": "COMPLETING"}, slurm.Stop("cancelled")),
         ({"JobState": "COMPLETING", "PreemptTime": "2026-01-02T03:04:05"}, slurm.Stop("cancelled")),
+        (  # PreemptMode=CANCEL, measured with Slurm 22.05
+            {"JobState": "COMPLETING", "PreemptTime": "2026-01-02T03:04:05", "EndTime": "2026-01-02T03:04:05"},
+            slurm.Stop("preempted"),
+        ),
+        (  # cancelled by its owner in the grace time
+            {"JobState": "COMPLETING", "PreemptTime": "2026-01-02T03:04:05", "EndTime": "2026-01-02T03:04:12"},
+            slurm.Stop("cancelled"),
+        ),
+        ({"JobState": "PREEMPTED"}, slurm.Stop("preempted")),
         ({"JobState": "COMPLETING", "Restarts": "1"}, slurm.Stop("preempted", by_slurm=True)),
         ({"JobState": "COMPLETING", "Reason": "TimeLimit"}, slurm.Stop("timeout")),
         (
@@ -118,9 +127,9 @@ def test_the_task_that_was_killed_is_named_before_those_that_broke_because_of_it
         "slurmstepd: error: *** JOB 5 ON n1 CANCELLED AT 2026-01-02T03:04:05 DUE TO JOB REQUEUE ***\n"
         f"{broken}srun: error: n1: task 1: Killed\nsrun: error: n1: task 0: Terminated\n"
     )
-    assert requeue.culprit(run, "5") == "n1: task 1: Killed (by hand, or out of memory)"
+    assert reasons.culprit(run, "5") == "n1: task 1: Killed (by hand, or out of memory)"
     log.write_text(f"{broken}srun: error: n1: task 0: Exited with exit code 2\n")
-    assert requeue.culprit(run, "5") == "n2: tasks 2-3: Exited with exit code 1"
+    assert reasons.culprit(run, "5") == "n2: tasks 2-3: Exited with exit code 1"
 
 
 @pytest.mark.parametrize(("preempted", "counted"), [("None", "failure"), ("2026-01-02T03:04:05", "preempted")])
@@ -255,7 +264,7 @@ def test_a_rank_that_hangs_ends_after_the_stop_deadline() -> None:
     out, err = process.communicate(timeout=20)
     assert process.returncode == 1
     assert out == "gave up\n"
-    assert "no common step boundary 0 s after the stop signal" in err
+    assert "no common batch 0 s after the stop signal" in err
 
 
 def test_slurm_is_asked_again_where_the_stop_signal_ended_scontrol(
