@@ -8,8 +8,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+import torch
+from support.commands import DEVICE
 from support.folders import write_photos
 from support.slurm_service import devcluster, slurm_here, undisturbed  # noqa: F401  (fixtures)
+
+from fixres_dist.models import precision
 
 
 def found(*modules: str) -> bool:
@@ -62,10 +66,16 @@ def pytest_sessionstart(session: pytest.Session) -> None:
         for name, there, tests, how, _ in NEEDS:
             what = "fail" if IN_CI else "are skipped"
             reporter.write_line(f"{name}: found" if there else f"{name}: missing, {tests} {what}. Next: {how}")
+        left_out = "none that torch can use, the tests marked gpu are left out; the same tests run on the CPU"
+        reporter.write_line(f"GPU: {'found' if torch.cuda.is_available() else left_out}")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """For `pytest -n 2 --dist loadgroup`: what needs Slurm, which mostly waits, goes to one process, on one cluster."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Without a GPU no test marked gpu. For `pytest -n 2 --dist loadgroup`: what needs Slurm, which mostly waits, goes to
+    one process, on one cluster."""
+    if not torch.cuda.is_available():
+        config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker("gpu")])
+        items[:] = [item for item in items if not item.get_closest_marker("gpu")]
     for item in items:
         slurm = "devcluster" in (*getattr(item, "fixturenames", ()), item.path.stem.removeprefix("test_"))
         item.add_marker(pytest.mark.xdist_group("slurm" if slurm else item.path.name))
@@ -75,6 +85,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def _cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     """No test reads or writes the user's own cache."""
     os.environ["FIXRES_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> torch.device:
+    """Where the test computes, in fp32 that is none of TF32; commands that it starts see a GPU only if that is one."""
+    found = torch.device(request.param)
+    monkeypatch.setenv(DEVICE, found.type)
+    precision.Arithmetic("fp32", found)
+    return found
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,8 @@
-"""Whole runs on one GPU: NCCL with one rank, the built-in example, and a run that is stopped and resumed."""
+"""Whole runs on one GPU: NCCL with one rank, the built-in example, a run that is stopped and resumed, and odd ones."""
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import signal
 import sys
@@ -12,10 +13,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from PIL import Image
 from safetensors.torch import load_file
 from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks.gpu.section import Section, tail
+from fixres_dist.base.json_lines import read_lines
 from fixres_dist.bench.photographs import write_data_set
 from fixres_dist.runs.rundir import RunDir
 
@@ -86,6 +89,91 @@ def resume(section: Section) -> dict[str, Any]:
             found[f"{kind}_largest_difference"] = max(float((a - b).abs().max()) for a, b in pairs)
             found["failed"] = f"the weights of {kind} differ from straight"
     return found
+
+
+def loss_scale(section: Section) -> dict[str, Any]:
+    """fp16 with a loss scale: the last block trains, so that gradients pass through fp16."""
+    words = [*short(section), "run.precision=fp16", "tune.policy=last_block", "tune.bn_stats=ema"]
+    code, run = through(section, "loss_scale", words)
+    lines = [line for line in read_lines(run.metrics) if "loss_scale" in line]
+    if code or not lines:
+        return {"code": code, "failed": tail(section.log, run.root / "FAILED")}
+    ends = {key: [line[key] for line in (lines[0], lines[-1])] for key in ("loss", "loss_scale", "skipped_steps")}
+    return {"code": code, **ends, "images_per_second": round(lines[-1]["images_per_second"], 1)}
+
+
+def cached(section: Section) -> dict[str, Any]:
+    """The same fixing from cached features and from files: how far the two heads are apart."""
+    found: dict[str, Any] = {"codes": {}, "seconds": {}}
+    weights = {}
+    for engine in ("stream", "cached"):
+        more = [
+            "data.train_transform=test",
+            f"run.engine={engine}",
+            f"run.feature_cache={section.scratch / 'features'}",
+        ]
+        found["codes"][engine], run = through(section, engine, [*short(section), *more])
+        file = run.root / "export" / "model.safetensors"
+        if not file.exists():
+            return {**found, "failed": f"{engine}: {tail(section.log, run.root / 'FAILED')}"}
+        found["seconds"][engine] = json.loads(run.results.read_text())["seconds"]
+        weights[engine] = load_file(file)
+        section.save(found)
+    a, b = weights["stream"], weights["cached"]
+    pairs = {key: (a[key].double(), b[key].double()) for key in a if not torch.equal(a[key], b[key])}
+    found["tensors_that_differ"] = sorted(pairs)
+    found["largest_relative_difference"] = max(
+        (float((x - y).abs().max() / x.abs().max()) for x, y in pairs.values()), default=0.0
+    )
+    return found
+
+
+def bad_file(section: Section) -> dict[str, Any]:
+    """A broken JPEG, and files that PIL has to decode, among plain ones: only the broken one may be missing."""
+    words = short(section)
+    root = Path(words[words.index("--data") + 1])
+    files = sorted((root / "train").rglob("*.jpg"))
+    broken, png, cmyk = (files[k] for k in (1, 2, 3))
+    for file, form, mode in ((broken, "JPEG", "RGB"), (png, "PNG", "RGB"), (cmyk, "JPEG", "CMYK")):
+        with Image.open(file) as image:
+            pixels = image.convert(mode)
+        file.unlink()  # other names are links to the same picture
+        pixels.save(file, form)
+    broken.write_bytes(broken.read_bytes()[:600])
+    code, run = through(section, "bad_file", [*words, "data.on_bad=skip"])
+    skipped = [line["name"] for file in run.root.glob("skipped/rank_*.jsonl") for line in read_lines(file)]
+    found: dict[str, Any] = {
+        "code": code,
+        "skipped": skipped,
+        "expected": [f"train/{broken.parent.name}/{broken.name}"],
+    }
+    if code or skipped != found["expected"]:
+        found["failed"] = (
+            tail(section.log, run.root / "FAILED") if code else "other files were skipped than the broken one"
+        )
+    return found
+
+
+def tests(section: Section) -> dict[str, Any]:
+    """The tests that are marked `gpu`, where pytest is installed."""
+    if importlib.util.find_spec("pytest") is None:
+        return {"left_out": "pytest is not installed"}
+    code = section.finish(section.start([sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider"]))
+    found: dict[str, Any] = {"code": code, "said": section.log.read_text(errors="replace")[-1500:]}
+    return found if code in (0, 5) else {**found, "failed": f"exit code {code}"}  # 5: no test left
+
+
+def short(section: Section) -> list[str]:
+    """Words of a run of seconds on photographs of 8 classes."""
+    model, res, images = ("test_efficientnet", 64, 64) if section.cpu else ("tf_efficientnet_b0", 224, 512)
+    words = [*small(section, model, res, images), "tune.epochs=2", "tune.global_batch=32", "run.log_every=1"]
+    return [*words, "tune.bn_stats_images=256", "run.eval_every=0", "run.compile=false"]
+
+
+def through(section: Section, name: str, words: list[str]) -> tuple[int, RunDir]:
+    """(exit code, run directory) of a run to its end."""
+    command, run = submit(section, name, *words)
+    return section.finish(section.start(command)), run
 
 
 def stopped(section: Section, command: list[str], run: RunDir) -> int:

@@ -21,6 +21,7 @@ from fixres_dist.bench import step, turns
 from fixres_dist.bench.photographs import write_data_set
 from fixres_dist.bench.result import row_of
 from fixres_dist.bench.setting import CLASSES, Build, Setting, Work, opened, pictures, prepared, timed
+from fixres_dist.models import precision
 from fixres_dist.models.parts import parts_of
 
 # Published resolutions, the dearest last. Plain steps halve a batch that does not fit.
@@ -38,34 +39,57 @@ def setting(section: Section, short: str, res: int, batch: int) -> Setting:
 
 
 def measure(section: Section, label: str, plans: list[Plan], until: float, found: dict[str, Any]) -> None:
-    """Add a row of each plan to `found`, in turn, from one process; what fails has its reason there."""
+    """Put a row of each plan into `found`, from one process in which they take turns; what fails has its reason there."""
+    rows: dict[str, dict[str, Any]] = {}
+    others = list(found["rows"])
     with turns.Worker(partial(measured, plans)) as worker:
-        for name, *_ in plans:
+        while True:
             try:
                 row = worker.next(max(1.0, until - time.monotonic()))
             except turns.Failed as error:
-                found["failed"][f"{label} from {name} on"] = str(error)
+                found["failed"][f"{label} from here on, after {len(rows)} rows"] = str(error)
+                return
+            if row is None:
                 return
             if "error" in row:
-                found["failed"][f"{label} {name}"] = row["error"]
+                found["failed"][f"{label} {row['name']}"] = row["error"]
             else:
-                found["rows"].append(row | {"name": f"{label} {row['name']}"})
+                rows[row["name"]] = row | {"name": f"{label} {row['name']}"}
+            found["rows"] = [*others, *rows.values()]
             section.save(found)
             print("  ", label, row, flush=True)
 
 
-def measured(plans: list[Plan]) -> Iterator[dict[str, Any]]:
-    for name, build, one in plans:
-        try:
-            timer = timed(build(opened(one), one), one.seconds, 0.0)
-            next(timer)
-            row = asdict(row_of(name, [next(timer) for _ in range(2)], one.batch))
-            del timer
-            if torch.cuda.is_available():
+def measured(plans: list[Plan]) -> Iterator[dict[str, Any] | None]:
+    """A row of each plan after each of its two counted turns, so that what is known stands if the time ends; None at the end.
+
+    The plans stay alive and take turns; each one's memory is what its own first turn adds to the others'.
+    """
+    cuda = torch.cuda.is_available()
+    timers, peaks, counted = {}, dict[str, float](), dict[str, list[turns.Turn]]()
+    for k in range(3):
+        for name, build, one in plans:
+            if k and name not in timers:
+                continue
+            try:
+                if not k:
+                    before = torch.cuda.memory_allocated() / 2**20 if cuda else 0.0
+                    timers[name] = timed(build(opened(one), one), one.seconds, 0.0)
+                precision.Arithmetic(
+                    one.precision, torch.device("cuda" if cuda else "cpu")
+                )  # sets torch's tf32 switches
+                turn = next(timers[name])
+                if k:
+                    counted.setdefault(name, []).append(turn._replace(peak_mib=peaks[name]))
+                    yield asdict(row_of(name, counted[name], one.batch))
+                else:
+                    peaks[name] = turn.peak_mib - before
+            except Exception as error:
+                timers.pop(name, None)
+                yield {"name": name, "error": f"{type(error).__name__}: {str(error)[:300]}"}
+            if cuda:
                 torch.cuda.empty_cache()
-        except Exception as error:
-            row = {"name": name, "error": f"{type(error).__name__}: {str(error)[:300]}"}
-        yield row
+    yield None
 
 
 def speed(section: Section) -> dict[str, Any]:

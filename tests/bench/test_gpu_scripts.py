@@ -39,7 +39,7 @@ def test_sections_run_without_a_gpu(tmp_path: Path) -> None:
 
 
 def test_runs_train_and_resume_without_a_gpu(tmp_path: Path) -> None:
-    code, result, said = start("checks", tmp_path, "--sections", "train,resume,end_to_end")
+    code, result, said = start("checks", tmp_path, "--sections", "train,resume,loss_scale,cached,bad_file,end_to_end")
     assert code == 0, said
     found = result["sections"]
     assert set(found["train"]["before"]) == set(found["train"]["after"]) >= {"top1", "loss"}
@@ -48,6 +48,9 @@ def test_runs_train_and_resume_without_a_gpu(tmp_path: Path) -> None:
     assert found["resume"]["stopped_at"] > 0
     assert found["resume"]["again_equals_straight"]
     assert found["resume"]["stopped_equals_straight"]
+    assert found["loss_scale"]["loss_scale"][0] > 1
+    assert found["cached"]["largest_relative_difference"] < 1e-3
+    assert found["bad_file"]["skipped"] == found["bad_file"]["expected"]
     assert "data_wait_percent" in found["end_to_end"]["rows_vs"]
 
 

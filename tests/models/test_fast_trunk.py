@@ -30,10 +30,12 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda")
 CHANNELS_LAST = fast_trunk.Arrangement("channels_last", False)
 
 
-def session(model: nn.Module, kept: Path | None = None, number: str = "fp32", *items: str) -> Session:
+def session(
+    model: nn.Module, kept: Path | None = None, number: str = "fp32", *items: str, device: torch.device = CPU
+) -> Session:
     config = reading.parse(Config, reading.overrides(["data.res=64", "run.batch_per_device=8", *items]))
-    ranks, spec = Ranks(0, 1, 1, ("here",), CPU), preprocessing("test_efficientnet")
-    arithmetic = precision.Arithmetic(number, CPU)
+    ranks, spec = Ranks(0, 1, 1, ("here",), device), preprocessing("test_efficientnet")
+    arithmetic = precision.Arithmetic(number, device)
     return Session(config, ranks, model, spec, {}, (), {}, arithmetic, torch.channels_last, lambda *_: None, kept)
 
 
@@ -53,12 +55,14 @@ def pictures(n: int) -> torch.Tensor:
         ("convnext_atto", "classifier", [(320,)]),
     ],
 )
-def test_folded_split_and_laid_out_it_is_the_same_function(name: str, policy: str, kept: list[tuple[int, ...]]) -> None:
-    model = lived_in(build_model(name, 5))
+def test_folded_split_and_laid_out_it_is_the_same_function(
+    name: str, policy: str, kept: list[tuple[int, ...]], device: torch.device
+) -> None:
+    model = lived_in(build_model(name, 5)).to(device)
     before = {key: value.clone() for key, value in model.state_dict().items()}
     parts = parts_of(model, policy)
     assert parts.trunk is not None
-    images = torch.randn(2, 3, 64, 64)
+    images = torch.randn(2, 3, 64, 64, device=device)
     with torch.no_grad():
         expected = parts.trunk(images)
         for layout in fast_trunk.FORMATS:
@@ -109,16 +113,16 @@ def test_tf32_folds_what_fp32_folds(monkeypatch: pytest.MonkeyPatch, name: str, 
 
 
 @pytest.mark.parametrize("name", ["tf_efficientnet_b0", "densenet121"])
-def test_low_precision_means_low_precision_weights_and_an_untouched_model(name: str) -> None:
+def test_low_precision_means_low_precision_weights_and_an_untouched_model(name: str, device: torch.device) -> None:
     """A DenseNet's BatchNorms come before convolutions, so most cannot be folded: they keep fp32 for narrow inputs."""
-    model = build_model(name, 5)
+    model = build_model(name, 5).to(device)
     parts = parts_of(model, "classifier+bn")
     assert parts.trunk is not None
     fast = fast_trunk.arranged(fast_trunk.prepared(parts.trunk, torch.bfloat16)[0], torch.bfloat16, CHANNELS_LAST)
     for module in fast.modules():
         if isinstance(module, nn.Conv2d):
             assert module.weight.dtype == torch.bfloat16
-    images = torch.randn(2, 3, 64, 64)
+    images = torch.randn(2, 3, 64, 64, device=device)
     with torch.no_grad():
         for a, b in zip(parts.trunk(images), fast(images), strict=True):
             assert b.dtype == torch.bfloat16
@@ -127,15 +131,15 @@ def test_low_precision_means_low_precision_weights_and_an_untouched_model(name: 
 
 
 @pytest.mark.parametrize("number", ["fp32", "bf16"])
-def test_kept_features_are_the_streamed_inputs_bit_by_bit(tmp_path: Path, number: str) -> None:
-    model = lived_in(build_model("test_efficientnet", 5))
-    live = session(model, None, number)
+def test_kept_features_are_the_streamed_inputs_bit_by_bit(tmp_path: Path, number: str, device: torch.device) -> None:
+    model = lived_in(build_model("test_efficientnet", 5)).to(device)
+    live = session(model, None, number, "run.memory_format=channels_last", device=device)
     parts = live.with_fast_trunk(parts_of(model, "classifier+bn"))
     made = live.trunk_features(parts.trunk, pictures(6))
     assert made[0].dtype == precision.DTYPES.get(number, torch.float32)
     store = open_store(tmp_path, {}, 6, 1, made)
     begin_writing(store, {})
-    store.write((0, 6), [(np.arange(6), [made])])
+    store.write((0, 6), [(np.arange(6), [tuple(f.cpu() for f in made)])])
     sizes, labels = np.full((6, 2), 64, np.int32), np.zeros(6, np.int32)
     found = Index(tmp_path, ("a",), b"", np.zeros(6, np.int64), labels, sizes, np.zeros(6, np.uint32))
     how = Pictures("test", 64, geometry.resize_of("fixefficientnet", 64, 0.875, "bicubic"), 0)

@@ -14,14 +14,14 @@ from fixres_dist.models.parts import parts_of
 @pytest.mark.parametrize(
     ("name", "count"), [("test_efficientnet", 12), ("tf_efficientnet_b0", 48), ("resnet18", 19), ("densenet121", 59)]
 )
-def test_folding_is_exact_and_leaves_the_model_alone(name: str, count: int) -> None:
-    model = lived_in(build_model(name, 5))
+def test_folding_is_exact_and_leaves_the_model_alone(name: str, count: int, device: torch.device) -> None:
+    model = lived_in(build_model(name, 5)).to(device)
     before = {k: v.clone() for k, v in model.state_dict().items()}
     parts = parts_of(model, "classifier+bn")
     assert parts.trunk is not None
     trunk, folded = folding.folded(parts.trunk, 64)
     assert folded == count
-    images = torch.randn(2, 3, 96, 96)
+    images = torch.randn(2, 3, 96, 96, device=device)
     with torch.no_grad():
         for a, b in zip(parts.trunk(images), trunk(images), strict=True):
             assert float((a - b).abs().max() / a.abs().max()) < 1e-5

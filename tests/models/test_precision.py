@@ -248,3 +248,25 @@ def test_fp32_gradients_are_not_scaled() -> None:
         scale = precision.LossScale(precision.Arithmetic(name, CPU), optimizer, head)
         assert scale.metrics() == {}
         assert scale.value == 1.0
+
+
+def test_fp16_scales_the_loss_and_skips_an_overflow(device: torch.device) -> None:
+    arithmetic, head = precision.Arithmetic("fp16", device), nn.Linear(4, 3).to(device)
+    optimizer = precision.sgd("torch", list(head.parameters()), 0.0, 0.0)
+    optimizer.param_groups[0]["lr"] = 0.5
+    scale, x = precision.LossScale(arithmetic, optimizer, head), torch.ones(2, 4, device=device)
+    before = head.bias.detach().clone()
+    for factor in (1.0, float("inf")):
+        optimizer.zero_grad()
+        with arithmetic.low():
+            out = head(x)
+        assert out.dtype == torch.float16
+        scale.backward(out.float().sum() * 1e-6 * factor, last=True)
+        if factor == 1.0:  # fp16 has nothing below 6e-8: unscaled, this gradient keeps few of its bits
+            torch.testing.assert_close(head.bias.grad, torch.full_like(before, 2e-6), rtol=1e-3, atol=0)
+        assert scale.step() == (factor == 1.0)
+    torch.testing.assert_close(before - head.bias, torch.full_like(before, 1e-6), rtol=0.1, atol=0)
+    assert scale.metrics() == {"loss_scale": 2.0**15, "skipped_steps": 1}
+    again = precision.LossScale(arithmetic, optimizer, head)
+    again.restore(scale.state())
+    assert again.metrics() == scale.metrics()

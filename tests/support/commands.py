@@ -13,6 +13,7 @@ from pathlib import Path
 from fixres_dist.base.commands import FORM
 
 ROOT = Path(__file__).parents[2]
+DEVICE = "FIXRES_TEST_DEVICE"  # cuda: commands see the GPU; conftest's fixture `device` sets it
 
 
 def command(*arguments: object) -> list[str]:
@@ -25,7 +26,8 @@ def command(*arguments: object) -> list[str]:
 def environment() -> dict[str, str]:
     """Of a user's shell, whatever commands ran in this process before."""
     kept = {name: value for name, value in os.environ.items() if name != FORM}
-    return {**kept, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    hidden = {} if os.environ.get(DEVICE) == "cuda" else {"CUDA_VISIBLE_DEVICES": ""}
+    return {**kept, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **hidden}
 
 
 def run(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:

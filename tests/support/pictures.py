@@ -93,15 +93,19 @@ def torch_batches(samples: Index, requests: list[Request], pictures: Pictures) -
 
 
 def dali_batches(
-    samples: Index, requests: list[Request], pictures: Pictures, two_passes: bool | None = None
+    samples: Index,
+    requests: list[Request],
+    pictures: Pictures,
+    two_passes: bool | None = None,
+    device_id: int | None = None,
 ) -> list[Batch]:
     largest = max(1, *(len(r.samples) for r in requests))
-    settings = dali.Settings(largest, 2)
+    settings = dali.Settings(largest, 2, device_id)
     return list(dali.batches(samples, requests, pictures.res, pictures.resize, settings, two_passes))
 
 
 def pixels(batches: list[Batch]) -> Pixels:
-    return torch.cat([batch.images for batch in batches]).permute(0, 2, 3, 1).numpy().astype(np.int16)
+    return torch.cat([batch.images for batch in batches]).permute(0, 2, 3, 1).cpu().numpy().astype(np.int16)
 
 
 def one_batch(
