@@ -18,6 +18,7 @@ from fixres_dist.base.commands import smaller_batch
 from fixres_dist.base.errors import EXIT_DONE, EXIT_FAILED
 from fixres_dist.base.files import FULL
 from fixres_dist.base.signals import SIGNALS, StopFlag
+from fixres_dist.base.watchdog import NO_PROGRESS
 from fixres_dist.cluster import gpus
 from fixres_dist.cluster.jobs import Job
 from fixres_dist.cluster.reasons import last_words
@@ -99,7 +100,7 @@ def name_lost_ranks(
     if (
         state.final
         or state.state == State.CANCELLED
-        or said.startswith(tuple(FULL.values()))
+        or said.startswith((*FULL.values(), NO_PROGRESS))
         or (said and (ended_some or not gone))
     ):
         return  # explained already; on a full disk a rank cannot leave a result either

@@ -42,7 +42,14 @@ def begin(run: RunDir, world_size: int, nodes: Sequence[str]) -> None:
     for left in (run.failed, run.root / STOP_UNJUDGED, run.root / BROKEN):
         left.unlink(missing_ok=True)
     run.event(Event.STARTED, world_size=world_size, nodes=list(nodes), job_id=job, step=run.saved_step())
-    changes |= {"reason": None, "final": False, "nodes": list(nodes), "world_size": world_size}
+    changes |= {
+        "eta_s": None,
+        "images_per_second": None,
+        "reason": None,
+        "final": False,
+        "nodes": list(nodes),
+        "world_size": world_size,
+    }
     run.update_state(Event.STARTED, **changes)
 
 

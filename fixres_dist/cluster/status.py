@@ -28,6 +28,7 @@ STANDING = (
     "REQUEUE_HOLD",
     "SPECIAL_EXIT",
 )  # squeue's states of jobs that do no work
+IDLE_S = 120.0  # a start compiles, and loaders wait for a file system, for so long without a batch
 GRACE_S = 60.0  # a job appears in squeue, or leaves it, a moment before its run directory says so
 
 
@@ -100,14 +101,16 @@ def readable_row(run: RunDir, state: RunState, queue: Mapping[str, slurm.Queued]
 def row(run: RunDir, state: RunState, queue: Mapping[str, slurm.Queued] | None) -> Row:
     now, reason = as_seen(run, state, queue)
     job = (queue or {}).get(state.slurm_job or "", slurm.Queued("", "", ""))
-    at_work = now in WORKING and job.state not in STANDING
+    idle_s = no_progress_s(run) if now in WORKING else 0.0
+    at_work = now in WORKING and job.state not in STANDING and not idle_s
+    idle = f"no progress for {duration(idle_s)}" if idle_s else ""
     skipped = run.skipped()
     step = state.total_steps if now == State.DONE and state.total_steps else state.step
     tops = [x["top1"] for x in read_lines(run.metrics) if "top1" in x and x.get("evaluation") != OTHER_SIZE]
     return Row(
         name=run.name,
         state=now,
-        reason="; ".join(filter(None, (reason, f"{skipped} images skipped" if skipped else ""))),
+        reason="; ".join(filter(None, (reason, idle, f"{skipped} images skipped" if skipped else ""))),
         step=step,
         total_steps=state.total_steps,
         percent=round(100 * step / state.total_steps, 1) if state.total_steps else None,
@@ -150,6 +153,15 @@ def as_seen(run: RunDir, state: RunState, queue: Mapping[str, slurm.Queued] | No
     elif now in WORKING and not job and not run.is_locked():
         return lost.state, f"its process is gone{room(run)}. Next, from the last checkpoint: {run.submit_command()}"
     return now, "; ".join(filter(None, reasons))
+
+
+def no_progress_s(run: RunDir) -> float:
+    """Seconds since the last batch or phase of the start, where they are more than IDLE_S; else 0."""
+    try:
+        idle_s = time.time() - run.progress.stat().st_mtime
+    except OSError:  # a run of an older version
+        return 0.0
+    return idle_s if idle_s > IDLE_S else 0.0
 
 
 def room(run: RunDir) -> str:

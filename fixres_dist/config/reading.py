@@ -40,7 +40,7 @@ OPERATIONAL = {
     },
     "run": {
         *("optimizer", "activation_checkpointing", "batch_per_device", "memory_format", "compile"),
-        *("deterministic", "engine", "feature_cache", "log_every", "save_every_s", "record_samples"),
+        *("deterministic", "engine", "feature_cache", "log_every", "save_every_s", "watchdog_s", "record_samples"),
     },
 }
 

@@ -146,12 +146,14 @@ class Run:
     batch_per_device: int | Literal["auto"] = "auto"  # images per forward of a rank; auto: chosen from the resolution
     log_every: int = 10  # optimizer steps
     save_every_s: float = 300.0
+    # With no batch for so long the run is ended and tried again (0: never); three times that before the first step.
+    watchdog_s: float = 600.0
     eval_every: int = 1  # epochs; 0: only before and after
     record_samples: bool = False  # samples/rank_K.jsonl: which sample, in which view, at which step
 
     def __post_init__(self) -> None:
         at_least(self, 1, "log_every", "batch_per_device")
-        at_least(self, 0, "save_every_s", "eval_every")
+        at_least(self, 0, "save_every_s", "watchdog_s", "eval_every")
         if not 0 <= self.seed < 2**63:
             raise UserError(f"seed is {self.seed}; accepted: 0 .. 2**63 - 1.")
 

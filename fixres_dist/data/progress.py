@@ -9,6 +9,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+from fixres_dist.base import watchdog
+
 Progress = Callable[[int, int], None]  # (done, total)
 
 
@@ -19,6 +21,7 @@ def progress_bar(note: str, show: bool = True) -> Iterator[Progress]:
 
     def report(done: int, total: int) -> None:
         nonlocal bar
+        watchdog.beat()
         if bar is None:
             hidden = None if show else True  # None: hidden where stderr is no terminal
             bar = tqdm(total=total, desc=note, unit="img", leave=False, file=sys.stderr, disable=hidden)

@@ -58,6 +58,7 @@ class RunDir:
     prepared = File("prepared.sh")  # what slurm/train.sbatch takes from the run's settings
     partial = File("partial")  # what an interrupted evaluation or measurement has found
     pretrained = File("pretrained.safetensors")  # the whole model after stage one, once that is complete
+    progress = File("progress")  # empty; its time of change is that of the last batch
     results = File("results.json")
     state_file = File("state.json")
     submission = File("submission.sh")

@@ -248,8 +248,10 @@ def loop(training: Training, startup: StartUp) -> None:
         norm = float(nn.utils.get_total_norm([p.grad for p in trainable if p.grad is not None])) if logging else 0.0
         norm = norm if training.scale.step() else 0.0
         training.progress = replace(training.progress, step=done, seconds=time.monotonic() - started)
-        if tracker and startup.running:
-            run.event("first step", **startup.stop())
+        if startup.running:
+            phases = startup.stop()
+            if tracker:
+                run.event("first step", **phases)
         if settings.record_samples:
             samples.record(run, work, step, seen)
         if logging:

@@ -25,14 +25,14 @@ import torch
 import torch.distributed as dist
 from torch.distributed import Store, TCPStore  # type: ignore[attr-defined,unused-ignore]  # torch does not list it in __all__
 
-from fixres_dist.base import memory
+from fixres_dist.base import memory, watchdog
 from fixres_dist.base.errors import EXIT_FAILED, UserError
 from fixres_dist.base.files import write_text
 from fixres_dist.base.signals import StopFlag, Stopped
 from fixres_dist.cluster import slurm
 
 T = TypeVar("T")
-MEET_TIMEOUT_S = 600.0  # nodes of one job can start minutes apart
+MEET_TIMEOUT_S = 300.0  # nodes of one job can start minutes apart
 COLLECTIVE_TIMEOUT_S = 1800.0  # rank 0 may compile or write for minutes while the others wait
 LEAVE_TIMEOUT_S = 60.0
 
@@ -77,6 +77,7 @@ class Ranks:
 
         All ranks call it at the same batch.
         """
+        watchdog.beat()
         number, *found = self.highest([self.flag.signal if self.flag else 0, *values])
         if number:
             raise Stopped(number)
@@ -93,6 +94,7 @@ class Ranks:
         kept_at, more = time.monotonic(), 1
         while more:
             batch = next(batches, None)
+            watchdog.beat()
             due = self.is_main and time.monotonic() - kept_at >= every_s
             number, due_now, more = self.highest([self.flag.signal, due, batch is not None])
             if number or due_now:
@@ -179,7 +181,7 @@ def join(run_folder: Path, keep_memory: bool = True, flag: StopFlag | None = Non
     """Join the other ranks of this start; a single process needs no process group.
 
     `keep_memory`: on a CPU, use freed memory again (base/memory.py); False leaves the process as it is.
-    Raises UserError where rank 0 does not publish its address within MEET_TIMEOUT_S, RuntimeError where another rank does
+    Raises RuntimeError where rank 0 does not publish its address within MEET_TIMEOUT_S, or where another rank does
     not come, which a retry may mend.
     """
     rank, world, local_rank, local_size, key = launched(os.environ)
@@ -247,8 +249,9 @@ def meet(file: Path, rank: int, world: int, many_nodes: bool) -> TCPStore:
     # The folder is listed because NFS caches that a name was not there.
     while not (file.parent.exists() and file.name in os.listdir(file.parent)):
         if time.monotonic() > deadline:
-            raise UserError(
-                f"rank {rank} waited {MEET_TIMEOUT_S:.0f} s for rank 0 to publish {file}; is the run directory shared by all nodes?"
+            raise RuntimeError(
+                f"rank {rank} waited {MEET_TIMEOUT_S:.0f} s for rank 0, which has not published {file}: it has not started, it "
+                "has ended (its log may say why), or the run directory is not shared by all nodes"
             )
         time.sleep(0.05)
     found = json.loads(file.read_text())

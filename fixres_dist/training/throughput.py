@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from fixres_dist.base import watchdog
 from fixres_dist.training.cache.store import Loaded
 from fixres_dist.training.ranks import Ranks
 
@@ -32,6 +33,7 @@ class Meter:
     def waiting(self, batches: Iterator[Loaded]) -> Iterator[Loaded]:
         """`batches`, with the time the caller waits for each one counted."""
         while True:
+            watchdog.beat()
             asked = time.monotonic()
             batch = next(batches, None)
             self.wait_s += time.monotonic() - asked
@@ -69,6 +71,7 @@ class StartUp:
 
     def mark(self, phase: str) -> None:
         """`phase` ends now; what came since the mark before is its time."""
+        watchdog.beat()
         now = time.time()
         self.phases[phase] = round(self.phases.get(phase, 0.0) + now - self.marked, 3)
         self.marked = now

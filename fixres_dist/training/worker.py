@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import time
 from pathlib import Path
 
 from safetensors.torch import load_file
 
+from fixres_dist.base import watchdog
 from fixres_dist.base.commands import smaller_batch
 from fixres_dist.base.errors import EXIT_DONE, EXIT_FAILED, EXIT_USER, UserError
 from fixres_dist.base.files import no_room
-from fixres_dist.base.json_lines import keep_lines, write_json
+from fixres_dist.base.json_lines import keep_lines, read_lines, write_json
 from fixres_dist.base.locks import STALE_S
 from fixres_dist.base.signals import StopFlag, Stopped
 from fixres_dist.cluster import requeue, slurm
@@ -25,7 +28,7 @@ from fixres_dist.training import plan, samples
 from fixres_dist.training.auto_batch import DoesNotFit
 from fixres_dist.training.divergence import Diverged
 from fixres_dist.training.loop import train_stage
-from fixres_dist.training.ranks import Ranks, abort, join
+from fixres_dist.training.ranks import Ranks, abort, join, launched
 from fixres_dist.training.session import Session, open_session
 from fixres_dist.training.stages import stages
 from fixres_dist.training.throughput import StartUp
@@ -67,8 +70,9 @@ def work(run: RunDir, config: Config, flag: StopFlag) -> int:
     if in_slurm:
         seconds = 0.8 * config.cluster.signal_delay_s
         flag.deadline(seconds, lambda: requeue.leave_to_batch_script(run, "stop deadline"))
-    ranks = join(run.root, flag=flag)
     with contextlib.ExitStack() as stack:
+        stack.enter_context(watched(run, config, startup))
+        ranks = join(run.root, flag=flag)
         stack.push(lambda error, *_: None if error else ranks.stop())
         if (code := ranks.from_main(lambda: claim(run, ranks, stack))) is not None:
             return code
@@ -83,6 +87,32 @@ def work(run: RunDir, config: Config, flag: StopFlag) -> int:
         if ranks.is_main:
             run.finish()
         return EXIT_DONE
+
+
+def watched(run: RunDir, config: Config, startup: StartUp) -> contextlib.AbstractContextManager[None]:
+    """Ends this rank where no batch progresses (base/watchdog.py), and says which rank stands where; rank 0 keeps the time
+    of the last batch for `status`."""
+    rank, world_size, *_ = launched(os.environ)
+
+    def limit_s() -> float:
+        return config.run.watchdog_s * (3 if startup.running else 1)
+
+    def seen(idle_s: float) -> None:
+        if rank == 0:
+            at = time.time() - idle_s
+            with contextlib.suppress(OSError):  # a full disk: the run itself will tell
+                run.progress.touch()
+                os.utime(run.progress, (at, at))
+
+    def give_up(place: str, limit: float) -> None:
+        since = time.time() - limit
+        run.event(watchdog.NO_PROGRESS, rank=rank, at=place, limit_s=limit)
+        time.sleep(min(10.0, limit / 4))  # the other ranks tell theirs
+        told = [x for x in read_lines(run.events) if x["event"] == watchdog.NO_PROGRESS and x["time"] > since]
+        why = watchdog.reason({line["rank"]: line["at"] for line in told}, world_size, limit)
+        requeue.broke(run, why, f"again, from the last checkpoint: {run.submit_command()}")
+
+    return watchdog.watching(limit_s, seen, give_up)
 
 
 def train_stages(run: RunDir, config: Config, ranks: Ranks, stack: contextlib.ExitStack, startup: StartUp) -> None:

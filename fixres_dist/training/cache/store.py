@@ -26,6 +26,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from fixres_dist.base import watchdog
 from fixres_dist.base.files import whole
 from fixres_dist.base.json_lines import write_json
 from fixres_dist.data import decoding
@@ -101,6 +102,7 @@ class Store:
         """Remove this rank's share of the segments where their bytes are not those that were written, or where a picture of
         `index` that could not be decoded then can be now: a disk's bad day is not to cost later runs a picture."""
         for span in self.segments()[rank::world_size]:
+            watchdog.beat()
             crc, left = 0, (span[1] - span[0]) * self.sample_bytes
             with open(self.path(span), "rb") as file:
                 while left:

@@ -1,0 +1,92 @@
+"""A process in which no batch progresses for too long says where it stands and ends. No torch.
+
+Without it a rank that hangs holds its nodes, and the others wait for it in a collective.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+NO_PROGRESS = "no progress for"  # how every reason begins that comes from here
+PACKAGE = Path(__file__).parents[1]
+POLLS, LONGEST_POLL_S = 20, 5.0  # looks within the limit
+latest = time.monotonic()  # of this process's last sign of progress
+
+
+def beat() -> None:
+    """A sign of progress: a batch, a phase of the start, a part of a long scan."""
+    global latest
+    latest = time.monotonic()
+
+
+@contextlib.contextmanager
+def watching(
+    limit_s: Callable[[], float], seen: Callable[[float], None], give_up: Callable[[str, float], None]
+) -> Iterator[None]:
+    """While the block runs, a thread looks after the process.
+
+    At every look it calls `seen(idle_s)` with the seconds since the last sign of progress. Once they exceed `limit_s()`
+    (0: never), it prints the stacks of all threads to stderr, calls `give_up(place, limit_s)` with the line at which the
+    main thread stands, and ends the process with exit code 1.
+    """
+    beat()
+    ended = threading.Event()
+
+    def watch() -> None:
+        while True:
+            seen(time.monotonic() - latest)
+            limit = limit_s()
+            poll = min(LONGEST_POLL_S, limit / POLLS or LONGEST_POLL_S)
+            asked = time.monotonic()
+            if ended.wait(poll):
+                return
+            if time.monotonic() - asked > 2 * poll + 1:
+                beat()  # this process was suspended, and every other thread of it too
+            if limit and time.monotonic() - latest > limit:
+                print(f"{NO_PROGRESS} {limit:.0f} s: the stacks of all threads", file=sys.stderr, flush=True)
+                faulthandler.dump_traceback()
+                give_up(place(), limit)
+                os._exit(1)
+
+    thread = threading.Thread(target=watch, name="watchdog", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+
+
+def place() -> str:
+    """The innermost line of this package at which the main thread is: `training/ranks.py:80 highest`."""
+    frame = sys._current_frames().get(threading.main_thread().ident or 0)
+    while frame is not None:
+        file = Path(frame.f_code.co_filename)
+        if file.is_relative_to(PACKAGE):
+            return f"{file.relative_to(PACKAGE)}:{frame.f_lineno} {frame.f_code.co_name}"
+        frame = frame.f_back
+    return "code outside of this package"
+
+
+def reason(places: dict[int, str], world_size: int, limit_s: float) -> str:
+    """Why the run is ended, from where each rank that answers stands: the fewest come first, since the others wait for
+    them; a rank that does not answer is suspended, or its node is lost."""
+    at: dict[str, list[int]] = {}
+    for rank, where in sorted(places.items()):
+        at.setdefault(where, []).append(rank)
+    silent = [rank for rank in range(world_size) if rank not in places]
+    parts = [f"{named(silent)} does not answer (suspended, or its node is lost)"] if silent else []
+    parts += [f"{named(ranks)} in {where}" for where, ranks in sorted(at.items(), key=lambda item: len(item[1]))]
+    return f"{NO_PROGRESS} {limit_s:.0f} s (run.watchdog_s): {'; '.join(parts)}; stacks of all threads are in the logs"
+
+
+def named(ranks: list[int]) -> str:
+    more = f" and {len(ranks) - 8} more" if len(ranks) > 8 else ""
+    return f"rank {', '.join(map(str, ranks[:8]))}{more}"
