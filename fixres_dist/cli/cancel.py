@@ -17,21 +17,25 @@ from fixres_dist.cli.arguments import add_runs_dir
 from fixres_dist.cluster import slurm, status
 from fixres_dist.runs.rundir import RunDir
 
-EXAMPLES = ("b0-320", "b0-320 b1-384 --runs-dir /scratch/runs")
+EXAMPLES = ("b0-320", "b0-320 b1-384 --runs-dir /scratch/runs", "mygrid")
 FIRST_S = 0.5
 WAIT_S = 120.0  # Slurm kills what has not left after KillWait, 30 s by default
 
 
 def add_arguments(p: argparse.ArgumentParser) -> None:
-    p.add_argument("names", nargs="+", metavar="NAME", help="the submit command, or resume, goes on from there")
+    p.add_argument(
+        "names", nargs="+", metavar="NAME", help="runs, or a grid or table by its name; resume goes on from there"
+    )
     add_runs_dir(p)
 
 
 def run(args: argparse.Namespace) -> int:
-    return max([cancel(run) for run in [status.find(name, args.runs_dir) for name in args.names]])
+    told = [(run, stop(run)) for run in status.named(args.names, args.runs_dir)]  # all, before one is waited for
+    return max(wait_for(run, left) for run, left in told)
 
 
-def cancel(run: RunDir) -> int:
+def stop(run: RunDir) -> Callable[[], bool] | None:
+    """Tell the run to stop; returns what waits for that, None where nothing is to be stopped."""
     job, user = run.state().slurm_job, owner(run.root)
     queued = slurm.queue([user]) if job else {}
     if queued is None:
@@ -40,17 +44,24 @@ def cancel(run: RunDir) -> int:
         answer = slurm.call("scancel", job)
         if answer is None or answer.returncode:
             raise UserError(f"scancel {job}: {answer.stderr.strip() if answer else 'no answer'}")
-        left = wait(lambda: (now := slurm.queue([user])) is not None and job not in now, most_s=status.SLURM_EVERY_S)
-    elif run.is_locked():
+        return lambda: wait(
+            lambda: (now := slurm.queue([user])) is not None and job not in now, most_s=status.SLURM_EVERY_S
+        )
+    if run.is_locked():
         host, pid = holder(run.root / ".lock")
         if host != socket.gethostname():
             raise UserError(f"{run.name} runs on {host}, outside of Slurm. Next: the same command there.")
         os.kill(pid, signal.SIGTERM)  # its ranks agree on the signal
-        left = wait(lambda: not run.is_locked(), most_s=FIRST_S)
-    else:
-        print(f"{run.name} is {status.rows([run])[0].state}, so there is nothing to cancel")
+        return lambda: wait(lambda: not run.is_locked(), most_s=FIRST_S)
+    print(f"{run.name} is {status.rows([run])[0].state}, so there is nothing to cancel")
+    return None
+
+
+def wait_for(run: RunDir, left: Callable[[], bool] | None) -> int:
+    """Wait until the run has left, and say how to go on; returns the exit code."""
+    if left is None:
         return EXIT_DONE
-    if not left:
+    if not left():
         print(f"{run.name} has not left after {WAIT_S:.0f} s. Next: {run.command('status')}", file=sys.stderr)
         return EXIT_FAILED
     run.cancel("cancelled; the same command goes on")  # where it had not started, or was killed before it could write

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import re
 from dataclasses import asdict
+from typing import get_type_hints
 
 from fixres_dist.base.errors import EXIT_DONE
 from fixres_dist.base.files import write_text
@@ -13,13 +15,15 @@ from fixres_dist.cli.arguments import add_overrides, add_runs_dir
 from fixres_dist.cluster import gpus, jobs, status
 from fixres_dist.config import reading, recipes
 from fixres_dist.config.schema import Config
+from fixres_dist.runs.rundir import RunDir
 from fixres_dist.runs.states import Event
 
+SETTING = re.compile(rf"pretrain=none$|({'|'.join(get_type_hints(Config))})\.\w+=")
 EXAMPLES = ("b0-320", "b0-320 cluster.exclude=n7", "b0-320 --nodes 1-4 --runs-dir /scratch/runs")
 
 
 def add_arguments(p: argparse.ArgumentParser) -> None:
-    p.add_argument("name", metavar="NAME")
+    p.add_argument("name", metavar="NAME", help="a run, or a grid or table; more may follow")
     p.add_argument("--nodes", metavar="N", help="a number, or MIN-MAX; default: as before")
     p.add_argument("--cluster", choices=("slurm", "local", "inline"), help="default: as before")
     add_runs_dir(p)
@@ -27,9 +31,14 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    run = status.find(args.name, args.runs_dir)
+    settings = [word for word in args.overrides if SETTING.match(word)]
+    names = [args.name, *(word for word in args.overrides if not SETTING.match(word))]
+    return max(resume(run, args, settings) for run in status.named(names, args.runs_dir))
+
+
+def resume(run: RunDir, args: argparse.Namespace, settings: list[str]) -> int:
     nodes = [f"cluster.nodes={args.nodes}"] if args.nodes else []
-    values = reading.merge(asdict(run.config()), reading.overrides([*nodes, *args.overrides]))
+    values = reading.merge(asdict(run.config()), reading.overrides([*nodes, *settings]))
     config = reading.parse(Config, recipes.with_absolute_paths(values))
     submission.check(run, config)
     submitted = [e for e in read_lines(run.events) if e["event"] == Event.SUBMITTED]

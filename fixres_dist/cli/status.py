@@ -17,7 +17,7 @@ EXAMPLES = ("", "b0-320 --watch", "--json")
 
 
 def add_arguments(p: argparse.ArgumentParser) -> None:
-    p.add_argument("names", nargs="*", metavar="NAME", help="runs; default: all of them")
+    p.add_argument("names", nargs="*", metavar="NAME", help="runs, or a grid or table by its name; default: all")
     add_runs_dir(p)
     p.add_argument("--json", action="store_true", help="one JSON list")
     p.add_argument("--watch", action="store_true", help="again every --every seconds, until all have ended or Ctrl-C")
@@ -30,7 +30,7 @@ def run(args: argparse.Namespace) -> int:
 
 def show(args: argparse.Namespace) -> int:
     while True:
-        runs = [status.find(name, args.runs_dir) for name in args.names] or status.every(args.runs_dir)
+        runs = status.named(args.names, args.runs_dir) or status.every(args.runs_dir)
         rows = status.rows(runs, status.SLURM_EVERY_S if args.watch else 0.0)
         if args.json:
             print(as_json([asdict(row) for row in rows], indent=1), flush=True)

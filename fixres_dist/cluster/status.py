@@ -15,6 +15,7 @@ from fixres_dist.base.files import owner
 from fixres_dist.base.json_lines import read_lines
 from fixres_dist.base.text import duration, table
 from fixres_dist.cluster import slurm, words
+from fixres_dist.config import recipes
 from fixres_dist.runs.results import OTHER_SIZE
 from fixres_dist.runs.rundir import RunDir
 from fixres_dist.runs.states import UNFINISHED, WORKING, Event, RunState, State
@@ -67,6 +68,22 @@ def find(name: str, runs_dir: Path) -> RunDir:
         names,
         "" if names else f"There is none in {runs_dir}. Next: --runs-dir DIR, or {command('submit')}.",
     )
+
+
+def named(names: Iterable[str], runs_dir: Path) -> list[RunDir]:
+    """The runs of these names; the name of a grid or a table stands for all its runs."""
+    found: list[RunDir] = []
+    for name in names:
+        exact = any(RunDir(root).config_file.is_file() for root in (runs_dir / name, Path(name)))
+        group = [] if exact else [run for run in every(runs_dir) if of_grid(run.name, name)]
+        found += sorted(group, key=lambda run: run.name) or [find(name, runs_dir)]
+    return list(dict.fromkeys(found))
+
+
+def of_grid(run: str, name: str) -> bool:
+    """Whether a run is one of the grid or table `name`: `name-key=value`, or `name-recipe` of a table."""
+    rest = run.removeprefix(f"{name}-")
+    return rest != run and (re.match(r"\w+=", rest) is not None or rest.split("-")[0] in recipes.model_names())
 
 
 def every(runs_dir: Path) -> list[RunDir]:

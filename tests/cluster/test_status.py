@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 from support.fake_slurm import calls, fake_slurm
 
+from fixres_dist.base.errors import UserError
 from fixres_dist.base.files import write_text
-from fixres_dist.cli import cancel, logs
+from fixres_dist.cli import cancel, logs, resume
+from fixres_dist.cli.main import main
 from fixres_dist.cluster import slurm, status
 from fixres_dist.config import reading
 from fixres_dist.config.schema import Config
@@ -187,6 +189,42 @@ def test_cancel_asks_slurm_less_and_less(tmp_path: Path, monkeypatch: pytest.Mon
     folder = fake_slurm(tmp_path / "bin", monkeypatch, squeue=count, scancel=":")
     pauses: list[float] = []
     monkeypatch.setattr(time, "sleep", pauses.append)
-    assert cancel.cancel(make(tmp_path)) == 0
+    run = make(tmp_path)
+    assert cancel.wait_for(run, cancel.stop(run)) == 0
     assert [pause for pause in pauses if pause >= 0.5][:8] == [0.5, 1, 2, 4, 8, 16, 30, 30]  # subprocess waits in less
     assert calls(folder, "scancel") == ["5"]
+
+
+def test_a_grid_is_one_thing_by_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake_slurm(tmp_path / "bin", monkeypatch, squeue='printf "7_0|RUNNING|None|n1\\n7_1|RUNNING|None|n2\\n"')
+    for k, name in enumerate(("g-base_lr=1e-3", "g-base_lr=1e-4", "g-other", "gg-base_lr=1")):
+        make(tmp_path, name, job=f"7_{k}" if k < 2 else "")
+    runs = tmp_path / "runs"
+    assert [run.name for run in status.named(["g"], runs)] == ["g-base_lr=1e-3", "g-base_lr=1e-4"]
+    assert main(["status", "g", "--runs-dir", str(runs), "--json"]) == 0
+    assert len(json.loads(capsys.readouterr().out)) == 2
+    with pytest.raises(UserError, match="unknown run 'x'"):
+        status.named(["x"], runs)
+    make(tmp_path, "g", job="")
+    assert [run.name for run in status.named(["g", "g"], runs)] == ["g"], "a run of that name comes first"
+
+
+def test_all_of_a_grid_is_cancelled_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = 'printf "7_0|PENDING|None|\\n7_1|PENDING|None|\\n"'
+    gone = f'n=$(grep -c . "$(dirname "$0")/scancel.calls" 2>/dev/null); [ "${{n:-0}}" = 2 ] || {rows}'
+    folder = fake_slurm(tmp_path / "bin", monkeypatch, squeue=gone, scancel=":")
+    made = [make(tmp_path, f"g-epochs={k}", job=f"7_{k}", event=Event.SUBMITTED) for k in range(2)]
+    assert main(["cancel", "g", "--runs-dir", str(tmp_path / "runs")]) == 0
+    assert calls(folder, "scancel") == ["7_0", "7_1"]
+    assert [run.state().state for run in made] == ["cancelled", "cancelled"]
+
+
+def test_several_runs_and_settings_are_resumed_in_one_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("a", "g-base_lr=1e-3", "g-base_lr=1e-4"):
+        make(tmp_path, name, job="")
+    seen: list[tuple[str, list[str]]] = []
+    monkeypatch.setattr(resume, "resume", lambda run, args, settings: seen.append((run.name, settings)) or 0)
+    assert main(["resume", "a", "g", "cluster.exclude=n7", "--runs-dir", str(tmp_path / "runs")]) == 0
+    assert seen == [(name, ["cluster.exclude=n7"]) for name in ("a", "g-base_lr=1e-3", "g-base_lr=1e-4")]
