@@ -35,7 +35,8 @@ def check_model(config: Config, recipe: Recipe) -> None:
     """
     batch, resolutions = config.run.batch_per_device, config.resolutions()
     large = batch != "auto" and batch > min(batch_by_pixels(res) for res in resolutions)
-    if config.model.weights in recipes.WEIGHTS and recipe.facts and not large:
+    attention = any(stage.policy == "attention" for stage in config.stage_settings())  # recipes' networks have none
+    if config.model.weights in recipes.WEIGHTS and recipe.facts and not attention and not large:
         return
     import torch
 

@@ -53,7 +53,12 @@ class Facts:
     last_block_feature_kib: float  # the last block's input, bf16
 
     def tuned(self, policy: str) -> str:
-        """The modules that train under `policy`, as models/policies.py selects them."""
+        """The modules that train under `policy`, as models/policies.py selects them; raises UserError for attention."""
+        if policy == "attention":
+            raise UserError(
+                "policy 'attention' tunes attention layers, and the recipes' networks have none. Accepted: "
+                f"{', '.join(TRAINED)}, all. Next: tune.policy=classifier+bn"
+            )
         names = "everything" if policy == "all" else ", ".join(self.modules[-TRAINED[policy] :])
         return names + (f" and statistics of {self.modules[-2]}" if policy == "classifier+bn_stats" else "")
 

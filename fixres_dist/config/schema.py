@@ -14,7 +14,10 @@ from fixres_dist.config import shell_values
 
 ResizeRule = Literal["fixefficientnet", "fixres", "fixres_height", "timm"]
 Transform = Literal["test", "test_flip", "test_aug", "random_resized_crop"]
-Policy = Literal["classifier", "classifier+bn_stats", "classifier+bn", "classifier+bn+conv_head", "last_block", "all"]
+Policy = Literal[
+    "classifier", "classifier+bn_stats", "classifier+bn", "classifier+bn+conv_head", "last_block", "attention", "all"
+]
+THROUGH_ALL = ("attention", "all")  # policies whose gradients run through every block: there is no frozen trunk
 
 
 def at_least(section: object, low: float, *names: str) -> None:
@@ -212,7 +215,7 @@ class Config:
 
     def __post_init__(self) -> None:
         policies = [stage.policy for stage in self.stage_settings()]
-        if self.run.activation_checkpointing and "all" not in policies:
+        if self.run.activation_checkpointing and not {*THROUGH_ALL} & {*policies}:
             raise UserError(
                 f"activation_checkpointing with policy {policies[-1]}: no gradient runs through the frozen blocks, so they "
                 "keep no activations. Next: run.activation_checkpointing=false, or tune.policy=all"

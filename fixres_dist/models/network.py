@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from fixres_dist.config.schema import Config
+from fixres_dist.config.schema import THROUGH_ALL, Config
 from fixres_dist.models import nvidia_apex, precision
 from fixres_dist.models.build import Preprocessing, preprocessing
 from fixres_dist.models.weights import open_model
@@ -45,7 +45,7 @@ def memory_format(config: Config, device: torch.device) -> torch.memory_format:
 
     `auto`: channels-last on CPUs, and on GPUs where whole blocks train.
     """
-    trains_blocks = any(stage.policy in ("all", "last_block") for stage in config.stage_settings())
+    trains_blocks = any(stage.policy in ("last_block", *THROUGH_ALL) for stage in config.stage_settings())
     auto = device.type == "cpu" or trains_blocks
     last = {"channels_last": True, "contiguous": False}.get(config.run.memory_format, auto)
     return torch.channels_last if last else torch.contiguous_format

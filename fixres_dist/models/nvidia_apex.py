@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fixres_dist.base.errors import UserError
-from fixres_dist.config.schema import Config
+from fixres_dist.config.schema import THROUGH_ALL, Config
 
 SOURCE = "git+https://github.com/NVIDIA/apex"
 BUILD = f"APEX_CPP_EXT=1 APEX_CUDA_EXT=1 pip install -v --no-build-isolation {SOURCE}"
@@ -88,7 +88,7 @@ def check_apex(config: Config) -> None:
         ),
         (config.pretrain is not None, " with stage one: apex.amp can be set up only once in a process", ""),
         (
-            run.precision == "apex-O2" and policy in ("all", "last_block"),
+            run.precision == "apex-O2" and policy in ("last_block", *THROUGH_ALL),
             f" with tune.policy={policy}: O2 trains fp32 copies inside the optimizer, and a checkpoint of the model's own "
             "tensors does not resume them exactly",
             "run.precision=apex-O1, or ",

@@ -17,6 +17,7 @@ import torch
 from torch import fx, nn
 
 from fixres_dist.base.errors import UserError
+from fixres_dist.config.schema import THROUGH_ALL
 from fixres_dist.models.build import copied, meta_forward, own_size
 from fixres_dist.models.policies import Tuned, select
 from fixres_dist.models.weights import state_digest
@@ -34,26 +35,33 @@ class Parts:
     folded: str = ""  # how many of the frozen trunk's BatchNorms are folded (fast_trunk.py), for the log
     recomputes: bool = False  # activation checkpointing runs layers a second time in the backward pass
 
+    @property
+    def everything(self) -> bool:
+        """Whether the whole network trains, in training mode."""
+        return self.tuned.modules == ("",)
+
 
 def described(parts: Parts) -> str:
     """What trains, in a sentence for the log."""
     count = sum(p.numel() for p in parts.model.parameters() if p.requires_grad)
     kept = "" if parts.tuned.last_bns or parts.trunk is None else "; no layer whose statistics are measured"
-    return f"training {', '.join(parts.tuned.modules) if parts.trunk else 'everything'} ({count:,} parameters){kept}"
+    names = list(parts.tuned.modules)
+    names = names if len(names) <= 6 else [*names[:2], "...", *names[-2:]]
+    return f"training {'everything' if parts.everything else ', '.join(names)} ({count:,} parameters){kept}"
 
 
 def parts_of(model: nn.Module, policy: str, recompute: bool = False) -> Parts:
     """Cut `model` before what `policy` tunes, and let nothing else require grad. The parts share the model's tensors.
 
-    `recompute`: under policy `all`, where gradients run through every block, checkpoint activations. Raises UserError
+    `recompute`: under policies `all` and `attention`, where gradients run through every block, checkpoint activations. Raises UserError
     for a model that lacks what the policy tunes, or that cannot be cut there.
     """
-    checkpoint_activations(model, recompute and policy == "all")
+    checkpoint_activations(model, recompute and policy in THROUGH_ALL)
     model.eval()
     tuned = select(model, policy)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in tuned.parameters)  # set on a module it would be ignored without a word
-    if policy == "all":
+    if policy in THROUGH_ALL:
         return Parts(model, tuned, None, model, True, recomputes=recompute)
     trunk, head = parted(model, policy, tuned)
     return Parts(model, tuned, trunk, head, policy == "last_block")
@@ -147,8 +155,8 @@ def set_modes(parts: Parts, bn_stats: str) -> None:
 
     Dropout and stochastic depth are off unless the whole network trains, as in the original code.
     """
-    parts.model.train(parts.trunk is None)
-    parts.head.train(parts.trunk is None)
+    parts.model.train(parts.everything)
+    parts.head.train(parts.everything)
     if parts.trunk is not None and bn_stats == "ema":
         for name in parts.tuned.last_bns:
             parts.model.get_submodule(name).train()

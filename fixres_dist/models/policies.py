@@ -19,6 +19,12 @@ NORMS = (
 )
 
 
+ATTENTION_POOLS = (
+    *(timm.layers.AttentionPoolLatent, timm.layers.AttentionPool2d, timm.layers.RotAttentionPool2d),
+    timm.layers.AttentionPoolPrr,
+)
+
+
 @dataclass(frozen=True)
 class Tuned:
     """The tensors that a policy changes, by name in the model's state dict."""
@@ -60,6 +66,8 @@ def select(model: nn.Module, policy: str) -> Tuned:
 
     `classifier+bn_stats` is what the original code trains, `classifier+bn` what the paper says (docs/method.md). Where
     the last norm layer in forward order is no BatchNorm, its affine is tuned all the same; it has no statistics.
+    `attention` tunes the attention layers and the classifier (Touvron et al., Three things everyone should know about
+    Vision Transformers, arXiv 2203.09795, section 4).
     """
     classifier = classifiers(model)
     if policy == "all":
@@ -68,6 +76,9 @@ def select(model: nn.Module, policy: str) -> Tuned:
         return Tuned(("",), (), tuple(name for name, _ in model.named_parameters()), buffers)
     if policy == "classifier":
         return Tuned(classifier, (), tuple(name for c in classifier for name in parameters_of(model, c)), ())
+    if policy == "attention":
+        layers = (*attention_layers(model), *classifier)
+        return Tuned(layers, (), tuple(name for layer in layers for name in parameters_of(model, layer)), ())
     order = forward_order(model)
     norms = last_norms(model, order, classifier)
     bns = [name for name in norms if getattr(model.get_submodule(name), "running_mean", None) is not None]
@@ -82,6 +93,28 @@ def select(model: nn.Module, policy: str) -> Tuned:
         trained = dict.fromkeys(name for name in trained if not inside(name, norms))
     moved = [f"{bn}.{name}" for bn in bns for name, _ in model.get_submodule(bn).named_buffers()]
     return Tuned(tuple(modules), tuple(bns), tuple(trained), tuple(moved))
+
+
+def attention_layers(model: nn.Module) -> list[str]:
+    """The attention layers of all blocks; raises UserError where there are none.
+
+    By structure: the innermost layers with heads and parameters. Those that pool a map into a vector are no block's.
+    """
+    found = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(getattr(module, "num_heads", None), int) and parameters_of(model, name) and name
+        if not isinstance(module, ATTENTION_POOLS)
+    ]
+    pools = [name for name, module in model.named_modules() if isinstance(module, ATTENTION_POOLS)]
+    layers = [n for n in found if not inside(n, pools) and not any(inside(other, [n]) for other in found)]
+    if not layers:
+        raise UserError(
+            f"policy 'attention' tunes the attention layers of a transformer's blocks, and {type(model).__name__} has none. "
+            "Accepted: classifier, classifier+bn_stats, classifier+bn, classifier+bn+conv_head, last_block, all. "
+            "Next: tune.policy=classifier+bn"
+        )
+    return layers
 
 
 def inside(name: str, modules: Sequence[str]) -> bool:

@@ -17,6 +17,7 @@ from torch import nn
 
 from fixres_dist.base.errors import UserError, first_line
 from fixres_dist.base.memory import does_not_fit
+from fixres_dist.config.schema import THROUGH_ALL
 from fixres_dist.data.requests import every_sample
 from fixres_dist.models import batchnorm
 from fixres_dist.models.fast_trunk import FastTrunk
@@ -60,7 +61,7 @@ def naming_a_smaller_batch(work: StageSession, in_steps: bool) -> Iterator[None]
 
 
 def ways_out(stage: Stage) -> str:
-    recompute = ", or run.activation_checkpointing=true" if stage.tune.policy == "all" else ""
+    recompute = ", or run.activation_checkpointing=true" if stage.tune.policy in THROUGH_ALL else ""
     return f"with policy {stage.tune.policy}. Next: a smaller --res{recompute}"
 
 

@@ -10,7 +10,7 @@ from fixres_dist.base.errors import UserError
 from fixres_dist.base.text import duration
 from fixres_dist.config import recipes
 from fixres_dist.config.recipes import Facts
-from fixres_dist.config.schema import Config
+from fixres_dist.config.schema import THROUGH_ALL, Config
 from fixres_dist.data import class_maps, dataset, demo, deny_lists
 from fixres_dist.models import nvidia_apex
 from fixres_dist.models.sizes import Sizes, of_weights
@@ -216,7 +216,7 @@ def seconds(config: Config, facts: Facts | None, pictures: int, world_size: int)
 
     None where nothing is known of the model, or the trunk trains.
     """
-    if not facts or config.pretrain or config.tune.policy in ("last_block", "all"):
+    if not facts or config.pretrain or config.tune.policy in ("last_block", *THROUGH_ALL):
         return None
     images_per_second = H200_MIB_PER_S / (facts.traffic_mib * (config.data.res / facts.res) ** 2)
     return pictures / images_per_second / world_size, images_per_second

@@ -15,7 +15,7 @@ from support.networks import BN_BUFFERS, one_step
 from fixres_dist.base.errors import UserError
 from fixres_dist.models import policies, weights
 from fixres_dist.models.build import build_model, preprocessing
-from fixres_dist.models.parts import parts_of
+from fixres_dist.models.parts import Parts, parts_of
 from fixres_dist.runs.rundir import RunDir
 
 POLICIES = ("classifier", "classifier+bn_stats", "classifier+bn", "classifier+bn+conv_head", "last_block")
@@ -102,6 +102,49 @@ def test_exactly_those_change_in_a_step(name: str, policy: str) -> None:
     one_step(parts, "exact")
     changed = {n for n, v in model.state_dict().items() if not torch.equal(v, before[n])}
     assert changed == {n for n in parts.tuned.tensors if not n.endswith("num_batches_tracked")}
+
+
+@pytest.mark.parametrize(
+    ("name", "first", "count", "last"),
+    [
+        ("test_vit", "blocks.0.attn", 6, "head"),
+        ("swin_tiny_patch4_window7_224", "layers.0.blocks.0.attn", 12, "head.fc"),
+        ("coatnet_pico_rw_224", "stages.2.blocks.0.attn", 7, "head.fc"),
+        ("vit_base_patch16_siglip_224", "blocks.0.attn", 12, "head"),
+        ("deit_tiny_distilled_patch16_224", "blocks.0.attn", 12, "head_dist"),
+    ],
+)
+def test_policy_attention_finds_the_attention_layers_of_all_blocks(
+    name: str, first: str, count: int, last: str
+) -> None:
+    modules = policies.select(meta(name), "attention").modules
+    assert (modules[0], modules[-1]) == (first, last)
+    assert sum("attn" in module for module in modules) == count
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_policy_attention_trains_attention_and_classifier_and_nothing_else(recompute: bool) -> None:
+    """As torch trains the whole model with the other tensors frozen, dropout and stochastic depth off."""
+    model = build_model("test_vit", 5)
+    for p in model.parameters():
+        p.data += 0.1 * (p.dim() == 1)
+    plain, before = copy.deepcopy(model), copy.deepcopy(model.state_dict())
+    parts = parts_of(model, "attention", recompute)
+    assert parts.trunk is None
+    one_step(parts, "exact")
+    assert not any(module.training for module in model.modules())
+    changed = {n for n, v in model.state_dict().items() if not torch.equal(v, before[n])}
+    assert changed == {n for n in before if ".attn." in n or n.startswith("head.")} == set(parts.tuned.tensors)
+    for n, p in plain.named_parameters():
+        p.requires_grad_(n in changed)
+    one_step(Parts(plain, parts.tuned, None, plain), "exact")
+    assert all(torch.equal(v, plain.state_dict()[n]) for n, v in model.state_dict().items())
+
+
+@pytest.mark.parametrize("name", ["resnet10t", "tf_efficientnet_b0", "resnet50_clip", "test_convnext"])
+def test_policy_attention_is_refused_where_no_block_has_it(name: str) -> None:
+    with pytest.raises(UserError, match=r"has none. Accepted: classifier, .*last_block, all. Next: tune.policy="):
+        policies.select(meta(name), "attention")
 
 
 @pytest.mark.parametrize("policy", ["classifier+bn", "last_block"])

@@ -13,7 +13,7 @@ from pathlib import Path
 from fixres_dist.base.environment import cache_folder, writable
 from fixres_dist.base.errors import UserError
 from fixres_dist.base.text import gib
-from fixres_dist.config.schema import Config
+from fixres_dist.config.schema import THROUGH_ALL, Config
 from fixres_dist.training.stages import Stage
 
 VIEWS = {"test": 1, "test_flip": 2}  # how many pictures of a sample a transform can show; the others draw new ones
@@ -54,8 +54,8 @@ def free_bytes(folder: Path) -> int:
 
 def obstacle(stage: Stage) -> str:
     """Why this stage cannot be fed from features; empty if it can."""
-    if stage.tune.policy == "all":
-        return "policy all leaves no frozen trunk whose output could be kept"
+    if stage.tune.policy in THROUGH_ALL:
+        return f"policy {stage.tune.policy} leaves no frozen trunk whose output could be kept"
     if stage.transform not in VIEWS:
         return f"transform {stage.transform} draws new pictures every epoch"
     return ""
