@@ -17,9 +17,9 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     recipe = recipes.find(args.model, args.weights)
-    from fixres_dist.models import weights
+    from fixres_dist.models import sources
 
     name = recipe.values["model"]["timm_name"]
-    size = sum(t.numel() * t.element_size() for t in weights.hub_state(name).values())
+    size = sum(t.numel() * t.element_size() for t in sources.hub_state(name).values())
     print(f"{name}: {size / 2**20:,.0f} MiB, in the local cache now")
     return EXIT_DONE

@@ -157,6 +157,15 @@ def generic(name: str, weights: str) -> Recipe:
 
 
 def no_weights(file: str | Path) -> UserError:
+    """The refusal of a path that is no file; of a folder, with the files in it that may be meant."""
+    if Path(file).is_dir():
+        if (Path(file) / ".metadata").exists():
+            return UserError(
+                f"{file} is a checkpoint in pieces of each rank (torch.distributed.checkpoint). Next: "
+                f"python -m torch.distributed.checkpoint.format_utils dcp_to_torch {file} weights.pth, and --weights weights.pth"
+            )
+        found = sorted(p.name for p in Path(file).iterdir() if re.search(r"\.(safetensors|pth?|bin|ckpt|tar)$", p.name))
+        return UserError(f"{file} is a folder. Accepted: a file of weights (in it: {', '.join(found[:6]) or 'none'}).")
     return UserError(f"no weights file {file}. Accepted: ns, ap, pretrained, none, or a .safetensors or .pth file.")
 
 

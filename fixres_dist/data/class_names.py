@@ -153,6 +153,18 @@ def in_header(path: Path) -> tuple[str, ...]:
     return unique(json.loads(header.get("__metadata__", {}).get(NAMES, "[]")))
 
 
+def beside(path: Path) -> tuple[str, ...]:
+    """The class names in a config.json beside `model.pth` or `pytorch_model.bin`, as timm and the hub lay them out."""
+    config = path.with_name("config.json")
+    if not (path.stem.startswith(("model", "pytorch_model")) and config.is_file()):
+        return ()
+    try:
+        found = json.loads(config.read_text())
+    except ValueError:
+        return ()
+    return in_checkpoint(found) if isinstance(found, dict) else ()
+
+
 def unique(names: Sequence[str]) -> tuple[str, ...]:
     """The names; none where two classes have one, which tells them not apart."""
     return tuple(names) if len(set(names)) == len(names) else ()

@@ -14,7 +14,7 @@ import torch
 from fixres_dist.base.errors import UserError
 
 State = dict[str, torch.Tensor]
-AVERAGED = {"ema", "moving", "averaged", "average", "avg", "swa"}  # a word of an entry's name, as in model_ema
+AVERAGED = {"ema", "averaged", "average", "avg", "swa"}  # a word of an entry's name, as in model_ema
 RAW = ("state_dict", "model", "model_state_dict")  # in timm's order, then torchvision's and the tutorials'
 WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}  # no model's own names
 COUNTERS = {"n_averaged", "total_ops", "total_params"}  # of AveragedModel, and of a profiler

@@ -2,33 +2,27 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
-import os
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import timm
 import timm.layers
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 
-from fixres_dist.base.commands import command
-from fixres_dist.base.errors import UserError, first_line, printable
+from fixres_dist.base.errors import UserError, printable
 from fixres_dist.base.files import whole
 from fixres_dist.config import recipes
 from fixres_dist.config.schema import Config
 from fixres_dist.data import class_names
-from fixres_dist.models import file_kinds, state_dicts
-from fixres_dist.models.build import build_model, classifiers, pretrained_cfg
+from fixres_dist.models import sources, state_dicts
+from fixres_dist.models.build import build_model, classifiers
 from fixres_dist.models.resizing import check_resolutions, for_size
-from fixres_dist.models.safe_load import STATE_DICT, load_pickled
 
 # timm's names for what turns a state dict of an older version, or of the model's authors, into this version's.
 FILTERS = ("checkpoint_filter_fn", "_filter_fn", "pretrained_filter_fn", "_filter_torchvision_pretrained")
@@ -61,54 +55,31 @@ def load_weights(model: nn.Module, config: Config, names: Sequence[str] = ()) ->
     timm_name, weights, new_classifier = config.model.timm_name, config.model.weights, config.pretrain is not None
     if weights == "none":
         return []
-    meta = next(model.parameters()).is_meta
+    meta, notes = next(model.parameters()).is_meta, []
     if weights in recipes.TIMM_WEIGHTS:
-        notes, origin, state = [], f"timm's {timm_name}", hub_state(timm_name, meta)
+        origin, state = f"timm's {timm_name}", sources.hub_state(timm_name, meta)
+        classes = sources.hub_classes(timm_name)
     else:
-        origin, file = weights, read_file(Path(weights))
+        origin, file = weights, sources.read_file(Path(weights))
         chosen = state_dicts.choose(file.loaded, list(model.state_dict()), config.model.checkpoint_key, origin)
-        notes, state = [*chosen.notes], timms_names(model, chosen.state)
+        state, classes, notes = chosen.state, file.classes, [*chosen.notes]
         if kinds := {str(v.dtype)[6:] for v in state.values() if v.is_floating_point() and v.dtype != torch.float32}:
             notes.append(f"converted from {', '.join(sorted(kinds))} to float32")
-        state, ordered = in_order(model, state, file.classes, names, origin, new_classifier)
-        notes += ordered
         by_timm = class_names.natural(names)
-        if not (file.classes or new_classifier or config.data.class_map) and list(names) != by_timm:
+        if not (classes or new_classifier or config.data.class_map) and list(names) != by_timm:
             notes.append(
                 f"warning: it does not name its classes, which are taken in torchvision's order of the folders "
                 f"({', '.join(names[:3])}, ..); if timm's script trained it ({', '.join(by_timm[:3])}, ..): data.class_map=natural"
             )
     state = {name: value.to("meta") for name, value in state.items()} if meta else state
-    fill(model, fitted(model, state), origin, new_classifier)
-    return notes
+    state, ordered = in_order(model, fitted(model, state), classes, names, origin, new_classifier)
+    fill(model, state, origin, new_classifier)
+    return notes + ordered
 
 
 def fitted(model: nn.Module, state: state_dicts.State) -> state_dicts.State:
     """`state` for the size that the model is built for, where it is of another one."""
     return resampled(model, timms_names(model, state))
-
-
-@dataclass(frozen=True)
-class WeightsFile:
-    loaded: Mapping[str, Any]  # tensors by name, or a checkpoint that has them among other things
-    classes: tuple[str, ...]  # names in the order of the classifier's rows; empty where the file does not say
-
-
-def read_file(path: Path) -> WeightsFile:
-    """A safetensors file, or what torch.save wrote; on the CPU. Raises UserError for any other, and what holds code."""
-    if not path.is_file():
-        raise recipes.no_weights(path)
-    if file_kinds.kind_of(path) == "safetensors":
-        try:
-            return WeightsFile(load_file(path), class_names.in_header(path))
-        except (SafetensorError, ValueError) as error:
-            raise UserError(
-                f"{path} is a safetensors file whose header is damaged: {first_line(error)}. {file_kinds.AGAIN}."
-            ) from None
-    loaded = load_pickled(path)
-    if not isinstance(loaded, Mapping):
-        raise UserError(f"{path} holds no state dict but one {type(loaded).__name__}. {STATE_DICT}")
-    return WeightsFile(loaded, class_names.in_checkpoint(loaded))
 
 
 def timms_names(model: nn.Module, state: state_dicts.State) -> state_dicts.State:
@@ -137,6 +108,12 @@ def in_order(
 
     Raises UserError where as many classes have other names, unless a `new` classifier is trained: that is kept then.
     """
+    if given and names and len(given) > len(names) and set(names) < set(given) and not new:
+        file = origin if origin.endswith(".safetensors") else "FILE"
+        raise UserError(
+            f"{origin} classifies {len(given)} classes, among them the {len(names)} of the data set. Next: data.class_map={file}, "
+            "which keeps all of them, or --preset own_classes for a new classifier of these alone"
+        )
     if (
         list(given) == list(names)
         or len(given) != len(names)
@@ -168,30 +145,9 @@ def resampled(model: nn.Module, state: dict[str, torch.Tensor]) -> dict[str, tor
     return {**state, "pos_embed": embedded}
 
 
-def hub_state(timm_name: str, meta: bool = False) -> dict[str, torch.Tensor]:
-    """timm's pretrained weights from the local cache or the hub; `meta`: their shapes, without a download.
-
-    Raises UserError if timm has none, or if neither cache nor hub can give them; that message names `fetch`.
-    """
-    cfg = pretrained_cfg(timm_name)
-    if cfg is None or not cfg.has_weights:
-        raise UserError(f"timm has no pretrained weights for {timm_name!r}. Accepted: --weights none, or a file.")
-    try:
-        with torch.device("meta") if meta else contextlib.nullcontext():
-            state: dict[str, torch.Tensor] = timm.create_model(timm_name, pretrained=not meta).state_dict()
-    except Exception as error:  # the hub client raises a dozen kinds, from DNS to HTTP status
-        where = os.environ.get("HF_HOME", "~/.cache/huggingface")
-        raise UserError(
-            f"the weights of {timm_name} are not in {where} and the hub cannot be reached ({type(error).__name__}). "
-            f"On a machine with network: {command('fetch', '--model', timm_name)}; then share that folder "
-            "and set HF_HOME to it (cluster.env='{HF_HOME: DIR}')."
-        ) from error
-    return state
-
-
 def read_state(path: Path) -> state_dicts.State:
     """A whole model that this program has written: the tensors of a safetensors file, on the CPU. Raises UserError."""
-    return dict(read_file(path).loaded)
+    return dict(sources.read_file(path).loaded)
 
 
 def classifier_tensors(model: nn.Module) -> state_dicts.State:

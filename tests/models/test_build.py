@@ -13,7 +13,7 @@ from torch import nn
 from fixres_dist.base.errors import UserError
 from fixres_dist.config import reading
 from fixres_dist.config.schema import Config
-from fixres_dist.models import weights
+from fixres_dist.models import sources, weights
 from fixres_dist.models.build import build_model, preprocessing
 from fixres_dist.models.resizing import largest_batch
 
@@ -154,7 +154,7 @@ def test_names_timm_cannot_build_are_refused() -> None:
         build_model("no_such_model", 5)
 
 
-@pytest.mark.parametrize("ask", [lambda name: build_model(name, 5), preprocessing, weights.hub_state])
+@pytest.mark.parametrize("ask", [lambda name: build_model(name, 5), preprocessing, sources.hub_state])
 def test_a_tag_that_timm_does_not_know_is_refused_with_the_nearest(ask: Callable[[str], object]) -> None:
     with pytest.raises(UserError, match=r"unknown weights tag of resnet50 'a1_in1'. Did you mean 'a1_in1k'\?"):
         ask("resnet50.a1_in1")

@@ -25,7 +25,7 @@ from torch import nn
 from fixres_dist.base.errors import UserError
 from fixres_dist.config import reading
 from fixres_dist.config.schema import Config
-from fixres_dist.models import weights
+from fixres_dist.models import sources, weights
 from fixres_dist.models.build import build_model
 
 NAME, CLASSES = "test_efficientnet", ("ash", "birch", "cedar")
@@ -336,6 +336,13 @@ def test_what_is_no_weights_file_is_said_by_what_it_is(tmp_path: Path, kind: str
     assert "Next: " in message or "Accepted: " in message
 
 
+def test_of_a_folder_the_files_in_it_are_named(tmp_path: Path) -> None:
+    saved(tmp_path, state())
+    assert "is a folder. Accepted: a file of weights (in it: w.pth)" in refused(tmp_path)
+    (tmp_path / ".metadata").touch()
+    assert "Next: python -m torch.distributed.checkpoint.format_utils dcp_to_torch" in refused(tmp_path)
+
+
 def test_a_torchscript_model_is_said_to_be_code(tmp_path: Path) -> None:
     torch.jit.script(nn.Linear(1, 1)).save(str(tmp_path / "w.pt"))
     assert "a TorchScript model, which is code. Next: model = torch.jit.load" in refused(tmp_path / "w.pt")
@@ -370,10 +377,41 @@ def test_other_classes_are_refused_or_get_a_new_classifier(tmp_path: Path) -> No
     assert "the new classifier is kept for stage one" in said
 
 
+def test_some_of_a_files_classes_get_the_setting_that_keeps_them_all(tmp_path: Path) -> None:
+    file = with_names(tmp_path, CLASSES)
+    said = refused(file, names=("ash", "cedar"))
+    assert f"classifies 3 classes, among them the 2 of the data set. Next: data.class_map={file}" in said
+
+
+def test_a_config_beside_the_file_names_its_classes(tmp_path: Path) -> None:
+    """As export lays out model.pth, and the hub its models."""
+    torch.save(state(), tmp_path / "model.pth")
+    (tmp_path / "config.json").write_text(json.dumps({"label_names": ["cedar", "ash", "birch"]}))
+    filled, said = loaded(tmp_path / "model.pth")
+    assert torch.equal(filled.classifier.weight, state()["classifier.weight"][[1, 2, 0]])
+    assert "mapped by name" in said
+
+
+@pytest.mark.parametrize(
+    ("now", "then"),
+    [(b"numpy._core.multiarray", b"numpy.core.multiarray"), (b"pathlib\nPosixPath", b"pathlib\nWindowsPath"),
+     (b"pathlib\nPosixPath", b"pathlib._local\nPosixPath")],
+)  # fmt: skip
+def test_names_of_other_versions_and_systems_are_known(tmp_path: Path, now: bytes, then: bytes) -> None:
+    made = io.BytesIO()
+    torch.save({"model": state(), "beside": [np.float64(1), np.arange(2), Path("a")]}, made)
+    with zipfile.ZipFile(made) as old, zipfile.ZipFile(tmp_path / "w.pth", "w") as new:
+        for name in old.namelist():
+            data = old.read(name)
+            assert now in data or not name.endswith("data.pkl")
+            new.writestr(name, data.replace(now, then))
+    assert is_of(loaded(tmp_path / "w.pth")[0], state())
+
+
 def test_what_is_written_names_its_classes(tmp_path: Path) -> None:
     config = reading.parse(Config, {"model": {"timm_name": NAME}})
     weights.write_weights(build_model(NAME, 3, 1), tmp_path / "w.safetensors", config, 64, CLASSES)
-    assert weights.read_file(tmp_path / "w.safetensors").classes == CLASSES
+    assert sources.read_file(tmp_path / "w.safetensors").classes == CLASSES
 
 
 def test_a_file_without_names_is_warned_of_where_timms_order_is_another(tmp_path: Path) -> None:
