@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import re
 from dataclasses import asdict
 from typing import get_type_hints
@@ -15,7 +16,7 @@ from fixres_dist.cli.arguments import add_overrides, add_runs_dir
 from fixres_dist.cluster import gpus, jobs, status
 from fixres_dist.config import reading, recipes
 from fixres_dist.config.schema import Config
-from fixres_dist.runs.rundir import RunDir
+from fixres_dist.runs.rundir import START_LOCK, RunDir
 from fixres_dist.runs.states import Event
 
 SETTING = re.compile(rf"pretrain=none$|({'|'.join(get_type_hints(Config))})\.\w+=")
@@ -49,12 +50,14 @@ def resume(run: RunDir, args: argparse.Namespace, settings: list[str]) -> int:
         gpus.check(config.cluster.gpus_per_node, f"{run.command('resume')} cluster.gpus_per_node=")
     if kind == "slurm":
         submission.check_slurm(config, run)
-    with run.lock(".submit.lock", wait_s=60):
-        if submission.needs_no_job(run):  # another submission was faster
-            return EXIT_DONE
-        submission.renew_old_snapshot(run)
-        write_text(run.config_file, reading.dump(config))
-        run.event(Event.SUBMITTED, cluster=kind, command=run.command("resume"))
-        if kind == "slurm":
-            return submission.start_slurm([run], config)
-    return submission.start_here(run, config, kind)
+    with contextlib.ExitStack() as owned:
+        with run.lock(".submit.lock", wait_s=60):
+            if submission.needs_no_job(run):  # another submission was faster
+                return EXIT_DONE
+            submission.renew_old_snapshot(run)
+            write_text(run.config_file, reading.dump(config))
+            run.event(Event.SUBMITTED, cluster=kind, command=run.command("resume"))
+            if kind == "slurm":
+                return submission.start_slurm([run], config)
+            owned.enter_context(run.lock(START_LOCK))
+        return submission.start_here(run, config, kind)

@@ -14,7 +14,7 @@ from fixres_dist.config.recipes import Recipe
 from fixres_dist.config.schema import Config
 from fixres_dist.models import sizes
 from fixres_dist.runs import rundir
-from fixres_dist.runs.rundir import RunDir
+from fixres_dist.runs.rundir import START_LOCK, RunDir
 from fixres_dist.training import plan
 from fixres_dist.training.job import TrainJob
 from fixres_dist.training.stages import batch_by_pixels, batch_per_device
@@ -97,7 +97,7 @@ def needs_no_job(run: RunDir) -> bool:
     if run.done.exists():
         print(f"{run.name} is finished; its results: {run.results}")
         return True
-    if run.is_locked():
+    if run.is_locked() or run.is_locked(START_LOCK):
         print(f"{run.name} is running already. {status}")
         return True
     job = run.state().slurm_job

@@ -20,6 +20,7 @@ from fixres_dist.cluster.gpus import visible
 from fixres_dist.config import reading, recipes
 from fixres_dist.config.schema import Config
 from fixres_dist.runs import rundir
+from fixres_dist.runs.rundir import START_LOCK
 from fixres_dist.runs.states import Event, State
 from fixres_dist.training import plan
 
@@ -117,35 +118,40 @@ def same_job(targets: list[Target]) -> list[list[Target]]:
 
 def start(targets: list[Target], kind: str, args: argparse.Namespace) -> int:
     """Prepare the run directories of the runs that need a job, and start them."""
-    with contextlib.ExitStack() as stack:
-        for target in targets:  # of two submissions of one run, the second waits here, then finds the first one's job
-            target.run.root.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(target.run.lock(".submit.lock", wait_s=60))
-        targets = [target for target in targets if not submission.needs_no_job(target.run)]
-        if not targets:
-            return EXIT_DONE
-        typed = command("submit", *args.words)
-        for target in targets:
-            rundir.prepare(target.run.root, target.config, typed)
-        print("\n".join(targets[0].plan()), flush=True)
-        if args.prepare:
-            script = shipped("slurm") / "train.sbatch"
+    with contextlib.ExitStack() as owned:
+        with contextlib.ExitStack() as stack:
+            for (
+                target
+            ) in targets:  # of two submissions of one run, the second waits here, then finds the first one's job
+                target.run.root.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(target.run.lock(".submit.lock", wait_s=60))
+            targets = [target for target in targets if not submission.needs_no_job(target.run)]
+            if not targets:
+                return EXIT_DONE
+            typed = command("submit", *args.words)
             for target in targets:
-                jobs.write_prepared(target.run, target.config)
-                print(f"Next: {jobs.sbatch_command(target.run, target.config, script)}")
-            return EXIT_DONE
+                rundir.prepare(target.run.root, target.config, typed)
+            print("\n".join(targets[0].plan()), flush=True)
+            if args.prepare:
+                script = shipped("slurm") / "train.sbatch"
+                for target in targets:
+                    jobs.write_prepared(target.run, target.config)
+                    print(f"Next: {jobs.sbatch_command(target.run, target.config, script)}")
+                return EXIT_DONE
+            for target in targets:
+                target.run.event(Event.SUBMITTED, cluster=kind, command=typed)
+                if kind != "slurm":
+                    owned.enter_context(target.run.lock(START_LOCK))
+            if kind == "slurm":
+                for group in same_job(targets):
+                    submission.start_slurm([target.run for target in group], group[0].config, args.at_once)
+                return EXIT_DONE
+        codes = []
         for target in targets:
-            target.run.event(Event.SUBMITTED, cluster=kind, command=typed)
-        if kind == "slurm":
-            for group in same_job(targets):
-                submission.start_slurm([target.run for target in group], group[0].config, args.at_once)
-            return EXIT_DONE
-    codes = []
-    for target in targets:
-        codes.append(submission.start_here(target.run, target.config, kind))
-        if target.run.state().state == State.CANCELLED:  # a stop is meant for the runs after it too
-            break
-    return max(codes)
+            codes.append(submission.start_here(target.run, target.config, kind))
+            if target.run.state().state == State.CANCELLED:  # a stop is meant for the runs after it too
+                break
+        return max(codes)
 
 
 def list_recipes() -> int:

@@ -27,6 +27,7 @@ from fixres_dist.config import reading
 from fixres_dist.config.schema import Config
 from fixres_dist.runs.states import Event, RunState, State
 
+START_LOCK = ".start.lock"  # of a command that starts ranks on this machine, from the run's preparation to its end
 LONGEST_NAME = 200  # bytes: file systems take 255, and some files of a run are called by its name and more
 
 
@@ -182,8 +183,8 @@ class RunDir:
                 f"run {self.name} is being worked on by another process ({held}). Next: {self.command('status')}"
             ) from None
 
-    def is_locked(self) -> bool:
-        return locks.is_held(self.root / ".lock")
+    def is_locked(self, name: str = ".lock") -> bool:
+        return locks.is_held(self.root / name)
 
 
 def prepare(root: Path, config: Config, typed: str) -> RunDir:
