@@ -33,7 +33,7 @@ from fixres_dist.models.resizing import check_resolutions, for_size
 
 ROWS = ROOT / "benchmarks" / "results" / "census.jsonl"
 CLASSES, DEFAULT, WITHOUT_NORM = 7, "classifier+bn", "classifier"
-CHUNK, CHUNK_S = 8, 600  # models in one process, and the seconds that it may take
+CHUNK, CHUNK_S = 32, 1800  # models in one process, and the seconds that it may take
 
 
 def examine(name: str, real_m: float) -> dict[str, Any]:
