@@ -19,6 +19,7 @@ from fixres_dist.bench.turns import Turn
 from fixres_dist.config import reading
 from fixres_dist.config.schema import Config
 from fixres_dist.data.decoding import Batch
+from fixres_dist.data.layout import class_folders
 from fixres_dist.models.build import build_model, pretrained_cfg
 from fixres_dist.training.ranks import join
 from fixres_dist.training.session import Session, open_session
@@ -73,7 +74,7 @@ def prepared(model: str, res: int, batch: int, seconds: float, scratch: Path, da
     pretrained_cfg(model)  # refuses an unknown weights tag
     scratch.mkdir(exist_ok=True)
     folder = data or write_data_set(scratch / "photographs", scratch / "data", CLASSES, CLASSES)
-    classes = sum(path.is_dir() for path in (folder / "train").iterdir())
+    classes = len(class_folders(folder / "train"))
     turns.once(partial(write_weights, model, classes, scratch / "weights.safetensors"))
     return Setting(model, res, batch, folder, scratch / "weights.safetensors", seconds)
 

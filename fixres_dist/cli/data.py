@@ -92,7 +92,7 @@ def index_command(args: argparse.Namespace) -> int:
         for sample, reason in bad.items():
             print(f"  {found.where(sample)}: {reason}")
         if bad:
-            again = command("data verify", "--data", args.data, "--deny-list", "bad.txt")
+            again = command("data", "verify", "--data", args.data, "--deny-list", "bad.txt")
             print(f"{len(bad)} cannot be read. Next: {again}")
     return EXIT_DONE
 

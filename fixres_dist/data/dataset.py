@@ -75,7 +75,7 @@ def load(
 def verify_command(root: Path, split: str) -> str:
     """`data verify` for the data set; its splits are train and val unless they are named."""
     named = () if split in ("train", "val") else ("--split", split)
-    return command("data verify", "--data", root, *named, "--deny-list", "bad.txt")
+    return command("data", "verify", "--data", root, *named, "--deny-list", "bad.txt")
 
 
 def whole_index(root: Path, split: str, cache: str, labels: str, fresh: bool = False, show: bool = True) -> Index:
@@ -129,15 +129,15 @@ def classes(data: Data, split: str) -> list[str]:
     """The class names of a split, in the order of its labels; none if there is no such split. Of folders only names are
     read."""
     where = folder(data.root, data.cache) / data.split_name(split)
-    if (where / CLASSES).is_file() or (where.is_dir() and len(class_folders(where)) > 1):
-        return class_names(where)
     try:
         place = find(where.parent, where.name, data.labels)
     except UserError:
         return []  # opening it raises the error
-    if place.shards:
+    if place.labels:
+        return list(folders.listing(place).classes)
+    if place.shards and not (place.folder / CLASSES).is_file():
         return list(whole_index(where.parent, where.name, data.cache, data.labels).classes)
-    return list(folders.listing(place).classes)
+    return class_names(place.folder) if place.shards else list(class_folders(place.folder))
 
 
 def check_folder(root: Path, data: Data | None = None) -> dict[str, Survey]:

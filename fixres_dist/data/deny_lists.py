@@ -33,7 +33,7 @@ def names(deny_list: str, split: str, known: Iterable[str]) -> Denied:
         lines = lines_of(Path(deny_list))
     except OSError as error:
         raise UserError(
-            f"data.deny_list is {deny_list!r}: {error.strerror}. Next: {command('data verify')} writes one."
+            f"data.deny_list is {deny_list!r}: {error.strerror}. Next: {command('data', 'verify')} writes one."
         ) from None
     exact = set(known)
     composed: dict[str, str] = {}
@@ -78,7 +78,7 @@ def check(deny_list: str, splits: Sequence[Denied]) -> None:
     if splits and all(one.unmatched for one in splits) and not any(one.denied for one in splits):
         raise UserError(
             f"no line of {deny_list} names an image of the data set; one is {min(splits[0].unmatched)!r}. Accepted: "
-            f"split/class/file, as {command('data verify')} writes it, class/file, or absolute paths."
+            f"split/class/file, as {command('data', 'verify')} writes it, class/file, or absolute paths."
         )
 
 

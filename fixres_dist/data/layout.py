@@ -73,11 +73,8 @@ def class_folders(folder: Path) -> dict[str, str]:
 
 
 def class_names(folder: Path) -> list[str]:
-    """The class names of a split of folders, sorted; of shards, the names in the classes.json beside them. Raises UserError
-    for another classes.json."""
+    """The class names in the classes.json beside shards; raises UserError for another classes.json."""
     listed = folder / CLASSES
-    if not listed.is_file():
-        return list(class_folders(folder))
     try:
         names = json.loads(listed.read_bytes())
     except ValueError:
@@ -106,8 +103,9 @@ def find(root: Path, split: str, labels: str = "") -> Place:
     classes = class_folders(folder)
     if tars and (not classes or (folder / CLASSES).is_file()):  # class folders: the tars were unpacked
         return Place(folder, tars)
-    chosen = Path(labels) if labels else next(filter(Path.is_file, lists(root, folder)), None)
-    if len(classes) < 2 and chosen:
+    if len(classes) > 1:
+        return Place(folder)
+    if chosen := Path(labels) if labels else next(filter(Path.is_file, lists(root, folder)), None):
         return Place(folder, labels=chosen)
     loose = [name for name in os.listdir(folder) if is_image(name) and not hidden(name)] if not classes else ()
     if loose:

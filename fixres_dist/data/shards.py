@@ -63,7 +63,7 @@ def write_shards(index: Index, out: Path, samples_per_shard: int, progress: Prog
     if load(Place(out, tars), out / INDEX, fresh=True).fingerprint != index.fingerprint:
         raise UserError(
             f"{out} does not hold the samples of {index.folder}: a file has changed since it was indexed. "
-            f"Next: remove {out}, {command('data index', '--data', index.folder.parent, '--fresh')}, "
+            f"Next: remove {out}, {command('data', 'index', '--data', index.folder.parent, '--fresh')}, "
             "and the same command again."
         )
     return made

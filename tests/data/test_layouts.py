@@ -151,6 +151,7 @@ def test_a_split_of_another_name_is_proposed_and_taken(tmp_path: Path) -> None:
 def test_what_is_passed_over_is_counted_in_the_plan(tmp_path: Path) -> None:
     root = write_photos(tmp_path / "data", 2, 1)
     before = dataset.load(root, "train", str(tmp_path / "before"))
+    (root / "train" / "classes.json").write_text('{"ash": 0}')  # of another tool
     for name in ("@eaDir", ".ipynb_checkpoints", "__MACOSX"):
         shutil.copytree(root / "train" / "ash", root / "train" / name)
         shutil.copytree(root / "train" / "@eaDir", root / "train" / "ash" / name)
