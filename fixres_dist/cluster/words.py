@@ -19,6 +19,7 @@ WORDS = {
     "launch failed requeued held": f"held because a node could not start it. {RELEASE}",
     "JobHoldMaxRequeue": f"held after too many requeues. {RELEASE}",
     "ReqNodeNotAvail": "nodes that it needs are down, drained or reserved; it starts when they are back",
+    "Nodes required for job are DOWN": "nodes that it needs are down, drained or reserved; it starts when they are back",
     "Reservation": "waits for its reservation to begin",
     "ReservationDeleted": "its reservation is gone. Next: scontrol update jobid={job} reservationname=",
     "ResvDeleted": "its reservation is gone. Next: scontrol update jobid={job} reservationname=",

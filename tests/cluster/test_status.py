@@ -49,6 +49,10 @@ def seen(run: RunDir, folder: Path, monkeypatch: pytest.MonkeyPatch, squeue: str
             "PENDING|ReqNodeNotAvail, UnavailableNodes:n[1-2]|",
             "are down, drained or reserved; it starts when they are back (Req",
         ),
+        (
+            "PENDING|Nodes required for job are DOWN, DRAINED or reserved for jobs in higher priority partitions|",
+            "job 5: nodes that it needs are down, drained or reserved; it starts when they are back (Nodes",
+        ),
         ("PENDING|ReservationDeleted|", "Next: scontrol update jobid=5 reservationname= (ReservationDeleted)"),
         ("PENDING|QOSMaxCpuPerUserLimit|", "a limit of the QOS is used up (QOSMaxCpuPerUserLimit)"),
         ("PENDING|AssocGrpCpuLimit|", "a limit of your account is used up (AssocGrpCpuLimit)"),
