@@ -74,7 +74,8 @@ def next_size(timm_name: str, train_res: int) -> int:
     """
     import torch
 
-    from fixres_dist.models.build import accepts, build_model
+    from fixres_dist.models.build import build_model
+    from fixres_dist.models.resizing import takes
 
     with torch.device("meta"):
         model = build_model(timm_name, 10)
@@ -82,4 +83,4 @@ def next_size(timm_name: str, train_res: int) -> int:
     side = int(patch[0] if isinstance(patch, tuple | list) else patch)
     step = side if side >= 8 else 32
     first = train_res // step * step + step
-    return next((res for res in range(first, first + 256, step) if accepts(model, res)), 0)
+    return next((res for res in range(first, first + 256, step) if takes(model, res)), 0)

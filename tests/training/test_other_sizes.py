@@ -111,7 +111,7 @@ def test_which_sizes_are_measured() -> None:
 def test_a_size_that_the_model_does_not_take_is_passed_over(
     tmp_path: Path, photos: Path, start: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(stage_session, "accepts", lambda model, res: res == 64)
+    monkeypatch.setattr(stage_session, "takes", lambda model, res: res == 64)
     run = finished(tmp_path / "r", photos, "data.res=64", f"model.weights={start}", "tune.epochs=0")
     said = "not measured at 160 px (the weights' own): test_efficientnet is built for 64 px"
     assert said in capsys.readouterr().out
