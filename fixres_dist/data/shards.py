@@ -203,18 +203,20 @@ def read_members(shard: Path, number: int) -> list[Member]:
         raise UserError(
             f"shard {shard} is torn or no tar: {error}. Next: remove it, and run the same `data shard` command again."
         ) from None
-    found = []
-    for name, member in images:
-        keys = (os.path.splitext(name)[0], label_name(name).removesuffix(".cls"))
-        label = next((labels[key] for key in keys if key in labels), None)
-        if label is None:
-            raise UserError(
-                f"{shard} holds {name!r} without its label {label_name(name)!r} (or a .json with `label` or `cls`). "
-                "Next: write it again with `data shard`."
-            )
-        directory, _, base = name.rpartition("/")
-        found.append(Member(label, directory, base, (number, member.offset_data, member.size)))
-    return found
+    return [image_of(shard, number, name, member, labels) for name, member in images]
+
+
+def image_of(shard: Path, number: int, name: str, member: tarfile.TarInfo, labels: dict[str, int | str]) -> Member:
+    """The image `name` with its label, which stands under its name without the extension, or up to the first dot."""
+    keys = (os.path.splitext(name)[0], label_name(name).removesuffix(".cls"))
+    label = next((labels[key] for key in keys if key in labels), None)
+    if label is None:
+        raise UserError(
+            f"{shard} holds {name!r} without its label {label_name(name)!r} (or a .json with `label` or `cls`). "
+            "Next: write it again with `data shard`."
+        )
+    directory, _, base = name.rpartition("/")
+    return Member(label, directory, base, (number, member.offset_data, member.size))
 
 
 def label_of(kind: str, data: bytes) -> int | str | None:
