@@ -95,8 +95,9 @@ def check_resolutions(model: nn.Module, resolutions: Iterable[int]) -> None:
 
 def gmacs(model: nn.Module, res: int) -> float:
     """1e9 multiply-adds of one picture's forward pass: convolutions and matrix products, counted on the meta device."""
+    sized = for_size(copied(model, "meta"), res)  # it tries a forward pass, which is not to be counted
     with FlopCounterMode(display=False) as counter:
-        meta_forward(for_size(copied(model, "meta"), res), 1, res)
+        meta_forward(sized, 1, res)
     return float(counter.get_total_flops() / 2e9)
 
 
@@ -120,9 +121,9 @@ def largest_batch(model: nn.Module, res: int) -> int:
     number format and with memory to spare. Layers that pad their input are counted with the padding.
     """
     many = 1 << 12  # the largest tensor is then one of the pictures', not of the weights'
-    largest = LargestOutput()
+    sized, largest = for_size(copied(model, "meta"), res), LargestOutput()
     with largest:
-        meta_forward(for_size(copied(model, "meta"), res), many, res)
+        meta_forward(sized, many, res)
     return (2**31 - 1) * many // largest.elements
 
 

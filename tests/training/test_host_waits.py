@@ -88,7 +88,7 @@ POLICIES = [("classifier", "exact"), ("classifier+bn", "exact"), ("classifier+bn
 POLICIES += [("last_block", "exact"), ("all", "ema")]
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 @pytest.mark.parametrize(("policy", "bn_stats"), POLICIES)
 def test_torch_sees_no_wait_in_a_step_on_a_gpu(policy: str, bn_stats: str) -> None:
     step = stepper(work(policy, bn_stats, torch.device("cuda", 0)), Meter())
