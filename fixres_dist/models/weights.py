@@ -210,9 +210,9 @@ def check_scheme(model: nn.Module, state: state_dicts.State, origin: str) -> Non
         return
     shown = [f"{name!r} {list(value.shape)}" for name, value in (next(iter(s.items())) for s in (state, own))]
     raise UserError(
-        f"{origin} names its {len(state)} tensors in another way than timm's {type(model).__name__} its {len(own)}: its first "
-        f"is {shown[0]}, the model's {shown[1]}. Accepted: timm's names. Next: --model by the name of the weights' own "
-        "architecture, or rename the tensors to the model's"
+        f"{origin} does not fit {type(model).__name__}: {next(n for n in own if n not in state)} is missing, as are nearly "
+        f"all: it names its {len(state)} tensors in another way. Its first is {shown[0]}, the model's {shown[1]}. "
+        "Accepted: timm's names. Next: --model by the name of the weights' own architecture, or rename the tensors to the model's"
     )
 
 

@@ -89,7 +89,7 @@ def test_the_weights_as_they_are_given_are_refused_by_their_first_name(
     source = ["--model", "tf_efficientnet_lite0", "--checkpoint", str(given(0)), "--data", str(data), "--res", "224"]
     assert main(["evaluate", *source, *QUICK, "data.class_map=imagenet"]) == 2
     said = capsys.readouterr().err
-    assert "its first is '_conv_stem.weight' [32, 3, 3, 3], the model's 'conv_stem.weight' [32, 3, 3, 3]" in said
+    assert "Its first is '_conv_stem.weight' [32, 3, 3, 3], the model's 'conv_stem.weight' [32, 3, 3, 3]" in said
 
 
 def test_lite0_is_right_on_18_of_20_pictures_in_timms_evaluation(lite0: Path, tmp_path: Path) -> None:
