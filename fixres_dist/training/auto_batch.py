@@ -9,7 +9,7 @@ import contextlib
 import copy
 import itertools
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ from fixres_dist.models.fast_trunk import FastTrunk
 from fixres_dist.models.parts import Parts, set_modes
 from fixres_dist.models.precision import LossScale
 from fixres_dist.models.resizing import largest_batch
+from fixres_dist.training.ranks import Ranks
 from fixres_dist.training.session import Session
 from fixres_dist.training.stage_session import StageSession
 from fixres_dist.training.stages import Stage, batch_per_device
@@ -118,10 +119,20 @@ def with_size(work: StageSession, n: int) -> StageSession:
     )
 
 
+class Alone(Ranks):
+    """A rank that takes its part of the pictures and agrees with nobody: where it runs out of memory, no other one waits."""
+
+    def highest(self, values: list[int]) -> list[int]:
+        return values
+
+
 def as_tried(session: Session, stage: Stage, parts: Parts) -> StageSession:
-    """The stage's work for attempts: no graph is compiled for each size, and undecodable files are not reported yet."""
+    """The stage's work for attempts: no graph is compiled for each size, undecodable files are not reported yet, and a stop
+    signal waits for the end of the attempts."""
     trunk = parts.trunk.eager() if isinstance(parts.trunk, FastTrunk) else parts.trunk
-    return StageSession(replace(session, on_skip=lambda *_: None), stage, replace(parts, trunk=trunk))
+    alone = Alone(**{field.name: getattr(session.ranks, field.name) for field in fields(Ranks)})
+    tried = replace(session, on_skip=lambda *_: None, ranks=replace(alone, flag=None))
+    return StageSession(tried, stage, replace(parts, trunk=trunk))
 
 
 @contextlib.contextmanager

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -220,9 +220,40 @@ def test_the_first_attempt_has_the_probes_memory_back(gpu: list[int], monkeypatc
     assert emptied[0] == 0
 
 
-def test_several_ranks_try_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+class Head(nn.Module):
+    """Stands for DDP: its gradients may not be reduced."""
+
+    def __init__(self, head: nn.Module) -> None:
+        super().__init__()
+        self.head, self.quiet = head, False
+
+    @contextlib.contextmanager
+    def no_sync(self) -> Iterator[None]:
+        before, self.quiet = self.quiet, True
+        yield
+        self.quiet = before
+
+    def forward(self, *inputs: torch.Tensor) -> torch.Tensor:
+        assert self.quiet, "this backward pass would be a collective"
+        return self.head(*inputs)
+
+
+@pytest.mark.parametrize(
+    "policy", ["all", "classifier+bn"]
+)  # statistics of the batch over ranks; a stop signal asked for
+def test_several_ranks_try_alone(monkeypatch: pytest.MonkeyPatch, photos: Path, policy: str) -> None:
     """One rank may run out of memory where others do not: no collective may stand in the attempt."""
-    monkeypatch.setattr(torch.distributed, "all_reduce", failing(AssertionError("a collective")))
+    Memory(monkeypatch)
+    for name in ("all_reduce", "barrier", "broadcast_object_list"):
+        monkeypatch.setattr(torch.distributed, name, failing(AssertionError("a collective")))
+    live, stage, parts = opened(photos, f"tune.policy={policy}")
+    several = replace(live, ranks=replace(live.ranks, rank=1, world_size=2, flag=StopFlag()))
+    optimizer, scale = optimizer_of(live, parts)
+    work = auto_batch.with_size(auto_batch.as_tried(several, stage, parts), 4)
+    if policy == "all":
+        batchnorm.share_batch_statistics(parts)
+    with auto_batch.nothing_moved(work, optimizer, scale):
+        assert auto_batch.step_fits(work, Head(parts.head), optimizer, scale)
     x = torch.ones(3, requires_grad=True)
     with batchnorm.on_this_rank_alone():
         batchnorm.AllReduceSum.apply(x).sum().backward()  # type: ignore[no-untyped-call]
