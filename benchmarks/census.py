@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from fixres_dist.base.errors import UserError, first_line
-from fixres_dist.models import fast_trunk, sizes, weights
+from fixres_dist.models import fast_trunk, sizes, sources, weights
 from fixres_dist.models.build import build_model, own_size, pretrained_cfg, small_size
 from fixres_dist.models.parts import Parts, parts_of, set_modes
 from fixres_dist.models.resizing import check_resolutions, for_size
@@ -46,7 +46,7 @@ def examine(name: str, real_m: float) -> dict[str, Any]:
         row |= {"larger": sizes.sizes(name).larger, "headless": (cfg := pretrained_cfg(name)) and cfg.num_classes == 0}
         check_resolutions(model, [row["res"], *([row["larger"]] if row["larger"] else [])])
         if cfg is not None and cfg.has_weights:
-            weights.fill(model, weights.fitted(model, weights.hub_state(name, meta=True)), name, new_classifier=True)
+            weights.fill(model, weights.fitted(model, sources.hub_state(name, meta=True)), name, new_classifier=True)
         row["policy"] = policy_of(model)
         if row["parameters_m"] <= real_m:
             row["real"] = step_is_exact(name, row["policy"], row["larger"])
