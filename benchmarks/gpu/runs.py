@@ -105,14 +105,14 @@ def loss_scale(section: Section) -> dict[str, Any]:
 def cached(section: Section) -> dict[str, Any]:
     """The same fixing from cached features and from files: how far the two heads are apart."""
     found: dict[str, Any] = {"codes": {}, "seconds": {}}
-    weights = {}
+    weights, words = {}, short(section)
     for engine in ("stream", "cached"):
         more = [
             "data.train_transform=test",
             f"run.engine={engine}",
             f"run.feature_cache={section.scratch / 'features'}",
         ]
-        found["codes"][engine], run = through(section, engine, [*short(section), *more])
+        found["codes"][engine], run = through(section, engine, [*words, *more])
         file = run.root / "export" / "model.safetensors"
         if not file.exists():
             return {**found, "failed": f"{engine}: {tail(section.log, run.root / 'FAILED')}"}
