@@ -104,7 +104,7 @@ def loss_scale(section: Section) -> dict[str, Any]:
 
 def cached(section: Section) -> dict[str, Any]:
     """The same fixing from cached features and from files: how far the two heads are apart."""
-    found: dict[str, Any] = {"codes": {}, "seconds": {}}
+    found: dict[str, Any] = {"codes": {}, "run_s": {}}
     weights, words = {}, short(section)
     for engine in ("stream", "cached"):
         more = [
@@ -116,7 +116,7 @@ def cached(section: Section) -> dict[str, Any]:
         file = run.root / "export" / "model.safetensors"
         if not file.exists():
             return {**found, "failed": f"{engine}: {tail(section.log, run.root / 'FAILED')}"}
-        found["seconds"][engine] = json.loads(run.results.read_text())["seconds"]
+        found["run_s"][engine] = json.loads(run.results.read_text())["seconds"]
         weights[engine] = load_file(file)
         section.save(found)
     a, b = weights["stream"], weights["cached"]
