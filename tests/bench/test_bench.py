@@ -101,7 +101,7 @@ def test_gpu_says_what_it_needs(capfd: pytest.CaptureFixture[str]) -> None:
         (["trunk", "--model", "resnet50.a1_in1"], "Did you mean 'a1_in1k'"),
         (["step", "--batch", "0"], "--batch is 0; accepted: 1 or more."),
         (["end-to-end", "--data", "/nope"], "no data set at /nope"),
-        (["data", "--data", "/nope"], "no images at /nope/val"),
+        (["data", "--data", "/nope"], "no data set at /nope"),
         (["data", "--res", "abc"], "--res is 'abc'; accepted: whole numbers"),
         (["data", "--transforms", "tst"], "Did you mean 'test'"),
         (["data", "--loaders", "pill"], "Did you mean 'pil'"),
