@@ -79,8 +79,9 @@ def next_size(timm_name: str, train_res: int) -> int:
 
     with torch.device("meta"):
         model = build_model(timm_name, 10)
-    patch = getattr(getattr(model, "patch_embed", None), "patch_size", 0)
-    side = int(patch[0] if isinstance(patch, tuple | list) else patch)
+    embed = getattr(model, "patch_embed", None) or getattr(model, "embeds", None)
+    side = embed.feat_ratio() if hasattr(embed, "feat_ratio") else getattr(embed, "patch_size", 0)
+    side = int(side[0] if isinstance(side, tuple | list) else side)
     step = side if side >= 8 else 32
     first = train_res // step * step + step
     return next((res for res in range(first, first + 256, step) if takes(model, res)), 0)
