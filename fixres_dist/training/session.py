@@ -45,7 +45,7 @@ class Session:
     memory_format: torch.memory_format
     on_skip: backends.OnSkip  # what is done about an image that cannot be decoded, under data.on_bad: skip
     kept: Path | None = None  # file of what was decided for the run (`decided`)
-    largest: dict[int, int] = field(default_factory=dict)  # models/resizing.py: largest_batch at each resolution asked for
+    largest: dict[int, int] = field(default_factory=dict)  # largest_batch at each resolution asked for
 
     @property
     def train(self) -> Index:
