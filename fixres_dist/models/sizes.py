@@ -9,6 +9,7 @@ import contextlib
 import csv
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 from fixres_dist.base.environment import shipped
 from fixres_dist.config.recipes import WEIGHTS
@@ -79,7 +80,7 @@ def next_size(timm_name: str, train_res: int) -> int:
 
     with torch.device("meta"):
         model = build_model(timm_name, 10)
-    embed = getattr(model, "patch_embed", None) or getattr(model, "embeds", None)
+    embed: Any = getattr(model, "patch_embed", None) or getattr(model, "embeds", None)
     side = embed.feat_ratio() if hasattr(embed, "feat_ratio") else getattr(embed, "patch_size", 0)
     side = int(side[0] if isinstance(side, tuple | list) else side)
     step = side if side >= 8 else 32
