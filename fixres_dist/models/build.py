@@ -195,10 +195,10 @@ def accepts(model: nn.Module, res: int) -> bool:
 
 
 def classifiers(model: nn.Module) -> tuple[str, ...]:
-    """Names of the classifier layers among the model's modules, by timm's get_classifier.
+    """Names of the classifier layers among the model's modules, by timm's get_classifier and `classifier` of pretrained_cfg.
 
-    More than one where a model was distilled (DeiT, LeViT: timm averages their logits in tests) or has branches (CrossViT).
-    Raises UserError where there is none.
+    More than one where a model was distilled (DeiT, LeViT: timm averages their logits in tests), has branches (CrossViT) or
+    classifies its tokens too (VOLO's aux_head, which only pretrained_cfg names). Raises UserError where there is none.
     """
 
     def each(found: Any) -> list[Any]:
@@ -212,4 +212,8 @@ def classifiers(model: nn.Module) -> tuple[str, ...]:
             f"{type(model).__name__} has no classifier layer, and timm cannot give it one. Next: a model that classifies; "
             f"timm.list_models() names them"
         )
-    return tuple(names[layer] for layer in layers)
+    found = tuple(names[layer] for layer in layers)
+    listed = (getattr(model, "pretrained_cfg", None) or {}).get("classifier")
+    more = listed if isinstance(listed, tuple | list) else ()
+    known = {name.partition(".")[0] for name in found}
+    return (*found, *(name for name in more if name in names.values() and name.partition(".")[0] not in known))

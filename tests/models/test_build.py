@@ -13,8 +13,8 @@ from torch import nn
 from fixres_dist.base.errors import UserError
 from fixres_dist.config import reading
 from fixres_dist.config.schema import Config
-from fixres_dist.models import sources, weights
-from fixres_dist.models.build import build_model, preprocessing
+from fixres_dist.models import policies, sources, weights
+from fixres_dist.models.build import build_model, classifiers, preprocessing
 from fixres_dist.models.resizing import gmacs, largest_batch
 
 NAME = "test_efficientnet"
@@ -97,6 +97,15 @@ def test_weights_of_two_classifiers_fit_and_other_classes_take_both_away() -> No
     assert all(torch.equal(model.state_dict()[n], heads.get(n, v)) for n, v in given.items())
     weights.fill(same, given, "a file")
     assert all(torch.equal(same.state_dict()[n], v) for n, v in given.items())
+
+
+def test_a_classifier_of_the_tokens_counts_as_one() -> None:
+    """VOLO adds the best token's logits in tests; get_classifier does not name their layer, pretrained_cfg does."""
+    with torch.device("meta"):
+        given, model = build_model("volo_d1_224", 7).state_dict(), build_model("volo_d1_224", 5)
+    assert classifiers(model) == ("head", "aux_head")
+    weights.fill(model, given, "a file", new_classifier=True)
+    assert {"head.weight", "aux_head.weight"} <= set(policies.select(model, "classifier+bn").parameters)
 
 
 def test_a_classifier_of_as_many_classes_and_other_inputs_is_refused(tmp_path: Path) -> None:
