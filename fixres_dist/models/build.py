@@ -157,8 +157,13 @@ def build_model(timm_name: str, num_classes: int, seed: int = 0) -> nn.Module:
 
 
 def own_size(model: nn.Module) -> int:
-    """The model's own resolution in pixels, at least 64: a forward pass is sure to take it."""
-    return max(64, int(timm.models.get_model_input_config(model)["input_size"][-1]))
+    """The model's own resolution in pixels, at least 64: a forward pass is sure to take it.
+
+    Where patches of 14 px do not fill SigLIP's 384 px, timm crops; a model of any size (dynamic_img_size) wants whole ones.
+    """
+    size = max(64, int(timm.models.get_model_input_config(model)["input_size"][-1]))
+    ratio = getattr(getattr(model, "patch_embed", None), "feat_ratio", lambda: 1)
+    return size - (size % int(ratio()) if getattr(model, "dynamic_img_size", False) else 0)
 
 
 def small_size(model: nn.Module) -> int:

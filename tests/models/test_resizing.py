@@ -96,3 +96,13 @@ def test_both_stages_sweep_and_export_at_sizes_of_their_own(tmp_path: Path, phot
     assert exported.returncode == 0, exported.stderr
     model = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True)
     assert torch.equal(model.state_dict()[table], after[table])
+
+
+def test_an_own_size_that_patches_do_not_fill_is_refused_and_cut_at_whole_ones() -> None:
+    """SigLIP so400m has 384 px and patches of 14; a model of any size raises there, in the job."""
+    with torch.device("meta"):
+        model = timm.create_model("test_vit", num_classes=5, img_size=150, dynamic_img_size=True)
+    assert own_size(model) == 144
+    assert parts_of(model, "classifier").trunk is not None
+    with pytest.raises(UserError, match=r"its patches are 16 px\. Accepted near it: 144 and 160"):
+        check_resolutions(model, [150])
