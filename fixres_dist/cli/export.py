@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
     from fixres_dist.publishing import export
 
     classes = list(class_maps.trained_classes(config, run.root, "val"))
-    starting = args.alpha != 1 and weights_before(run) is None
+    starting = args.alpha != 1 and weights_before(run) is None and not run.head_before.exists()
     model = for_size(weights.open_model(config, classes, with_weights=starting), res)
     state = weights.read_state(weights_after(run))
     if args.alpha != 1:

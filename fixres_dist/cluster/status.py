@@ -16,7 +16,7 @@ from fixres_dist.base.json_lines import read_lines
 from fixres_dist.base.text import duration, table
 from fixres_dist.cluster import slurm, words
 from fixres_dist.config import recipes
-from fixres_dist.runs.results import OTHER_SIZE
+from fixres_dist.runs.results import OTHER_SIZE, Results
 from fixres_dist.runs.rundir import RunDir
 from fixres_dist.runs.states import UNFINISHED, WORKING, Event, RunState, State
 
@@ -45,7 +45,7 @@ class Row:
     percent: float | None  # of the steps
     eta_s: float | None
     images_per_second: float | None
-    best_top1: float | None  # per cent, of the run's own evaluations
+    top1: float | None  # per cent: the result's, or before there is one the newest evaluation's
     restarts: Mapping[str, int]
     nodes: list[str]
     job_id: str | None
@@ -54,6 +54,7 @@ class Row:
     time_used: str | None = None  # wall time of the job's start, such as 3:02:11
     time_limit: str | None = None
     skipped_images: int = 0  # that could not be decoded (data.on_bad=skip)
+    top1_of: str = ""  # which evaluation top1 is of: `after`, the result, or a name with its resolution
 
 
 def find(name: str, runs_dir: Path) -> RunDir:
@@ -123,11 +124,13 @@ def row(run: RunDir, state: RunState, queue: Mapping[str, slurm.Queued] | None) 
     idle = f"no progress for {duration(idle_s)}" if idle_s else ""
     skipped = run.skipped()
     step = state.total_steps if now == State.DONE and state.total_steps else state.step
-    tops = [x["top1"] for x in read_lines(run.metrics) if "top1" in x and x.get("evaluation") != OTHER_SIZE]
+    result = Results.read(run) if now == State.DONE and run.results.exists() else None
+    worse = result.verdict(run) if result else ""
+    top1, top1_of = (result.after.top1, "after") if result else newest_top1(run)
     return Row(
         name=run.name,
         state=now,
-        reason="; ".join(filter(None, (reason, idle, f"{skipped} images skipped" if skipped else ""))),
+        reason="; ".join(filter(None, (reason, worse, idle, f"{skipped} images skipped" if skipped else ""))),
         step=step,
         total_steps=state.total_steps,
         percent=round(100 * step / state.total_steps, 1) if state.total_steps else None,
@@ -135,7 +138,8 @@ def row(run: RunDir, state: RunState, queue: Mapping[str, slurm.Queued] | None) 
         images_per_second=state.images_per_second
         if now in (State.DONE, State.FAILED, State.CANCELLED) or at_work
         else None,
-        best_top1=max(tops, default=None),
+        top1=top1,
+        top1_of=top1_of,
         restarts=state.restarts,
         nodes=list(state.nodes) if now in WORKING else [],
         job_id=state.job_id,
@@ -145,6 +149,12 @@ def row(run: RunDir, state: RunState, queue: Mapping[str, slurm.Queued] | None) 
         time_limit=job.limit or None,
         skipped_images=skipped,
     )
+
+
+def newest_top1(run: RunDir) -> tuple[float | None, str]:
+    """Top-1 of the newest evaluation of the weights in training, and which one that is, with its resolution."""
+    lines = [x for x in read_lines(run.metrics) if "top1" in x and x.get("evaluation") != OTHER_SIZE]
+    return (lines[-1]["top1"], f"{lines[-1]['evaluation']}, {lines[-1]['res']} px") if lines else (None, "")
 
 
 def as_seen(run: RunDir, state: RunState, queue: Mapping[str, slurm.Queued] | None) -> tuple[State, str]:
@@ -214,7 +224,7 @@ def as_table(listed: list[Row]) -> str:
             "" if r.percent is None else f"{r.percent:.0f}",
             "" if r.eta_s is None else duration(r.eta_s),
             "" if r.images_per_second is None else f"{r.images_per_second:,.0f}",
-            "" if r.best_top1 is None else f"{r.best_top1:.2f}",
+            "" if r.top1 is None else f"{r.top1:.2f}{'' if r.top1_of == 'after' else f' {r.top1_of}'}",
             " ".join(f"{count} {reason}" for reason, count in r.restarts.items() if count) or "0",
             ",".join(r.nodes),
             "" if r.last_log_age_s is None else f"{duration(r.last_log_age_s)} ago",

@@ -48,16 +48,14 @@ def interpolated(before: State, after: State, alpha: float) -> dict[str, torch.T
 
 
 def starting_state(run: RunDir, model: nn.Module) -> dict[str, torch.Tensor]:
-    """The whole model before fixing, on the CPU: after stage one, or without it `model`, with the starting weights.
-
-    For the size that `model` is built for.
+    """The whole model before fixing, on the CPU, for the size that `model` is built for: after stage one, or without it
+    the fixed one with the head that it had before; of older versions' runs `model`, with the starting weights.
     """
-    file = weights_before(run)
-    return (
-        weights.fitted(model, weights.read_state(file))
-        if file
-        else {name: value.cpu() for name, value in model.state_dict().items()}
-    )
+    if file := weights_before(run):
+        return weights.fitted(model, weights.read_state(file))
+    if run.head_before.exists():
+        return {**weights.read_state(weights_after(run)), **weights.read_state(run.head_before)}
+    return {name: value.cpu() for name, value in model.state_dict().items()}
 
 
 def curves(session: Session, run: RunDir, alphas: Sequence[float]) -> Curves:

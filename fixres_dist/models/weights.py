@@ -231,19 +231,26 @@ def write_weights(model: nn.Module, file: Path, config: Config, res: int, classe
     safetensors with the model, its resolution and its `classes` in the header, or for `.pth` what torch.save writes.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
-    state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
+    if file.suffix == ".pth":
+        state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
+        with whole(file) as part, part.open("wb") as stream:  # given a name, torch.save hides what the system said
+            torch.save(state, stream)
+        return
+    meta = {
+        "timm_name": config.model.timm_name,
+        "res": str(res),
+        "model": json.dumps(asdict(config.model)),
+        class_names.NAMES: json.dumps(list(classes)),
+    }
+    write_tensors(model, file, list(model.state_dict()), meta)
+
+
+def write_tensors(model: nn.Module, file: Path, names: Iterable[str], meta: Mapping[str, str] | None = None) -> None:
+    """Write the tensors `names` of the model's state dict as safetensors, whole or not at all."""
+    state = model.state_dict()
     with whole(file) as part:
         part.touch()
         mode = part.stat().st_mode  # as the umask has it; safetensors makes its files private
-        if file.suffix == ".pth":
-            with part.open("wb") as stream:  # given a name, torch.save hides what the system said
-                torch.save(state, stream)
-        else:
-            meta = {
-                "timm_name": config.model.timm_name,
-                "res": str(res),
-                "model": json.dumps(asdict(config.model)),
-                class_names.NAMES: json.dumps(list(classes)),
-            }
-            save_file(state, part, {**meta, "format": "pt"})
+        tensors = {name: state[name].detach().cpu().contiguous() for name in names}
+        save_file(tensors, part, {**(meta or {}), "format": "pt"})
         part.chmod(mode)

@@ -42,6 +42,8 @@ def of_exported(run: RunDir, results: Results, alpha: float) -> BeforeAfter | No
     line = {**asdict(results), "set": data_name(run.config())}
     if alpha == 1:
         return BeforeAfter.read(line)
+    if alpha == 0:
+        return BeforeAfter.read(line, after=line["before"], delta_top1=0.0, delta_ci95=(0.0, 0.0))
     found = json.loads(file.read_text()) if file.exists() else {}
     measured = (found.get("data"), found.get("res"), found.get("resize_rule"), found.get("crop_pct", "auto"))
     if measured != (data.root, data.res, data.resize_rule, data.crop_pct):
@@ -96,6 +98,14 @@ def row(line: BeforeAfter) -> list[object]:
     return [line.set, line.res, line.n, *scores, line.gain]
 
 
+def notes(run: RunDir, results: Results, alpha: float) -> list[str]:
+    """What the table does not say: accuracy before fixing at other sizes, the gain over the best of all, and its verdict."""
+    before = [f"{one.top1:.2f} at {res} px ({one.why})" for res, one in results.before_at.items()]
+    found = [f"Top-1 before fixing at other sizes: {', '.join(before)}."] if before else []
+    told = (results.over_the_best(), results.verdict(run)) if alpha == 1 else ()
+    return found + [f"{one[0].upper()}{one[1:]}." for one in told if one]
+
+
 def text(run: RunDir, files: list[str], licence: str | None, alpha: float = 1.0) -> str:
     """The card for a finished run's exported `files`; `licence` is that of the starting weights, where timm knows it."""
     config, results = run.config(), Results.read(run)
@@ -109,6 +119,7 @@ def text(run: RunDir, files: list[str], licence: str | None, alpha: float = 1.0)
         head = ("data set", "px", "n", "before: top-1 / top-5", "after", "gain in top-1 (paired 95 % interval)")
         others = of_sets(evaluations(run)) if alpha == 1 else []
         table = markdown_table(head, map(row, [exported, *others]))
+        table += "".join(f"\n\n{note}" for note in notes(run, results, alpha))
     weights = next((file for file in files if file.startswith("model.")), "")
     start = "new weights" if config.model.weights == "none" else f"weights `{Path(config.model.weights).name}`"
     if config.pretrain:

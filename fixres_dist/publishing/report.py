@@ -41,6 +41,7 @@ class Row:
     multiply_adds_g: float  # 1e9, of a picture at the run's resolution
     published: dict[str, Any] | None  # a row of configs/published.csv
     evaluations: list[dict[str, Any]]  # records of the other sets
+    verdict: str  # of a run that made its weights worse, as Results.verdict has it
 
     @property
     def hardware(self) -> str:
@@ -59,8 +60,8 @@ class Row:
             published += f"; timm's start: {p['timm_base_top1']}"
         model = [self.run, r.timm_name, f"{self.data}, {self.classes} classes", f"{self.parameters_m:.3g}"]
         others = [f"; {one.top1:.2f} at {res} px" for res, one in r.before_at.items()]
-        best = r.best_before
-        gain = f"{r.gain}; over the best before, {best.res} px: {best}" if best and best.res != r.res else r.gain
+        best = r.best_before if r.over_the_best() else None
+        gain = f"{r.gain}; over the best before, {best.res} px: {best}{best.corrected}" if best else r.gain
         accuracy = [f"{r.before.top1:.2f}{''.join(others)}", f"{r.after.top1:.2f}", gain, r.n]
         resolutions = [f"{self.multiply_adds_g:.3g}", self.train_res, r.res]
         return [*model, *resolutions, *accuracy, published, duration(r.seconds), self.hardware]
@@ -84,6 +85,7 @@ def row(run: RunDir) -> Row:
         multiply_adds_g=round(multiply_adds_g, 3),
         published=recipes.published().get((config.model.name, config.model.weights)),
         evaluations=evaluations(run),
+        verdict=Results.read(run).verdict(run),
     )
 
 
@@ -138,6 +140,7 @@ def markdown(runs: Sequence[RunDir], rows: Sequence[Row], out: Path) -> str:
         "Published: arXiv 2003.08237, on ImageNet. before and after are at the test resolution, and before also at others.",
         "",
     ]
+    text += [line for row in rows if row.verdict for line in (f"**{row.run}**: {row.verdict}.", "")]
     robust = [
         (row.run, line.set, line.res, f"{line.before.top1:.2f}", f"{line.after.top1:.2f}", line.gain)
         for row in rows

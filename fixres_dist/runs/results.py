@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
+from fixres_dist.base.commands import command
 from fixres_dist.base.json_lines import write_json
 from fixres_dist.runs.rundir import RunDir
 
@@ -58,14 +59,28 @@ class Gain:
         """As in a sentence: `+1.40 points (95 % interval +1.10 to +1.70, paired, n 50000)`."""
         low, high = self.delta_ci95
         count = "" if n is None else f", n {n}"
-        return f"{self.delta_top1:+.2f} points (95 % interval {low:+.2f} to {high:+.2f}, paired{count})"
+        return f"{self.delta_top1:+.2f} points (95 % interval {low:+.2f} to {high:+.2f}, paired{self.corrected}{count})"
+
+    @property
+    def corrected(self) -> str:
+        """What the interval allows for, in words."""
+        return ""
 
 
 @dataclass(frozen=True)
 class Best(Gain):
-    """The gain of fixing over the best accuracy before it, which was at `res` pixels."""
+    """The gain of fixing over the best accuracy before it, which was at `res` pixels.
+
+    `of`: resolutions that this one was picked from, on the same images. The interval holds for all of them at once
+    (Bonferroni's correction), so for the one that was picked too; runs of older versions have 1, and no correction.
+    """
 
     res: int
+    of: int = 1
+
+    @property
+    def corrected(self) -> str:
+        return f", corrected for the best of {self.of}" if self.of > 1 else ""
 
 
 @dataclass(frozen=True)
@@ -140,18 +155,41 @@ class Results:
         values["before"], values["after"] = Accuracy.read(found["before"]), Accuracy.read(found["after"])
         values["before_at"] = {int(res): Before(**one) for res, one in found.get("before_at", {}).items()}
         if best := found.get("best_before"):
-            values["best_before"] = Best(best["delta_top1"], tuple(best["delta_ci95"]), best["res"])
+            values["best_before"] = Best(**{**best, "delta_ci95": tuple(best["delta_ci95"])})
         values["delta_ci95"], values["hardware"] = tuple(found["delta_ci95"]), Hardware(**found["hardware"])
         return Results(**values)
 
-    def sentence(self) -> str:
-        """The last line of a run."""
+    def sentence(self, run: RunDir) -> str:
+        """The last line of a run: before and after at the test size, before at the others, the gain over the best of them."""
         text = (
             f"{self.model} at {self.res} px: top-1 {self.before.top1:.2f} before, {self.after.top1:.2f} after fixing: "
             f"{self.gain.phrase(self.n)}"
         )
         for res, before in self.before_at.items():
             text += f"; before at {res} px ({before.why}) {before.top1:.2f}"
-        if self.best_before and self.best_before.res != self.res:
-            text += f"; over the best before, at {self.best_before.res} px: {self.best_before.phrase()}"
-        return text
+        return ". ".join(filter(None, ("; ".join(filter(None, (text, self.over_the_best()))), self.verdict(run))))
+
+    def over_the_best(self) -> str:
+        """The gain over the best of before, where that was not at the test size; empty where it is `gain`."""
+        best = self.best_before
+        return f"over the best before, at {best.res} px: {best.phrase()}" if best and best.res != self.res else ""
+
+    def verdict(self, run: RunDir) -> str:
+        """Of a run that has made its weights worse, by an interval below zero: that, and what to try; else empty.
+
+        The last line, `status`, the report and the model card say it in these words.
+        """
+        found = {self.res: self.gain} | ({self.best_before.res: self.best_before} if self.best_before else {})
+        worse = {res: gain for res, gain in found.items() if gain.delta_ci95[1] < 0}
+        if not worse:
+            return ""
+        res, gain = min(worse.items(), key=lambda one: one[1].delta_top1)
+        tune = run.config().tune
+        tries = [f"tune.base_lr={tune.base_lr / 10:g}"]
+        tries += ["tune.policy=classifier, which keeps BatchNorm statistics"] if tune.policy != "classifier" else []
+        return (
+            f"WORSE after fixing than before it at {res} px: {gain.phrase()}. Both heads are kept: "
+            f"`{command('export', '--run', run.root, '--alpha', 0)}` writes the one before, "
+            f"`{command('interpolate', '--run', run.root)}` measures the way between. "
+            f"Try under another --name: {', or '.join(tries)}"
+        )

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import NormalDist
 from zipfile import BadZipFile
 
 import numpy as np
@@ -43,10 +44,10 @@ class Predictions:
             skipped=int((~kept).sum()),
         )
 
-    def gain_over(self, before: Predictions) -> Gain:
-        """Top-1 of these minus that of `before`, over the images that both could decode."""
+    def gain_over(self, before: Predictions, of: int = 1) -> Gain:
+        """Top-1 of these minus that of `before`, over the images that both could decode; `of` as in paired_gain."""
         both = self.counted & before.counted
-        return paired_gain(before.correct1[both], self.correct1[both])
+        return paired_gain(before.correct1[both], self.correct1[both], of)
 
     def of_classes(self, columns: Sequence[int]) -> Predictions:
         """`predicted` as classes of the model, for predictions made from logits restricted to the classes `columns`."""
@@ -75,17 +76,19 @@ class Predictions:
             ) from None
 
 
-def paired_gain(before: NDArray[np.bool_], after: NDArray[np.bool_]) -> Gain:
+def paired_gain(before: NDArray[np.bool_], after: NDArray[np.bool_], of: int = 1) -> Gain:
     """Gain in top-1 from hits [n] of two models on the same images, paired image by image.
 
     The interval is that of the mean difference per image: 1.96 standard errors to each side. One that ignores the pairing
-    is several times wider. One image tells nothing about the spread: its interval is -100 to 100.
+    is several times wider. One image tells nothing about the spread: its interval is -100 to 100. `of`: models on these
+    images that `before` was picked from; the intervals over all of them hold together then (Bonferroni's correction).
     """
     difference = after.astype(np.float64) - before
     gain = 100 * float(difference.mean())
     if len(difference) < 2:
         return Gain(round(gain, 4), (-100.0, 100.0))
-    half = 100 * 1.96 * float(difference.std(ddof=1)) / math.sqrt(len(difference))
+    errors = 1.96 if of == 1 else NormalDist().inv_cdf(1 - 0.025 / of)
+    half = 100 * errors * float(difference.std(ddof=1)) / math.sqrt(len(difference))
     return Gain(round(gain, 4), (round(gain - half, 4), round(gain + half, 4)))
 
 

@@ -76,7 +76,7 @@ def best_before(after: Predictions, before: dict[int, Predictions]) -> Best | No
     if len(before) == 1:
         return None
     res = max(before, key=lambda res: before[res].summary().top1)
-    return Best(**asdict(after.gain_over(before[res])), res=res)
+    return Best(**asdict(after.gain_over(before[res], of=len(before))), res=res, of=len(before))
 
 
 def accuracy(predictions: Predictions) -> Accuracy:

@@ -191,6 +191,14 @@ def test_alpha_zero_and_one_are_the_two_heads_exactly(run: RunDir, tmp_path: Pat
         for alpha in (0, 0.25, 1)
     }
     assert same(made[0], before)
+    assert weights.read_state(run.head_before).keys() == {
+        "bn2.weight",
+        "bn2.bias",
+        "bn2.running_mean",
+        "bn2.running_var",
+    } | {"bn2.num_batches_tracked", "classifier.weight", "classifier.bias"}
+    card, found = (tmp_path / "0" / "README.md").read_text(), Results.read(run)
+    assert f"{found.before.top1:.2f} / {found.before.top5:.2f} | +0.00" in card, "measured already, as before"
     assert same(made[1], after)
     for name, value in made[0.25].items():
         if torch.equal(before[name], after[name]):

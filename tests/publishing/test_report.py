@@ -10,9 +10,11 @@ import pytest
 from PIL import Image
 
 from fixres_dist.cli.main import main
+from fixres_dist.cluster import status
 from fixres_dist.config import reading, recipes
 from fixres_dist.config.schema import Config
-from fixres_dist.publishing import report
+from fixres_dist.publishing import model_card, report
+from fixres_dist.runs.results import Results
 from fixres_dist.runs.rundir import RunDir
 from fixres_dist.runs.states import Event
 
@@ -147,3 +149,29 @@ def test_a_report_among_the_runs_is_left_out_of_the_next_one(
 def test_what_is_no_run_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["report", str(tmp_path)]) == 2
     assert "is no run directory" in capsys.readouterr().err
+
+
+def test_a_run_that_lost_says_so_in_report_card_and_status(tmp_path: Path) -> None:
+    """Every place has the same words, and status the result's top-1 although an earlier evaluation was better."""
+    before_at = {"224": {"top1": 78.1, "top5": 94.0, "loss": 0.9, "why": "the weights' own"}}
+    best = {"delta_top1": -0.9, "delta_ci95": [-1.2, -0.6], "res": 224, "of": 2}
+    worse = {"delta_top1": -0.5, "delta_ci95": [-0.8, -0.2], "before_at": before_at, "best_before": best}
+    worse["versions"] = {"torch": "2.14", "timm": "1.0"}
+    run = made(tmp_path / "b0-320", "b0", 320, **worse)
+    lines = [{"step": 5, "evaluation": name, "res": 128, "top1": 90.0} for name in ("pretrain epoch 1", "fix epoch 1")]
+    run.metrics.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    verdict = Results.read(run).verdict(run)
+    assert verdict.startswith("WORSE after fixing than before it at 224 px: -0.90 points")
+    rows = [report.row(run)]
+    assert f"**b0-320**: {verdict}." in report.markdown([run], rows, tmp_path)
+    assert "over the best before, 224 px: -0.90 (-1.20 to -0.60), corrected for the best of 2" in rows[0].cells()[9]
+    card = model_card.text(run, ["model.safetensors"], None)
+    assert f"\n{verdict}.\n" in card
+    assert "78.10 at 224 px (the weights' own)" in card
+    assert "Over the best before, at 224 px: -0.90 points" in card
+    (row,) = status.rows([run])
+    assert (row.top1, row.top1_of, row.reason) == (80.1, "after", verdict)
+    unfinished = made(tmp_path / "b", "b4", 512, "ap", finished=False)
+    unfinished.metrics.write_text(run.metrics.read_text())
+    (row,) = status.rows([unfinished])
+    assert (row.top1, row.top1_of) == (90.0, "fix epoch 1, 128 px")

@@ -22,7 +22,7 @@ from fixres_dist.publishing import report
 from fixres_dist.runs import rundir
 from fixres_dist.runs.results import Results
 from fixres_dist.runs.rundir import RunDir
-from fixres_dist.training import loop, results, stage_session, worker
+from fixres_dist.training import results, stage_session, stage_training, worker
 from fixres_dist.training.predictions import Predictions
 from fixres_dist.training.stages import other_sizes
 
@@ -58,7 +58,7 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_weights_are_measured_at_their_own_size_and_timms(
     tmp_path: Path, photos: Path, start: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in (loop, results):
+    for module in (stage_training, results):
         monkeypatch.setattr(module, "of_weights", lambda model: Sizes(96, 128, 128))
     run = finished(tmp_path / "r", photos, "data.res=64", f"model.weights={start}")
     found, kept = Results.read(run), json.loads(run.results.read_text())
@@ -74,13 +74,14 @@ def test_the_weights_are_measured_at_their_own_size_and_timms(
         assert kept["before_at"][str(res)]["top1"] == alone.summary().top1
     assert len({made.summary().top1 for made in before.values()}) > 1, "the sizes must differ, or this shows nothing"
     best = max(before, key=lambda res: before[res].summary().top1)
-    gain = Predictions.read(run.root / "predictions" / "after.npz").gain_over(before[best])
-    expected = {"res": best, "delta_top1": gain.delta_top1, "delta_ci95": list(gain.delta_ci95)}
+    gain = Predictions.read(run.root / "predictions" / "after.npz").gain_over(before[best], of=3)
+    expected = {"res": best, "delta_top1": gain.delta_top1, "delta_ci95": list(gain.delta_ci95), "of": 3}
     assert kept["best_before"] == expected
-    assert f"; before at 96 px (the weights' own) {found.before_at[96].top1:.2f}; before at 128" in found.sentence()
-    assert (f"; over the best before, at {best} px" in found.sentence()) == (best != 64)
+    assert f"; before at 96 px (the weights' own) {found.before_at[96].top1:.2f}; before at 128" in found.sentence(run)
+    assert (f"; over the best before, at {best} px" in found.sentence(run)) == (best != 64)
+    assert "paired, corrected for the best of 3" in found.best_before.phrase()  # type: ignore[union-attr]
     assert f"{found.before.top1:.2f}; {found.before_at[96].top1:.2f} at 96 px; " in report.row(run).cells()[7]
-    assert status.row(run, run.state(), None).best_top1 == max(found.before.top1, found.after.top1)
+    assert status.row(run, run.state(), None).top1 == found.after.top1
 
 
 def test_stage_one_tells_it_without_another_pass(tmp_path: Path, photos: Path) -> None:

@@ -1,0 +1,142 @@
+"""A stage under way: the model cut for it, its optimizer, where it continues, and what it evaluates and saves."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+
+from fixres_dist.config import reading
+from fixres_dist.models.parts import frozen_digest, parts_of, set_modes
+from fixres_dist.models.precision import LossScale, sgd
+from fixres_dist.models.sizes import of_weights
+from fixres_dist.runs import checkpoint
+from fixres_dist.runs.checkpoint import Progress
+from fixres_dist.runs.results import OTHER_SIZE
+from fixres_dist.runs.rundir import RunDir
+from fixres_dist.runs.tracking import Tracker
+from fixres_dist.training import auto_batch, results
+from fixres_dist.training.divergence import Diverged, diverged, not_finite
+from fixres_dist.training.partial import Partial
+from fixres_dist.training.predictions import Predictions
+from fixres_dist.training.session import Session
+from fixres_dist.training.stage_session import StageSession
+from fixres_dist.training.stages import Stage, other_sizes
+from fixres_dist.training.throughput import Meter
+
+END = {"pretrain": "pretrained", "fix": "after"}  # the evaluation after a stage's last step
+
+
+@dataclass
+class Training:
+    """A stage under way; `progress` is what the loop changes."""
+
+    run: RunDir
+    work: StageSession
+    optimizer: torch.optim.Optimizer
+    scale: LossScale
+    fingerprint: dict[str, Any]  # what must match between the starts of one run
+    progress: Progress
+    resumed: bool
+    tracker: Tracker | None  # rank 0's
+    writer: checkpoint.Writer
+    meter: Meter = field(default_factory=Meter)
+    saved_step: int = -1  # of the newest checkpoint of this stage
+    opened: float = field(default_factory=time.monotonic)
+
+    def say(self, text: str) -> None:
+        if self.tracker:
+            self.tracker.say(text)
+
+    def set_modes(self) -> None:
+        set_modes(self.work.parts, self.work.stage.tune.bn_stats)
+
+    def evaluate(self, label: str) -> Predictions:
+        """Of the validation images as the model is now; leaves the model ready to train. Raises Stopped."""
+        predictions = self.work.evaluate(label, self.partial("epoch" if self.progress.pending else label, label))
+        summary = predictions.summary()
+        if not math.isfinite(summary.loss):
+            raise self.diverged(f"the loss of the evaluation ({label}) is {summary.loss}")
+        self.set_modes()
+        if self.tracker:
+            self.tracker.evaluation(self.progress.step, label, self.work.stage.res, summary)
+        return predictions
+
+    def measure_other_sizes(self) -> None:
+        """Before fixing, the accuracy at the weights' own size and at timm's test size, where stage one has not told it."""
+        config = self.work.session.config
+        for res, why in other_sizes(config, of_weights(config.model)).items():
+            if config.pretrain and res == config.pretrain.res:
+                continue
+            predictions = self.work.evaluate_at(res, f"before, {res} px", self.partial(f"before-{res}", res))
+            if predictions is None:
+                self.say(
+                    f"not measured at {res} px ({why}): {config.model.timm_name} is built for {config.data.res} px"
+                )
+                continue
+            self.keep(f"before-{res}", predictions)
+            if self.tracker:
+                self.tracker.other_size(self.progress.step, res, why, predictions.summary())
+        self.set_modes()
+
+    def evaluate_pending(self) -> None:
+        """The evaluation that is due after this step; a start that found it unfinished goes on with it."""
+        top1 = self.evaluate(self.progress.pending).summary().top1
+        self.progress = replace(self.progress.with_top1(top1), pending="")
+
+    def partial(self, name: str, *depends: object) -> Partial:
+        """Where a pass over the images keeps what is done, for these weights at this step."""
+        every_s = self.work.session.config.run.save_every_s
+        depends = (self.fingerprint, self.progress.step, *depends)
+        return Partial.of(self.run.partial / f"{name}.npz", every_s, self.work.parts, depends)
+
+    def keep(self, when: str, predictions: Predictions) -> None:
+        """predictions/WHEN.npz, so that any two runs can be compared image by image."""
+        if self.tracker:
+            predictions.save(results.predictions_file(self.run, when), self.work.session.val.fingerprint)
+
+    def diverged(self, what: str) -> Diverged:
+        session, stage = self.work.session, self.work.stage
+        self.writer.wait()  # the message names the last checkpoint
+        if self.meter.images:  # of this rank, since the last reading
+            what += f", with loss {float(self.meter.loss) / self.meter.images:.4g},"
+        return diverged(self.run, session.config, stage, self.progress.step, session.arithmetic.name, what)
+
+    def save(self) -> None:
+        """A checkpoint, which rank 0 writes. Raises Diverged where it would not be finite."""
+        if name := not_finite(self.work.parts, self.optimizer):
+            raise self.diverged(f"a tensor of the model or optimizer ({name}) is not finite")
+        self.saved_step = self.progress.step
+        if self.tracker:
+            self.tracker.flush()
+            now = replace(self.progress, loss_scale=self.scale.state())
+            tensors = self.work.parts.tuned.tensors
+            self.writer.save(self.work.session.model, tensors, self.optimizer, now, self.fingerprint)
+
+
+def open_stage(run: RunDir, session: Session, stage: Stage, total_steps: int, writer: checkpoint.Writer) -> Training:
+    """The model cut for the stage, its optimizer, and where it continues: at its newest checkpoint, or at its start."""
+    settings, tune = session.config.run, stage.tune
+    parts = parts_of(session.model, tune.policy, settings.activation_checkpointing)
+    parts = session.with_fast_trunk(parts, stage.res)
+    trainable = [p for p in session.model.parameters() if p.requires_grad]
+    optimizer = sgd(settings.optimizer, trainable, tune.momentum, tune.weight_decay)
+    scale = LossScale(session.arithmetic, optimizer, parts.head if parts.trains_blocks else None)
+    fingerprint = {
+        "stage": stage.name,
+        "configuration": reading.identity(session.config),
+        "sample lists": [session.train.fingerprint, session.val.fingerprint],
+        "frozen weights": frozen_digest(parts),
+    }
+    start = Progress(stage.first, stage.name)
+    progress, resumed = checkpoint.resume(run.checkpoints, start, session.model, optimizer, fingerprint)
+    scale.restore(progress.loss_scale)
+    work = StageSession(auto_batch.with_batch(session, stage, parts, optimizer, scale), stage, parts)
+    main = session.ranks.is_main
+    again = (progress.pending, END[stage.name]) if resumed else ("before", OTHER_SIZE)
+    tracker = Tracker(run, session.config, progress.step, total_steps, resumed, again) if main else None
+    saved = progress.step if resumed else -1
+    return Training(run, work, optimizer, scale, fingerprint, progress, resumed, tracker, writer, saved_step=saved)
