@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks.gpu.section import Section, tail
-from fixres_dist.base.json_lines import read_lines
+from fixres_dist.base.small_files import read_lines
 from fixres_dist.bench.photographs import write_data_set
 from fixres_dist.runs.rundir import RunDir
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -14,6 +13,7 @@ from statistics import median
 import torch
 from safetensors.torch import load_file
 
+from fixres_dist.base.small_files import read_lines
 from fixres_dist.bench import turns
 from fixres_dist.bench.photographs import write_data_set
 from fixres_dist.bench.result import Result, Row
@@ -21,6 +21,7 @@ from fixres_dist.bench.setting import Setting, write_weights
 from fixres_dist.bench.turns import Failed
 from fixres_dist.config import reading
 from fixres_dist.config.schema import Config
+from fixres_dist.runs.results import Results
 from fixres_dist.runs.rundir import RunDir
 
 CLASSES = 16  # evaluation sees one image of each
@@ -40,11 +41,11 @@ def measure(setting: Setting, images: int, epochs: int, scratch: Path, result: R
         except Failed as error:
             result.failed[name] = str(error)
             return
-        lines = [json.loads(line) for line in run.metrics.read_text().splitlines()]
+        lines = read_lines(run.metrics)
         # The first steps may wait for the loader's start.
         later = [line["images_per_second"] for line in lines if line.get("stage") == "fix"][1:]
         epoch_s.append(images / median(later))
-        run_s.append(json.loads(run.results.read_text())["seconds"])
+        run_s.append(Results.read(run).seconds)
         heads.append(load_file(run.root / "export" / "model.safetensors"))
         result.rows.append(Row(name, round(n / run_s[-1], 2), round(1000 * used_s / n, 3), round(peak_mib, 1), n))
     result.cached = {

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from fixres_dist.base.commands import command
 from fixres_dist.base.errors import EXIT_DONE, EXIT_FAILED, UserError, check_output, unknown
-from fixres_dist.base.json_lines import write_json
+from fixres_dist.base.small_files import write_json
 from fixres_dist.base.text import parse_sizes
 from fixres_dist.config import timm_names
 from fixres_dist.data import dataset

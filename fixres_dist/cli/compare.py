@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from fixres_dist.base.errors import EXIT_DONE, UserError, check_output
-from fixres_dist.base.json_lines import write_json
+from fixres_dist.base.small_files import write_json
 from fixres_dist.cli.arguments import add_json
 from fixres_dist.runs.rundir import RunDir
 

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from fixres_dist.base.errors import EXIT_DONE, UserError, check_output
-from fixres_dist.base.json_lines import write_json
+from fixres_dist.base.small_files import write_json
 from fixres_dist.base.text import parse_size
 from fixres_dist.cli.arguments import add_eval_sets, add_json, add_source
 from fixres_dist.data import class_maps, dataset

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from fixres_dist.base.environment import versions
 from fixres_dist.base.errors import EXIT_DONE
-from fixres_dist.base.json_lines import write_json
+from fixres_dist.base.small_files import write_json
 from fixres_dist.base.text import table
 from fixres_dist.cli.arguments import add_eval_sets, add_source
 from fixres_dist.cli.export import parse_alphas

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from fixres_dist.base.errors import EXIT_DONE
 from fixres_dist.base.files import write_text
-from fixres_dist.base.json_lines import as_json
+from fixres_dist.base.small_files import as_json
 from fixres_dist.runs.rundir import RunDir
 
 EXAMPLES = ("runs/*", "runs/b0-320 --json")
@@ -25,17 +25,17 @@ def run(args: argparse.Namespace) -> int:
     """One row for each finished run, beside what was published for its model; the state of the others."""
     from fixres_dist.publishing import figures, report
 
-    runs = [RunDir(root) for root in args.runs if (root / "config.yaml").is_file()]
+    runs = [RunDir(root) for root in args.runs if (root / "config.yaml").exists()]
     if not runs:
         RunDir(args.runs[0]).config()  # refuses what is no run directory
-    if others := [str(root) for root in args.runs if RunDir(root) not in runs]:  # as a report that runs/* names too
-        print(f"left out, no run directories: {', '.join(others)}", file=sys.stderr)
-    rows = [report.row(run) for run in runs if run.results.exists()]
+    if left_out := [str(root) for root in args.runs if RunDir(root) not in runs]:  # as a report that runs/* names too
+        print(f"left out, no run directories: {', '.join(left_out)}", file=sys.stderr)
+    rows, others = report.rows(runs)
     if args.json:
-        print(as_json({"runs": [row.record() for row in rows], "unfinished": report.unfinished(runs)}, indent=1))
+        print(as_json({"runs": [row.record() for row in rows], "unfinished": others}, indent=1))
         return EXIT_DONE
     out = args.out or runs[0].root.parent / "report"
-    text = report.markdown(runs, rows, out)
+    text = report.markdown(runs, rows, others, out)
     out.mkdir(parents=True, exist_ok=True)
     write_text(out / "report.md", text)
     figures.published_plot(report.published_curves(), rows, out / "report.png")

@@ -10,7 +10,7 @@ from typing import get_type_hints
 
 from fixres_dist.base.errors import EXIT_DONE
 from fixres_dist.base.files import write_text
-from fixres_dist.base.json_lines import read_lines
+from fixres_dist.base.small_files import read_lines
 from fixres_dist.cli import submission
 from fixres_dist.cli.arguments import add_overrides, add_runs_dir
 from fixres_dist.cluster import gpus, jobs, status
@@ -19,6 +19,7 @@ from fixres_dist.config.schema import Config
 from fixres_dist.runs.rundir import START_LOCK, RunDir
 from fixres_dist.runs.states import Event
 
+KINDS = ("slurm", "local", "inline")
 SETTING = re.compile(rf"pretrain=none$|({'|'.join(get_type_hints(Config))})\.\w+=")
 EXAMPLES = ("b0-320", "b0-320 cluster.exclude=n7", "b0-320 --nodes 1-4 --runs-dir /scratch/runs")
 
@@ -26,7 +27,7 @@ EXAMPLES = ("b0-320", "b0-320 cluster.exclude=n7", "b0-320 --nodes 1-4 --runs-di
 def add_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument("name", metavar="NAME", help="a run, or a grid or table; more may follow")
     p.add_argument("--nodes", metavar="N", help="a number, or MIN-MAX; default: as before")
-    p.add_argument("--cluster", choices=("slurm", "local", "inline"), help="default: as before")
+    p.add_argument("--cluster", choices=KINDS, help="default: as before")
     add_runs_dir(p)
     add_overrides(p, "cluster.exclude=n7")
 
@@ -42,7 +43,9 @@ def resume(run: RunDir, args: argparse.Namespace, settings: list[str]) -> int:
     values = reading.merge(asdict(run.config()), reading.overrides([*nodes, *settings]))
     config = reading.parse(Config, recipes.with_absolute_paths(values))
     submission.check(run, config)
-    submitted = [e for e in read_lines(run.events) if e["event"] == Event.SUBMITTED]
+    submitted = [
+        e for e in read_lines(run.events, event=str) if e["event"] == Event.SUBMITTED and e.get("cluster") in KINDS
+    ]
     kind = args.cluster or (submitted[-1]["cluster"] if submitted else jobs.default_cluster())
     if submission.needs_no_job(run):
         return EXIT_DONE

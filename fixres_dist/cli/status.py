@@ -8,7 +8,7 @@ import time
 from dataclasses import asdict
 
 from fixres_dist.base.errors import EXIT_DONE, only_prints
-from fixres_dist.base.json_lines import as_json
+from fixres_dist.base.small_files import as_json
 from fixres_dist.cli.arguments import add_runs_dir
 from fixres_dist.cluster import status
 from fixres_dist.runs.states import UNFINISHED

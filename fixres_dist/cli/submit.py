@@ -125,6 +125,7 @@ def start(targets: list[Target], kind: str, args: argparse.Namespace) -> int:
             ) in targets:  # of two submissions of one run, the second waits here, then finds the first one's job
                 target.run.root.mkdir(parents=True, exist_ok=True)
                 stack.enter_context(target.run.lock(".submit.lock", wait_s=60))
+                rundir.mend_config(target.run, target.config)
             targets = [target for target in targets if not submission.needs_no_job(target.run)]
             if not targets:
                 return EXIT_DONE

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fixres_dist.base.errors import EXIT_DONE, UserError
-from fixres_dist.base.json_lines import write_json
+from fixres_dist.base.small_files import write_json
 from fixres_dist.base.text import parse_sizes, table
 from fixres_dist.cli.arguments import add_source
 from fixres_dist.config import reading

@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING
 
 from fixres_dist.base import memory
 from fixres_dist.base.commands import smaller_batch
-from fixres_dist.base.errors import EXIT_DONE, EXIT_FAILED
+from fixres_dist.base.errors import EXIT_DONE, EXIT_FAILED, printable
 from fixres_dist.base.files import FULL
 from fixres_dist.base.signals import SIGNALS, StopFlag
+from fixres_dist.base.small_files import read_note
 from fixres_dist.base.watchdog import NO_PROGRESS
 from fixres_dist.cluster import gpus
 from fixres_dist.cluster.jobs import Job
@@ -73,8 +74,8 @@ def run_local(run: RunDir, processes: int, job: Job, smaller: int = 1) -> int:
     else:
         out_of_memory = memory.kills_for_memory() > killed_before
         name_lost_ranks(run, tasks, codes, ended_some, smaller if out_of_memory else 0)
-    if run.failed.exists():
-        print(run.failed.read_text(), file=sys.stderr, end="")
+    if said := read_note(run.failed):
+        print(printable(said), file=sys.stderr)
     return max(codes)
 
 
@@ -95,7 +96,7 @@ def name_lost_ranks(
     """
     again = run.submit_command()
     state = run.state()
-    said = run.failed.read_text().partition("\n")[0] if run.failed.exists() else ""
+    said = read_note(run.failed).partition("\n")[0]
     gone = [task.paths for task in tasks if not task.paths.result_pickle.exists()]
     if (
         state.final

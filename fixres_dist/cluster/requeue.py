@@ -14,8 +14,9 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from fixres_dist.base.errors import UserError
 from fixres_dist.base.files import write_text
-from fixres_dist.base.json_lines import read_lines
+from fixres_dist.base.small_files import read_lines, read_note
 from fixres_dist.cluster import reasons, slurm
 from fixres_dist.runs.rundir import RunDir
 from fixres_dist.runs.states import WORKING, Event, State
@@ -83,7 +84,7 @@ def broke(run: RunDir, why: str, next_command: str) -> None:
         with open(broken, "x") as file:
             file.write(why)
     except FileExistsError:
-        if reasons.consequence(broken.read_text()) and not reasons.consequence(why):
+        if reasons.consequence(read_note(broken)) and not reasons.consequence(why):
             write_text(broken, why)
 
 
@@ -102,7 +103,7 @@ def settle(run: RunDir, job: str, why: slurm.Stop, what: str) -> str:
     refused = "" if why.by_slurm else slurm.requeue(job)
     if refused:
         run.fail(f"{reason} ({what}), and Slurm refused to requeue job {job}: {refused}", run.command("resume"))
-        return run.failed.read_text().strip()
+        return read_note(run.failed)
     return f"job {job} is requeued ({reason}) and continues from there."
 
 
@@ -117,14 +118,18 @@ def ended(run: RunDir, code: int) -> None:
     requeued or declared failed."""
     job, state = slurm.own_job(), run.state()
     flag = run.root / STOP_UNJUDGED
-    told = flag.read_text().strip() if flag.exists() else ""
+    told = read_note(flag)
     flag.unlink(missing_ok=True)
     if job is None or run.done.exists() or state.job_id not in (job, None):
         return  # another job's id: this job was a duplicate, and the run is not its to judge
     settled = state.state in (State.REQUEUED, State.CANCELLED, State.FAILED)
     if code == 0 and settled and not told:
         return  # srun also ends with 0 when Slurm kills the step, so the state decides
-    cluster, shown = run.config().cluster, slurm.show(job)
+    try:
+        cluster, shown = run.config().cluster, slurm.show(job)
+    except UserError as error:
+        run.fail(str(error), run.command("status"), final=True)
+        return
     if shown is None:
         failed(run, job, code, cluster.max_restarts)
         return
@@ -145,11 +150,11 @@ def failed(run: RunDir, job: str, code: int, max_restarts: int) -> None:
     if state.final:
         return  # the user's mistake, which FAILED explains
     broken = run.root / BROKEN
-    said = broken.read_text().partition("\n")[0] if broken.exists() else ""
+    said = read_note(broken).partition("\n")[0]
     why = reasons.first_cause(run, job, code, said)
     node, before = (
         reasons.node_of(why),
-        [e.get("why", "") for e in read_lines(run.events) if e["event"] == Event.REQUEUED],
+        [str(e.get("why", "")) for e in read_lines(run.events, event=str) if e["event"] == Event.REQUEUED],
     )
     again = [f"cluster.exclude={node}"] if node and node in map(reasons.node_of, before) else []  # it has failed twice
     failures = state.restarts.get("failure", 0)

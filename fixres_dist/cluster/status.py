@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fixres_dist.base.commands import command
-from fixres_dist.base.errors import unknown
+from fixres_dist.base.errors import StorageError, UserError, unknown
 from fixres_dist.base.files import owner
-from fixres_dist.base.json_lines import read_lines
+from fixres_dist.base.small_files import lines_of, read_lines
 from fixres_dist.base.text import duration, table
 from fixres_dist.cluster import slurm, words
 from fixres_dist.config import recipes
@@ -111,9 +111,36 @@ def readable_row(run: RunDir, state: RunState, queue: Mapping[str, slurm.Queued]
     """The run's row; one damaged run must not hide the others."""
     try:
         return row(run, state, queue)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        reason = f"its files cannot be read ({type(error).__name__}: {error}). Next: look at {run.root}"
-        return Row(run.name, State.FAILED, reason, 0, None, None, None, None, None, {}, [], None, None)
+    except Exception as error:
+        said = f"its files cannot be read ({type(error).__name__}: {error}). Next: look at {run.root}"
+        reason = "; ".join(filter(None, (state.reason, said)))
+    return Row(run.name, state.state, reason, state.step, None, None, None, None, None, {}, [], None, None)
+
+
+def damages(run: RunDir) -> list[str]:
+    """What is damaged of the small files that the run's next start, or its report, reads."""
+    found = []
+    for read in (run.config, lambda: Results.read(run) if run.results.exists() else None):
+        try:
+            read()
+        except (UserError, StorageError) as error:
+            found.append(str(error))
+    for file, needed in ((run.metrics, {"step": int}), (run.events, {"event": str})):
+        try:
+            if damaged := lines_of(file, **needed).damaged:
+                found.append(f"{file} has {damaged} damaged line{'s' * (damaged > 1)}, which are passed over")
+        except (UserError, StorageError) as error:
+            found.append(str(error))
+    return found
+
+
+def verdict(run: RunDir) -> tuple[Results | None, str]:
+    """The results of a finished run, and what they say of one that made its weights worse."""
+    try:
+        result = Results.read(run)
+        return result, result.verdict(run)
+    except (UserError, StorageError):  # `damages` says so
+        return None, ""
 
 
 def row(run: RunDir, state: RunState, queue: Mapping[str, slurm.Queued] | None) -> Row:
@@ -124,13 +151,13 @@ def row(run: RunDir, state: RunState, queue: Mapping[str, slurm.Queued] | None) 
     idle = f"no progress for {duration(idle_s)}" if idle_s else ""
     skipped = run.skipped()
     step = state.total_steps if now == State.DONE and state.total_steps else state.step
-    result = Results.read(run) if now == State.DONE and run.results.exists() else None
-    worse = result.verdict(run) if result else ""
+    result, worse = verdict(run) if now == State.DONE else (None, "")
     top1, top1_of = (result.after.top1, "after") if result else newest_top1(run)
+    told = (reason, worse, idle, f"{skipped} images skipped" if skipped else "", *damages(run))
     return Row(
         name=run.name,
         state=now,
-        reason="; ".join(filter(None, (reason, worse, idle, f"{skipped} images skipped" if skipped else ""))),
+        reason="; ".join(filter(None, told)),
         step=step,
         total_steps=state.total_steps,
         percent=round(100 * step / state.total_steps, 1) if state.total_steps else None,
@@ -153,7 +180,11 @@ def row(run: RunDir, state: RunState, queue: Mapping[str, slurm.Queued] | None) 
 
 def newest_top1(run: RunDir) -> tuple[float | None, str]:
     """Top-1 of the newest evaluation of the weights in training, and which one that is, with its resolution."""
-    lines = [x for x in read_lines(run.metrics) if "top1" in x and x.get("evaluation") != OTHER_SIZE]
+    try:
+        lines = read_lines(run.metrics, step=int, evaluation=str, top1=float, res=int)
+    except (UserError, StorageError):  # `damages` says so
+        return None, ""
+    lines = [line for line in lines if line["evaluation"] != OTHER_SIZE]
     return (lines[-1]["top1"], f"{lines[-1]['evaluation']}, {lines[-1]['res']} px") if lines else (None, "")
 
 

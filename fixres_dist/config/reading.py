@@ -16,6 +16,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 import yaml
 
 from fixres_dist.base.errors import UserError, unknown
+from fixres_dist.base.small_files import read_text
 from fixres_dist.config.schema import Config
 
 Section = TypeVar("Section")
@@ -110,16 +111,16 @@ def read_yaml(text: str) -> Any:
         return yaml.load(text, Loader=yaml.BaseLoader)
     except yaml.YAMLError as error:
         raise UserError(f"cannot read the configuration: {error}") from None
+    except RecursionError:
+        raise UserError("cannot read the configuration: it is nested too deeply. Accepted: two levels.") from None
 
 
 def read_sections(file: Path) -> dict[str, Any]:
     """The sections of a YAML file that is laid over others, such as a profile; raises UserError for anything else."""
     try:
-        found = read_yaml(file.read_text(encoding="utf-8-sig")) or {}
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"{file} is no UTF-8 text ({error.reason} at byte {error.start}). Next: save it as UTF-8."
-        ) from None
+        found = read_yaml(read_text(file, "save it as UTF-8 text")) or {}
+    except FileNotFoundError:
+        raise UserError(f"{file} is not there. Accepted: a YAML file.") from None
     sections = get_type_hints(Config)
     if not isinstance(found, Mapping):
         raise UserError(

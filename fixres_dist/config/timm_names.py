@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import os
 import re
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from fixres_dist.base.errors import UserError, printable, unknown
+from fixres_dist.base.small_files import Damaged, read_json
 
 HUB, FOLDER = "hf-hub:", "local-dir:"
 
@@ -69,9 +70,9 @@ def checked_folder(folder: str) -> str:
     """The absolute path of a model that was exported in timm's hub form; raises UserError where it is none."""
     path = os.path.abspath(os.path.expanduser(folder))
     try:
-        config = json.loads(Path(path, "config.json").read_text(encoding="utf-8"))
-        known = isinstance(config, dict) and config.get("architecture") in architectures()
-    except (OSError, ValueError):
+        config = read_json(Path(path, "config.json"), dict[str, Any], "")
+        known = config.get("architecture") in list(architectures())
+    except (OSError, Damaged):
         config, known = None, False
     if not known:
         why = "has no readable config.json" if not isinstance(config, dict) else "names no architecture of timm"

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import json
+import contextlib
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from fixres_dist.base.commands import shell
 from fixres_dist.base.errors import UserError
+from fixres_dist.base.small_files import Damaged, read_json
 from fixres_dist.config import recipes
 from fixres_dist.config.schema import Config
 from fixres_dist.data import class_names, dataset
@@ -19,12 +21,32 @@ def trained_classes(config: Config, run: Path | None, split: str) -> tuple[str, 
 
     Folders are sorted by name, as torchvision does. Empty if there is no such split.
     """
-    if run and (kept := run / "class_index.json").is_file():
-        return tuple(json.loads(kept.read_text()).values())
+    if run and (kept := class_index(run)):
+        return kept
     folders = split_folders(config, split)
     if folders and (setting := chosen_map(config, split)):
         return class_names.named(setting, folders, config.model.num_classes).names
     return tuple(folders)
+
+
+def class_index(run: Path) -> tuple[str, ...]:
+    """The class names in the run's class_index.json; where that is damaged, in the weights that it has exported; empty where
+    an old run has none. Raises Damaged."""
+    file, weights = run / "class_index.json", run / "export" / "model.safetensors"
+    try:
+        found = read_json(
+            file, dict[int, str], f"{shell('rm', '-r', file)}, then the same command takes the data set's folders"
+        )
+        if sorted(found) != list(range(len(found))) or len(set(found.values())) < len(found):
+            raise Damaged(file, "its numbers have gaps, or a name stands twice", shell("rm", file))
+        return tuple(found[k] for k in range(len(found)))
+    except FileNotFoundError:
+        return ()
+    except Damaged:
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+            if names := class_names.in_header(weights):
+                return names
+        raise
 
 
 def split_folders(config: Config, split: str) -> list[str]:
@@ -116,11 +138,11 @@ def real_labels(path: Path, index: Index, classes: int) -> list[list[int]]:
     of the sorted file names. Raises UserError if it does not fit the index or the number of `classes`.
     """
     try:
-        given = json.loads(path.read_text())
-        if not all(isinstance(k, int) for labels in given for k in labels):
-            raise ValueError("it holds something else than numbers")
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"--labels {path}: {error}. Accepted: real.json, a list of lists of class numbers.") from None
+        given = read_json(path, list[list[int]], "real.json, a list of lists of class numbers")
+    except FileNotFoundError:
+        raise UserError(
+            f"--labels {path} is not there. Accepted: real.json, a list of lists of class numbers."
+        ) from None
     if (top := max((k for labels in given for k in labels), default=0)) >= classes:
         raise UserError(f"--labels {path} names class {top}, the model has {classes}. Accepted: 0 to {classes - 1}.")
     names = [name.rpartition("/")[2] for name in index.names()]

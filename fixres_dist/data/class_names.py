@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from fixres_dist.base.errors import UserError
+from fixres_dist.base.small_files import Damaged, parsed, read_json, read_text
 
 NAMES = "label_names"  # key of the names in a header, and in config.json
 ACCEPTED = (
@@ -89,8 +90,8 @@ def from_file(path: Path) -> Classes:
     try:
         if path.suffix == ".safetensors":
             return Classes(in_header(path))
-        text = path.read_text(encoding="utf-8-sig")
-        return of_json(json.loads(text)) if text.lstrip().startswith(("{", "[")) else of_lines(text.splitlines())
+        text = read_text(path, ACCEPTED)
+        return of_json(parsed(text)) if text.lstrip().startswith(("{", "[")) else of_lines(text.splitlines())
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"data.class_map is {str(path)!r}: {reason}. {ACCEPTED}.") from None
@@ -159,10 +160,9 @@ def beside(path: Path) -> tuple[str, ...]:
     if not (path.stem.startswith(("model", "pytorch_model")) and config.is_file()):
         return ()
     try:
-        found = json.loads(config.read_text())
-    except ValueError:
+        return in_checkpoint(read_json(config, dict[str, Any], ""))
+    except Damaged:
         return ()
-    return in_checkpoint(found) if isinstance(found, dict) else ()
 
 
 def unique(names: Sequence[str]) -> tuple[str, ...]:

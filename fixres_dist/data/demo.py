@@ -25,6 +25,7 @@ from PIL import Image, ImageDraw, ImageFilter
 
 from fixres_dist.base.errors import UserError
 from fixres_dist.base.files import whole
+from fixres_dist.base.small_files import Damaged, read_json
 from fixres_dist.data.progress import Progress
 
 Array = NDArray[np.floating[Any]]
@@ -96,8 +97,8 @@ def _is_written(root: Path, spec: dict[str, int]) -> bool:
     if not root.exists() or (root.is_dir() and not any(root.iterdir())):
         return False
     try:
-        found = json.loads((root / MARKER).read_text())
-    except (OSError, ValueError):
+        found = read_json(root / MARKER, dict[str, Any], "")
+    except (OSError, Damaged):
         raise UserError(
             f"{root} holds something else (no {MARKER} that can be read). Choose another directory."
         ) from None

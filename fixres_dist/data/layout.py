@@ -6,7 +6,6 @@ What is in these places and is no sample (hidden folders, other kinds of files) 
 from __future__ import annotations
 
 import itertools
-import json
 import os
 import re
 import unicodedata
@@ -17,6 +16,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 from fixres_dist.base.errors import UserError
+from fixres_dist.base.small_files import Damaged, read_json
 
 CLASSES = "classes.json"  # class names in the labels' order, beside shards
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")  # torchvision's list
@@ -76,14 +76,11 @@ def class_names(folder: Path) -> list[str]:
     """The class names in the classes.json beside shards; raises UserError for another classes.json."""
     listed = folder / CLASSES
     try:
-        names = json.loads(listed.read_bytes())
-    except ValueError:
-        names = None
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        return read_json(listed, list[str], "")
+    except Damaged:
         raise UserError(
             f'{listed} is no list of class names. Accepted: such as ["ash", "birch"], in the labels\' order.'
-        )
-    return names
+        ) from None
 
 
 def find(root: Path, split: str, labels: str = "") -> Place:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from fixres_dist.base.json_lines import write_json
+from fixres_dist.base.small_files import write_json
 from fixres_dist.config import reading
 from fixres_dist.config.schema import Config
 from fixres_dist.data import class_maps

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -16,7 +15,7 @@ from tqdm import tqdm
 
 from fixres_dist.base.commands import command
 from fixres_dist.base.errors import UserError
-from fixres_dist.base.json_lines import write_json
+from fixres_dist.base.small_files import Damaged, read_json, write_json
 from fixres_dist.data.index import Index
 from fixres_dist.data.requests import whole_batches
 from fixres_dist.models.build import classifiers
@@ -129,12 +128,12 @@ def read_softmax(file: Path, index: Index, classes: int) -> NDArray[np.floating]
     accepted = f"Accepted: softmax.npy of `{command('extract')}`"
     try:
         values: NDArray[np.floating] = np.load(file, allow_pickle=False)
-        meta = json.loads(file.with_name(META).read_text())
-    except (OSError, ValueError, EOFError) as error:
+        meta = read_json(file.with_name(META), dict[str, Any], "")
+    except (OSError, ValueError, EOFError, Damaged) as error:
         raise UserError(f"--softmax {file} cannot be read: {error}. {accepted}, with {META} beside it.") from None
-    if meta["sample_list"] != index.fingerprint or values.shape != (len(index), classes):
+    if meta.get("sample_list") != index.fingerprint or values.shape != (len(index), classes):
         raise UserError(
-            f"--softmax {file} is {list(values.shape)} of split {meta['split']!r}, of other images or classes than "
+            f"--softmax {file} is {list(values.shape)} of split {meta.get('split')!r}, of other images or classes than "
             f"{index.folder} and its model: [{len(index)}, {classes}]. {accepted} on the same files of one data set."
         )
     # In float16 a small share is 0, whose logarithm would be infinite.

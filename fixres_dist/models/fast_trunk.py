@@ -16,6 +16,7 @@ import torch
 from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from fixres_dist.base.errors import unknown
 from fixres_dist.base.memory import does_not_fit
 from fixres_dist.config.schema import Run
 from fixres_dist.models import cpu_layers, folding
@@ -105,7 +106,9 @@ def with_fast_trunk(
         images = torch.zeros(size, 3, res, res, device=device)
         name = f"trunk at {res} px ({' | '.join(map(str, choices))})"
         found = choose(name, lambda: probe(trunk, dtype, choices, images, pictures))
-        how = Arrangement(found["memory_format"], found["compile"])
+        how = Arrangement(found.get("memory_format", ""), found.get("compile") is True)
+        if how not in choices:
+            raise unknown("choice for the trunk", how, map(str, choices), "Next: remove the run's choices.json.")
     return replace(parts, trunk=arranged(trunk, dtype, how), folded=folded_text(parts.trunk, count))
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from fixres_dist.base.commands import command
+from fixres_dist.base.commands import command, shell
+from fixres_dist.base.small_files import Damaged, read_json
 from fixres_dist.base.text import markdown_table
 from fixres_dist.config.schema import Config
 from fixres_dist.data import class_maps
@@ -25,8 +25,17 @@ def data_name(config: Config) -> str:
 
 def evaluations(run: RunDir) -> list[dict[str, Any]]:
     """Records that `evaluate` kept in the run; without the validation split at the run's resolution (results.json)."""
-    found = [json.loads(file.read_text()) for file in sorted((run.root / "evaluations").glob("*.json"))]
-    return [one for one in found if (one["set"], one["res"]) != ("val", Results.read(run).res)]
+    found, own = [], Results.read(run).res
+    for file in sorted((run.root / "evaluations").glob("*.json")):
+        again = f"{shell('rm', '-r', file)}, then {command('evaluate', '--run', run.root)} with the same set again"
+        one = read_json(file, dict[str, Any], again)
+        try:
+            of_sets([one])
+        except (ValueError, KeyError, TypeError) as error:
+            raise Damaged(file, error, again) from None
+        if (one["set"], one["res"]) != ("val", own):
+            found.append(one)
+    return found
 
 
 def of_sets(records: Iterable[dict[str, Any]]) -> list[BeforeAfter]:
@@ -44,12 +53,19 @@ def of_exported(run: RunDir, results: Results, alpha: float) -> BeforeAfter | No
         return BeforeAfter.read(line)
     if alpha == 0:
         return BeforeAfter.read(line, after=line["before"], delta_top1=0.0, delta_ci95=(0.0, 0.0))
-    found = json.loads(file.read_text()) if file.exists() else {}
+    again = f"{shell('rm', '-r', file)}, then {command('interpolate', '--run', run.root)} again"
+    try:
+        found = read_json(file, dict[str, Any], again)
+    except FileNotFoundError:
+        return None
     measured = (found.get("data"), found.get("res"), found.get("resize_rule"), found.get("crop_pct", "auto"))
     if measured != (data.root, data.res, data.resize_rule, data.crop_pct):
         return None
-    rows = (row for row in found["curves"]["val"] if row["alpha"] == alpha)
-    return next((BeforeAfter.read({**line, **row}, after=row) for row in rows), None)
+    try:
+        rows = (row for row in found["curves"]["val"] if row["alpha"] == alpha)
+        return next((BeforeAfter.read({**line, **row}, after=row) for row in rows), None)
+    except (ValueError, KeyError, TypeError) as error:
+        raise Damaged(file, error, again) from None
 
 
 TEMPLATE = """\

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from fixres_dist.base.errors import StorageError, UserError
 from fixres_dist.base.text import duration, markdown_table
 from fixres_dist.cluster import status
 from fixres_dist.config import recipes
@@ -107,12 +108,21 @@ def costs(config: Config, classes: int) -> tuple[int, float, int]:
     return sum(p.numel() for p in built.parameters()), gmacs(built, res), preprocessing(model.timm_name).train_res
 
 
-def unfinished(runs: Iterable[RunDir]) -> list[dict[str, Any]]:
-    """name, state, step, total_steps and reason of the runs without results, as `status` has them."""
+def rows(runs: Iterable[RunDir]) -> tuple[list[Row], list[dict[str, Any]]]:
+    """The finished runs; and name, state, step, total_steps and reason of the others, as `status` has them: those without
+    results, and those whose files are damaged, which the reason says."""
+    found, others = [], []
+    for run in runs:
+        try:
+            found.append(row(run))
+        except (UserError, StorageError) as error:
+            others.append((run, str(error)))
     keys = ("name", "state", "step", "total_steps", "reason")
-    return [
-        {key: getattr(r, key) for key in keys} for r in status.rows(run for run in runs if not run.results.exists())
-    ]
+    told = [{key: getattr(r, key) for key in keys} for r in status.rows(run for run, _ in others)]
+    for one, (run, why) in zip(told, others, strict=True):
+        if run.done.exists() and why not in one["reason"]:
+            one["reason"] = "; ".join(filter(None, (one["reason"], why)))
+    return found, told
 
 
 def published_curves() -> dict[str, list[tuple[float, float, float]]]:
@@ -132,8 +142,8 @@ def published_curves() -> dict[str, list[tuple[float, float, float]]]:
     return {label: sorted(points) for label, points in curves.items()}
 
 
-def markdown(runs: Sequence[RunDir], rows: Sequence[Row], out: Path) -> str:
-    """report.md; its links to the runs' figures start from the folder `out`."""
+def markdown(runs: Sequence[RunDir], rows: Sequence[Row], others: Sequence[dict[str, Any]], out: Path) -> str:
+    """report.md of what `rows` has found; its links to the runs' figures start from the folder `out`."""
     text = ["# Runs", "", markdown_table(HEAD, (row.cells() for row in rows)), ""]
     text += ["![top-1 against parameters and multiply-adds](report.png)", ""]
     text += [
@@ -154,7 +164,7 @@ def markdown(runs: Sequence[RunDir], rows: Sequence[Row], out: Path) -> str:
         found = {note: run.root / file for file, note in FIGURES.items() if (run.root / file).exists()}
         links = [f"![{note}]({os.path.relpath(file, out)})" for note, file in found.items()]
         text += [f"## {run.name}", "", *links, ""] if links else []
-    if waiting := unfinished(runs):
-        lines = [(w["name"], w["state"], f"{w['step']} of {w['total_steps'] or '?'}", w["reason"]) for w in waiting]
-        text += ["## Not finished", "", markdown_table(("run", "state", "step", "why"), lines), ""]
+    if others:
+        lines = [(w["name"], w["state"], f"{w['step']} of {w['total_steps'] or '?'}", w["reason"]) for w in others]
+        text += ["## Not finished, or damaged", "", markdown_table(("run", "state", "step", "why"), lines), ""]
     return "\n".join(text)

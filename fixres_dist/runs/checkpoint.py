@@ -23,7 +23,7 @@ from torch import nn
 from fixres_dist.base.commands import shell
 from fixres_dist.base.errors import UserError
 from fixres_dist.base.files import sync, whole
-from fixres_dist.base.json_lines import as_json
+from fixres_dist.base.small_files import as_json
 from fixres_dist.config import reading
 from fixres_dist.config.schema import Config
 

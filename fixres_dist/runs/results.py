@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from fixres_dist.base.commands import command
-from fixres_dist.base.json_lines import write_json
+from fixres_dist.base.small_files import read_json, typed, write_json
 from fixres_dist.runs.rundir import RunDir
 
 OTHER_SIZE = "before, at another size"  # in metrics.jsonl: not comparable with the evaluations at the test resolution
@@ -21,11 +20,6 @@ class Accuracy:
     top1: float
     top5: float
     loss: float
-
-    @staticmethod
-    def read(record: Mapping[str, Any]) -> Accuracy:
-        loss = record["loss"]
-        return Accuracy(record["top1"], record["top5"], float("nan") if loss is None else loss)
 
 
 @dataclass(frozen=True)
@@ -96,11 +90,9 @@ class BeforeAfter:
 
     @staticmethod
     def read(record: Mapping[str, Any], **changes: Any) -> BeforeAfter:
-        """From a record as the JSON files of a run hold it, with delta_top1 and delta_ci95 for the gain."""
+        """From a record as the JSON files of a run hold it, with delta_top1 and delta_ci95 for the gain. Raises ValueError."""
         found = {**record, **changes}
-        before, after = Accuracy.read(found["before"]), Accuracy.read(found["after"])
-        gain = Gain(found["delta_top1"], tuple(found["delta_ci95"]))
-        return BeforeAfter(found["set"], found["res"], found["n"], before, after, gain)
+        return typed(found | {"gain": found}, BeforeAfter)  # type: ignore[no-any-return]
 
 
 @dataclass(frozen=True)
@@ -149,15 +141,8 @@ class Results:
 
     @staticmethod
     def read(run: RunDir) -> Results:
-        """Raises UserError for a run that has not finished."""
-        found = json.loads(run.finished(run.results).read_text())
-        values = {one.name: found[one.name] for one in fields(Results) if one.name in found}
-        values["before"], values["after"] = Accuracy.read(found["before"]), Accuracy.read(found["after"])
-        values["before_at"] = {int(res): Before(**one) for res, one in found.get("before_at", {}).items()}
-        if best := found.get("best_before"):
-            values["best_before"] = Best(**{**best, "delta_ci95": tuple(best["delta_ci95"])})
-        values["delta_ci95"], values["hardware"] = tuple(found["delta_ci95"]), Hardware(**found["hardware"])
-        return Results(**values)
+        """Raises UserError for a run that has not finished, and Damaged."""
+        return read_json(run.finished(run.results), Results, run.evaluate_again())
 
     def sentence(self, run: RunDir) -> str:
         """The last line of a run: before and after at the test size, before at the others, the gain over the best of them."""

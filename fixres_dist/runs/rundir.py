@@ -7,7 +7,6 @@ or appended to line by line, so a kill at any moment leaves it readable. No torc
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import shutil
 import time
@@ -20,9 +19,18 @@ from typing import Any
 from fixres_dist.base import locks
 from fixres_dist.base.commands import command, shell
 from fixres_dist.base.environment import environment, shipped
-from fixres_dist.base.errors import UserError
+from fixres_dist.base.errors import StorageError, UserError
 from fixres_dist.base.files import whole, write_text
-from fixres_dist.base.json_lines import append, read_lines, write_json
+from fixres_dist.base.small_files import (
+    Damaged,
+    append,
+    put_aside,
+    read_json,
+    read_lines,
+    read_note,
+    read_text,
+    write_json,
+)
 from fixres_dist.config import reading
 from fixres_dist.config.schema import Config
 from fixres_dist.runs.states import Event, RunState, State
@@ -70,28 +78,33 @@ class RunDir:
         return self.root.name
 
     def config(self) -> Config:
-        """Raises UserError where there is no config.yaml."""
+        """Raises UserError where there is no config.yaml, and Damaged for one that is damaged or of a newer version."""
+        again = f"{self.submit_command()}; where that has other settings, put back a copy"
         try:
-            return reading.load(self.config_file.read_text())
+            return reading.load(read_text(self.config_file, again))
         except FileNotFoundError:
+            if (self.root / "command.txt").exists():
+                raise Damaged(self.config_file, "it is gone", again) from None
             raise UserError(
                 f"{self.root} is no run directory: it has no config.yaml. Next: {command('submit', '--help')}"
             ) from None
+        except Damaged:
+            raise
+        except UserError as error:
+            raise Damaged(self.config_file, f"{error} It is damaged, or a newer version wrote it", again) from None
 
     @property
     def typed(self) -> str:
         """The command by which the run was submitted, or the worker alone."""
-        try:
-            return (self.root / "command.txt").read_text(errors="replace").strip()
-        except FileNotFoundError:
-            return command("train", "--run", self.root.absolute())
+        return read_note(self.root / "command.txt") or command("train", "--run", self.root.absolute())
 
     def submit_command(self) -> str:
         """The same, to be pasted in any folder: it may name files as they are called where it was typed."""
         folder = None
-        with contextlib.suppress(OSError, ValueError, AttributeError):
-            folder = json.loads((self.root / "environment.json").read_text()).get("folder")
-        return f"{shell('cd', folder)} && {self.typed}" if folder and folder != os.getcwd() else self.typed
+        with contextlib.suppress(OSError, UserError, StorageError):
+            folder = read_json(self.root / "environment.json", dict[str, Any], "").get("folder")
+        away = isinstance(folder, str) and folder != os.getcwd()
+        return f"{shell('cd', folder)} && {self.typed}" if away else self.typed
 
     def command(self, name: str, *words: str) -> str:
         """`fixres NAME` for this run, to be typed where the runs directory was given."""
@@ -102,34 +115,61 @@ class RunDir:
         """`file`, which only a finished run has; raises UserError if it is missing."""
         if not file.exists():
             self.config()  # refuses a folder that is no run directory
+            if self.done.exists():
+                raise Damaged(file, "it is gone", self.evaluate_again())
             raise UserError(f"run {self.name} has not finished: there is no {file}. Next: {self.command('status')}")
         return file
 
     def state(self) -> RunState:
-        """From state.json; where that is damaged, what the other files say."""
+        """From state.json; where that is damaged or gone, what the other files say."""
         try:
-            return RunState.of(json.loads(self.state_file.read_text()))
+            return read_json(self.state_file, RunState, "")
         except FileNotFoundError:
-            return RunState()
-        except (OSError, ValueError, TypeError, AttributeError) as error:
-            reason = (
-                f"{self.state_file} cannot be read ({str(error) or type(error).__name__}): taken from the other files"
-            )
-        seen = (State.DONE, self.done.exists()), (State.FAILED, self.failed.exists()), (State.RUNNING, self.is_locked())
-        state = next((state for state, true in seen if true), State.CANCELLED)
-        jobs = [line.get("job_id") for line in read_lines(self.events) if line.get("event") == Event.STARTED]
-        return RunState(state=state, step=max(0, self.saved_step()), reason=reason, job_id=jobs[-1] if jobs else None)
+            if not self.events.exists():
+                return RunState()
+            why = "it is gone"
+        except (Damaged, StorageError) as error:
+            why = getattr(error, "why", str(error))
+        reason = f"{self.state_file} cannot be read ({why}): taken from the other files"
+        try:
+            return self.rebuilt_state(reason)
+        except (UserError, StorageError) as error:
+            return RunState(state=State.FAILED, reason=f"{reason}, and {error}")
+
+    def rebuilt_state(self, reason: str) -> RunState:
+        """Of a run without its state.json; raises Damaged and StorageError where those cannot be read either."""
+        events, restarts = read_lines(self.events, event=str), dict(RunState().restarts)
+        for line in events:
+            if line["event"] == Event.LOST or (line["event"] == Event.REQUEUED and isinstance(line.get("reason"), str)):
+                counted = line["reason"] if line["event"] == Event.REQUEUED else "failure"
+                restarts[counted] = restarts.get(counted, 0) + 1
+        seen = (
+            (State.DONE, self.done.exists()),
+            (State.FAILED, self.failed.exists()),
+            (State.RUNNING, self.is_locked()),
+            (State.REQUEUED, bool(events) and events[-1]["event"] == Event.REQUEUED),
+        )
+        state = next((state for state, true in seen if true), State.CANCELLED if events else State.PENDING)
+        jobs = [
+            line["job_id"] for line in events if line["event"] == Event.STARTED and isinstance(line.get("job_id"), str)
+        ]
+        steps = [max(0, self.saved_step()), *(line["step"] for line in read_lines(self.metrics, step=int))]
+        step, total = (max(steps), max(steps)) if state == State.DONE else (steps[0], None)
+        job = jobs[-1] if jobs else None
+        return RunState(state=state, step=step, total_steps=total, reason=reason, job_id=job, restarts=restarts)
 
     def skipped(self) -> int:
         """Images that this run, over all its starts and ranks, could not decode."""
         files = (self.root / "skipped").glob("rank_*.jsonl")
-        return len({line.get("name") for file in files for line in read_lines(file)})
+        return len({line["name"] for file in files for line in read_lines(file, name=str)})
 
     def update_state(self, event: Event | None = None, **changes: Any) -> bool:
         """Write `changes` of RunState's fields and what follows from `event`; False where the event changes nothing."""
         state = self.state()
         after = state.after(event) if event else state
         if after:
+            if self.state_file.is_dir():
+                put_aside(self.state_file)
             write_json(self.state_file, asdict(replace(after, updated=time.time(), **changes)))
         return after is not None
 
@@ -168,7 +208,12 @@ class RunDir:
 
     def saved_step(self) -> int:
         """The newest checkpoint's step; -1 without one."""
-        return max((int(path.parent.name[5:]) for path in self.checkpoints.glob("step_*/meta.json")), default=-1)
+        names = (path.parent.name[5:] for path in self.checkpoints.glob("step_*/meta.json"))
+        return max((int(name) for name in names if name.isdecimal()), default=-1)  # a copy may be called step_40.bak
+
+    def evaluate_again(self) -> str:
+        """The commands that make the results of a finished run again."""
+        return f"{shell('rm', self.done)}, then {self.submit_command()}: it evaluates the last checkpoint again"
 
     @contextmanager
     def lock(self, name: str = ".lock", wait_s: float = 0.0) -> Iterator[None]:
@@ -211,17 +256,43 @@ def check(root: Path, config: Config) -> None:
     if not root.exists():
         check_name(root)
         return
-    if not RunDir(root).config_file.exists():
+    run = RunDir(root)
+    if not (run.config_file.exists() or run.state_file.exists()):
         if root.is_dir() and all(path.name.startswith(".") for path in root.iterdir()):
             return
         raise UserError(f"{root} exists and is no run directory. Pick another --name.")
-    differ = reading.differences(reading.identity(RunDir(root).config()), reading.identity(config))
+    known = recorded(run)
+    differ = reading.differences(known, reading.identity(config)) if known is not None else []
     if differ:
         listed = "; ".join(differ[:6])
         raise UserError(
             f"run directory {root} holds a run with other settings ({listed}). "
             f"Pick another --name, or move it away: {shell('mv', root, f'{root}.old')}"
         )
+
+
+def recorded(run: RunDir) -> dict[str, Any] | None:
+    """The settings of the run that may not change: of its config.yaml; where that is damaged, of its newest checkpoint, or
+    None where there is none either, so that nothing depends on them."""
+    try:
+        return reading.identity(run.config())
+    except Damaged:
+        for file in sorted(run.checkpoints.glob("step_*/meta.json"), reverse=True):
+            with contextlib.suppress(OSError, UserError, StorageError):
+                kept = read_json(file, dict[str, dict[str, Any]], "")["fingerprint"]
+                return reading.identity(reading.parse(Config, kept.get("configuration", {})))
+    return None
+
+
+def mend_config(run: RunDir, config: Config) -> None:
+    """Write config.yaml again where it is damaged: a finished run is to be evaluated and exported."""
+    try:
+        run.config()
+    except Damaged as error:
+        print(f"{error.why}: {run.config_file} is written again from this command")
+        write_text(run.config_file, reading.dump(config))
+    except UserError:  # a new directory
+        return
 
 
 def check_name(root: Path) -> None:

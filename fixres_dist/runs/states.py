@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 
 class State(StrEnum):
@@ -72,15 +72,6 @@ class RunState:
     last_failure_step: int = -1  # the newest checkpoint's step at the last failure
     nodes: tuple[str, ...] = ()
     world_size: int | None = None  # ranks
-
-    @classmethod
-    def of(cls, values: Mapping[str, Any]) -> RunState:
-        """From state.json, whatever version wrote it: keys that are unknown here are left out."""
-        known = {f.name: values[f.name] for f in fields(cls) if f.name in values}
-        state = known.get("state")
-        known["updated"] = float(known.get("updated") or 0)
-        known["state"] = State(state) if state in list(State) else State.PENDING
-        return cls(**known | {"nodes": tuple(known.get("nodes", ()))})
 
     @property
     def slurm_job(self) -> str | None:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from fixres_dist.base.json_lines import append, keep_lines, read_lines
+from fixres_dist.base.small_files import append, keep_lines, read_lines
 from fixres_dist.base.text import duration
 from fixres_dist.config import reading
 from fixres_dist.config.schema import Config
@@ -30,16 +30,19 @@ class Tracker:
         self, run: RunDir, config: Config, first_step: int, total_steps: int, resumed: bool, again: Sequence[str] = ()
     ) -> None:
         self.run, self.first_step, self.total_steps, self.opened = run, first_step, total_steps, time.monotonic()
-        keep_lines(
+        damaged = keep_lines(
             run.metrics,
             lambda x: x["step"] < first_step or (x["step"] == first_step and x.get("evaluation") not in again),
+            step=int,
         )
+        if damaged:
+            run.event("rebuilt", file=run.metrics.name, reason=f"without {damaged} damaged lines")
         # TensorBoard drops whole steps: what is kept of this one is written again.
         self.board = SummaryWriter(str(run.root / "tb"), purge_step=first_step)
         if not first_step:
             self.board.add_text("config", "```yaml\n" + reading.dump(config) + "```", 0)
-        for line in read_lines(run.metrics):
-            if (line["res"] if line.get("evaluation") == OTHER_SIZE else line["step"]) >= first_step:
+        for line in read_lines(run.metrics, step=int):
+            if (x_of(line) or 0) >= first_step:
                 self.scalars(line)
         if resumed:
             self.board.add_scalar("events/restart", 1.0, first_step + 1)
@@ -89,15 +92,15 @@ class Tracker:
         self.say(f"evaluation (before, {res} px, {why}): top-1 {summary.top1:.2f} | n {summary.n}")
 
     def scalars(self, line: dict[str, Any]) -> None:
-        """A line of metrics.jsonl in TensorBoard."""
+        """A line of metrics.jsonl in TensorBoard, as far as it has numbers."""
+        evaluated, at = "evaluation" in line, x_of(line)
+        names = {"top1", "top5", "loss"} if evaluated else set(line) - {"step", "stage", "epoch", "time"}
+        kind = "eval" if evaluated else "train"
         if line.get("evaluation") == OTHER_SIZE:
-            self.board.add_scalar("eval_by_res/top1", line["top1"], line["res"], walltime=line["time"])
-            return
-        evaluated = "evaluation" in line
-        names = ("top1", "top5", "loss") if evaluated else set(line) - {"step", "stage", "epoch", "time"}
+            names, kind = {"top1"}, "eval_by_res"
         for name in sorted(names):
-            tag = f"{'eval' if evaluated else 'train'}/{name}"
-            self.board.add_scalar(tag, line[name], line["step"], walltime=line["time"])
+            if at is not None and isinstance(line.get(name), int | float):
+                self.board.add_scalar(f"{kind}/{name}", line[name], at, walltime=line.get("time"))
 
     def flush(self) -> None:
         self.board.flush()
@@ -105,6 +108,12 @@ class Tracker:
     def close(self) -> None:
         self.bar.close()
         self.board.close()
+
+
+def x_of(line: dict[str, Any]) -> int | None:
+    """Where a line stands on its curve: its step, or the resolution of an evaluation at another size."""
+    at = line.get("res") if line.get("evaluation") == OTHER_SIZE else line["step"]
+    return at if isinstance(at, int) else None
 
 
 def write_curve(run: RunDir, label: str, tag: str, points: dict[int, float]) -> None:

@@ -107,7 +107,9 @@ def with_batch(
         return {"largest that fits": size, "of use": cap}
 
     name = f"batch per device, {stage.name} at {stage.res} px, {ranks.world_size} x {torch.cuda.get_device_name(ranks.device)}"
-    size = session.decided(name, largest, together=True)["largest that fits"]
+    size = session.decided(name, largest, together=True).get("largest that fits")
+    if not isinstance(size, int) or size < 1:
+        raise UserError(f"choices.json has {size!r} for the {name}. Accepted: 1 or more. Next: remove that file.")
     return with_size(StageSession(session, stage, parts), size).session
 
 

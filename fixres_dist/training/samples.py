@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from fixres_dist.base.commands import command
 from fixres_dist.base.errors import UserError
-from fixres_dist.base.json_lines import append
+from fixres_dist.base.small_files import append
 from fixres_dist.data.decoding import Bad
 from fixres_dist.data.index import Index
 from fixres_dist.runs.rundir import RunDir

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -12,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fixres_dist.base.json_lines import write_json
+from fixres_dist.base.small_files import Damaged, put_aside, read_json, write_json
 from fixres_dist.config import recipes
 from fixres_dist.config.schema import Config
 from fixres_dist.data import backends, class_maps, dataset, decoding, geometry
@@ -23,6 +22,7 @@ from fixres_dist.models.build import Preprocessing
 from fixres_dist.models.network import open_network
 from fixres_dist.models.parts import Parts, parts_of
 from fixres_dist.models.resizing import for_size, largest_batch
+from fixres_dist.runs.rundir import RunDir
 from fixres_dist.training import compiled_code
 from fixres_dist.training.cache.store import Loaded, Store
 from fixres_dist.training.ranks import Ranks
@@ -103,8 +103,17 @@ class Session:
 
     def choices(self) -> dict[str, dict[str, Any]]:
         """What has been decided for the run so far (choices.json), by name."""
-        found: dict[str, dict[str, Any]] = json.loads(self.kept.read_text()) if self.kept and self.kept.exists() else {}
-        return found
+        if not self.kept:
+            return {}
+        try:
+            return read_json(self.kept, dict[str, dict[str, Any]], "")
+        except FileNotFoundError:
+            return {}
+        except Damaged as error:
+            print(f"{self.kept}: {error.why}; it is decided again, which may round differently", flush=True)
+            put_aside(self.kept)
+            RunDir(self.kept.parent).event("rebuilt", file=self.kept.name, reason=error.why)
+            return {}
 
     def with_fast_trunk(self, parts: Parts, res: int = 0) -> Parts:
         """The same function with the frozen trunk as it runs (models/fast_trunk.py); probed at `res`, or at data.res."""

@@ -13,9 +13,9 @@ from fixres_dist.base import watchdog
 from fixres_dist.base.commands import smaller_batch
 from fixres_dist.base.errors import EXIT_DONE, EXIT_FAILED, EXIT_USER, UserError
 from fixres_dist.base.files import no_room
-from fixres_dist.base.json_lines import keep_lines, read_lines, write_json
 from fixres_dist.base.locks import STALE_S
 from fixres_dist.base.signals import StopFlag, Stopped
+from fixres_dist.base.small_files import Damaged, keep_lines, read_lines, write_json
 from fixres_dist.cluster import requeue, slurm
 from fixres_dist.config import recipes
 from fixres_dist.config.schema import Config
@@ -42,7 +42,12 @@ def train(folder: Path, flag: StopFlag | None = None) -> int:
     A stop saves and returns: 0 in a Slurm job, because a requeued job has not failed, otherwise 1.
     """
     run = RunDir(folder)
-    config, again = run.config(), run.submit_command()
+    again = run.submit_command()
+    try:
+        config = run.config()
+    except Damaged as error:
+        run.fail(str(error), again, final=True)
+        raise
     try:
         with determinism(config.run):
             return work(run, config, flag or StopFlag().install())
@@ -108,7 +113,8 @@ def watched(run: RunDir, config: Config, startup: StartUp) -> contextlib.Abstrac
         since = time.time() - limit
         run.event(watchdog.NO_PROGRESS, rank=rank, at=place, limit_s=limit)
         time.sleep(min(10.0, limit / 4))  # the other ranks tell theirs
-        told = [x for x in read_lines(run.events) if x["event"] == watchdog.NO_PROGRESS and x["time"] > since]
+        told = read_lines(run.events, event=str, time=float, rank=int, at=str)
+        told = [x for x in told if x["event"] == watchdog.NO_PROGRESS and x["time"] > since]
         why = watchdog.reason({line["rank"]: line["at"] for line in told}, world_size, limit)
         requeue.broke(run, why, f"again, from the last checkpoint: {run.submit_command()}")
 
@@ -165,7 +171,7 @@ def begin(run: RunDir, session: Session, total_steps: int) -> None:
     run.update_state(total_steps=total_steps)
     saved = max(0, run.saved_step())
     for file in (run.root / "samples").glob("rank_*.jsonl"):
-        keep_lines(file, lambda line: line["step"] < saved)
+        keep_lines(file, lambda line: line["step"] < saved, step=int)
     interpolation = session.resize(session.config.data.res).interpolation
     with contextlib.suppress(UserError):  # a model by a name that this version does not know
         facts = recipes.find(config.model.name, config.model.weights).facts

@@ -13,8 +13,8 @@ from support.commands import run
 from support.folders import write_photos
 
 from fixres_dist.base.errors import UserError
-from fixres_dist.base.json_lines import read_lines
 from fixres_dist.base.signals import StopFlag
+from fixres_dist.base.small_files import read_lines
 from fixres_dist.config import reading, recipes
 from fixres_dist.config.schema import Config
 from fixres_dist.data import dataset, geometry, order, torch_cpu

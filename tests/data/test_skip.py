@@ -11,7 +11,7 @@ import pytest
 from support.commands import run, tiny
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from fixres_dist.base.json_lines import read_lines
+from fixres_dist.base.small_files import read_lines
 from fixres_dist.runs import rundir
 from fixres_dist.training.predictions import Predictions
 

@@ -16,7 +16,7 @@ from support.commands import ROOT, command, environment, run, tiny
 from torch import nn
 
 from fixres_dist.base.errors import UserError
-from fixres_dist.base.json_lines import read_lines
+from fixres_dist.base.small_files import read_lines
 from fixres_dist.config import reading
 from fixres_dist.config.schema import Config, Run
 from fixres_dist.evaluation import inputs

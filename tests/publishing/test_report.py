@@ -163,7 +163,7 @@ def test_a_run_that_lost_says_so_in_report_card_and_status(tmp_path: Path) -> No
     verdict = Results.read(run).verdict(run)
     assert verdict.startswith("WORSE after fixing than before it at 224 px: -0.90 points")
     rows = [report.row(run)]
-    assert f"**b0-320**: {verdict}." in report.markdown([run], rows, tmp_path)
+    assert f"**b0-320**: {verdict}." in report.markdown([run], rows, [], tmp_path)
     assert "over the best before, 224 px: -0.90 (-1.20 to -0.60), corrected for the best of 2" in rows[0].cells()[9]
     card = model_card.text(run, ["model.safetensors"], None)
     assert f"\n{verdict}.\n" in card

@@ -10,7 +10,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.summary.writer import event_file_writer
 
-from fixres_dist.base.json_lines import read_lines
+from fixres_dist.base.small_files import read_lines
 from fixres_dist.config.schema import Config
 from fixres_dist.runs.results import Summary
 from fixres_dist.runs.rundir import RunDir

@@ -15,8 +15,8 @@ from PIL import Image, ImageOps
 from safetensors.torch import load_file
 from support.commands import killed_when, run, tiny
 
-from fixres_dist.base.json_lines import read_lines
 from fixres_dist.base.signals import StopFlag
+from fixres_dist.base.small_files import read_lines
 from fixres_dist.config import reading
 from fixres_dist.config.schema import Config
 from fixres_dist.data import dataset, headers

@@ -10,8 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from fixres_dist.base.json_lines import append, as_json, read_lines, write_json
 from fixres_dist.base.signals import StopFlag
+from fixres_dist.base.small_files import append, as_json, read_lines, typed, write_json
 from fixres_dist.config import reading
 from fixres_dist.config.schema import Config
 from fixres_dist.models.build import build_model
@@ -95,4 +95,4 @@ def test_json_has_null_where_a_number_is_not_finite(tmp_path: Path) -> None:
     write_json(tmp_path / "whole.json", value)
     append(tmp_path / "lines.jsonl", value)
     assert json.loads((tmp_path / "whole.json").read_text()) == read_lines(tmp_path / "lines.jsonl")[0]
-    assert str(Accuracy.read({"top1": 1.0, "top5": 2.0, "loss": None}).loss) == "nan"
+    assert str(typed({"top1": 1.0, "top5": 2.0, "loss": None}, Accuracy).loss) == "nan"

@@ -10,7 +10,7 @@ from pathlib import Path
 import timm
 from support.commands import ROOT, environment, run, tiny
 
-from fixres_dist.base.json_lines import read_lines
+from fixres_dist.base.small_files import read_lines
 
 CLASSES, STEPS, RANKS = 3, 7, 2
 

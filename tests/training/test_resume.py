@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from support.commands import killed_when, run, tiny
 
-from fixres_dist.base.json_lines import read_lines
+from fixres_dist.base.small_files import read_lines
 from fixres_dist.models.build import build_model
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from support.commands import ROOT, environment, run, tiny
 
-from fixres_dist.base.json_lines import read_lines
+from fixres_dist.base.small_files import read_lines
 from fixres_dist.base.watchdog import reason
 from fixres_dist.cluster import status
 from fixres_dist.runs.rundir import RunDir

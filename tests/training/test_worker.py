@@ -19,8 +19,8 @@ from support.commands import command, environment, killed_when, run, tiny
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from fixres_dist.base.errors import UserError
-from fixres_dist.base.json_lines import keep_lines, read_lines
 from fixres_dist.base.signals import SIGNALS, StopFlag
+from fixres_dist.base.small_files import keep_lines, read_lines
 from fixres_dist.config import reading
 from fixres_dist.data import dataset, geometry, torch_cpu
 from fixres_dist.data.requests import Pictures, make_request

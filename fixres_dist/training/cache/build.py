@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from fixres_dist.base.environment import versions, writable
-from fixres_dist.base.errors import UserError
+from fixres_dist.base.errors import UserError, unknown
 from fixres_dist.data import order
 from fixres_dist.data.index import Index
 from fixres_dist.data.requests import make_request
@@ -78,7 +78,10 @@ def open_stores(work: StageSession, check: bool) -> StageSession:
         engine, why = rule.choose(setting, stage, streamed, need)
         return {"engine": engine, "why": why}
 
-    if session.decided(f"engine of {stage.name} (run.engine={setting})", decide)["engine"] == "stream":
+    engine = session.decided(f"engine of {stage.name} (run.engine={setting})", decide).get("engine")
+    if engine not in ("cached", "stream"):
+        raise unknown("engine", engine, ("cached", "stream"), "Next: remove the run's choices.json.")
+    if engine == "stream":
         return work
     for split, store in stores.items():
         check_shared(session, store)

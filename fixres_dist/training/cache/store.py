@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 
 from fixres_dist.base import watchdog
 from fixres_dist.base.files import whole
-from fixres_dist.base.json_lines import write_json
+from fixres_dist.base.small_files import write_json
 from fixres_dist.data import decoding
 from fixres_dist.data.decoding import Bad
 from fixres_dist.data.index import Index
