@@ -12,6 +12,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from fixres_dist.base.secrets import redacted
+
 RECORDED = (
     *("torch", "torchvision", "timm", "submitit", "tensorboard"),
     *("nvidia-dali-cuda130", "numpy", "numba", "pillow", "safetensors"),
@@ -47,7 +49,10 @@ def environment() -> dict[str, Any]:
         "platform": platform.platform(),
         "executable": sys.executable,
         "folder": os.getcwd(),
-        "git": {"commit": git(checkout, "rev-parse", "HEAD"), "diff": git(checkout, "diff", "HEAD")},
+        "git": {
+            "commit": git(checkout, "rev-parse", "HEAD"),
+            "diff": redacted(git(checkout, "diff", "HEAD") or "") or None,
+        },
     }
 
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from fixres_dist.base.files import no_room
+from fixres_dist.base.secrets import redacted
 
 EXIT_DONE, EXIT_FAILED, EXIT_USER = 0, 1, 2
 REFUSED = (PermissionError, NotADirectoryError, IsADirectoryError, FileExistsError)  # places that were given
@@ -19,11 +20,11 @@ class UserError(Exception):
     """A mistake the user can mend: one message with the value seen, what is accepted and the next command.
 
     Commands print it without a traceback and exit with 2. What a file or a library said within it cannot steer the
-    terminal: characters that do not print are escaped.
+    terminal: characters that do not print are escaped. It ends in logs and reports: secrets are left out.
     """
 
     def __init__(self, message: str) -> None:
-        super().__init__(printable(message))
+        super().__init__(redacted(printable(message)))
 
 
 def printable(text: str) -> str:

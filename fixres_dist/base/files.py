@@ -87,8 +87,9 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write by rename, so that a reader sees the old text or the new one."""
+def write_text(path: Path, text: str, private: bool = False) -> None:
+    """Write by rename, so that a reader sees the old text or the new one; `private`: only its owner may read it."""
     with whole(path) as part:
+        part.touch(mode=0o600 if private else 0o666)
         part.write_text(text)
         sync(part)

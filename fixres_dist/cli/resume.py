@@ -9,13 +9,13 @@ from dataclasses import asdict
 from typing import get_type_hints
 
 from fixres_dist.base.errors import EXIT_DONE
-from fixres_dist.base.files import write_text
 from fixres_dist.base.small_files import read_lines
 from fixres_dist.cli import submission
 from fixres_dist.cli.arguments import add_overrides, add_runs_dir
 from fixres_dist.cluster import gpus, jobs, status
 from fixres_dist.config import reading, recipes
 from fixres_dist.config.schema import Config
+from fixres_dist.runs import rundir
 from fixres_dist.runs.rundir import START_LOCK, RunDir
 from fixres_dist.runs.states import Event
 
@@ -58,7 +58,7 @@ def resume(run: RunDir, args: argparse.Namespace, settings: list[str]) -> int:
             if submission.needs_no_job(run):  # another submission was faster
                 return EXIT_DONE
             submission.renew_old_snapshot(run)
-            write_text(run.config_file, reading.dump(config))
+            rundir.write_config(run, config)
             run.event(Event.SUBMITTED, cluster=kind, command=run.command("resume"))
             if kind == "slurm":
                 return submission.start_slurm([run], config)

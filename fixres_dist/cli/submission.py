@@ -138,7 +138,7 @@ def start_here(run: RunDir, config: Config, kind: str) -> int:
     """Work on the run to its end, in this process (`inline`) or in several (`local`); returns the exit code."""
     os.environ.setdefault("PYTHONUNBUFFERED", "1")  # a rank's log is followed as it is written
     write_demo(config)
-    write_text(run.submission, jobs.sbatch_text(config, run))
+    write_text(run.submission, jobs.sbatch_text(config, run), private=reading.has_secrets(config))
     # These ranks are the command's own: not those of the job, srun or torchrun in which it was typed.
     with jobs.clean_environment():
         if kind == "inline":

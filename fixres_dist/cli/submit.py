@@ -11,6 +11,7 @@ from pathlib import Path
 from fixres_dist.base.commands import command
 from fixres_dist.base.environment import shipped
 from fixres_dist.base.errors import EXIT_DONE, UserError, only_prints
+from fixres_dist.base.secrets import redacted
 from fixres_dist.base.text import table
 from fixres_dist.cli import submission
 from fixres_dist.cli.arguments import add_overrides, add_runs_dir
@@ -103,7 +104,7 @@ def dry_run(targets: list[Target], at_once: int) -> int:
     for group in same_job(targets):
         text = jobs.sbatch_text(group[0].config, *(t.run for t in group), at_once=at_once)
         said = jobs.ask_slurm(text, group[0].config.cluster) if jobs.default_cluster() == "slurm" else ""
-        print(f"\n# what sbatch would get\n{text}")
+        print(f"\n# what sbatch would get\n{redacted(text, group[0].config.cluster.env)}")
         print(f"\n# Slurm says: {said or 'nothing here (sbatch --test-only got no answer)'}")
     return EXIT_DONE
 
@@ -129,7 +130,7 @@ def start(targets: list[Target], kind: str, args: argparse.Namespace) -> int:
             targets = [target for target in targets if not submission.needs_no_job(target.run)]
             if not targets:
                 return EXIT_DONE
-            typed = command("submit", *args.words)
+            typed = command("submit", *(redacted(word, targets[0].config.cluster.env) for word in args.words))
             for target in targets:
                 rundir.prepare(target.run.root, target.config, typed)
             print("\n".join(targets[0].plan()), flush=True)
@@ -137,7 +138,8 @@ def start(targets: list[Target], kind: str, args: argparse.Namespace) -> int:
                 script = shipped("slurm") / "train.sbatch"
                 for target in targets:
                     jobs.write_prepared(target.run, target.config)
-                    print(f"Next: {jobs.sbatch_command(target.run, target.config, script)}")
+                    line = jobs.sbatch_command(target.run, target.config, script)
+                    print(f"Next: {redacted(line, target.config.cluster.env)}")
                 return EXIT_DONE
             for target in targets:
                 target.run.event(Event.SUBMITTED, cluster=kind, command=typed)

@@ -20,6 +20,7 @@ from typing import Any
 from fixres_dist.base.errors import UserError
 from fixres_dist.base.files import write_text
 from fixres_dist.cluster import slurm, words
+from fixres_dist.config import reading
 from fixres_dist.config.schema import Cluster, Config
 from fixres_dist.config.shell_values import LEFT_OUT
 from fixres_dist.runs.rundir import RunDir
@@ -116,7 +117,8 @@ def write_prepared(run: RunDir, config: Config) -> None:
     """The part of slurm/train.sbatch that is the run's own: its shell lines, interpreter and srun arguments."""
     srun_args = " ".join(map(shlex.quote, requested(config.cluster)[1]))
     python = f"python=${{PYTHON:-{shlex.quote(sys.executable)}}}"
-    write_text(run.prepared, "\n".join([python, f"srun_args=({srun_args})", *shell_lines(config)]) + "\n")
+    text = "\n".join([python, f"srun_args=({srun_args})", *shell_lines(config)]) + "\n"
+    write_text(run.prepared, text, private=reading.has_secrets(config))
 
 
 def slurm_parameters(config: Config, runs: Sequence[RunDir], at_once: int = 0) -> dict[str, Any]:
@@ -246,9 +248,9 @@ def submit_slurm(config: Config, runs: Sequence[RunDir], task: Job, at_once: int
 
     if not shutil.which("sbatch"):
         raise UserError("no sbatch on this machine. Next: a login node of the cluster, or --cluster local.")
-    text = sbatch_text(config, *runs, at_once=at_once)
+    text, private = sbatch_text(config, *runs, at_once=at_once), reading.has_secrets(config)
     for run in runs:
-        write_text(run.submission, text)
+        write_text(run.submission, text, private)
         run.failed.unlink(missing_ok=True)
         # A person has submitted it again, so failures are counted anew.
         fresh = {"final": False, "last_failure_step": -1, "restarts": {**run.state().restarts, "failure": 0}}
@@ -256,12 +258,12 @@ def submit_slurm(config: Config, runs: Sequence[RunDir], task: Job, at_once: int
     executor = submitit.SlurmExecutor(submission_folder(runs), max_num_timeout=10**6)  # requeues are ours to count
     executor.update_parameters(**slurm_parameters(config, runs, at_once))
     try:
-        with clean_environment(), executor.batch():
+        with clean_environment(), private_files(private), executor.batch():
             jobs = [executor.submit(task(str(run.root.resolve()))) for run in runs]
     except submitit.core.utils.FailedJobError as error:
         refused = words.refusal(str(error), asked(text))
         for run in runs:
-            run.fail(refused, run.submit_command())
+            run.fail(refused, run.again())
         raise UserError(refused) from None
     for run, job in zip(runs, jobs, strict=True):
         run.update_state(job_id=job.job_id)
@@ -269,6 +271,17 @@ def submit_slurm(config: Config, runs: Sequence[RunDir], task: Job, at_once: int
             (run.root / "submitit").mkdir(exist_ok=True)
             (run.root / "submitit" / job.job_id).symlink_to(job.paths.folder)
     return [job.job_id for job in jobs]
+
+
+@contextlib.contextmanager
+def private_files(private: bool) -> Iterator[None]:
+    """submitit keeps the batch script beside the logs: only its owner may read the folder, if the script holds secrets."""
+    before = os.umask(0o077) if private else None
+    try:
+        yield
+    finally:
+        if before is not None:
+            os.umask(before)
 
 
 def default_cluster() -> str:

@@ -94,7 +94,7 @@ def name_lost_ranks(
     `ended_some`: ranks were ended by this process, so an error that a rank has written down came first. `smaller`: the
     images per forward pass to go on with, where the kernel has killed a process meanwhile because memory ran out.
     """
-    again = run.submit_command()
+    again = run.again()
     state = run.state()
     said = read_note(run.failed).partition("\n")[0]
     gone = [task.paths for task in tasks if not task.paths.result_pickle.exists()]

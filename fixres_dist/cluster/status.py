@@ -209,7 +209,7 @@ def as_seen(run: RunDir, state: RunState, queue: Mapping[str, slurm.Queued] | No
     elif job and (time.time() - state.updated > GRACE_S or not run.is_locked()):
         return lost.state, f"{now}, but job {job} has left the queue{room(run)}. Next: {run.command('resume')}"
     elif now in WORKING and not job and not run.is_locked():
-        return lost.state, f"its process is gone{room(run)}. Next, from the last checkpoint: {run.submit_command()}"
+        return lost.state, f"its process is gone{room(run)}. Next, from the last checkpoint: {run.again()}"
     return now, "; ".join(filter(None, reasons))
 
 

@@ -16,6 +16,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 import yaml
 
 from fixres_dist.base.errors import UserError, unknown
+from fixres_dist.base.secrets import REDACTED, is_secret, without_secrets
 from fixres_dist.base.small_files import read_text
 from fixres_dist.config.schema import Config
 
@@ -170,8 +171,20 @@ def load(text: str) -> Config:
     return parse(Config, read_yaml(text) or {})
 
 
-def dump(config: Config) -> str:
-    return str(yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, width=120))
+def dump(config: Config, public: bool = False) -> str:
+    """YAML; `public`: for readers who are not to see the secrets in it."""
+    values = dataclasses.asdict(config)
+    if public:
+        cluster = values["cluster"]
+        hidden = {name: REDACTED for name, value in cluster["env"].items() if value and is_secret(name)}
+        values = without_secrets(values, cluster["env"])
+        values["cluster"]["env"] |= hidden
+    return str(yaml.safe_dump(values, sort_keys=False, width=120))
+
+
+def has_secrets(config: Config) -> bool:
+    """Whether what holds all settings of a run must be its owner's alone."""
+    return dump(config, public=True) != dump(config)
 
 
 def identity(config: Config) -> dict[str, Any]:

@@ -188,6 +188,10 @@ class Cluster:
         for argument in self.srun_args:
             shell_values.one_line("cluster.srun_args", argument)
         shell_values.variables("cluster.env", self.env)
+        for name in ("setup", "srun_args"):
+            shell_values.no_stand_in(f"cluster.{name}", getattr(self, name))
+        for name in ("env", "sbatch"):
+            shell_values.no_stand_in(f"cluster.{name}", getattr(self, name).values())
         object.__setattr__(self, "sbatch", shell_values.sbatch_options("cluster.sbatch", self.sbatch))
         at_least(self, 1, "gpus_per_node", "cpus_per_task", "signal_delay_s")
         at_least(self, 0, "max_restarts")

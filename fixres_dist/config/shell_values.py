@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
+from fixres_dist.base.commands import command
 from fixres_dist.base.errors import UserError
+from fixres_dist.base.secrets import REDACTED
 
 # sbatch's options that a run's other settings give, and those that it needs as they are to be stopped and requeued.
 OTHER_KEYS = {
@@ -18,6 +20,15 @@ FIXED = frozenset(
     ("array", "chdir", "clusters", "error", "export-file", "job-name", "no-requeue", "open-mode", "output", "parsable")
 ) | {"requeue", "test-only", "wait", "wrap"}
 LEFT_OUT = ("", "false", "none", "null")  # as the value of an option: it is not given; NONE is a value of sbatch
+
+
+def no_stand_in(where: str, values: Iterable[str]) -> None:
+    """Refuse a value that a printed command has in place of a secret."""
+    if any(REDACTED in value for value in values):
+        raise UserError(
+            f"{where} has {REDACTED}, which stands for a secret in printed commands. "
+            f"Next: the secret itself; or {command('resume', 'NAME')}, which knows it."
+        )
 
 
 def one_line(where: str, text: str) -> str:

@@ -239,7 +239,7 @@ def write_weights(model: nn.Module, file: Path, config: Config, res: int, classe
     meta = {
         "timm_name": config.model.timm_name,
         "res": str(res),
-        "model": json.dumps(asdict(config.model)),
+        "model": json.dumps({**asdict(config.model), "weights": Path(config.model.weights).name}),
         class_names.NAMES: json.dumps(list(classes)),
     }
     write_tensors(model, file, list(model.state_dict()), meta)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
+import shlex
 from collections.abc import Iterable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from fixres_dist.base.commands import command, shell
+from fixres_dist.base.secrets import redacted
 from fixres_dist.base.small_files import Damaged, read_json
 from fixres_dist.base.text import markdown_table
 from fixres_dist.config.schema import Config
@@ -108,6 +111,28 @@ Input `images`: [n, 3, px, px] in fp32, px as in the file's name, normalised wit
 [n, {classes}]. A file `.onnx.data` holds the weights of the `.onnx` of its name, and stays beside it."""
 
 
+PLACES = ("--profile", "--runs-dir", "--cluster", "--at-once")  # options about the site, each with a value
+
+
+def without_places(line: str) -> str:
+    """A command line without what only its author's machine has: cluster settings, and the folders that files lie in."""
+    try:
+        words = shlex.split(line)
+    except ValueError:
+        return ""
+    kept = []
+    for k, word in enumerate(words):
+        of_site = word.partition("=")[0] in PLACES or (k and words[k - 1] in PLACES) or word.startswith("cluster.")
+        if not of_site:
+            kept.append(file_name(word))
+    return redacted(shell(*kept))
+
+
+def file_name(word: str) -> str:
+    """`--data=/home/me/photos` as `--data=photos`; a path relative to the folder where the command was typed stays."""
+    return re.sub(r"(?:(?<=[=:])|^)(?:~[^/]*|\.{1,2})?/(?:.*/)?([^/]+)/*$", r"\1", word)
+
+
 def row(line: BeforeAfter) -> list[object]:
     """A row of the card's table."""
     scores = (f"{a.top1:.2f} / {a.top5:.2f}" for a in (line.before, line.after))
@@ -129,8 +154,8 @@ def text(run: RunDir, files: list[str], licence: str | None, alpha: float = 1.0)
 
     classes = len(class_maps.trained_classes(config, run.root, "val"))
     resize = preprocessing(results.timm_name).resize(config.data, results.res)
-    name, exported = f"{config.model.name} fixed at {results.res} px", of_exported(run, results, alpha)
-    table = f"Not measured: `{command('interpolate', '--run', run.root, '--alpha', f'0,{alpha:g},1')}` does."
+    name, exported = f"{file_name(config.model.name)} fixed at {results.res} px", of_exported(run, results, alpha)
+    table = f"Not measured: `{command('interpolate', '--run', run.name, '--alpha', f'0,{alpha:g},1')}` does."
     if exported:
         head = ("data set", "px", "n", "before: top-1 / top-5", "after", "gain in top-1 (paired 95 % interval)")
         others = of_sets(evaluations(run)) if alpha == 1 else []
@@ -142,16 +167,18 @@ def text(run: RunDir, files: list[str], licence: str | None, alpha: float = 1.0)
         start += f" trained at {config.pretrain.res} px for {config.pretrain.epochs} epochs"
     mixed = f"\nThese weights are {alpha:g} of the way from the starting head to the fixed one.\n"
     body = TEMPLATE.format(
-        results=results,
+        results=replace(results, timm_name=file_name(results.timm_name)),
         name=name,
         classes=classes,
         start=start,
         alpha="" if alpha == 1 else mixed,
         table=table,
         rule=resize.described(results.res) + (BY_HEIGHT if resize.side == "height" else ""),
-        use=(USE if weights else USE_ONNX).format(timm_name=results.timm_name, classes=classes, file=weights),
+        use=(USE if weights else USE_ONNX).format(
+            timm_name=file_name(results.timm_name), classes=classes, file=weights
+        ),
         files=", ".join(f"`{file}`" for file in files),
-        command=run.typed,
+        command=without_places(run.typed),
         licence="which timm gives as " + licence if licence else "and of the data they were trained on",
     )
     return f"---\n{front_matter(name, data_name(config), licence, exported.after if exported else None)}\n---\n{body}"

@@ -21,6 +21,7 @@ from fixres_dist.base.commands import command, shell
 from fixres_dist.base.environment import environment, shipped
 from fixres_dist.base.errors import StorageError, UserError
 from fixres_dist.base.files import whole, write_text
+from fixres_dist.base.secrets import REDACTED, redacted, without_secrets
 from fixres_dist.base.small_files import (
     Damaged,
     append,
@@ -106,6 +107,12 @@ class RunDir:
         away = isinstance(folder, str) and folder != os.getcwd()
         return f"{shell('cd', folder)} && {self.typed}" if away else self.typed
 
+    def again(self) -> str:
+        """The command that goes on with the run: that by which it was submitted, if no secret was left out of it."""
+        if REDACTED not in self.typed:
+            return self.submit_command()
+        return command("resume", self.name, "--runs-dir", self.root.absolute().parent)
+
     def command(self, name: str, *words: str) -> str:
         """`fixres NAME` for this run, to be typed where the runs directory was given."""
         where = () if self.root.parent == Path("runs") else ("--runs-dir", self.root.parent)
@@ -170,12 +177,12 @@ class RunDir:
         if after:
             if self.state_file.is_dir():
                 put_aside(self.state_file)
-            write_json(self.state_file, asdict(replace(after, updated=time.time(), **changes)))
+            write_json(self.state_file, without_secrets(asdict(replace(after, updated=time.time(), **changes))))
         return after is not None
 
     def event(self, name: str, **details: Any) -> None:
         """Append a line to events.jsonl."""
-        append(self.events, {"time": time.time(), "event": name, **details})
+        append(self.events, {"time": time.time(), "event": name, **without_secrets(details)})
 
     def fail(self, why: str, next_command: str, final: bool = False) -> None:
         """FAILED and the state say why and what to run next. The first rank's reason stays: it made the others fail.
@@ -187,7 +194,7 @@ class RunDir:
             return
         try:
             with open(self.failed, "x") as file:
-                file.write(f"{why}\nNext: {next_command}\n")
+                file.write(redacted(f"{why}\nNext: {next_command}\n"))
         except FileExistsError:
             return
         except OSError:
@@ -213,7 +220,7 @@ class RunDir:
 
     def evaluate_again(self) -> str:
         """The commands that make the results of a finished run again."""
-        return f"{shell('rm', self.done)}, then {self.submit_command()}: it evaluates the last checkpoint again"
+        return f"{shell('rm', self.done)}, then {self.again()}: it evaluates the last checkpoint again"
 
     @contextmanager
     def lock(self, name: str = ".lock", wait_s: float = 0.0) -> Iterator[None]:
@@ -241,14 +248,18 @@ def prepare(root: Path, config: Config, typed: str) -> RunDir:
     run = RunDir(root)
     check(root, config)
     root.mkdir(parents=True, exist_ok=True)
-    write_text(run.config_file, reading.dump(config))
+    write_config(run, config)
     if not run.state_file.exists():
         run.update_state()
     if not run.done.exists():
-        write_text(root / "command.txt", typed + "\n")
+        write_text(root / "command.txt", redacted(typed, config.cluster.env) + "\n")
         write_json(root / "environment.json", environment())
         snapshot_code(run)
     return run
+
+
+def write_config(run: RunDir, config: Config) -> None:
+    write_text(run.config_file, reading.dump(config), private=reading.has_secrets(config))
 
 
 def check(root: Path, config: Config) -> None:
@@ -303,6 +314,8 @@ def check_name(root: Path) -> None:
             f"a run cannot be called {name!r}; accepted: printable characters, no dash or dot in front, no space around. "
             "Next: another --name"
         )
+    if redacted(name) != name:
+        raise UserError(f"a run cannot be called {name}: it has the form of a secret, and everyone reads names.")
     if len(os.fsencode(name)) > LONGEST_NAME:
         raise UserError(
             f"the run's name has {len(os.fsencode(name))} bytes; accepted: {LONGEST_NAME}. Next: a shorter --name"

@@ -40,7 +40,7 @@ class Tracker:
         # TensorBoard drops whole steps: what is kept of this one is written again.
         self.board = SummaryWriter(str(run.root / "tb"), purge_step=first_step)
         if not first_step:
-            self.board.add_text("config", "```yaml\n" + reading.dump(config) + "```", 0)
+            self.board.add_text("config", "```yaml\n" + reading.dump(config, public=True) + "```", 0)
         for line in read_lines(run.metrics, step=int):
             if (x_of(line) or 0) >= first_step:
                 self.scalars(line)

@@ -42,7 +42,7 @@ def train(folder: Path, flag: StopFlag | None = None) -> int:
     A stop saves and returns: 0 in a Slurm job, because a requeued job has not failed, otherwise 1.
     """
     run = RunDir(folder)
-    again = run.submit_command()
+    again = run.again()
     try:
         config = run.config()
     except Damaged as error:
@@ -116,7 +116,7 @@ def watched(run: RunDir, config: Config, startup: StartUp) -> contextlib.Abstrac
         told = read_lines(run.events, event=str, time=float, rank=int, at=str)
         told = [x for x in told if x["event"] == watchdog.NO_PROGRESS and x["time"] > since]
         why = watchdog.reason({line["rank"]: line["at"] for line in told}, world_size, limit)
-        requeue.broke(run, why, f"again, from the last checkpoint: {run.submit_command()}")
+        requeue.broke(run, why, f"again, from the last checkpoint: {run.again()}")
 
     return watchdog.watching(limit_s, seen, give_up)
 
