@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, TypeVar, Union, get_args, get_origin, get_ty
 
 from fixres_dist.base.commands import shell
 from fixres_dist.base.errors import UserError
-from fixres_dist.base.files import remove, write_text
+from fixres_dist.base.files import remove, whole, write_text
 from fixres_dist.base.storage import patiently
 
 T = TypeVar("T")
@@ -186,7 +186,7 @@ def lines_of(path: Path, **needed: Any) -> Lines:
         return Lines([], 0)
     except OSError as error:
         raise Damaged(path, error.strerror or error, shell("mv", path, f"{path}.damaged")) from None
-    *whole, _ = texts = data.removeprefix(b"\xef\xbb\xbf").split(b"\n")
+    *ended, _ = texts = data.removeprefix(b"\xef\xbb\xbf").split(b"\n")
     found, damaged = [], 0
     for number, text in enumerate(texts):
         try:
@@ -195,7 +195,7 @@ def lines_of(path: Path, **needed: Any) -> Lines:
                 typed(line[key], hint, key)
             found.append(line)
         except (ValueError, KeyError):
-            damaged += bool(text.strip()) and number < len(whole)
+            damaged += bool(text.strip()) and number < len(ended)
     return Lines(found, damaged)
 
 
@@ -211,7 +211,8 @@ def keep_lines(path: Path, kept: Callable[[dict[str, Any]], bool], **needed: Any
         return 1
     found, damaged = lines_of(path, **needed)
     if damaged:
-        shutil.copyfile(path, aside(path))
+        with whole(aside(path)) as part:
+            shutil.copyfile(path, part)
     if path.exists():
         write_text(path, "".join(as_json(line) + "\n" for line in found if kept(line)))
     return damaged

@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from fixres_dist.base.errors import UserError
-from fixres_dist.base.files import write_text
+from fixres_dist.base.files import create, write_text
 from fixres_dist.base.small_files import read_lines, read_note
 from fixres_dist.cluster import reasons, slurm
 from fixres_dist.runs.rundir import RunDir
@@ -81,8 +81,7 @@ def broke(run: RunDir, why: str, next_command: str) -> None:
         why = f"rank {os.environ['SLURM_PROCID']} on {os.environ.get('SLURMD_NODENAME', 'its node')}: {why}"
     broken = run.root / BROKEN
     try:
-        with open(broken, "x") as file:
-            file.write(why)
+        create(broken, why)
     except FileExistsError:
         if reasons.consequence(read_note(broken)) and not reasons.consequence(why):
             write_text(broken, why)

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFilter
 
 from fixres_dist.base.errors import UserError
-from fixres_dist.base.files import whole
+from fixres_dist.base.files import whole, write_text
 from fixres_dist.base.small_files import Damaged, read_json
 from fixres_dist.data.progress import Progress
 
@@ -84,7 +84,8 @@ def write_demo(
         for done, _ in enumerate(_run(partial(_write_picture, partial_root, seed), jobs, workers), start=1):
             if progress:
                 progress(done, len(jobs))
-        (partial_root / MARKER).write_text(json.dumps(spec | {"classes": CLASSES}, indent=1) + "\n")
+        write_text(partial_root / MARKER, json.dumps(spec | {"classes": CLASSES}, indent=1) + "\n")
+        os.sync()  # the pictures: before the name that says that they are there
         partial_root.replace(root)
     except OSError:
         if not _is_written(root, spec):  # otherwise another process has just written the same files
@@ -123,7 +124,7 @@ def _write_picture(root: Path, seed: int, job: Job) -> None:
     path = root / split / CLASSES[label] / f"{index:05d}.jpg"
     if not path.exists():
         rng = np.random.default_rng([seed, SPLITS.index(split), index])
-        with whole(path) as part:
+        with whole(path, durable=False) as part:
             draw(label, rng).save(part, format="JPEG", quality=90)
 
 

@@ -18,7 +18,7 @@ import numpy as np
 
 from fixres_dist.base.commands import command
 from fixres_dist.base.errors import UserError
-from fixres_dist.base.files import sync, whole, write_text
+from fixres_dist.base.files import sweep, whole, write_text
 from fixres_dist.data import order
 from fixres_dist.data.folders import modified_ns
 from fixres_dist.data.headers import read_headers, same_first_bytes
@@ -45,8 +45,7 @@ def write_shards(index: Index, out: Path, samples_per_shard: int, progress: Prog
         )
     if not mark.exists() and any(out.iterdir()):
         raise UserError(f"{out} is not empty and was not written by this command. Next: give another --out.")
-    for left in out.glob(".*.tar.*"):  # of a start that was killed
-        left.unlink(missing_ok=True)
+    sweep(out, age_s=0)  # of a start that was killed
     write_text(mark, plan)
     write_text(out / CLASSES, json.dumps(index.classes))
     n, made = len(index), 0
@@ -70,21 +69,19 @@ def write_shards(index: Index, out: Path, samples_per_shard: int, progress: Prog
 
 
 def write_tar(index: Index, samples: list[int], shard: Path) -> None:
-    with whole(shard) as part:
-        with tarfile.open(part, "w", format=tarfile.PAX_FORMAT) as tar:
-            for sample in samples:
-                try:
-                    data = index.read(sample).tobytes()
-                except OSError as error:
-                    raise UserError(
-                        f"cannot read {index.where(sample)}: {error.strerror}. Next: the same command again."
-                    ) from None
-                name = index.name(sample)
-                for member, content in ((name, data), (label_name(name), str(int(index.labels[sample])).encode())):
-                    entry = tarfile.TarInfo(member)
-                    entry.size = len(content)
-                    tar.addfile(entry, io.BytesIO(content))
-        sync(part)
+    with whole(shard) as part, tarfile.open(part, "w", format=tarfile.PAX_FORMAT) as tar:
+        for sample in samples:
+            try:
+                data = index.read(sample).tobytes()
+            except OSError as error:
+                raise UserError(
+                    f"cannot read {index.where(sample)}: {error.strerror}. Next: the same command again."
+                ) from None
+            name = index.name(sample)
+            for member, content in ((name, data), (label_name(name), str(int(index.labels[sample])).encode())):
+                entry = tarfile.TarInfo(member)
+                entry.size = len(content)
+                tar.addfile(entry, io.BytesIO(content))
 
 
 def label_name(name: str) -> str:

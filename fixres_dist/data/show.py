@@ -9,6 +9,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
+from fixres_dist.base.files import whole
 from fixres_dist.config.schema import Data
 from fixres_dist.data import backends
 from fixres_dist.data.index import Index
@@ -39,13 +40,19 @@ def show(
     written: list[Path] = []
     for sample, picture, other in zip(samples, seen, tested, strict=True):
         written += [out / f"{sample}.png", out / f"{sample}.npy"]
-        Image.fromarray(picture).save(written[-2])
-        np.save(written[-1], (picture.transpose(2, 0, 1) / np.float32(255) - shift) / scale)
+        write_png(written[-2], picture)
+        with whole(written[-1]) as part, open(part, "wb") as file:
+            np.save(file, (picture.transpose(2, 0, 1) / np.float32(255) - shift) / scale)
         if pictures.transform != "test":
             written.append(out / f"{sample}_train_test.png")
             gap = np.full((len(picture), GAP, 3), 255, np.uint8)
-            Image.fromarray(np.concatenate([picture, gap, other], 1)).save(written[-1])
+            write_png(written[-1], np.concatenate([picture, gap, other], 1))
     return written
+
+
+def write_png(file: Path, pixels: NDArray[np.uint8]) -> None:
+    with whole(file) as part:
+        Image.fromarray(pixels).save(part, "png")
 
 
 def decoded(index: Index, request: Request, pictures: Pictures, settings: Data) -> NDArray[np.uint8]:

@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from fixres_dist.base.commands import command
 from fixres_dist.base.errors import UserError
+from fixres_dist.base.files import publish
 from fixres_dist.base.small_files import Damaged, read_json, write_json
 from fixres_dist.data.index import Index
 from fixres_dist.data.requests import whole_batches
@@ -95,7 +96,7 @@ def extract(session: Session, parts: Parts, split: str, out: Path, dtype: str) -
         (unfinished / "names.txt").write_bytes(b"".join(os.fsencode(index.name(k)) + b"\n" for k in range(len(index))))
         meta = {"model": session.config.model.name, "split": split, "res": res, "sample_list": index.fingerprint}
         write_json(unfinished / META, meta)
-        os.replace(unfinished, out)
+        publish(unfinished, out)
     ranks.barrier()
     return len(index)
 

@@ -249,8 +249,5 @@ def write_tensors(model: nn.Module, file: Path, names: Iterable[str], meta: Mapp
     """Write the tensors `names` of the model's state dict as safetensors, whole or not at all."""
     state = model.state_dict()
     with whole(file) as part:
-        part.touch()
-        mode = part.stat().st_mode  # as the umask has it; safetensors makes its files private
         tensors = {name: state[name].detach().cpu().contiguous() for name in names}
         save_file(tensors, part, {**(meta or {}), "format": "pt"})
-        part.chmod(mode)

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from fixres_dist.base.errors import UserError, first_line
-from fixres_dist.base.files import whole
+from fixres_dist.base.files import publish, whole
 from fixres_dist.config.schema import Config
 from fixres_dist.models.build import CROP_MODES, preprocessing, pretrained_cfg
 
@@ -95,7 +95,7 @@ def write_onnx(model: nn.Module, file: Path, res: int) -> float:
         file.unlink(missing_ok=True)  # a kill between the two must not leave one with the other of an earlier export
         data_file(file).unlink(missing_ok=True)
         if data_file(made).exists():
-            os.replace(data_file(made), data_file(file))
+            publish(data_file(made), data_file(file))
         os.replace(made, part)
     return worst
 

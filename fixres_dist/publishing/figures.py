@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fixres_dist.base.files import whole
 from fixres_dist.config.schema import Config
 from fixres_dist.publishing.report import Row
 from fixres_dist.runs.results import Summary
@@ -47,7 +48,8 @@ def figure(
     elif title:
         drawing.suptitle(title)
     drawing.tight_layout()
-    drawing.savefig(file)
+    with whole(file) as part:
+        drawing.savefig(part, format=file.suffix[1:])
     plt.close(drawing)
 
 

@@ -20,7 +20,7 @@ from fixres_dist.base import locks
 from fixres_dist.base.commands import command, shell
 from fixres_dist.base.environment import environment, shipped
 from fixres_dist.base.errors import StorageError, UserError
-from fixres_dist.base.files import whole, write_text
+from fixres_dist.base.files import create, whole, write_text
 from fixres_dist.base.secrets import REDACTED, redacted, without_secrets
 from fixres_dist.base.small_files import (
     Damaged,
@@ -193,13 +193,9 @@ class RunDir:
         if self.state().after(Event.FAILED) is None:
             return
         try:
-            with open(self.failed, "x") as file:
-                file.write(redacted(f"{why}\nNext: {next_command}\n"))
+            create(self.failed, redacted(f"{why}\nNext: {next_command}\n"))
         except FileExistsError:
             return
-        except OSError:
-            self.failed.unlink(missing_ok=True)
-            raise
         self.update_state(Event.FAILED, reason=f"{why.rstrip('.')}. Next: {next_command}", final=final, eta_s=None)
         self.event(Event.FAILED, reason=why)
 

@@ -37,7 +37,7 @@ def use_node_folder(cache: str = "") -> None:
         if not (folder / SEEDED).exists():
             if kept.is_dir():
                 if private(kept):
-                    copy_new(kept, folder)
+                    copy_new(kept, folder, durable=False)
                 else:
                     print(f"{kept} is not read, because others can write there. Next: chmod -R go-w {kept}", flush=True)
             (folder / SEEDED).touch()
@@ -76,16 +76,20 @@ def keep(cache: str = "") -> None:
     with contextlib.suppress(OSError):
         kept.mkdir(mode=0o700, parents=True, exist_ok=True)
         if private(kept):
-            copy_new(folder, kept)
+            copy_new(folder, kept, durable=True)
 
 
-def copy_new(source: Path, target: Path) -> None:
-    """Copy the files that `target` lacks, each whole or not at all. Their names are digests of what they hold."""
+def copy_new(source: Path, target: Path, durable: bool) -> None:
+    """Copy the files that `target` lacks, each whole or not at all. Their names are digests of what they hold.
+
+    `durable`: as base/files.py's `whole`; the node's own folder does not outlive a loss of power.
+    """
     for folder, _, files in os.walk(source):
         there = target / os.path.relpath(folder, source)
         for name in files:
             if name.startswith(".") or name.endswith((".lock", ".tmp")) or (there / name).exists():
                 continue
             there.mkdir(mode=0o700, parents=True, exist_ok=True)
-            with contextlib.suppress(FileNotFoundError), whole(there / name) as part:  # the compiler may remove a file
+            with contextlib.suppress(FileNotFoundError), whole(there / name, 0o600, durable) as part:
+                # the compiler may remove a file
                 shutil.copy2(Path(folder) / name, part, follow_symlinks=False)

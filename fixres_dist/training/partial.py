@@ -14,7 +14,7 @@ from zipfile import BadZipFile
 import numpy as np
 from numpy.typing import NDArray
 
-from fixres_dist.base.files import sync, whole
+from fixres_dist.base.files import whole
 from fixres_dist.data.requests import Request
 from fixres_dist.models.parts import Parts
 from fixres_dist.models.weights import state_digest
@@ -46,10 +46,8 @@ class Partial:
 
     def write(self, array: NDArray[Any]) -> None:
         self.path.parent.mkdir(exist_ok=True)
-        with whole(self.path) as part:
-            with open(part, "wb") as file:
-                np.savez(file, array=array, key=np.frombuffer(self.key.encode(), np.uint8))
-            sync(part)
+        with whole(self.path) as part, open(part, "wb") as file:
+            np.savez(file, array=array, key=np.frombuffer(self.key.encode(), np.uint8))
 
 
 def unseen(requests: Iterable[Request], seen: NDArray[np.bool_]) -> Iterator[Request]:

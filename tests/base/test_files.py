@@ -14,7 +14,7 @@ import torch
 from support.commands import run, tiny
 
 from fixres_dist.base.errors import exit_code
-from fixres_dist.base.files import no_room, whole
+from fixres_dist.base.files import create, no_room, sweep, whole, write_text
 from fixres_dist.base.signals import StopFlag
 from fixres_dist.cluster import status
 from fixres_dist.runs import checkpoint
@@ -44,15 +44,70 @@ def test_a_file_is_there_whole_or_as_it_was(tmp_path: Path) -> None:
 
 
 def test_what_a_killed_writer_or_an_older_one_left_is_no_part_of_a_folder(tmp_path: Path) -> None:
+    """Temporary files of this version (with a process and a word drawn at random) and of older ones (the process alone)."""
     (tmp_path / "step").mkdir()
     (tmp_path / "step" / "older").touch()
-    left = tmp_path / f".step.{os.getpid()}"
-    left.mkdir()
-    (left / "stale").touch()
+    for name in (".step.77", ".step.78.0123abcd.part", ".other.77"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "stale").touch()
+        os.utime(tmp_path / name, (1e9, 1e9))
+    (tmp_path / ".step.79.0123abcd.part").touch()  # of another writer, at this moment
+    (tmp_path / ".step.lock").touch()
     with whole(tmp_path / "step") as part:
         part.mkdir()
         (part / "new").touch()
-    assert [path.name for path in tmp_path.rglob("*")] == ["step", "new"]
+    kept = {"step", "step/new", ".other.77", ".other.77/stale", ".step.79.0123abcd.part", ".step.lock"}
+    assert {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")} == kept
+    sweep(tmp_path, age_s=0)
+    assert {path.name for path in tmp_path.iterdir()} == {"step", ".step.lock"}
+
+
+def test_two_writers_of_one_file_with_the_same_process_number_do_not_meet(tmp_path: Path) -> None:
+    """Containers number their processes from 1."""
+    with whole(tmp_path / "a") as one, whole(tmp_path / "a") as other:
+        one.write_text("one")
+        other.write_text("other")
+    assert (tmp_path / "a").read_text() == "one"
+
+
+def test_all_of_it_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: set[int] = set()
+    monkeypatch.setattr(os, "fsync", lambda handle: synced.add(os.fstat(handle).st_ino))
+    replaced = os.replace
+
+    def replace(part: Path, path: Path) -> None:
+        assert {entry.stat().st_ino for entry in (part, *part.rglob("*"))} <= synced, "not yet on the disk"
+        replaced(part, path)
+
+    monkeypatch.setattr(os, "replace", replace)
+    with whole(tmp_path / "folder") as part:
+        (part / "deep").mkdir(parents=True)
+        (part / "deep" / "file").write_text("text")
+        (part / "file").write_text("text")
+    write_text(tmp_path / "file", "text")
+    create(tmp_path / "new", "text")
+    assert (tmp_path / "new").stat().st_ino in synced
+    with pytest.raises(FileExistsError):
+        create(tmp_path / "new", "other")
+    assert (tmp_path / "new").read_text() == "text"
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o002, 0o664), (0o077, 0o600)])
+def test_files_have_the_umasks_mode_whoever_writes_them(tmp_path: Path, umask: int, mode: int) -> None:
+    """safetensors makes its files private, and mkstemp; a colleague who takes over a run could not read it."""
+    before = os.umask(umask)
+    try:
+        checkpoint.write(tmp_path, checkpoint.Tensors({"a": torch.zeros(2)}, {}), checkpoint.Progress(3, "fix"), {})
+        with whole(tmp_path / "program") as part:
+            part.touch(mode=0o700)
+        write_text(tmp_path / "secret", "text", private=True)
+    finally:
+        os.umask(before)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in tmp_path.rglob("*") if path.is_file()}
+    assert modes.pop("secret") == 0o600
+    assert modes.pop("program") == mode | 0o100
+    assert set(modes.values()) == {mode}
+    assert len(modes) == 3
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ import torch
 from numpy.typing import NDArray
 
 from fixres_dist.base import watchdog
-from fixres_dist.base.files import whole
+from fixres_dist.base.files import sweep, whole
 from fixres_dist.base.small_files import write_json
 from fixres_dist.data import decoding
 from fixres_dist.data.decoding import Bad
@@ -144,8 +144,6 @@ class Store:
                 put(empty)
             put(decoded.data)
             file.write(crc.to_bytes(4, "little"))
-            file.flush()
-            os.fsync(file.fileno())
 
     @cached_property
     def table(self) -> list[tuple[int, FileIO, NDArray[np.uint8]]]:
@@ -228,5 +226,4 @@ def begin_writing(found: Store, spec: dict[str, Any]) -> None:
     """Before writing, by the one run that may: say in words what the key stands for; what a killed writer left goes."""
     found.folder.mkdir(parents=True, exist_ok=True)
     write_json(found.folder / "spec.json", spec)
-    for left in found.folder.glob(".*.rows.*"):
-        left.unlink(missing_ok=True)
+    sweep(found.folder, age_s=0)
