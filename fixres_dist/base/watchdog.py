@@ -16,7 +16,7 @@ from pathlib import Path
 
 NO_PROGRESS = "no progress for"  # how every reason begins that comes from here
 PACKAGE = Path(__file__).parents[1]
-POLLS, LONGEST_POLL_S = 20, 5.0  # looks within the limit
+POLLS, LONGEST_POLL_S = 20, 1.0  # looks within the limit
 latest = time.monotonic()  # of this process's last sign of progress
 
 

@@ -25,7 +25,7 @@ GROUPS = {
     },
     "Look": {
         "status": "state, progress, accuracy and remaining time of each run",
-        "logs": "the log of a rank",
+        "logs": "what a run's ranks and its batch script have printed, in the order of time",
         "board": "TensorBoard of runs",
     },
     "Evaluate": {

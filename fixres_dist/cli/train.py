@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from fixres_dist.base import log_times
+
 EXAMPLES = ("--run runs/b0-320",)
 
 
@@ -14,6 +16,7 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    log_times.note()  # what the start before has left
     from fixres_dist.training import worker
 
     return worker.train(args.run)

@@ -19,7 +19,7 @@ from typing import Any
 
 from fixres_dist.base.errors import UserError
 from fixres_dist.base.files import write_text
-from fixres_dist.cluster import slurm, words
+from fixres_dist.cluster import logs, slurm, words
 from fixres_dist.config import reading
 from fixres_dist.config.schema import Cluster, Config
 from fixres_dist.config.shell_values import LEFT_OUT
@@ -104,6 +104,7 @@ def shell_lines(config: Config) -> list[str]:
     """Lines of the batch script before srun: the site's environment, and a mark by which the job is known as ours."""
     exports = {"NCCL_DEBUG": "WARN", "PYTHONFAULTHANDLER": "1", "PYTHONUNBUFFERED": "1", **config.cluster.env}
     return [
+        *logs.MARK_LINES,
         f"export {slurm.OUR_JOB}=$SLURM_JOB_ID",
         "trap : TERM",  # Slurm signals this shell too, which has to see how srun ends
         # srun 22.05 to 23.02 does not inherit it; an empty one would be refused

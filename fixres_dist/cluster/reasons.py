@@ -9,7 +9,10 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from fixres_dist.cluster.logs import MARK
 from fixres_dist.runs.rundir import RunDir
+
+OTHERS = ("srun:", "slurmstepd", "submitit ", MARK)  # beginnings of lines in a rank's log that it has not written
 
 # Errors of a rank whose peer is gone.
 CONSEQUENCE = re.compile(
@@ -29,7 +32,8 @@ def culprit(run: RunDir, job: str, said: str = "") -> str:
     """
     file = run.root / "submitit" / job / f"{job}_0_log.err"
     text = file.read_text(errors="replace") if file.exists() else ""
-    text = re.split(r"^.*\*\*\* JOB \S+ ON \S+ CANCELLED AT ", text, flags=re.MULTILINE)[-1]  # starts before this one
+    before_this_start = rf"^(?:{MARK} |.*\*\*\* JOB \S+ ON \S+ CANCELLED AT )"
+    text = re.split(before_this_start, text, flags=re.MULTILINE)[-1]
     before, _, after = CLEAN_UP.sub("\0", text, count=1).partition("\0")
     first, later = tasks(before), tasks(after)
     # A task that breaks ends by itself, with a code; srun hears of it before or after the one that a signal ended. One that
@@ -72,7 +76,7 @@ def last_words(log: Path) -> str:
         lines = log.read_text(errors="replace").splitlines()
     except OSError:
         return ""
-    own = [line.strip() for line in lines if line.strip() and not line.startswith(("srun:", "slurmstepd", "submitit "))]
+    own = [line.strip() for line in lines if line.strip() and not line.startswith(OTHERS)]
     return own[-1][:300] if own else ""
 
 

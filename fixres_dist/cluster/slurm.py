@@ -88,6 +88,20 @@ def show(job: str) -> dict[str, str] | None:
     return {key: value for key, equals, value in (item.partition("=") for item in answer.stdout.split()) if equals}
 
 
+def last_state(job: str) -> dict[str, str]:
+    """JobState, Reason, ExitCode and NodeList of a job that has left the queue; empty where neither scontrol nor the
+    accounting knows it."""
+    if shown := show(job):
+        return shown
+    answer = call("sacct", "-nPX", "-j", job, "-o", "State,Reason,ExitCode,NodeList")
+    told = answer.stdout.splitlines()[-1:] if answer and answer.returncode == 0 else []
+    return {
+        key: value
+        for line in told
+        for key, value in zip(("JobState", "Reason", "ExitCode", "NodeList"), line.split("|"), strict=False)
+    }
+
+
 def why_stopped(job: Mapping[str, str], signal_delay_s: float) -> Stop:
     """Why `job`, the one of this process as `show` returns it, got a stop signal.
 

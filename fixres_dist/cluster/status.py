@@ -14,7 +14,7 @@ from fixres_dist.base.errors import StorageError, UserError, unknown
 from fixres_dist.base.files import owner
 from fixres_dist.base.small_files import lines_of, read_lines
 from fixres_dist.base.text import duration, table
-from fixres_dist.cluster import slurm, words
+from fixres_dist.cluster import logs, slurm, words
 from fixres_dist.config import recipes
 from fixres_dist.runs.results import OTHER_SIZE, Results
 from fixres_dist.runs.rundir import RunDir
@@ -230,18 +230,10 @@ def room(run: RunDir) -> str:
 
 def log_age(run: RunDir) -> float | None:
     """Seconds since the run last wrote a log or a line of metrics."""
-    times = [file.stat().st_mtime for file in (*logs(run).values(), run.metrics, run.events) if file.exists()]
+    newest = logs.folders(run)[-1:]
+    written = [file for folder in newest for file in logs.files(folder).values()]
+    times = [file.stat().st_mtime for file in (*written, run.metrics, run.events) if file.exists()]
     return round(time.time() - max(times), 1) if times else None
-
-
-def logs(run: RunDir) -> dict[tuple[int, str], Path]:
-    """Log files of the newest job by (rank, out | err), named JOB_RANK_log.out and .err."""
-    jobs = [path for path in (run.root / "submitit").glob("*") if path.is_dir()]
-    if not jobs:
-        return {}
-    newest = max(jobs, key=lambda path: path.stat().st_mtime)
-    found = ((re.search(r"_(\d+)_log\.(out|err)$", file.name), file) for file in newest.glob("*_log.*"))
-    return {(int(match[1]), match[2]): file for match, file in found if match}
 
 
 def as_table(listed: list[Row]) -> str:

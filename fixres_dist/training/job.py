@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fixres_dist.base import log_times
 from fixres_dist.base.signals import StopFlag
 from fixres_dist.cluster import slurm
 
@@ -20,6 +21,7 @@ class TrainJob:
 
     def __call__(self) -> int:
         flag = StopFlag().install()  # over submitit's handlers
+        log_times.note()  # what the start before has left
         from fixres_dist.training import worker
 
         code = worker.train(Path(self.folder), flag)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from safetensors.torch import load_file
 
-from fixres_dist.base import watchdog
+from fixres_dist.base import log_times, watchdog
 from fixres_dist.base.commands import smaller_batch
 from fixres_dist.base.errors import EXIT_DONE, EXIT_FAILED, EXIT_USER, UserError
 from fixres_dist.base.files import no_room
@@ -103,6 +103,7 @@ def watched(run: RunDir, config: Config, startup: StartUp) -> contextlib.Abstrac
         return config.run.watchdog_s * (3 if startup.running else 1)
 
     def seen(idle_s: float) -> None:
+        log_times.note()
         if rank == 0:
             at = time.time() - idle_s
             with contextlib.suppress(OSError):  # a full disk: the run itself will tell

@@ -58,7 +58,7 @@ def test_status_of_an_empty_folder_and_of_a_wrong_name(tmp_path: Path, capsys: p
     assert "Did you mean 'b0-320'?" in capsys.readouterr().err
 
 
-def test_logs_print_both_streams_of_a_rank(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_logs_print_both_streams_of_a_rank_as_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = make(tmp_path, "r")
     assert main(["logs", "r", "--runs-dir", str(tmp_path)]) == 2
     assert f"r has no log yet. Next: fixres status r --runs-dir {tmp_path}" in capsys.readouterr().err
@@ -66,7 +66,7 @@ def test_logs_print_both_streams_of_a_rank(tmp_path: Path, capsys: pytest.Captur
         write_log(run, rank, f"step 1 of rank {rank}\n")
     write_log(run, 1, "a warning\n", "err")
     assert main(["logs", "r", "--rank", "1", "--runs-dir", str(tmp_path)]) == 0
-    assert capsys.readouterr() == ("step 1 of rank 1\n", "a warning\n")
+    assert capsys.readouterr() == ("step 1 of rank 1\na warning\n", "")
     assert main(["logs", "r", "--rank", "2", "--runs-dir", str(tmp_path)]) == 2
     assert "r has no rank 2; accepted: 0 .. 1" in capsys.readouterr().err
 

@@ -12,7 +12,7 @@ from support.fake_slurm import calls, fake_slurm
 
 from fixres_dist.base.errors import UserError
 from fixres_dist.base.files import write_text
-from fixres_dist.cli import cancel, logs, resume
+from fixres_dist.cli import cancel, resume
 from fixres_dist.cli.main import main
 from fixres_dist.cluster import slurm, status
 from fixres_dist.config import reading
@@ -155,26 +155,6 @@ def test_skipped_images_are_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     row = seen(run, tmp_path, monkeypatch, "5|RUNNING|None|n1")
     assert row.skipped_images == 3
     assert "3 images skipped" in row.reason
-
-
-def test_following_a_log_asks_the_files_and_rarely_slurm(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    folder = fake_slurm(tmp_path / "bin", monkeypatch, squeue="echo '5|RUNNING|None|n1'")
-    run = make(tmp_path)
-    log = run.root / "submitit" / "5"
-    log.mkdir(parents=True)
-    (log / "5_0_log.out").write_text("step 1\n")
-    rounds = []
-
-    def sleep(_: float) -> None:
-        rounds.append(1)
-        if len(rounds) == 20:
-            run.finish()
-
-    monkeypatch.setattr(time, "sleep", sleep)
-    assert logs.show(run, 0, follow=True) == 0
-    assert len(calls(folder, "squeue")) == 1
 
 
 def test_a_job_that_squeues_last_answer_does_not_know_is_asked_for(
