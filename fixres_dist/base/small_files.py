@@ -11,6 +11,7 @@ import os
 import shutil
 import stat
 import types
+import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -21,6 +22,7 @@ from fixres_dist.base.files import remove, whole, write_text
 from fixres_dist.base.storage import patiently
 
 T = TypeVar("T")
+SEAL = "crc32"  # the key of the checksum in JSON files that have one
 LARGEST = 256 * 2**20  # bytes of a file that is read as a whole
 ANYWHERE = Path("/")  # `patiently` waits where this is away: a folder that is gone is no error that passes
 
@@ -56,9 +58,17 @@ def with_nulls(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write by rename, as write_text does."""
+def write_json(path: Path, value: Any, sealed: bool = False) -> None:
+    """Write by rename, as write_text does. `sealed`: a mapping that nobody edits gets its checksum, which read_json
+    compares: a wrong digit in a result is no less damage than a torn file."""
+    value = {**value, SEAL: seal(value)} if sealed else value
     write_text(path, as_json(value, indent=1) + "\n")
+
+
+def seal(values: Mapping[str, Any]) -> str:
+    """CRC-32 of all but the seal, whatever their order and the spaces between them."""
+    plain = json.loads(as_json({key: value for key, value in values.items() if key != SEAL}))
+    return f"{zlib.crc32(json.dumps(plain, sort_keys=True).encode()):08x}"
 
 
 def read_bytes(path: Path, largest: int | None = LARGEST) -> bytes:
@@ -95,7 +105,10 @@ def read_json(path: Path, hint: type[T], next_step: str) -> T:
     """The file's JSON as `hint` says (`typed`). Raises FileNotFoundError, StorageError, and Damaged."""
     text = read_text(path, next_step)
     try:
-        return typed(parsed(text), hint)  # type: ignore[no-any-return]
+        found = parsed(text)
+        if isinstance(found, dict) and found.pop(SEAL, given := seal(found)) != given:
+            raise ValueError("its checksum is wrong")
+        return typed(found, hint)  # type: ignore[no-any-return]
     except ValueError as error:
         raise Damaged(path, error, next_step) from None
 

@@ -54,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
     }
     records = {split: [mixture.record() for mixture in mixtures] for split, mixtures in curves.items()}
     record = {"model": config.model.name, **data, "curves": records, "hardware": asdict(device), "versions": versions()}
-    write_json(out / "alpha.json", record)
+    write_json(out / "alpha.json", record, sealed=True)
     figures.alpha_plot(curves, config, out / "alpha.png")
     print(f"curve: {out / 'alpha.png'}")
     return EXIT_DONE

@@ -30,23 +30,23 @@ def trained_classes(config: Config, run: Path | None, split: str) -> tuple[str, 
 
 
 def class_index(run: Path) -> tuple[str, ...]:
-    """The class names in the run's class_index.json; where that is damaged, in the weights that it has exported; empty where
-    an old run has none. Raises Damaged."""
-    file, weights = run / "class_index.json", run / "export" / "model.safetensors"
+    """The class names in the run's class_index.json; where that is damaged or gone, in the weights that it has exported;
+    empty where there are neither. Raises Damaged."""
+    file, exported = run / "class_index.json", run / "export" / "model.safetensors"
+    names: tuple[str, ...] = ()
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError, MemoryError, OverflowError):
+        names = class_names.in_header(exported)
+    again = f"{shell('rm', '-r', file)}, then the same command takes the names in {exported if names else 'the data set'}"
     try:
-        found = read_json(
-            file, dict[int, str], f"{shell('rm', '-r', file)}, then the same command takes the data set's folders"
-        )
-        if sorted(found) != list(range(len(found))) or len(set(found.values())) < len(found):
-            raise Damaged(file, "its numbers have gaps, or a name stands twice", shell("rm", file))
-        return tuple(found[k] for k in range(len(found)))
+        found = read_json(file, dict[int, str], again)
+        if sorted(found) != list(range(len(found))):
+            raise Damaged(file, "its numbers are not 0, 1 and so on", again)
+        kept = tuple(found[k] for k in range(len(found)))
+        if names and names != kept:
+            raise Damaged(file, f"it has other names than {exported}", again)
+        return kept
     except FileNotFoundError:
-        return ()
-    except Damaged:
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
-            if names := class_names.in_header(weights):
-                return names
-        raise
+        return names
 
 
 def split_folders(config: Config, split: str) -> list[str]:

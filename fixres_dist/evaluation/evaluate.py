@@ -48,4 +48,4 @@ def keep(
     folder.mkdir(exist_ok=True)
     for label, made in predictions.items():
         made.save(folder / f"{stem}-{label}.npz", sample_list)
-    write_json(folder / f"{stem}.json", evaluation.record())
+    write_json(folder / f"{stem}.json", evaluation.record(), sealed=True)

@@ -137,7 +137,7 @@ class Results:
         return Gain(self.delta_top1, self.delta_ci95)
 
     def write(self, run: RunDir) -> None:
-        write_json(run.results, asdict(self))
+        write_json(run.results, asdict(self), sealed=True)
 
     @staticmethod
     def read(run: RunDir) -> Results:

@@ -97,7 +97,7 @@ class Session:
             return known
         value = decide() if together else self.ranks.from_main(decide)
         if self.kept and self.ranks.is_main:
-            write_json(self.kept, {**self.choices(), name: value})
+            write_json(self.kept, {**self.choices(), name: value}, sealed=True)
             print(f"{name}: {', '.join(f'{key} {v}' for key, v in value.items())}", flush=True)
         return value
 
