@@ -200,7 +200,7 @@ def one_rank(cpu: bool) -> Iterator[dict[str, Any]]:
     device = torch.device("cpu" if cpu else "cuda:0")
     dist.init_process_group("gloo" if cpu else "nccl", store=dist.HashStore(), rank=0, world_size=1)
     control: Any = dist.new_group(backend="gloo")
-    dist.broadcast_object_list([{"flag": 1}], src=0, group=control)
+    dist.broadcast(torch.zeros(1, dtype=torch.int64), src=0, group=control)
     dist.all_reduce(torch.ones(4, dtype=torch.float64), group=control)
     sums = torch.ones(4, device=device)
     dist.all_reduce(sums)

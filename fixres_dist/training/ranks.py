@@ -1,15 +1,13 @@
 """The ranks of a start: which one this process is, how they meet, and the collectives that the loop uses.
 
-Works under submitit (which exports SLURM_* or SUBMITIT_LOCAL_*), torchrun, plain srun, and alone. The ranks meet
-through a file in the run directory, which every node sees: rank 0 binds a free port and publishes address and port
-under a key unique to this start. So no node name has to resolve, and no two jobs can clash on a port.
+Works under submitit (which exports SLURM_* or SUBMITIT_LOCAL_*), torchrun, plain srun, and alone.
 """
 
 from __future__ import annotations
 
-import contextlib
 import datetime
 import faulthandler
+import io
 import json
 import os
 import socket
@@ -21,18 +19,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar, cast
 
+import numpy as np
 import torch
 import torch.distributed as dist
-from torch.distributed import Store, TCPStore  # type: ignore[attr-defined,unused-ignore]  # torch does not list it in __all__
 
 from fixres_dist.base import memory, watchdog
 from fixres_dist.base.errors import EXIT_FAILED, UserError
-from fixres_dist.base.files import write_text
 from fixres_dist.base.signals import StopFlag, Stopped
-from fixres_dist.cluster import slurm
+from fixres_dist.training.rendezvous import meet, wait_for_all
 
 T = TypeVar("T")
-MEET_TIMEOUT_S = 300.0  # nodes of one job can start minutes apart
 COLLECTIVE_TIMEOUT_S = 1800.0  # rank 0 may compile or write for minutes while the others wait
 LEAVE_TIMEOUT_S = 60.0
 
@@ -106,11 +102,15 @@ class Ranks:
                 yield batch
 
     def from_main(self, compute: Callable[[], T]) -> T:
-        """What rank 0 computes (small, picklable by torch), on every rank."""
-        box = [compute() if self.is_main else None]
-        if self.world_size > 1:
-            dist.broadcast_object_list(box, src=0, group=self.control)
-        return cast(T, box[0])
+        """What rank 0 computes, on every rank: an array, or what JSON has (tuples arrive as lists)."""
+        if self.world_size == 1:
+            return compute()
+        content = packed(compute()) if self.is_main else b""
+        size = torch.tensor([len(content)])
+        dist.broadcast(size, src=0, group=self.control)
+        box = torch.frombuffer(bytearray(content or bytes(int(size))), dtype=torch.uint8)
+        dist.broadcast(box, src=0, group=self.control)
+        return cast(T, unpacked(box.numpy().tobytes()))
 
     def stop(self) -> None:
         """Leave the others after common work, all at once: rank 0 may have been writing while they were through."""
@@ -119,6 +119,20 @@ class Ranks:
             timer = end_process_after(LEAVE_TIMEOUT_S)
             dist.destroy_process_group()
             timer.cancel()
+
+
+def packed(value: object) -> bytes:
+    """For another rank; no pickle, which would let whoever reaches the port run code."""
+    if not isinstance(value, np.ndarray):
+        return b"J" + json.dumps(value).encode()
+    file = io.BytesIO()
+    np.save(file, value, allow_pickle=False)
+    return b"A" + file.getvalue()
+
+
+def unpacked(content: bytes) -> object:
+    rest = content[1:]
+    return json.loads(rest) if content.startswith(b"J") else np.load(io.BytesIO(rest), allow_pickle=False)
 
 
 def abort() -> None:
@@ -202,16 +216,16 @@ def join(run_folder: Path, keep_memory: bool = True, flag: StopFlag | None = Non
     node = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
     if world == 1:
         return Ranks(0, 1, 1, (node,), device, flag=flag)
+    if world == local_size:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # else gloo listens at the host name's address
     store = meet(run_folder / "rendezvous" / f"{key}.json", rank, world, many_nodes=world > local_size)
-    wait_for_all(store, rank, world)
+    mine = os.sched_getaffinity(0)
+    found = wait_for_all(store, rank, world, (node, sorted(mine)))
     timeout = datetime.timedelta(seconds=COLLECTIVE_TIMEOUT_S)
     backend = "nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
     control: Any = dist.new_group(backend="gloo", timeout=timeout) if backend == "nccl" else None
-    found: list[Any] = [None] * world
-    mine = os.sched_getaffinity(0)
-    dist.all_gather_object(found, (node, mine), group=control)
-    share = cpu_share(mine, [cpus for name, cpus in found if name == node])
+    share = cpu_share(mine, [set(cpus) for name, cpus in found if name == node])
     return Ranks(rank, world, local_size, tuple(dict.fromkeys(name for name, _ in found)), device, control, share, flag)
 
 
@@ -235,52 +249,3 @@ def choose_mig_device(local_rank: int) -> None:
     """
     if len(mig_devices()) > local_rank:
         os.environ["CUDA_VISIBLE_DEVICES"] = mig_devices()[local_rank]
-
-
-def meet(file: Path, rank: int, world: int, many_nodes: bool) -> TCPStore:
-    """Rank 0 opens a store on a free port and publishes its address in `file`; the others connect to it."""
-    timeout = datetime.timedelta(seconds=MEET_TIMEOUT_S)
-    if rank == 0:
-        store = TCPStore("0.0.0.0", 0, world, is_master=True, timeout=timeout, wait_for_workers=False)
-        file.parent.mkdir(exist_ok=True)
-        write_text(file, json.dumps({"address": own_address() if many_nodes else "127.0.0.1", "port": store.port}))
-        return store
-    deadline = time.monotonic() + MEET_TIMEOUT_S
-    # The folder is listed because NFS caches that a name was not there.
-    while not (file.parent.exists() and file.name in os.listdir(file.parent)):
-        if time.monotonic() > deadline:
-            raise RuntimeError(
-                f"rank {rank} waited {MEET_TIMEOUT_S:.0f} s for rank 0, which has not published {file}: it has not started, it "
-                "has ended (its log may say why), or the run directory is not shared by all nodes"
-            )
-        time.sleep(0.05)
-    found = json.loads(file.read_text())
-    address, port = found["address"], found["port"]
-    return TCPStore(address, port, world, is_master=False, timeout=timeout, wait_for_workers=False)
-
-
-def wait_for_all(store: Store, rank: int, world: int) -> None:
-    """Return once every rank has reached the store; raises RuntimeError with those that have not within MEET_TIMEOUT_S."""
-    names = [f"rank {k}" for k in range(world)]
-    store.set(names[rank], "here")
-    try:
-        store.wait(names, datetime.timedelta(seconds=MEET_TIMEOUT_S))
-    except RuntimeError:  # a DistStoreError
-        missing = [str(k) for k, name in enumerate(names) if not store.check([name])]
-        raise RuntimeError(
-            f"rank {rank} waited {MEET_TIMEOUT_S:.0f} s for rank(s) {', '.join(missing[:8])} of {world}; "
-            "their logs may say why they did not start"
-        ) from None
-
-
-def own_address() -> str:
-    """An address at which other nodes reach this one: MASTER_ADDR if set, else Slurm's for this node, else the host name's."""
-    if os.environ.get("MASTER_ADDR"):
-        return os.environ["MASTER_ADDR"]
-    node = os.environ.get("SLURMD_NODENAME", "")
-    shown = slurm.call("scontrol", "show", "node", node, "-o") if node else None  # None in a container without scontrol
-    items = dict(item.partition("=")[::2] for item in shown.stdout.split()) if shown else {}
-    for name in filter(None, (items.get("NodeAddr"), socket.gethostname())):
-        with contextlib.suppress(OSError):
-            return socket.gethostbyname(name)
-    raise UserError(f"no address of {socket.gethostname()} can be found for the other nodes. Next: set MASTER_ADDR.")

@@ -244,7 +244,7 @@ class Head(nn.Module):
 def test_several_ranks_try_alone(monkeypatch: pytest.MonkeyPatch, photos: Path, policy: str) -> None:
     """One rank may run out of memory where others do not: no collective may stand in the attempt."""
     Memory(monkeypatch)
-    for name in ("all_reduce", "barrier", "broadcast_object_list"):
+    for name in ("all_reduce", "barrier", "broadcast"):
         monkeypatch.setattr(torch.distributed, name, failing(AssertionError("a collective")))
     live, stage, parts = opened(photos, f"tune.policy={policy}")
     several = replace(live, ranks=replace(live.ranks, rank=1, world_size=2, flag=StopFlag()))

@@ -10,7 +10,7 @@ import pytest
 import torch.distributed as dist
 from support.commands import ROOT, environment, run, tiny
 
-from fixres_dist.training import ranks
+from fixres_dist.training import rendezvous
 
 # At the end of the snapshot's training/step.py; a rank that waits on a GPU sees nothing of the other one's end.
 BREAKS = """
@@ -59,14 +59,14 @@ def test_a_rank_that_raises_ends_the_run_with_its_error(tmp_path: Path, photos: 
 
 
 def test_ranks_that_do_not_come_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ranks, "MEET_TIMEOUT_S", 0.2)
+    monkeypatch.setattr(rendezvous, "MEET_TIMEOUT_S", 0.2)
     store = dist.HashStore()
-    store.set("rank 0", "here")
+    store.set("rank 0", '"here"')
     with pytest.raises(RuntimeError, match=r"rank 2 waited .* for rank\(s\) 1, 3 of 4; their logs"):
-        ranks.wait_for_all(store, 2, 4)
+        rendezvous.wait_for_all(store, 2, 4, "here")
     for k in (1, 3):
-        store.set(f"rank {k}", "here")
-    ranks.wait_for_all(store, 2, 4)
+        store.set(f"rank {k}", '"here"')
+    assert rendezvous.wait_for_all(store, 2, 4, "there") == ["here", "here", "there", "here"]
 
 
 ALONE = """

@@ -56,12 +56,12 @@ def test_every_byte_between_two_ranks_is_accounted_for(tmp_path: Path, photos: P
         assert moved.pop("work") < 1024, "meeting, once a start"
         # One batch a rank and evaluation, and one question more, after which nobody has another: three flags each time.
         asked = 3 * 8 * 2
-        assert moved.pop("predict") == 2 * 12, "whether an interrupted evaluation goes on"
+        assert moved.pop("predict") == 2 * (8 + 5), "whether an interrupted evaluation goes on"
         assert moved.pop("score_batches") == 2 * asked
         assert moved.pop("keep") == 2 * 33 * 6 * 8, "each validation image's result, before and after"
         # Two empty backward passes come before the first step (stepping.distribute).
         assert moved.pop("gradients") == 4 * trainable * (STEPS + 2)
-        assert moved.pop("measure_statistics") == 8 * (2 * channels + 1) + 12 + asked
+        assert moved.pop("measure_statistics") == 8 * (2 * channels + 1) + 8 + 5 + asked
         assert calls["measure_statistics"] == 1 + 2 + 2
         assert moved.pop("loop") == 2 * 8 * STEPS, "two flags a step"
         assert moved.pop("read") == 4 * 8 * STEPS, "the logged scalars, here at every step"
