@@ -36,7 +36,9 @@ def class_index(run: Path) -> tuple[str, ...]:
     names: tuple[str, ...] = ()
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError, MemoryError, OverflowError):
         names = class_names.in_header(exported)
-    again = f"{shell('rm', '-r', file)}, then the same command takes the names in {exported if names else 'the data set'}"
+    again = (
+        f"{shell('rm', '-r', file)}, then the same command takes the names in {exported if names else 'the data set'}"
+    )
     try:
         found = read_json(file, dict[int, str], again)
         if sorted(found) != list(range(len(found))):
