@@ -18,7 +18,9 @@ EXAMPLES = ("", "b0-320 b1-384 --port 6007")
 
 
 def add_arguments(p: argparse.ArgumentParser) -> None:
-    p.add_argument("names", nargs="*", metavar="NAME", help="runs; default: all of them")
+    p.add_argument(
+        "names", nargs="*", metavar="NAME", help="runs, or a grid or table by its name; default: all of them"
+    )
     add_runs_dir(p)
     p.add_argument("--port", default="6006", help="default: 6006")
 
@@ -26,7 +28,7 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     if importlib.util.find_spec("tensorboard") is None:
         raise UserError("tensorboard is not installed. Next: pip install tensorboard")
-    runs = [status.find(name, args.runs_dir) for name in args.names] or status.every(args.runs_dir)
+    runs = status.named(args.names, args.runs_dir) or status.every(args.runs_dir)
     if not runs:
         raise UserError(f"no runs in {args.runs_dir}. Next: --runs-dir DIR")
     # A folder of links: one log directory whose runs carry the run names, without the other files beside tb/.

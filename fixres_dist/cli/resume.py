@@ -12,12 +12,12 @@ from fixres_dist.base.errors import EXIT_DONE
 from fixres_dist.base.small_files import read_lines
 from fixres_dist.cli import submission
 from fixres_dist.cli.arguments import add_overrides, add_runs_dir
-from fixres_dist.cluster import gpus, jobs, status
+from fixres_dist.cluster import gpus, grid, jobs, status
 from fixres_dist.config import reading, recipes
 from fixres_dist.config.schema import Config
 from fixres_dist.runs import rundir
 from fixres_dist.runs.rundir import START_LOCK, RunDir
-from fixres_dist.runs.states import Event
+from fixres_dist.runs.states import UNFINISHED, Event, State
 
 KINDS = ("slurm", "local", "inline")
 SETTING = re.compile(rf"pretrain=none$|({'|'.join(get_type_hints(Config))})\.\w+=")
@@ -35,7 +35,16 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     settings = [word for word in args.overrides if SETTING.match(word)]
     names = [args.name, *(word for word in args.overrides if not SETTING.match(word))]
-    return max(resume(run, args, settings) for run in status.named(names, args.runs_dir))
+    runs, codes = status.named(names, args.runs_dir), []
+    for run in runs:
+        codes.append(resume(run, args, settings))
+        if run.state().state == State.CANCELLED:  # here, and a stop is meant for the runs after it too
+            break
+    if queued := [run for run in runs if run.state().slurm_job and run.state().state in UNFINISHED]:
+        submission.print_next(queued, names[0] if len(names) == 1 and queued == runs and len(runs) > 1 else "")
+    if closing := grid.closing_table(runs):
+        print(f"\n{closing}")
+    return max(codes)
 
 
 def resume(run: RunDir, args: argparse.Namespace, settings: list[str]) -> int:

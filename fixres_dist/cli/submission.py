@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 from fixres_dist.base.errors import EXIT_DONE, UserError
@@ -129,9 +130,15 @@ def start_slurm(runs: list[RunDir], config: Config, at_once: int = 0) -> int:
     write_demo(config)
     for run, job in zip(runs, jobs.submit_slurm(config, runs, TrainJob, at_once), strict=True):
         print(f"submitted {run.name} as job {job}")
-    for name in ("status", "logs", "cancel", "board"):
-        print(f"  {runs[0].command(name)}{' --follow' if name == 'logs' else ''}")
     return EXIT_DONE
+
+
+def print_next(runs: Sequence[RunDir], grid: str = "") -> None:
+    """The commands that follow for all of these runs, by the name of their `grid` where that stands for them."""
+    first, *others = [RunDir(runs[0].root.parent / grid)] if grid else runs
+    for name in ("status", "logs", "cancel", *(["resume"] if len(runs) > 1 else []), "board"):
+        words = ["--follow"] if name == "logs" else []
+        print(f"  {first.command(name, *words, others=[run.name for run in others])}")
 
 
 def start_here(run: RunDir, config: Config, kind: str) -> int:

@@ -15,7 +15,7 @@ from fixres_dist.base.secrets import redacted
 from fixres_dist.base.text import table
 from fixres_dist.cli import submission
 from fixres_dist.cli.arguments import add_overrides, add_runs_dir
-from fixres_dist.cluster import jobs
+from fixres_dist.cluster import grid, jobs
 from fixres_dist.cluster.gpus import check as check_gpus
 from fixres_dist.cluster.gpus import visible
 from fixres_dist.config import reading, recipes
@@ -88,13 +88,17 @@ def run(args: argparse.Namespace) -> int:
         submission.check(target.run, target.config, dry=args.dry_run)
     if args.dry_run:
         return only_prints(lambda: dry_run(targets, args.at_once))
+    every = [target.run for target in targets]
     targets = [target for target in targets if not submission.needs_no_job(target.run)]
     for target in targets:
         submission.check_model(target.config, target.recipe)
     if kind == "slurm" and not args.prepare:
         for group in same_job(targets):
             submission.check_slurm(group[0].config, *(t.run for t in group), at_once=args.at_once)
-    return start(targets, kind, args) if targets else EXIT_DONE
+    code = start(targets, kind, args) if targets else EXIT_DONE
+    if (kind != "slurm" or not targets) and (closing := grid.closing_table(every)):
+        print(f"\n{closing}")
+    return code
 
 
 def dry_run(targets: list[Target], at_once: int) -> int:
@@ -148,6 +152,8 @@ def start(targets: list[Target], kind: str, args: argparse.Namespace) -> int:
             if kind == "slurm":
                 for group in same_job(targets):
                     submission.start_slurm([target.run for target in group], group[0].config, args.at_once)
+                names = {target.grid for target in targets}
+                submission.print_next([target.run for target in targets], names.pop() if len(names) == 1 else "")
                 return EXIT_DONE
         codes = []
         for target in targets:
@@ -179,6 +185,7 @@ class Target:
     config: Config
     recipe: recipes.Recipe
     on_cpu: bool  # of this machine
+    grid: str  # the name that stands for all runs of its grid or table; empty for a run alone
 
     def plan(self) -> list[str]:
         world_size = self.config.cluster.node_range()[0] * self.config.cluster.gpus_per_node
@@ -207,8 +214,10 @@ def asked_for(args: argparse.Namespace, kind: str) -> list[Target]:
         name = "-".join([recipes.run_name(config.model.name, config.data.res, config.model.weights), *args.preset])
         if args.name:
             name = f"{args.name}-{name}" if args.table else args.name
+        group = (args.name if args.table else name if chosen else "") or ""
         name = "-".join([name, *(f"{key.rpartition('.')[2]}={value.replace('/', '_')}" for key, value in chosen)])
-        found.append(Target(rundir.RunDir(args.runs_dir / name), config, recipe, kind != "slurm" and not visible()))
+        run = rundir.RunDir(args.runs_dir / name)
+        found.append(Target(run, config, recipe, kind != "slurm" and not visible(), group))
     return found
 
 

@@ -10,7 +10,7 @@ import contextlib
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -113,10 +113,10 @@ class RunDir:
             return self.submit_command()
         return command("resume", self.name, "--runs-dir", self.root.absolute().parent)
 
-    def command(self, name: str, *words: str) -> str:
-        """`fixres NAME` for this run, to be typed where the runs directory was given."""
+    def command(self, name: str, *words: str, others: Sequence[str] = ()) -> str:
+        """`fixres NAME` for this run, and `others` in the same folder, to be typed where the runs directory was given."""
         where = () if self.root.parent == Path("runs") else ("--runs-dir", self.root.parent)
-        return command(name, self.name, *where, *words)
+        return command(name, self.name, *others, *where, *words)
 
     def finished(self, file: Path) -> Path:
         """`file`, which only a finished run has; raises UserError if it is missing."""
