@@ -67,9 +67,10 @@ class Schedule:
     engine: str
     stops: tuple[tuple[int, str, int], ...] = ()
 
-    def prepare(self, runs: Path, data: Path) -> None:
+    def prepare(self, runs: Path, data: Path, *more: str) -> None:
         items = [
             *ITEMS,
+            *more,
             f"data.root={data}",
             f"run.engine={self.engine}",
             f"run.feature_cache={runs}/{self.name}-features",
@@ -77,23 +78,31 @@ class Schedule:
         prepare(runs / self.name, reading.parse(Config, reading.overrides(items)), "test")
 
 
-class Spy:
-    """Counts the calls of the moments' functions, and sends this process a signal at the one that is planned."""
+def signal_myself() -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
 
-    def __init__(self) -> None:
+
+class Spy:
+    """Counts the calls of the moments' functions, and interrupts the run at the one that is planned."""
+
+    def __init__(self, interrupt: Callable[[], None] = signal_myself) -> None:
         self.calls: Counter[str] = Counter()
         self.plan: tuple[str, int] | None = None
+        self.interrupt = interrupt
         for name, (owner, function) in MOMENTS.items():
             setattr(owner, function, self.spied(name, getattr(owner, function)))
 
     def spied(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         def call(*arguments: Any, **named: Any) -> Any:
-            self.calls[name] += 1
-            if self.plan == (name, self.calls[name]):
-                os.kill(os.getpid(), signal.SIGTERM)
+            self.count(name)
             return function(*arguments, **named)
 
         return call
+
+    def count(self, name: str) -> None:
+        self.calls[name] += 1
+        if self.plan == (name, self.calls[name]):
+            self.interrupt()
 
 
 def be_a_rank(runs: Path, schedules: list[Schedule]) -> None:
