@@ -73,6 +73,12 @@ def shipped(name: str) -> Path:
     return package / name if (package / name).is_dir() else package.parent / name
 
 
+def slurm_file(name: str) -> Path:
+    """A file of slurm/ as people would type it: relative to the current directory if it lies below."""
+    path = shipped("slurm") / name
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+
+
 def cache_folder(setting: str = "") -> Path:
     """The folder of indexes, features and the built-in example: `setting`, $FIXRES_CACHE, or ~/.cache/fixres_dist.
 

@@ -5,11 +5,30 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from fixres_dist.base.environment import slurm_file
+
 
 def add_runs_dir(p: argparse._ActionsContainer) -> None:
     p.add_argument(
         "--runs-dir", type=Path, default=Path("runs"), metavar="DIR", help="folder of the runs; default: runs"
     )
+
+
+def add_profile(p: argparse._ActionsContainer) -> None:
+    text = f"YAML with the site's cluster settings, such as {slurm_file('profiles/generic.yaml')}"
+    p.add_argument("--profile", type=Path, metavar="FILE", help=text)
+
+
+def add_job(p: argparse.ArgumentParser) -> None:
+    """Where the command does its work: in this process, as a job of Slurm, or in processes of this machine (cli/as_job.py)."""
+    where = p.add_argument_group("where; by default in this process")
+    text = "slurm: as a job; local: in a process for each GPU of this machine"
+    where.add_argument("--cluster", choices=("slurm", "local", "inline"), default="inline", help=text)
+    add_profile(where)
+    where.add_argument("--nodes", metavar="N", help="of the job; default: 1")
+    where.add_argument("--gpus-per-node", metavar="G", help="ranks per node; default: the profile's, or the run's")
+    where.add_argument("--dry-run", action="store_true", help="check, print the job's sbatch text; write nothing")
+    p.set_defaults(job=None)  # in a job: evaluation/inputs.py's Job
 
 
 def add_overrides(p: argparse.ArgumentParser, example: str) -> None:

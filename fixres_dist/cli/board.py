@@ -28,7 +28,8 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     if importlib.util.find_spec("tensorboard") is None:
         raise UserError("tensorboard is not installed. Next: pip install tensorboard")
-    runs = status.named(args.names, args.runs_dir) or status.every(args.runs_dir)
+    runs = status.named(args.names, args.runs_dir)
+    runs = runs or [run for run in status.every(args.runs_dir) if not run.task]
     if not runs:
         raise UserError(f"no runs in {args.runs_dir}. Next: --runs-dir DIR")
     # A folder of links: one log directory whose runs carry the run names, without the other files beside tb/.

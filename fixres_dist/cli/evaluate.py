@@ -9,9 +9,10 @@ from pathlib import Path
 from fixres_dist.base.errors import EXIT_DONE, UserError, check_output
 from fixres_dist.base.small_files import write_json
 from fixres_dist.base.text import parse_size
-from fixres_dist.cli.arguments import add_eval_sets, add_json, add_source
+from fixres_dist.cli import as_job
+from fixres_dist.cli.arguments import add_eval_sets, add_job, add_json, add_source
 from fixres_dist.data import class_maps, dataset
-from fixres_dist.evaluation.inputs import data_config, model_config, opened, subjects
+from fixres_dist.evaluation.inputs import check, data_config, model_config, opened, subjects
 from fixres_dist.evaluation.measures import Evaluation
 from fixres_dist.runs.rundir import RunDir
 
@@ -34,22 +35,31 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     text = "score what extract wrote; several: their mean"
     p.add_argument("--softmax", type=Path, action="append", metavar="FILE.npy", help=text)
     add_json(p)
+    add_job(p)
 
 
 def run(args: argparse.Namespace) -> int:
     """A run before and after, or a checkpoint, on the split and every named set; a run keeps the results."""
     check_output(args.json)
     if args.softmax:
+        if as_job.asked(args):
+            raise UserError("--softmax takes seconds and no GPU, so it is no job. Next: leave out --cluster.")
         return evaluate_softmax(args)
     config = model_config(args, parse_size(args.res))
     sets = class_maps.named_sets(args.eval_set, args.split)
     chosen = [s for s in subjects(args.run) if args.only in (None, s.label)]
     if not chosen:
         raise UserError(f"--only {args.only} is about a run. Next: --run DIR, or leave it out.")
+    if args.labels and not args.labels.is_file():
+        raise UserError(f"no file --labels {args.labels}. Accepted: real.json, a list of lists of class numbers.")
+    if as_job.asked(args):
+        check(config, args.run, args.split, sets)
+        kept = (args.json, args.predictions, args.run and args.run / "evaluations")
+        return as_job.start(args, config, ", ".join([*map(str, filter(None, kept)), "its log"]), 1 + len(sets))
     from fixres_dist.evaluation.evaluate import evaluate, keep
 
     records = {}
-    with opened(config, chosen, args.run, args.split, sets) as session:
+    with opened(config, chosen, args.run, args.split, sets, args.job) as session:
         for evaluation, predictions in evaluate(session, chosen, args.split, args.labels):
             if not session.ranks.is_main:
                 continue

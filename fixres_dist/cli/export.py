@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from fixres_dist.base.errors import EXIT_DONE, UserError
 from fixres_dist.base.files import write_text
 from fixres_dist.base.text import parse_sizes
+from fixres_dist.cli import as_job
+from fixres_dist.cli.arguments import add_job, add_overrides
+from fixres_dist.config import reading
+from fixres_dist.config.schema import Cluster, Config
 from fixres_dist.data import class_maps
-from fixres_dist.evaluation.inputs import weights_after, weights_before
+from fixres_dist.evaluation.inputs import weights_after, weights_before, with_cluster
 from fixres_dist.publishing import model_card
 from fixres_dist.runs.results import Results
 from fixres_dist.runs.rundir import RunDir
@@ -37,6 +42,8 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument("--res", metavar="A,B,...", help="onnx: a file for each resolution; default: the run's")
     p.add_argument("--alpha", type=float, default=1.0, help="0: the starting weights, 1: the fixed ones (default)")
     p.add_argument("--push", metavar="OWNER/NAME", help="hub: upload the folder; nothing is uploaded without it")
+    add_job(p)
+    add_overrides(p, "cluster.time=1:00:00, of its job")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -53,6 +60,9 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"{own} holds the fixed weights themselves. Next: another --out, or leave it out.")
     sizes = parse_sizes(args.res) if args.res else [res]
     files = [FORMATS[args.format].format(size) for size in (sizes if args.format == "onnx" else [res])]
+    weights_after(run)
+    if as_job.asked(args):
+        return as_job.start(args, job_config(args, config), str(out), len(files))
     from fixres_dist.evaluation.interpolation import interpolated, starting_state
     from fixres_dist.models import weights
     from fixres_dist.models.resizing import for_size
@@ -67,6 +77,8 @@ def run(args: argparse.Namespace) -> int:
     weights.fill(model, state, str(run.root))
     out.mkdir(parents=True, exist_ok=True)
     for file, size in zip(files, sizes, strict=True):
+        if args.job:
+            args.job.ranks.check_stop()
         if args.format == "onnx":
             off = export.write_onnx(model, out / file, size)
             print(f"{out / file}: logits equal torch's to {off:.0e} of the largest")
@@ -84,6 +96,20 @@ def run(args: argparse.Namespace) -> int:
     if args.push:
         print(f"pushed: {export.push(out, args.push)}")
     return EXIT_DONE
+
+
+def job_config(args: argparse.Namespace, config: Config) -> Config:
+    """The run's settings with those of the export's job: one process, whatever the run had."""
+    given = reading.overrides(args.overrides)
+    if set(given) - {"cluster"}:
+        raise UserError(
+            f"{' '.join(args.overrides)}: an export takes settings of its job alone, such as cluster.time=1:00:00."
+        )
+    if (args.nodes or "1", args.gpus_per_node or "1") != ("1", "1"):
+        raise UserError("an export is one process. Next: leave out --nodes and --gpus-per-node.")
+    args.gpus_per_node = "1"
+    cluster = reading.merge(with_cluster(args, {"cluster": asdict(config.cluster)}), given)["cluster"]
+    return replace(config, cluster=reading.parse(Cluster, cluster, "cluster"))
 
 
 def parse_alphas(text: str) -> list[float]:

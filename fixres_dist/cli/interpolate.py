@@ -10,10 +10,11 @@ from fixres_dist.base.environment import versions
 from fixres_dist.base.errors import EXIT_DONE
 from fixres_dist.base.small_files import write_json
 from fixres_dist.base.text import table
-from fixres_dist.cli.arguments import add_eval_sets, add_source
+from fixres_dist.cli import as_job
+from fixres_dist.cli.arguments import add_eval_sets, add_job, add_source
 from fixres_dist.cli.export import parse_alphas
 from fixres_dist.data import class_maps
-from fixres_dist.evaluation.inputs import model_config, opened, subjects
+from fixres_dist.evaluation.inputs import check, model_config, opened, subjects, weights_after
 from fixres_dist.runs.rundir import RunDir
 
 EXAMPLES = ("--run runs/b0-320", "--run runs/b0-320 --alpha 0,0.5,1 --eval-set v2=/data/imagenetv2")
@@ -25,18 +26,23 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument("--alpha", default="0,0.25,0.5,0.75,1", metavar="A,B,...", help=text)
     add_eval_sets(p)
     p.add_argument("--out", type=Path, metavar="DIR", help="for alpha.json and alpha.png; default: the run directory")
+    add_job(p)
 
 
 def run(args: argparse.Namespace) -> int:
     """Top-1 of several mixtures of the starting and the fixed weights, in one pass over the images of each set."""
     alphas, config = parse_alphas(args.alpha), model_config(args)
     run, before = RunDir(args.run), subjects(args.run)[0]
-    sets = class_maps.named_sets(args.eval_set, "val")
+    sets, out = class_maps.named_sets(args.eval_set, "val"), args.out or args.run
+    weights_after(run)
+    if as_job.asked(args):
+        check(config, args.run, sets=sets)
+        return as_job.start(args, config, str(out / "alpha.json"), 1 + len(sets))
     from fixres_dist.evaluation import interpolation
     from fixres_dist.publishing import figures
     from fixres_dist.training.results import hardware
 
-    with opened(config, [before], args.run, sets=sets) as session:
+    with opened(config, [before], args.run, sets=sets, job=args.job) as session:
         curves, device = interpolation.curves(session, run, alphas), hardware(session)
         if not session.ranks.is_main:
             return EXIT_DONE
@@ -44,7 +50,6 @@ def run(args: argparse.Namespace) -> int:
         rows = [(f"{m.alpha:g}", f"{m.summary.top1:.2f}", f"{m.summary.top5:.2f}", m.gain) for m in mixtures]
         print(f"{split}, n {mixtures[0].summary.n}")
         print(table(["alpha", "top-1", "top-5", "gain over alpha 0 (paired 95 %)"], rows))
-    out = args.out or args.run
     out.mkdir(parents=True, exist_ok=True)
     data = {
         "data": config.data.root,

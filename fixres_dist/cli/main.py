@@ -86,9 +86,14 @@ def call(name: str, words: Sequence[str]) -> int:
         return EXIT_DONE if name else EXIT_USER
     if name not in COMMANDS:
         raise unknown("command", name, COMMANDS)
-    args = parse(add_command(argparse.ArgumentParser(prog=command(name)), name), words)
-    args.words = list(words)
+    args = parsed(name, words)
     return int(args.func(args))
+
+
+def parsed(name: str, words: Sequence[str]) -> argparse.Namespace:
+    args = parse(add_command(argparse.ArgumentParser(prog=command(name)), name), words)
+    args.command, args.words = name, list(words)
+    return args
 
 
 def parse(p: argparse.ArgumentParser, words: Sequence[str]) -> argparse.Namespace:

@@ -9,6 +9,7 @@ from typing import Any
 
 from fixres_dist.base.errors import EXIT_DONE, UserError
 from fixres_dist.base.files import owner, write_text
+from fixres_dist.cli.command_job import CommandJob
 from fixres_dist.cluster import jobs, local, slurm
 from fixres_dist.config import reading, recipes
 from fixres_dist.config.recipes import Recipe
@@ -24,7 +25,8 @@ from fixres_dist.training.stages import batch_by_pixels, batch_per_device
 def check(run: RunDir, config: Config, dry: bool = False) -> None:
     """Refuse what can be refused before anything starts: settings, data set, and a directory of another run."""
     least, most = config.cluster.node_range()
-    plan.check(config, least * config.cluster.gpus_per_node if least == most else 1, dry=dry)
+    if not run.task:
+        plan.check(config, least * config.cluster.gpus_per_node if least == most else 1, dry=dry)
     jobs.requested(config.cluster)
     rundir.check(run.root, config)
 
@@ -96,7 +98,7 @@ def needs_no_job(run: RunDir) -> bool:
     """Whether the run is finished, running or queued already; prints which."""
     status = f"Next: {run.command('status')}"
     if run.done.exists():
-        print(f"{run.name} is finished; its results: {run.results}")
+        print(f"{run.name} is finished; its results: {run.result}")
         return True
     if run.is_locked() or run.is_locked(START_LOCK):
         print(f"{run.name} is running already. {status}")
@@ -125,10 +127,15 @@ def write_demo(config: Config) -> None:
         dataset.folder("demo", config.data.cache)
 
 
+def job_of(run: RunDir) -> type[TrainJob]:
+    """What the ranks of its job do."""
+    return CommandJob if run.task else TrainJob
+
+
 def start_slurm(runs: list[RunDir], config: Config, at_once: int = 0) -> int:
     """Submit the prepared runs, several as one array of which `at_once` run at a time (0: all)."""
     write_demo(config)
-    for run, job in zip(runs, jobs.submit_slurm(config, runs, TrainJob, at_once), strict=True):
+    for run, job in zip(runs, jobs.submit_slurm(config, runs, job_of(runs[0]), at_once), strict=True):
         print(f"submitted {run.name} as job {job}")
     return EXIT_DONE
 
@@ -136,7 +143,8 @@ def start_slurm(runs: list[RunDir], config: Config, at_once: int = 0) -> int:
 def print_next(runs: Sequence[RunDir], grid: str = "") -> None:
     """The commands that follow for all of these runs, by the name of their `grid` where that stands for them."""
     first, *others = [RunDir(runs[0].root.parent / grid)] if grid else runs
-    for name in ("status", "logs", "cancel", *(["resume"] if len(runs) > 1 else []), "board"):
+    more = [*(["resume"] if len(runs) > 1 else []), *([] if runs[0].task else ["board"])]
+    for name in ("status", "logs", "cancel", *more):
         words = ["--follow"] if name == "logs" else []
         print(f"  {first.command(name, *words, others=[run.name for run in others])}")
 
@@ -149,8 +157,6 @@ def start_here(run: RunDir, config: Config, kind: str) -> int:
     # These ranks are the command's own: not those of the job, srun or torchrun in which it was typed.
     with jobs.clean_environment():
         if kind == "inline":
-            from fixres_dist.training import worker
-
-            return worker.train(run.root.resolve())  # messages that it keeps hold in any folder
+            return job_of(run)(str(run.root.resolve()))()  # messages that it keeps hold in any folder
         smaller = max(1, max(batch_per_device(config, res) for res in config.resolutions()) // 2)
-        return local.run_local(run, config.cluster.gpus_per_node, TrainJob, smaller)
+        return local.run_local(run, config.cluster.gpus_per_node, job_of(run), smaller)

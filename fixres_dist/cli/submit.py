@@ -6,15 +6,14 @@ import argparse
 import contextlib
 import itertools
 from dataclasses import dataclass
-from pathlib import Path
 
 from fixres_dist.base.commands import command
-from fixres_dist.base.environment import shipped
+from fixres_dist.base.environment import shipped, slurm_file
 from fixres_dist.base.errors import EXIT_DONE, UserError, only_prints
 from fixres_dist.base.secrets import redacted
 from fixres_dist.base.text import table
 from fixres_dist.cli import submission
-from fixres_dist.cli.arguments import add_overrides, add_runs_dir
+from fixres_dist.cli.arguments import add_overrides, add_profile, add_runs_dir
 from fixres_dist.cluster import grid, jobs
 from fixres_dist.cluster.gpus import check as check_gpus
 from fixres_dist.cluster.gpus import visible
@@ -37,12 +36,6 @@ EXAMPLES = (
 )
 
 
-def slurm_file(name: str) -> Path:
-    """A file of slurm/ as people would type it: relative to the current directory if it lies below."""
-    path = shipped("slurm") / name
-    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
-
-
 def add_arguments(p: argparse.ArgumentParser) -> None:
     p.usage = f"{command('submit')} --model M --res PX --data DIR [options] [section.key=value ...]"
     what = p.add_argument_group("what")
@@ -56,8 +49,7 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     where = p.add_argument_group("where")
     where.add_argument("--nodes", metavar="N", help="a number, or MIN-MAX: start with what there is")
     where.add_argument("--gpus-per-node", metavar="G", help="ranks per node; on a machine without GPUs: processes")
-    text = f"YAML with the site's cluster settings, such as {slurm_file('profiles/generic.yaml')}"
-    where.add_argument("--profile", type=Path, metavar="FILE", help=text)
+    add_profile(where)
     text = "default: slurm where sbatch is found, else local"
     where.add_argument("--cluster", choices=("slurm", "local", "inline"), help=text)
     where.add_argument("--name", help="of the run directory; default: MODEL-RES")
@@ -239,11 +231,7 @@ def configure(args: argparse.Namespace, kind: str) -> tuple[Config, recipes.Reci
     for preset in args.preset:
         values = reading.merge(values, recipes.preset(preset))
     if args.profile:
-        if not args.profile.is_file():
-            raise UserError(
-                f"no profile {args.profile}. Accepted: a YAML file such as {slurm_file('profiles/generic.yaml')}."
-            )
-        values = reading.merge(values, reading.read_sections(args.profile))
+        values = reading.merge(values, reading.read_profile(args.profile))
     gpus = args.gpus_per_node
     if gpus is None and kind != "slurm":
         gpus = str(max(1, len(visible())) if kind == "local" else 1)

@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING
 from fixres_dist.base.errors import EXIT_DONE, UserError
 from fixres_dist.base.small_files import write_json
 from fixres_dist.base.text import parse_sizes, table
-from fixres_dist.cli.arguments import add_source
+from fixres_dist.cli import as_job
+from fixres_dist.cli.arguments import add_job, add_source
 from fixres_dist.config import reading
 from fixres_dist.config.schema import Config, Data
-from fixres_dist.evaluation.inputs import Subject, model_config, opened, parts_with, subjects, weights_after
+from fixres_dist.evaluation.inputs import Subject, check, model_config, opened, parts_with, subjects, weights_after
 from fixres_dist.runs.rundir import RunDir
 
 if TYPE_CHECKING:
@@ -45,6 +46,7 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument("--activations", action="store_true", help=text)
     text = "for sweep.json and the PNGs; default: the run directory"
     p.add_argument("--out", type=Path, metavar="DIR", help=text)
+    add_job(p)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -53,22 +55,25 @@ def run(args: argparse.Namespace) -> int:
     config = uncompiled(model_config(args))
     own = subjects(args.run)
     chosen = [*own, *others(args.also)]
+    settings, out = crop_settings(config, choices), args.out or args.run or Path(".")
+    if as_job.asked(args):
+        check(config, args.run, sizes=sizes)
+        return as_job.start(args, config, str(out / "sweep.json"), len(sizes) * max(1, len(settings)))
     from fixres_dist.evaluation import activations
     from fixres_dist.evaluation.sweep import Crop, Limit, sweep
     from fixres_dist.models.resizing import check_resolutions
     from fixres_dist.publishing import figures
     from fixres_dist.runs import tracking
 
-    crops = [Crop(data.resize_rule, data.crop_pct) for data in crop_settings(config, choices)]
+    crops = [Crop(data.resize_rule, data.crop_pct) for data in settings]
     limit = Limit(args.max_gmacs, args.min_images_per_second)
-    with opened(config, chosen, args.run) as session:
+    with opened(config, chosen, args.run, job=args.job) as session:
         check_resolutions(session.model, sizes)
         models = {subject.label: parts_with(session, subject.weights) for subject in chosen}
         swept = sweep(session, models, sizes, limit if limit != Limit() else None, crops)
         inputs = activations.collect_all(session, {s.label: models[s.label] for s in own}) if args.activations else {}
         if not session.ranks.is_main:
             return EXIT_DONE
-    out = args.out or args.run or Path(".")
     out.mkdir(parents=True, exist_ok=True)
     print(sweep_text(swept))
     record = {"model": config.model.name, "fixed_at": config.data.res, **swept.record()}

@@ -29,7 +29,7 @@ BROKEN = "BROKEN"  # a rank ended with an error that a retry may mend
 def finished(run: RunDir) -> bool:
     """Whether nothing is left to do; says so, since Slurm starts finished tasks of a requeued array again."""
     if run.done.exists():
-        print(f"{run.name} is already finished. Results: {run.results}", flush=True)
+        print(f"{run.name} is already finished. Results: {run.result}", flush=True)
     return run.done.exists()
 
 

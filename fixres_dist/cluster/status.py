@@ -17,7 +17,7 @@ from fixres_dist.base.text import duration, table
 from fixres_dist.cluster import logs, slurm, words
 from fixres_dist.config import recipes
 from fixres_dist.runs.results import OTHER_SIZE, Results
-from fixres_dist.runs.rundir import RunDir
+from fixres_dist.runs.rundir import JOBS, RunDir
 from fixres_dist.runs.states import UNFINISHED, WORKING, Event, RunState, State
 
 FULL_BELOW = 16 * 2**20  # bytes; with less, a full disk is the likely end
@@ -88,8 +88,8 @@ def of_grid(run: str, name: str) -> bool:
 
 
 def every(runs_dir: Path) -> list[RunDir]:
-    """The runs in a directory, the one changed last at the end."""
-    found = [RunDir(path.parent) for path in runs_dir.glob("*/config.yaml")]
+    """The runs in a directory and the jobs of commands on them, the one changed last at the end."""
+    found = [RunDir(path.parent) for form in ("*", f"*/{JOBS}/*") for path in runs_dir.glob(f"{form}/config.yaml")]
     return sorted(found, key=lambda run: run.state().updated)
 
 

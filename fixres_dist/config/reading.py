@@ -15,6 +15,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 
 import yaml
 
+from fixres_dist.base.environment import slurm_file
 from fixres_dist.base.errors import UserError, unknown
 from fixres_dist.base.secrets import REDACTED, is_secret, without_secrets
 from fixres_dist.base.small_files import read_text
@@ -135,6 +136,13 @@ def read_sections(file: Path) -> dict[str, Any]:
         if values and not isinstance(values, Mapping):
             raise UserError(f"{file}: section {section} is {str(values)[:60]!r}; accepted: a mapping of its keys.")
     return {section: {} if values == "" else values for section, values in found.items()}
+
+
+def read_profile(file: Path) -> dict[str, Any]:
+    """The sections of --profile FILE; raises UserError."""
+    if not file.is_file():
+        raise UserError(f"no profile {file}. Accepted: a YAML file such as {slurm_file('profiles/generic.yaml')}.")
+    return read_sections(file)
 
 
 def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:

@@ -7,6 +7,7 @@ and the classifier repairs that.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -82,7 +83,7 @@ def collect(session: Session, parts: Parts, res: int, transform: str) -> NDArray
     parts.head.eval()
     rows: list[torch.Tensor] = []
     with classifier_inputs(parts) as found:
-        for batch in session.batches(index, requests, res):
+        for batch in ranks.together(session.batches(index, requests, res), lambda: None, math.inf):
             session.logits(parts, parts.head, session.inputs(parts, batch.images))
             rows.append(batch.samples)
     features = torch.cat(found).cpu()

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -22,6 +23,7 @@ from fixres_dist.data.requests import whole_batches
 from fixres_dist.models.build import classifiers
 from fixres_dist.models.parts import Parts
 from fixres_dist.training.cache.store import Loaded
+from fixres_dist.training.partial import Partial, unseen
 from fixres_dist.training.predict import from_rows, score
 from fixres_dist.training.predictions import Predictions
 from fixres_dist.training.session import Session, one_ahead, to_host
@@ -59,7 +61,7 @@ def extract(session: Session, parts: Parts, split: str, out: Path, dtype: str) -
 
     Rows are in the order of the split's index; an image that cannot be decoded is a row of NaN. Every rank writes its rows
     into the same files. Batches are cut from the split, not from a rank's part of it, so the bytes are the same at any
-    world size. `out` appears when it is complete.
+    world size. `out` appears when it is complete. In a job, rows that an earlier start has written are kept.
     """
     index, ranks, res = session.splits[split], session.ranks, session.config.data.res
     parts.model.eval()
@@ -69,16 +71,27 @@ def extract(session: Session, parts: Parts, split: str, out: Path, dtype: str) -
         blank = torch.zeros(1, 3, res, res, dtype=torch.uint8)
         session.logits(parts, parts.head, session.inputs(parts, blank))
         widths = {"softmax": len(session.classes), "embeddings": embeddings.pop().shape[1]}
-        if ranks.is_main:
-            unfinished.mkdir(parents=True, exist_ok=True)
-            for name, width in widths.items():
-                np.lib.format.open_memmap(unfinished / f"{name}.npy", "w+", np.dtype(dtype), (len(index), width))
-        ranks.barrier()
+        partial = session.partial([parts], res, split, dtype, str(out))
+        done = ranks.from_main(lambda: begin(unfinished, widths, np.dtype(dtype), len(index), partial))
         # Written, not mapped: two nodes that map one page of a network file system overwrite each other's rows.
         files = {name: stack.enter_context(open(unfinished / f"{name}.npy", "r+b")) for name in widths}
         starts = {name: np.lib.format.open_memmap(unfinished / f"{name}.npy", "r").offset for name in widths}
-        written = torch.zeros(1)
-        batches = session.batches(index, session.requests(whole_batches, index, res), res)
+        seen = torch.from_numpy(
+            done if ranks.is_main else np.zeros_like(done)
+        )  # rows, of which rank 0 counts the kept ones
+
+        def keep() -> torch.Tensor:
+            for file in files.values():
+                file.flush()
+                os.fsync(file.fileno())
+            everywhere = ranks.total(seen.clone())
+            if partial and ranks.is_main:
+                partial.write(everywhere.numpy())
+            return everywhere
+
+        requests = unseen(session.requests(whole_batches, index, res), done > 0)
+        every_s = partial.every_s if partial else math.inf
+        batches = ranks.together(session.batches(index, requests, res), keep, every_s)
         own_rows, hidden = len(index) // ranks.world_size, None if ranks.is_main else True
         bar = stack.enter_context(tqdm(total=own_rows, desc="extracting", unit="img", leave=False, disable=hidden))
         logits = ((b, session.logits(parts, parts.head, session.inputs(parts, b.images))) for b in batches)
@@ -86,19 +99,35 @@ def extract(session: Session, parts: Parts, split: str, out: Path, dtype: str) -
         for batch, wait in one_ahead(computed):
             for name, values in zip(widths, wait(), strict=True):
                 write_rows(files[name], starts[name], batch, values.numpy().astype(dtype))
-            rows = len(batch.labels) + len(batch.skipped)
-            written += rows
-            bar.update(rows)
-    if int(ranks.total(written)) != len(index):
-        raise RuntimeError(f"{int(written)} rows were written of {len(index)}")
+            seen[batch.samples] += 1
+            seen[[bad.sample for bad in batch.skipped]] += 1
+            bar.update(len(batch.labels) + len(batch.skipped))
+        written = keep()
+    if not bool((written == 1).all()):
+        raise RuntimeError(f"{int(written.sum())} rows were written of {len(index)}, each should be written once")
     if ranks.is_main:
         np.save(unfinished / "labels.npy", np.array(session.columns[split], np.int64)[index.labels])
         (unfinished / "names.txt").write_bytes(b"".join(os.fsencode(index.name(k)) + b"\n" for k in range(len(index))))
         meta = {"model": session.config.model.name, "split": split, "res": res, "sample_list": index.fingerprint}
         write_json(unfinished / META, meta)
         publish(unfinished, out)
+    session.passed()
     ranks.barrier()
     return len(index)
+
+
+def begin(
+    unfinished: Path, widths: Mapping[str, int], dtype: np.dtype[Any], n: int, partial: Partial | None
+) -> NDArray[np.float64]:  # fmt: skip
+    """Make the files of `n` rows, or go on with those of an earlier start; returns [n]: 1 where a row is written."""
+    kept = partial.read() if partial else None
+    if kept is not None and all((unfinished / f"{name}.npy").is_file() for name in widths):
+        print(f"{int(kept.sum())} of {n} rows are written already", flush=True)
+        return kept
+    unfinished.mkdir(parents=True, exist_ok=True)
+    for name, width in widths.items():
+        np.lib.format.open_memmap(unfinished / f"{name}.npy", "w+", dtype, (n, width))
+    return np.zeros(n)
 
 
 def write_rows(file: IO[bytes], start: int, batch: Loaded, values: NDArray[Any]) -> None:

@@ -7,6 +7,7 @@ import contextlib
 import copy
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     import torch
 
     from fixres_dist.models.parts import Parts
+    from fixres_dist.training.ranks import Ranks
     from fixres_dist.training.session import Session
 
 
@@ -54,10 +56,54 @@ def data_config(args: argparse.Namespace) -> Config:
 
 def with_data(args: argparse.Namespace, values: Mapping[str, Any], data: dict[str, Any]) -> Config:
     flags = {"data": data | ({"root": args.data} if args.data else {})}
-    config = reading.parse(Config, reading.merge(reading.merge(values, flags), reading.overrides(args.overrides)))
+    values = reading.merge(with_cluster(args, values), flags)
+    config = reading.parse(Config, reading.merge(values, reading.overrides(args.overrides)))
     if not config.data.root:
         raise UserError("no data set given. Next: --data DIR, with train/ and val/, or --run DIR.")
     return config
+
+
+def with_cluster(args: argparse.Namespace, values: Mapping[str, Any]) -> dict[str, Any]:
+    """`values` with the settings of the command's job: those of the run or recipe < --profile < flags; one node by default."""
+    asked = {"nodes": args.nodes or "1", "gpus_per_node": args.gpus_per_node}
+    flags = {"cluster": {key: value for key, value in asked.items() if value is not None}}
+    return reading.merge(reading.merge(values, reading.read_profile(args.profile) if args.profile else {}), flags)
+
+
+def check(
+    config: Config, run: Path | None, split: str = "val", sets: Mapping[str, Path] | None = None, sizes: Sequence[int] = ()
+) -> None:  # fmt: skip
+    """Refuse what `opened` would refuse, without opening an image; a model that no run has trained is built on the meta
+    device, for which this imports torch. `sizes`: resolutions that the model must take. Raises UserError."""
+    from fixres_dist.data import class_maps, dataset
+
+    root = dataset.folder(config.data.root, config.data.cache)
+    places = {split: root / config.data.split_name(split), **(sets or {})}
+    found = {name: dataset.survey(place.parent, place.name, config.data) for name, place in places.items()}
+    names = class_maps.trained_classes(config, run, split)
+    for name, survey in found.items():
+        class_maps.class_map(survey.classes, names, places[name], class_maps.aliases(config, split))
+    if run and not sizes:
+        return
+    weights = config.model.weights
+    if weights not in recipes.WEIGHTS and not Path(weights).is_file() and not run:
+        raise recipes.no_weights(weights)
+    import torch
+
+    from fixres_dist.models.resizing import check_resolutions
+    from fixres_dist.models.weights import open_model
+
+    with torch.device("meta"):
+        model = open_model(config, names, with_weights=not run)
+    check_resolutions(model, sizes)
+
+
+@dataclass(frozen=True)
+class Job:
+    """The job in which a command is carried out: its directory, and its ranks, which have met."""
+
+    run: RunDir
+    ranks: Ranks
 
 
 @dataclass(frozen=True)
@@ -92,8 +138,9 @@ def opened(
     run: Path | None,
     split: str = "val",
     sets: Mapping[str, Path] | None = None,
+    job: Job | None = None,
 ) -> Iterator[Session]:
-    """A session with `split` and the named `sets`; at its end the ranks of the job leave each other.
+    """A session with `split` and the named `sets`. Its ranks are those of the `job`, or meet here and leave at its end.
 
     The configuration's weights are loaded only if a subject has no file of its own. A run is evaluated as it was trained,
     with its class order and its choices.json.
@@ -103,15 +150,18 @@ def opened(
     from fixres_dist.training.ranks import abort, join
     from fixres_dist.training.session import open_session
 
+    needed = any(subject.weights is None for subject in subjects)
+    kept = run / "choices.json" if run else job.run.root / "choices.json" if job else None
+    open_with = partial(open_session, config, load_weights=needed, splits=(split,), sets=sets, kept=kept)
+    if job:
+        yield open_with(job.ranks, trained=class_maps.trained_classes(config, run, split), job=job.run)
+        return
     rendezvous = run or (cache_folder() if writable(cache_folder()) else scratch_folder())
     rendezvous.mkdir(parents=True, exist_ok=True)
-    needed = any(subject.weights is None for subject in subjects)
-    kept = run / "choices.json" if run else None
     try:
         with determinism(config.run):
             ranks = join(rendezvous)
-            names = class_maps.trained_classes(config, run, split)
-            yield open_session(config, ranks, load_weights=needed, splits=(split,), sets=sets, trained=names, kept=kept)
+            yield open_with(ranks, trained=class_maps.trained_classes(config, run, split))
     except BaseException:
         abort()
         raise

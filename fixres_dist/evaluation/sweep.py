@@ -171,8 +171,10 @@ def passes(
         cut, pass_started = crop.of(session), time.monotonic()
         key, note = (res, cut.resize(res)), f"{res} px" + (f" {crop}" if len(crops) > 1 else "")
         if key not in seen:
-            seen[key] = predict(cut, list(models.values()), res, note)
-            speeds[res] = len(session.val) / (time.monotonic() - pass_started)
+            partial = cut.partial(list(models.values()), res, "val")
+            seen[key] = predict(cut, list(models.values()), res, note, partial=partial)
+            elapsed_s = session.ranks.from_main(partial.seconds) if partial else time.monotonic() - pass_started
+            speeds[res] = len(session.val) / elapsed_s
         for label, predictions in zip(models, seen[key], strict=True):
             made[label, crop][res] = predictions
         worked += res**2  # about what a pass costs

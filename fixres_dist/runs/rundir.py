@@ -35,8 +35,10 @@ from fixres_dist.base.small_files import (
 from fixres_dist.config import reading
 from fixres_dist.config.schema import Config
 from fixres_dist.runs.states import Event, RunState, State
+from fixres_dist.runs.task import Task
 
 START_LOCK = ".start.lock"  # of a command that starts ranks on this machine, from the run's preparation to its end
+JOBS = "jobs"  # folder in a run of the jobs of commands that work on it
 LONGEST_NAME = 200  # bytes: file systems take 255, and some files of a run are called by its name and more
 
 
@@ -73,10 +75,23 @@ class RunDir:
     results = File("results.json")
     state_file = File("state.json")
     submission = File("submission.sh")
+    task_file = File("job.json")  # of a command that runs as a job: `task`
 
     @property
     def name(self) -> str:
-        return self.root.name
+        """As commands find it in the runs directory: the folder's name; of a command's job RUN/jobs/NAME below its run."""
+        below = self.root.parent.name == JOBS and self.task_file.exists()
+        return "/".join(self.root.parts[-3:]) if below else self.root.name
+
+    @property
+    def result(self) -> str:
+        """Where people find it."""
+        return self.task.result if self.task else str(self.results)
+
+    @property
+    def task(self) -> Task | None:
+        """The command that its job runs; None for a run, whose job trains."""
+        return Task.read(self.task_file)
 
     def config(self) -> Config:
         """Raises UserError where there is no config.yaml, and Damaged for one that is damaged or of a newer version."""
@@ -111,12 +126,12 @@ class RunDir:
         """The command that goes on with the run: that by which it was submitted, if no secret was left out of it."""
         if REDACTED not in self.typed:
             return self.submit_command()
-        return command("resume", self.name, "--runs-dir", self.root.absolute().parent)
+        return command("resume", self.name, "--runs-dir", self.root.absolute().parents[self.name.count("/")])
 
     def command(self, name: str, *words: str, others: Sequence[str] = ()) -> str:
         """`fixres NAME` for this run, and `others` in the same folder, to be typed where the runs directory was given."""
-        where = () if self.root.parent == Path("runs") else ("--runs-dir", self.root.parent)
-        return command(name, self.name, *others, *where, *words)
+        runs = self.root.parents[self.name.count("/")]
+        return command(name, self.name, *others, *(() if runs == Path("runs") else ("--runs-dir", runs)), *words)
 
     def finished(self, file: Path) -> Path:
         """`file`, which only a finished run has; raises UserError if it is missing."""
@@ -210,7 +225,9 @@ class RunDir:
         write_text(self.done, "finished\n")
 
     def saved_step(self) -> int:
-        """The newest checkpoint's step; -1 without one."""
+        """The newest checkpoint's step; -1 without one. Of a command's job: the passes over images that it has begun."""
+        if self.task_file.exists():
+            return len(list(self.partial.glob("*.npz"))) or -1
         names = (path.parent.name[5:] for path in self.checkpoints.glob("step_*/meta.json"))
         return max((int(name) for name in names if name.isdecimal()), default=-1)  # a copy may be called step_40.bak
 
@@ -241,8 +258,13 @@ def prepare(root: Path, config: Config, typed: str) -> RunDir:
 
     Raises UserError when `root` holds something else: another configuration (the differences are named) or other files.
     """
-    run = RunDir(root)
     check(root, config)
+    return write(root, config, typed)
+
+
+def write(root: Path, config: Config, typed: str) -> RunDir:
+    """The files of a run that is not finished; `typed`: the command that submits it."""
+    run = RunDir(root)
     root.mkdir(parents=True, exist_ok=True)
     write_config(run, config)
     if not run.state_file.exists():

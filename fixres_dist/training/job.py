@@ -22,13 +22,16 @@ class TrainJob:
     def __call__(self) -> int:
         flag = StopFlag().install()  # over submitit's handlers
         log_times.note()  # what the start before has left
-        from fixres_dist.training import worker
-
-        code = worker.train(Path(self.folder), flag)
+        code = self.work(flag)
         if slurm.own_job():
             # No Exception: submitit then writes no result, where a stopped rank's would read as a success or an error.
             raise SystemExit(code)
         return code
+
+    def work(self, flag: StopFlag) -> int:
+        from fixres_dist.training import worker
+
+        return worker.train(Path(self.folder), flag)
 
     def checkpoint(self) -> submitit.helpers.DelayedSubmission:
         import submitit

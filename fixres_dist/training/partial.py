@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
 import zlib
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile
@@ -27,6 +28,8 @@ class Partial:
     path: Path
     key: str  # digest of all that the pass depends on
     every_s: float  # seconds between two writes
+    opened: float = field(default_factory=time.monotonic)
+    before_s: float = 0.0  # that earlier starts have spent on it
 
     @staticmethod
     def of(path: Path, every_s: float, parts: Parts, depends: tuple[object, ...]) -> Partial:
@@ -35,19 +38,36 @@ class Partial:
         tuned = state_digest({name: weights[name] for name in parts.tuned.tensors})
         return Partial(path, hashlib.sha256(json.dumps([tuned, *depends]).encode()).hexdigest(), every_s)
 
+    @staticmethod
+    def of_pass(folder: Path, every_s: float, models: Iterable[Parts], depends: tuple[object, ...]) -> Partial:
+        """In a file called by its key, which is of every tensor of the models."""
+        weights = [state_digest(parts.model.state_dict()) for parts in models]
+        key = hashlib.sha256(json.dumps([weights, *depends]).encode()).hexdigest()
+        partial = Partial(folder / f"{key[:16]}.npz", key, every_s)
+        return replace(partial, before_s=partial.seconds())
+
     def read(self) -> NDArray[np.float64] | None:
         """The array that was written last; None where there is no file, or a damaged one."""
+        return self.entry("array")
+
+    def seconds(self) -> float:
+        """How long the pass has taken so far, over all starts."""
+        found = self.entry("seconds")
+        return 0.0 if found is None else float(found)
+
+    def entry(self, name: str) -> NDArray[np.float64] | None:
         try:
             with np.load(self.path, allow_pickle=False) as found:
-                known: NDArray[np.float64] = found["array"]
+                known: NDArray[np.float64] = found[name]
                 return known if found["key"].tobytes().decode() == self.key else None
         except (OSError, ValueError, KeyError, EOFError, BadZipFile, zlib.error):
             return None
 
     def write(self, array: NDArray[Any]) -> None:
         self.path.parent.mkdir(exist_ok=True)
+        seconds = self.before_s + time.monotonic() - self.opened
         with whole(self.path) as part, open(part, "wb") as file:
-            np.savez(file, array=array, key=np.frombuffer(self.key.encode(), np.uint8))
+            np.savez(file, array=array, seconds=seconds, key=np.frombuffer(self.key.encode(), np.uint8))
 
 
 def unseen(requests: Iterable[Request], seen: NDArray[np.bool_]) -> Iterator[Request]:

@@ -39,8 +39,10 @@ def predict(
     All models share one pass over the images, in the arithmetic of training, and a frozen trunk that several of them have
     runs once. Logits are restricted to the split's classes, the protocol of ImageNet-A and ImageNet-R; predicted classes
     are the model's. `store` gives trunk features in place of images; `note` labels the progress bar. `partial`
-    keeps what is done at a stop signal (Stopped), and its images are not computed again. The models are left in eval mode.
+    keeps what is done at a stop signal (Stopped), and its images are not computed again; in a command's job every pass is
+    kept. The models are left in eval mode.
     """
+    partial = partial or session.partial(models, res, split)
     models = [session.parts_for_size(parts, res) for parts in models]
     index, columns = session.splits[split], torch.tensor(session.columns[split], device=session.ranks.device)
     for parts in models:
@@ -62,8 +64,12 @@ def predict(
     requests, done = session.requests(every_sample, index, res), None
     if partial and (done := session.ranks.from_main(partial.read)) is not None:
         requests = unseen(requests, done[0, :, 0] > 0)
-    batches = session.batches(index, requests, res, store)
-    found = score_batches(logits, index, batches, session.ranks, len(models), note, partial, done)
+    if done is not None and done[0, :, 0].all():
+        found = [from_rows(torch.from_numpy(part), index) for part in done]
+    else:
+        batches = session.batches(index, requests, res, store)
+        found = score_batches(logits, index, batches, session.ranks, len(models), note, partial, done)
+    session.passed()
     return [predictions.of_classes(session.columns[split]) for predictions in found]
 
 

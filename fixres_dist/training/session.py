@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -25,6 +25,7 @@ from fixres_dist.models.resizing import for_size, largest_batch
 from fixres_dist.runs.rundir import RunDir
 from fixres_dist.training import compiled_code
 from fixres_dist.training.cache.store import Loaded, Store
+from fixres_dist.training.partial import Partial
 from fixres_dist.training.ranks import Ranks
 from fixres_dist.training.stages import batch_per_device
 
@@ -46,6 +47,7 @@ class Session:
     on_skip: backends.OnSkip  # what is done about an image that cannot be decoded, under data.on_bad: skip
     kept: Path | None = None  # file of what was decided for the run (`decided`)
     largest: dict[int, int] = field(default_factory=dict)  # largest_batch at each resolution asked for
+    job: RunDir | None = None  # of a command: in its folder `partial`, passes over images keep what they have found
 
     @property
     def train(self) -> Index:
@@ -87,6 +89,19 @@ class Session:
         """uint8 pictures to normalised fp32 [n, 3, res, res] on this rank's device."""
         images = images.to(self.ranks.device, non_blocking=True)
         return self.spec.normalised(images).contiguous(memory_format=memory_format or self.memory_format)
+
+    def partial(self, models: Sequence[Parts], res: int, split: str, *depends: object) -> Partial | None:
+        """Where a pass of these models over a split keeps what it has found, in a job; None elsewhere."""
+        if not self.job:
+            return None
+        settings, index = self.config.run, self.splits[split]
+        depends = (index.fingerprint, self.columns[split], res, self.resize(res), self.arithmetic.name, *depends)
+        return Partial.of_pass(self.job.partial, settings.save_every_s, models, depends)
+
+    def passed(self) -> None:
+        """Rank 0 of a job: a pass over images is complete."""
+        if self.job and self.ranks.is_main:
+            self.job.update_state(step=self.job.saved_step())
 
     def decided(self, name: str, decide: Callable[[], dict[str, Any]], together: bool = False) -> dict[str, Any]:
         """What rank 0 decides, the same on all ranks; kept with the run, so that its next start does the same.
@@ -225,6 +240,7 @@ def open_session(
     trained: tuple[str, ...] = (),
     kept: Path | None = None,
     mark: Callable[[str], None] = lambda phase: None,
+    job: RunDir | None = None,
 ) -> Session:
     """Index the data and build the model; rank 0 goes first where something is written.
 
@@ -261,4 +277,4 @@ def open_session(
     say = print if ranks.is_main else lambda text: None
     model, spec, arithmetic, layout = open_network(config, classes, ranks.device, load_weights, say)
     mark("model")
-    return Session(config, ranks, model, spec, indexes, classes, columns, arithmetic, layout, on_skip, kept)
+    return Session(config, ranks, model, spec, indexes, classes, columns, arithmetic, layout, on_skip, kept, job=job)

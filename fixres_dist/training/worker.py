@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from safetensors.torch import load_file
@@ -33,6 +34,8 @@ from fixres_dist.training.session import Session, open_session
 from fixres_dist.training.stages import stages
 from fixres_dist.training.throughput import StartUp
 
+# What a start does between the meeting of its ranks and their parting; it raises Stopped once its work is kept.
+Work = Callable[[RunDir, Config, Ranks, contextlib.ExitStack, StartUp], None]
 LOCK_WAIT_S = STALE_S + 30  # a lost node's lock outlives its job for a while on network file systems
 
 
@@ -41,6 +44,11 @@ def train(folder: Path, flag: StopFlag | None = None) -> int:
 
     A stop saves and returns: 0 in a Slurm job, because a requeued job has not failed, otherwise 1.
     """
+    return serve(folder, flag or StopFlag().install(), train_stages)
+
+
+def serve(folder: Path, flag: StopFlag, do: Work) -> int:
+    """As `train`, for any work of a run directory that its ranks `do` together."""
     run = RunDir(folder)
     again = run.again()
     try:
@@ -50,7 +58,7 @@ def train(folder: Path, flag: StopFlag | None = None) -> int:
         raise
     try:
         with determinism(config.run):
-            return work(run, config, flag or StopFlag().install())
+            return work(run, config, flag, do)
     except UserError as error:
         next_command = smaller_batch(again, error.smaller) if isinstance(error, DoesNotFit) else again
         run.fail(str(error), next_command, final=True)
@@ -69,7 +77,7 @@ def train(folder: Path, flag: StopFlag | None = None) -> int:
         raise
 
 
-def work(run: RunDir, config: Config, flag: StopFlag) -> int:
+def work(run: RunDir, config: Config, flag: StopFlag, do: Work) -> int:
     startup, in_slurm = StartUp(), slurm.own_job() is not None
     startup.mark("imports")
     if in_slurm:
@@ -83,7 +91,7 @@ def work(run: RunDir, config: Config, flag: StopFlag) -> int:
             return code
         startup.mark("rendezvous")
         try:
-            train_stages(run, config, ranks, stack, startup)
+            do(run, config, ranks, stack, startup)
         except Stopped as stop:
             if ranks.is_main:
                 step = max(0, run.saved_step())

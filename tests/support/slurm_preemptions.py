@@ -22,14 +22,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from unittest import mock
 
-from support.commands import ROOT
-from support.folders import write_photos
-from support.slurm_service import slurm_here
-
 from fixres_dist.base.json_lines import read_lines
 from fixres_dist.base.signals import StopFlag
 from fixres_dist.cluster import jobs
 from fixres_dist.runs.rundir import RunDir
+from support.commands import ROOT
+from support.folders import write_photos
+from support.slurm_service import slurm_here
 
 MOMENTS = ("imports", "start-up", "features", "evaluation", "statistics", "step", "save", "results", "export")
 HOW: dict[str, tuple[str, ...]] = {
@@ -81,9 +80,8 @@ class SpiedJob:
 
         if stop and stop.moment == "imports":
             disturb()
-        from support.preemptions import Spy
-
         from fixres_dist.training import worker
+        from support.preemptions import Spy
 
         class Writing(Spy):
             def count(self, name: str) -> None:
