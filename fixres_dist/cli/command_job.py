@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -45,4 +46,6 @@ def carry_out(run: RunDir, config: Config, ranks: Ranks, stack: contextlib.ExitS
     args = main.parsed(task.command, task.words)
     args.job = Job(run, ranks)
     args.func(args)
-    ranks.check_stop()
+    ranks.barrier()
+    if ranks.is_main:
+        shutil.rmtree(run.partial, ignore_errors=True)

@@ -80,7 +80,8 @@ class RunDir:
     @property
     def name(self) -> str:
         """As commands find it in the runs directory: the folder's name; of a command's job RUN/jobs/NAME below its run."""
-        below = self.root.parent.name == JOBS and self.task_file.exists()
+        above = self.root.parents[1] if len(self.root.parents) > 1 else self.root
+        below = self.root.parent.name == JOBS and RunDir(above).config_file.exists()
         return "/".join(self.root.parts[-3:]) if below else self.root.name
 
     @property

@@ -65,6 +65,8 @@ def predict(
     if partial and (done := session.ranks.from_main(partial.read)) is not None:
         requests = unseen(requests, done[0, :, 0] > 0)
     if done is not None and done[0, :, 0].all():
+        if session.ranks.is_main:
+            print(f"{note}: all {len(index)} images are done already", flush=True)
         found = [from_rows(torch.from_numpy(part), index) for part in done]
     else:
         batches = session.batches(index, requests, res, store)
