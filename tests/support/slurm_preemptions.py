@@ -23,6 +23,7 @@ from pathlib import Path
 from unittest import mock
 
 from fixres_dist.base.json_lines import read_lines
+
 from fixres_dist.base.signals import StopFlag
 from fixres_dist.cluster import jobs
 from fixres_dist.runs.rundir import RunDir
