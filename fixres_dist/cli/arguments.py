@@ -31,6 +31,11 @@ def add_job(p: argparse.ArgumentParser) -> None:
     p.set_defaults(job=None)  # in a job: evaluation/inputs.py's Job
 
 
+def add_accept_change(p: argparse._ActionsContainer) -> None:
+    text = "go on though pictures or timm are not those of the start before"
+    p.add_argument("--accept-change", action="store_true", help=text)
+
+
 def add_overrides(p: argparse.ArgumentParser, example: str) -> None:
     """Settings after, before and between the options; the empty default tells the parser so (see main)."""
     p.add_argument(

@@ -11,11 +11,11 @@ from typing import get_type_hints
 from fixres_dist.base.errors import EXIT_DONE
 from fixres_dist.base.small_files import read_lines
 from fixres_dist.cli import submission
-from fixres_dist.cli.arguments import add_overrides, add_runs_dir
+from fixres_dist.cli.arguments import add_accept_change, add_overrides, add_runs_dir
 from fixres_dist.cluster import gpus, grid, jobs, status
 from fixres_dist.config import reading, recipes
 from fixres_dist.config.schema import Config
-from fixres_dist.runs import rundir
+from fixres_dist.runs import rundir, starts
 from fixres_dist.runs.rundir import START_LOCK, RunDir
 from fixres_dist.runs.states import UNFINISHED, Event, State
 
@@ -29,6 +29,7 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument("--nodes", metavar="N", help="a number, or MIN-MAX; default: as before")
     p.add_argument("--cluster", choices=KINDS, help="default: as before")
     add_runs_dir(p)
+    add_accept_change(p)
     add_overrides(p, "cluster.exclude=n7")
 
 
@@ -58,6 +59,7 @@ def resume(run: RunDir, args: argparse.Namespace, settings: list[str]) -> int:
     kind = args.cluster or (submitted[-1]["cluster"] if submitted else jobs.default_cluster())
     if submission.needs_no_job(run):
         return EXIT_DONE
+    starts.check(run, config.data, args.accept_change)
     if kind == "local":
         gpus.check(config.cluster.gpus_per_node, f"{run.command('resume')} cluster.gpus_per_node=")
     if kind == "slurm":

@@ -15,7 +15,7 @@ from fixres_dist.config import reading, recipes
 from fixres_dist.config.recipes import Recipe
 from fixres_dist.config.schema import Config
 from fixres_dist.models import sizes
-from fixres_dist.runs import rundir
+from fixres_dist.runs import rundir, snapshots
 from fixres_dist.runs.rundir import START_LOCK, RunDir
 from fixres_dist.training import plan
 from fixres_dist.training.job import TrainJob
@@ -116,7 +116,7 @@ def renew_old_snapshot(run: RunDir) -> None:
         print(
             f"{run.code} is of an earlier version, which cannot be resumed by this one: the installed code replaces it"
         )
-        rundir.snapshot_code(run)
+        snapshots.keep(run.code)
 
 
 def write_demo(config: Config) -> None:

@@ -13,13 +13,13 @@ from fixres_dist.base.errors import EXIT_DONE, UserError, only_prints
 from fixres_dist.base.secrets import redacted
 from fixres_dist.base.text import table
 from fixres_dist.cli import submission
-from fixres_dist.cli.arguments import add_overrides, add_profile, add_runs_dir
+from fixres_dist.cli.arguments import add_accept_change, add_overrides, add_profile, add_runs_dir
 from fixres_dist.cluster import grid, jobs
 from fixres_dist.cluster.gpus import check as check_gpus
 from fixres_dist.cluster.gpus import visible
 from fixres_dist.config import reading, recipes
 from fixres_dist.config.schema import Config
-from fixres_dist.runs import rundir
+from fixres_dist.runs import rundir, starts
 from fixres_dist.runs.rundir import START_LOCK
 from fixres_dist.runs.states import Event, State
 from fixres_dist.training import plan
@@ -54,6 +54,7 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     where.add_argument("--cluster", choices=("slurm", "local", "inline"), help=text)
     where.add_argument("--name", help="of the run directory; default: MODEL-RES")
     add_runs_dir(where)
+    add_accept_change(where)
     several = p.add_argument_group("several runs, as one job array")
     text = "a run for each value; repeatable"
     several.add_argument("--grid", action="append", default=[], metavar="KEY=V1,V2", help=text)
@@ -81,8 +82,11 @@ def run(args: argparse.Namespace) -> int:
     if args.dry_run:
         return only_prints(lambda: dry_run(targets, args.at_once))
     every = [target.run for target in targets]
+    for target in targets:
+        rundir.mend_config(target.run, target.config)
     targets = [target for target in targets if not submission.needs_no_job(target.run)]
     for target in targets:
+        starts.check(target.run, target.config.data, args.accept_change)
         submission.check_model(target.config, target.recipe)
     if kind == "slurm" and not args.prepare:
         for group in same_job(targets):
@@ -122,7 +126,6 @@ def start(targets: list[Target], kind: str, args: argparse.Namespace) -> int:
             ) in targets:  # of two submissions of one run, the second waits here, then finds the first one's job
                 target.run.root.mkdir(parents=True, exist_ok=True)
                 stack.enter_context(target.run.lock(".submit.lock", wait_s=60))
-                rundir.mend_config(target.run, target.config)
             targets = [target for target in targets if not submission.needs_no_job(target.run)]
             if not targets:
                 return EXIT_DONE

@@ -157,7 +157,13 @@ def readable(index: Index, sample: int, decoded: bool) -> NDArray[np.uint8]:
             raise Undecodable(error.strerror or str(error)) from None
         header = headers.header(data.data)
         as_indexed = header is not None and [header.height, header.width] == index.sizes[sample].tolist()
-        if header and header.plain and as_indexed and not headers.stray_marker(data):
+        if (
+            header
+            and header.plain
+            and as_indexed
+            and not headers.stray_marker(data)
+            and not headers.changed(index, sample, data)
+        ):
             return data
     pixels = load(index, sample).permute(1, 2, 0).contiguous().numpy()
     start = b"P6 %d %d 255\n" % (pixels.shape[1], pixels.shape[0])

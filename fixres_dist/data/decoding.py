@@ -48,9 +48,12 @@ def load(index: Index, sample: int) -> torch.Tensor:
     if not height:
         raise Undecodable("its header could not be read when it was indexed")
     try:
-        return decode(index.read(sample), (height, width))
+        image = decode(data := index.read(sample), (height, width))
     except OSError as error:
         raise Undecodable(error.strerror or str(error)) from None
+    if headers.changed(index, sample, data):
+        raise Undecodable("it is another picture than the one that was indexed")
+    return image
 
 
 def decode(data: NDArray[np.uint8], size: tuple[int, int]) -> torch.Tensor:

@@ -21,7 +21,7 @@ from fixres_dist.base.storage import patiently
 from fixres_dist.data.index import Index
 from fixres_dist.data.progress import Progress
 
-PROBES = 64  # files that are read to recognise a cached index
+PROBES = 512  # files that are read to recognise a cached index
 HEADER_BYTES = 16384  # nearly every JPEG has its frame header in them; for the others PIL reads on
 
 FRAMES = {0xC0, 0xC1, 0xC2}  # baseline, extended, progressive: all decoders here read them
@@ -117,6 +117,12 @@ def same_first_bytes(index: Index, samples: NDArray[np.int64]) -> bool:
     """Whether some of `samples`, spread evenly, begin with the bytes that they had when they were indexed."""
     some = samples[np.unique(np.linspace(0, len(samples) - 1, min(len(samples), PROBES)).astype(int))]
     return np.array_equal(read_headers(index, some)[0].marks[some], index.marks[some])
+
+
+def changed(index: Index, sample: int, data: NDArray[np.uint8]) -> bool:
+    """Whether a sample's bytes are not those of the file that was indexed, as far as its length and first bytes tell."""
+    mark = int(index.marks[sample])
+    return bool(mark) and zlib.crc32(data[:HEADER_BYTES].data, len(data) & 0xFFFFFFFF) != mark
 
 
 def look(index: Index, sample: int) -> Seen:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -18,9 +17,9 @@ from typing import Any
 
 from fixres_dist.base import locks
 from fixres_dist.base.commands import command, shell
-from fixres_dist.base.environment import environment, shipped
+from fixres_dist.base.environment import environment
 from fixres_dist.base.errors import StorageError, UserError
-from fixres_dist.base.files import create, whole, write_text
+from fixres_dist.base.files import create, write_text
 from fixres_dist.base.secrets import REDACTED, redacted, without_secrets
 from fixres_dist.base.small_files import (
     Damaged,
@@ -34,6 +33,7 @@ from fixres_dist.base.small_files import (
 )
 from fixres_dist.config import reading
 from fixres_dist.config.schema import Config
+from fixres_dist.runs import rebuilding, snapshots
 from fixres_dist.runs.states import Event, RunState, State
 from fixres_dist.runs.task import Task
 
@@ -73,6 +73,7 @@ class RunDir:
     pretrained = File("pretrained.safetensors")  # the whole model after stage one, once that is complete
     progress = File("progress")  # empty; its time of change is that of the last batch
     results = File("results.json")
+    start_file = File("start.json")  # what the newest start was made of (starts.py)
     state_file = File("state.json")
     submission = File("submission.sh")
     task_file = File("job.json")  # of a command that runs as a job: `task`
@@ -155,31 +156,9 @@ class RunDir:
             why = getattr(error, "why", str(error))
         reason = f"{self.state_file} cannot be read ({why}): taken from the other files"
         try:
-            return self.rebuilt_state(reason)
+            return rebuilding.state(self, reason)
         except (UserError, StorageError) as error:
             return RunState(state=State.FAILED, reason=f"{reason}, and {error}")
-
-    def rebuilt_state(self, reason: str) -> RunState:
-        """Of a run without its state.json; raises Damaged and StorageError where those cannot be read either."""
-        events, restarts = read_lines(self.events, event=str), dict(RunState().restarts)
-        for line in events:
-            if line["event"] == Event.LOST or (line["event"] == Event.REQUEUED and isinstance(line.get("reason"), str)):
-                counted = line["reason"] if line["event"] == Event.REQUEUED else "failure"
-                restarts[counted] = restarts.get(counted, 0) + 1
-        seen = (
-            (State.DONE, self.done.exists()),
-            (State.FAILED, self.failed.exists()),
-            (State.RUNNING, self.is_locked()),
-            (State.REQUEUED, bool(events) and events[-1]["event"] == Event.REQUEUED),
-        )
-        state = next((state for state, true in seen if true), State.CANCELLED if events else State.PENDING)
-        jobs = [
-            line["job_id"] for line in events if line["event"] == Event.STARTED and isinstance(line.get("job_id"), str)
-        ]
-        steps = [max(0, self.saved_step()), *(line["step"] for line in read_lines(self.metrics, step=int))]
-        step, total = (max(steps), max(steps)) if state == State.DONE else (steps[0], None)
-        job = jobs[-1] if jobs else None
-        return RunState(state=state, step=step, total_steps=total, reason=reason, job_id=job, restarts=restarts)
 
     def skipped(self) -> int:
         """Images that this run, over all its starts and ranks, could not decode."""
@@ -189,8 +168,7 @@ class RunDir:
     def update_state(self, event: Event | None = None, **changes: Any) -> bool:
         """Write `changes` of RunState's fields and what follows from `event`; False where the event changes nothing."""
         state = self.state()
-        after = state.after(event) if event else state
-        if after:
+        if after := state.after(event) if event else state:
             if self.state_file.is_dir():
                 put_aside(self.state_file)
             write_json(self.state_file, without_secrets(asdict(replace(after, updated=time.time(), **changes))))
@@ -273,7 +251,7 @@ def write(root: Path, config: Config, typed: str) -> RunDir:
     if not run.done.exists():
         write_text(root / "command.txt", redacted(typed, config.cluster.env) + "\n")
         write_json(root / "environment.json", environment())
-        snapshot_code(run)
+        snapshots.keep(run.code)
     return run
 
 
@@ -308,21 +286,20 @@ def recorded(run: RunDir) -> dict[str, Any] | None:
         return reading.identity(run.config())
     except Damaged:
         for file in sorted(run.checkpoints.glob("step_*/meta.json"), reverse=True):
-            with contextlib.suppress(OSError, UserError, StorageError):
+            with contextlib.suppress(OSError, UserError, StorageError, KeyError):
                 kept = read_json(file, dict[str, dict[str, Any]], "")["fingerprint"]
                 return reading.identity(reading.parse(Config, kept.get("configuration", {})))
     return None
 
 
 def mend_config(run: RunDir, config: Config) -> None:
-    """Write config.yaml again where it is damaged: a finished run is to be evaluated and exported."""
-    try:
-        run.config()
-    except Damaged as error:
-        print(f"{error.why}: {run.config_file} is written again from this command")
-        write_text(run.config_file, reading.dump(config))
-    except UserError:  # a new directory
-        return
+    """Write config.yaml again where it is damaged."""
+    with contextlib.suppress(UserError):  # a new directory
+        try:
+            run.config()
+        except Damaged as error:
+            print(f"{error.why}: {run.config_file} is written again from this command")
+            write_config(run, config)
 
 
 def check_name(root: Path) -> None:
@@ -344,18 +321,3 @@ def check_name(root: Path) -> None:
             f"run directory {path!r}: Slurm reads % and backslash in the paths of logs as signs of its own. "
             "Accepted: a path of printable characters without them. Next: another --name or --runs-dir"
         )
-
-
-def snapshot_code(run: RunDir) -> None:
-    """Copy the package and the recipes that are running now to code/, whole or not at all.
-
-    A checkout has configs/ beside the package, an installed package has it inside.
-    """
-    package, configs = Path(__file__).resolve().parents[1], shipped("configs")
-    if package.parent == run.code.resolve():
-        return
-    ignore = shutil.ignore_patterns("__pycache__", "*.pyc")
-    with whole(run.code) as part:
-        shutil.copytree(package, part / "fixres_dist", ignore=ignore)
-        if not configs.is_relative_to(package):
-            shutil.copytree(configs, part / "configs", ignore=ignore)

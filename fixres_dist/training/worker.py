@@ -23,7 +23,7 @@ from fixres_dist.config.schema import Config
 from fixres_dist.data import backends
 from fixres_dist.models import weights
 from fixres_dist.models.precision import determinism
-from fixres_dist.runs import checkpoint
+from fixres_dist.runs import checkpoint, starts
 from fixres_dist.runs.rundir import Locked, RunDir
 from fixres_dist.training import plan, samples
 from fixres_dist.training.auto_batch import DoesNotFit
@@ -174,6 +174,7 @@ def claim(run: RunDir, ranks: Ranks, stack: contextlib.ExitStack) -> int | None:
 
 def begin(run: RunDir, session: Session, total_steps: int) -> None:
     """Rank 0, before the first stage: the class names, the number of steps, and no sample lines beyond the checkpoint."""
+    starts.begin(run, {split: index.contents for split, index in session.splits.items()})
     names = dict(enumerate(session.classes))
     write_json(run.root / "class_index.json", names)
     config = session.config

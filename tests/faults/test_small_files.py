@@ -3,8 +3,6 @@ damaged number for a right one. FIXRES_FUZZ=N tries N damages instead of the few
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
 import os
 import random
@@ -14,11 +12,10 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
-from support.folders import write_photos
+from support.in_process import SETTINGS, called
 
 from fixres_dist.base.errors import EXIT_DONE, EXIT_FAILED, EXIT_USER
 from fixres_dist.base.small_files import Damaged, append, lines_of, read_json, read_lines, read_text, write_json
-from fixres_dist.cli.main import main
 from fixres_dist.runs.results import Results
 from fixres_dist.runs.rundir import RunDir
 from fixres_dist.runs.states import RunState, State
@@ -29,43 +26,6 @@ FILES = (
     *("results.json", "environment.json", "command.txt", "skipped/rank_0.jsonl", "samples/rank_0.jsonl"),
     *("evaluations/val-72.json", "FAILED", "submission.sh"),
 )
-SETTINGS = (
-    *("--model", "test_efficientnet", "--res", "64", "--weights", "none", "--cluster", "inline", "--name", "r"),
-    *("tune.global_batch=4", "tune.epochs=2", "run.log_every=1", "run.save_every_s=0", "run.record_samples=true"),
-    *("data.workers=0", "run.precision=fp32", "run.memory_format=auto", "run.engine=stream", "data.on_bad=skip"),
-)
-
-
-def called(*words: object) -> tuple[int, str]:
-    """(exit code, all that was printed) of a command in this process; a traceback is the exception itself."""
-    said = io.StringIO()
-    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
-        try:
-            code = main(list(map(str, words)))
-        except SystemExit as leaving:
-            code = int(leaving.code or 0)
-    return code, said.getvalue()
-
-
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """runs/r, finished, and half/r, the same one killed after its first checkpoint."""
-    root = tmp_path_factory.mktemp("small")
-    data = write_photos(root / "data", 4, 2, ("ash", "birch"))
-    assert called("submit", "--data", data, "--runs-dir", root / "runs", *SETTINGS)[0] == EXIT_DONE
-    run, half = RunDir(root / "runs" / "r"), RunDir(root / "half" / "r")
-    (run.root / "skipped").mkdir()
-    append(run.root / "skipped" / "rank_0.jsonl", {"name": "val/ash/900.jpg", "reason": "not an image"})
-    assert called("evaluate", "--run", run.root, "--res", "72")[0] == EXIT_DONE
-    shutil.copytree(run.root, half.root, symlinks=True)
-    for path in (half.done, half.results, half.root / "export", half.root / "evaluations"):
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
-    newest = max(half.checkpoints.glob("step_*"))
-    shutil.rmtree(newest)
-    half.failed.write_text("a rank broke\nNext: again\n")
-    state = json.loads(half.state_file.read_text())
-    half.state_file.write_text(json.dumps({**state, "state": "running", "step": half.saved_step()}))
-    return root
 
 
 def a_byte(data: bytes, rng: random.Random) -> bytes:
