@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from collections.abc import Sequence
@@ -10,7 +11,7 @@ from typing import Any
 from fixres_dist.base.errors import EXIT_DONE, UserError
 from fixres_dist.base.files import owner, write_text
 from fixres_dist.cli.command_job import CommandJob
-from fixres_dist.cluster import jobs, local, slurm
+from fixres_dist.cluster import jobs, local, notify, slurm
 from fixres_dist.config import reading, recipes
 from fixres_dist.config.recipes import Recipe
 from fixres_dist.config.schema import Config
@@ -155,7 +156,8 @@ def start_here(run: RunDir, config: Config, kind: str) -> int:
     write_demo(config)
     write_text(run.submission, jobs.sbatch_text(config, run), private=reading.has_secrets(config))
     # These ranks are the command's own: not those of the job, srun or torchrun in which it was typed.
-    with jobs.clean_environment():
+    with jobs.clean_environment(), contextlib.ExitStack() as stack:
+        stack.callback(lambda: notify.tell(run, log=local.log_of_main(run) if kind == "local" else None))
         if kind == "inline":
             return job_of(run)(str(run.root.resolve()))()  # messages that it keeps hold in any folder
         smaller = max(1, max(batch_per_device(config, res) for res in config.resolutions()) // 2)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 
 from fixres_dist.base import log_times
+from fixres_dist.cluster import notify, slurm
+from fixres_dist.runs.rundir import RunDir
 
 EXAMPLES = ("--run runs/b0-320",)
 
@@ -17,6 +20,10 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     log_times.note()  # what the start before has left
-    from fixres_dist.training import worker
+    from fixres_dist.training import ranks, worker
 
-    return worker.train(args.run)
+    try:
+        return worker.train(args.run)
+    finally:
+        if slurm.own_job() is None and ranks.launched(os.environ).rank == 0:  # else the batch script does it
+            notify.tell(RunDir(args.run))

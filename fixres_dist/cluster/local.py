@@ -79,6 +79,12 @@ def run_local(run: RunDir, processes: int, job: Job, smaller: int = 1) -> int:
     return max(codes)
 
 
+def log_of_main(run: RunDir) -> Path:
+    """Rank 0's log in the run's last local start."""
+    job = (run.state().job_id or "").removeprefix("local-")
+    return run.root / "submitit" / job / f"{job}_0_log.out"
+
+
 def exit_code(task: submitit.Job[int]) -> int:
     try:
         return int(task.result())

@@ -8,6 +8,7 @@ fraction of a second.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
@@ -17,7 +18,7 @@ from pathlib import Path
 from fixres_dist.base.errors import UserError
 from fixres_dist.base.files import create, write_text
 from fixres_dist.base.small_files import read_lines, read_note
-from fixres_dist.cluster import reasons, slurm
+from fixres_dist.cluster import notify, reasons, slurm
 from fixres_dist.runs.rundir import RunDir
 from fixres_dist.runs.states import WORKING, Event, State
 
@@ -110,6 +111,10 @@ def write_requeued(run: RunDir, counted_as: str, what: str, details: Mapping[str
     restarts = run.state().restarts_with(counted_as)
     run.update_state(Event.REQUEUED, reason=f"{counted_as}: {what}", eta_s=None, restarts=restarts, **changes)
     run.event(Event.REQUEUED, reason=counted_as, **details)
+    with contextlib.suppress(UserError):
+        notify.tell(
+            run, min(notify.LIMIT_S, run.config().cluster.signal_delay_s / 10)
+        )  # of the time to a stop's deadline
 
 
 def ended(run: RunDir, code: int) -> None:
@@ -172,5 +177,12 @@ def failed(run: RunDir, job: str, code: int, max_restarts: int) -> None:
     run.fail(why, f"{run.command('logs')}, mend it, then {run.command('resume', *again)}")
 
 
+def main(run: RunDir, code: int) -> None:
+    """The last line of the batch script."""
+    ended(run, code)
+    if slurm.own_job() == run.state().job_id:  # else a duplicate, and the run is not its to tell of
+        notify.tell(run)
+
+
 if __name__ == "__main__":
-    ended(RunDir(Path(sys.argv[1])), int(sys.argv[2]))
+    main(RunDir(Path(sys.argv[1])), int(sys.argv[2]))

@@ -187,6 +187,8 @@ def dump(config: Config, public: bool = False) -> str:
         hidden = {name: REDACTED for name, value in cluster["env"].items() if value and is_secret(name)}
         values = without_secrets(values, cluster["env"])
         values["cluster"]["env"] |= hidden
+        if cluster["on_change"]:  # the address that it calls is often a secret
+            values["cluster"]["on_change"] = REDACTED
     return str(yaml.safe_dump(values, sort_keys=False, width=120))
 
 

@@ -180,6 +180,8 @@ class Cluster:
     srun_args: tuple[str, ...] = ()  # e.g. --container-image=..., --container-mounts=...
     # Any other option of sbatch by its long name, e.g. {reservation: maint, gres: "gpu:h100:8"}; true: a flag; none: not given
     sbatch: Mapping[str, str] = field(default_factory=dict)
+    # A shell command that runs when the run is done, has failed or is requeued (slurm/README.md has its variables)
+    on_change: str = ""
 
     def __post_init__(self) -> None:
         self.node_range()
@@ -190,6 +192,8 @@ class Cluster:
         shell_values.variables("cluster.env", self.env)
         for name in ("setup", "srun_args"):
             shell_values.no_stand_in(f"cluster.{name}", getattr(self, name))
+        shell_values.no_stand_in("cluster.on_change", [self.on_change])
+        shell_values.one_line("cluster.on_change", self.on_change.replace("\n", "").replace("\t", ""))
         for name in ("env", "sbatch"):
             shell_values.no_stand_in(f"cluster.{name}", getattr(self, name).values())
         object.__setattr__(self, "sbatch", shell_values.sbatch_options("cluster.sbatch", self.sbatch))
