@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from fixres_dist.base.errors import UserError
 from fixres_dist.data import label_lists
 from fixres_dist.data.headers import read_headers, same_first_bytes
-from fixres_dist.data.index import CachedIndex, Index, read_cached, write_cached
+from fixres_dist.data.index import CachedIndex, Index, may_tell, read_cached, write_cached
 from fixres_dist.data.layout import Place, class_folders, hidden, is_image, kind
 from fixres_dist.data.progress import Progress
 
@@ -135,7 +135,8 @@ def load(place: Place, file: Path, progress: Progress | None = None, fresh: bool
     place does not change its directory. Unreadable headers have size 0, 0. Raises UserError for a folder that cannot be
     listed, and for a list of labels that does not fit.
     """
-    folder, cached = place.folder, None if fresh else read_cached(file)
+    folder = place.folder
+    cached = read_cached(file) if not fresh and may_tell(file, folder) else None
     crc = zlib.crc32(place.labels.read_bytes()) if place.labels and place.labels.is_file() else 0
     known = unchanged(folder, cached) if cached and cached.labels == crc else {}
     if cached and not looks_the_same(folder, cached, known):

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fixres_dist.base import owners
 from fixres_dist.base.files import whole
 from fixres_dist.base.storage import fill, patiently
 
@@ -144,8 +145,22 @@ class CachedIndex:
 
 
 def cache_file(folder: Path, cache: Path) -> Path:
-    """Where the index of the split at `folder` (a name, where tar files of several lie together) is cached below `cache`."""
-    return cache / "index" / f"{hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:24]}.npz"
+    """Where the index of the split at `folder` (a name, where tar files of several lie together) is cached below `cache`.
+
+    A file that another user can have written is left alone: this user has one of his own beside it.
+    """
+    file = cache / "index" / f"{hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:24]}.npz"
+    return file if not file.exists() or may_tell(file, folder) else owners.of_this_user(file)
+
+
+def may_tell(file: Path, folder: Path) -> bool:
+    """Whether the index in `file` is believed about the images in `folder`, whose own owner may write what he likes; if not,
+    says so."""
+    there = folder if folder.exists() else folder.parent
+    if known := not file.exists() or owners.believed(file, owners.owner_of(there)):
+        return known
+    print(f"{file} can have been written by others than this user: it is not read", file=sys.stderr, flush=True)
+    return False
 
 
 def read_cached(file: Path) -> CachedIndex | None:
@@ -188,6 +203,7 @@ def write_cached(cached: CachedIndex, file: Path) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
         with whole(file) as part, open(part, "wb") as out:
             np.savez(out, **arrays)
+        owners.close_to_others(file)
     except OSError as error:
         print(
             f"the index of {index.folder} is not kept, and the next start reads the headers again: {file.parent}: "

@@ -22,7 +22,7 @@ from fixres_dist.base.files import sweep, whole, write_text
 from fixres_dist.data import order
 from fixres_dist.data.folders import modified_ns
 from fixres_dist.data.headers import read_headers, same_first_bytes
-from fixres_dist.data.index import CachedIndex, Index, open_shard, read_cached, write_cached
+from fixres_dist.data.index import CachedIndex, Index, may_tell, open_shard, read_cached, write_cached
 from fixres_dist.data.layout import CLASSES, Place, class_names, hidden, is_image
 from fixres_dist.data.progress import Progress
 
@@ -99,7 +99,7 @@ def load(place: Place, file: Path, progress: Progress | None = None, fresh: bool
     written = max(modified_ns(path) or 0 for path in (*tars, folder / CLASSES))
     open_shard.cache_clear()  # a shard may have been replaced by another file
     for candidate in () if fresh else (file, folder / INDEX):
-        cached = read_cached(candidate)
+        cached = read_cached(candidate) if may_tell(candidate, folder) else None
         if cached and cached.shards == sizes and (modified_ns(candidate) or 0) >= written:
             index = replace(cached.index, folder=folder)
             if same_first_bytes(index, np.arange(len(index))):

@@ -14,6 +14,7 @@ import stat
 import tempfile
 from pathlib import Path
 
+from fixres_dist.base import owners
 from fixres_dist.base.environment import cache_folder, writable
 from fixres_dist.base.files import whole
 
@@ -37,7 +38,7 @@ def use_node_folder(cache: str = "") -> None:
         if not (folder / SEEDED).exists():
             if kept.is_dir():
                 if private(kept):
-                    copy_new(kept, folder, durable=False)
+                    copy_new(kept, folder, durable=False, own=True)
                 else:
                     print(f"{kept} is not read, because others can write there. Next: chmod -R go-w {kept}", flush=True)
             (folder / SEEDED).touch()
@@ -79,12 +80,15 @@ def keep(cache: str = "") -> None:
             copy_new(folder, kept, durable=True)
 
 
-def copy_new(source: Path, target: Path, durable: bool) -> None:
+def copy_new(source: Path, target: Path, durable: bool, own: bool = False) -> None:
     """Copy the files that `target` lacks, each whole or not at all. Their names are digests of what they hold.
 
     `durable`: as base/files.py's `whole`; the node's own folder does not outlive a loss of power.
     """
-    for folder, _, files in os.walk(source):
+    for folder, folders, files in os.walk(source):
+        if own:  # what this user, and nobody else, can have written
+            folders[:] = [name for name in folders if private(Path(folder, name))]
+            files = [name for name in files if owners.believed(Path(folder, name))]
         there = target / os.path.relpath(folder, source)
         for name in files:
             if name.startswith(".") or name.endswith((".lock", ".tmp")) or (there / name).exists():

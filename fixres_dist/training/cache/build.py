@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,7 @@ from fixres_dist.models.fast_trunk import FastTrunk
 from fixres_dist.models.weights import state_digest
 from fixres_dist.runs.rundir import Locked, RunDir
 from fixres_dist.training.cache import rule
-from fixres_dist.training.cache.store import Span, Store, begin_writing, open_store
+from fixres_dist.training.cache.store import Span, Store, begin_writing, open_store, own_folder
 from fixres_dist.training.session import Session, one_ahead, to_host
 from fixres_dist.training.stage_session import StageSession
 
@@ -68,12 +69,14 @@ def open_stores(work: StageSession, check: bool) -> StageSession:
     for split, index in session.splits.items():
         views = rule.VIEWS[stage.transform] if split == "train" else 1
         keys[split] = ranks.from_main(partial(cache_key, work, index, views))
-        stores[split] = open_store(folder, keys[split], len(index), views, example)
+        store = open_store(folder, keys[split], len(index), views, example)
+        stores[split] = replace(store, folder=Path(ranks.from_main(partial(own_path, store.folder))))
 
     def decide() -> dict[str, Any]:
         pictures = sum(store.views * (b - a) for store in stores.values() for a, b in store.missing())
         size = sum(store.missing_bytes() for store in stores.values())
-        need = rule.Need(pictures, size, rule.free_bytes(folder), folder)
+        free = min(rule.free_bytes(store.folder) for store in stores.values() if store.missing() or not size)
+        need = rule.Need(pictures, size, free, folder)
         streamed = rule.streamed_pictures(stage, len(session.val), rule.evaluations(session.config))
         engine, why = rule.choose(setting, stage, streamed, need)
         return {"engine": engine, "why": why}
@@ -81,7 +84,7 @@ def open_stores(work: StageSession, check: bool) -> StageSession:
     engine = session.decided(f"engine of {stage.name} (run.engine={setting})", decide).get("engine")
     if engine not in ("cached", "stream"):
         raise unknown("engine", engine, ("cached", "stream"), "Next: remove the run's choices.json.")
-    if engine == "stream":
+    if engine == "stream" or (setting != "cached" and ranks.from_main(partial(shut, list(stores.values())))):
         return work
     for split, store in stores.items():
         check_shared(session, store)
@@ -91,6 +94,22 @@ def open_stores(work: StageSession, check: bool) -> StageSession:
         if ranks.from_main(store.missing):
             write_missing(work, trunk, store, keys[split], session.splits[split])
     return replace(work, stores=stores)
+
+
+def own_path(folder: Path) -> str:
+    return str(own_folder(folder))
+
+
+def shut(stores: list[Store]) -> bool:
+    """Whether features are missing that nobody can write any more, though they were decided on; says so."""
+    for store in stores:
+        if store.missing() and not writable(store.folder):
+            print(
+                f"{store.folder} cannot be written to, and features are missing: pictures are streamed instead",
+                flush=True,
+            )
+            return True
+    return False
 
 
 def check_shared(session: Session, store: Store) -> None:

@@ -7,9 +7,11 @@ writing goes on where it was interrupted, by any number of ranks; any number of 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
+import re
 import zlib
 from bisect import bisect_right
 from collections import deque
@@ -26,7 +28,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fixres_dist.base import watchdog
+from fixres_dist.base import owners, watchdog
+from fixres_dist.base.errors import UserError
 from fixres_dist.base.files import sweep, whole
 from fixres_dist.base.small_files import write_json
 from fixres_dist.data import decoding
@@ -34,6 +37,7 @@ from fixres_dist.data.decoding import Bad
 from fixres_dist.data.index import Index
 from fixres_dist.data.requests import Request
 
+SEGMENT = re.compile(r"(\d{10})-(\d{10})\.rows")
 READERS, AHEAD = 4, 8  # threads, and batches that they are ahead of the loop: a read waits without Python's lock
 Span = tuple[int, int]  # samples first .. stop - 1
 
@@ -71,17 +75,21 @@ class Store:
         """The complete segments, in order; one whose length is wrong is removed, with a word about it."""
         found = []
         for path in sorted(self.folder.glob("*.rows")):
-            first, _, stop = path.stem.partition("-")
-            span = (int(first), int(stop))
-            if path.stat().st_size == (span[1] - span[0]) * self.sample_bytes + 4:
-                found.append(span)
-            else:
+            if not (name := SEGMENT.fullmatch(path.name)):
+                continue
+            span = (int(name[1]), int(name[2]))
+            if not owners.believed(path):
+                self.reject(span, "others than this user can have written it")
+            elif path.stat().st_size != (span[1] - span[0]) * self.sample_bytes + 4:
                 self.reject(span, "its length is wrong")
+            else:
+                found.append(span)
         return found
 
     def reject(self, span: Span, why: str) -> None:
         print(f"{self.path(span)}: {why}; it is written again", flush=True)
-        self.path(span).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # where nobody can write, nothing is read from it all the same
+            self.path(span).unlink(missing_ok=True)
 
     def path(self, span: Span) -> Path:
         return self.folder / f"{span[0]:010d}-{span[1]:010d}.rows"
@@ -125,7 +133,7 @@ class Store:
         all of `span` together; a sample that is left out is marked."""
         decoded, at, crc = np.zeros(span[1] - span[0], np.uint8), span[0], 0
         empty = bytes(self.sample_bytes - 1)
-        with whole(self.path(span)) as part, open(part, "wb") as file:
+        with whole(self.path(span), mode=0o644) as part, open(part, "wb") as file:
 
             def put(data: bytes | memoryview) -> None:
                 nonlocal crc
@@ -222,8 +230,21 @@ def open_store(root: Path, spec: dict[str, Any], samples: int, views: int, examp
     return Store(root / key, samples, views, shapes, example[0].dtype)
 
 
+def own_folder(folder: Path) -> Path:
+    """`folder`, or one of this user beside it where another user has, or can have, written features there; says so. Raises
+    UserError where that one is another user's too."""
+    for place in (folder, owners.of_this_user(folder)):
+        if place.exists() and owners.ours(owners.owner_of(place), place.parent):
+            owners.close_to_others(place)
+        if not place.exists() or owners.believed(place):
+            return place
+        print(f"{place} can have been written by others than this user: its features are not read", flush=True)
+    raise UserError(f"{place} is another user's. Accepted: run.feature_cache=DIR, a folder of this user.")
+
+
 def begin_writing(found: Store, spec: dict[str, Any]) -> None:
     """Before writing, by the one run that may: say in words what the key stands for; what a killed writer left goes."""
     found.folder.mkdir(parents=True, exist_ok=True)
+    owners.close_to_others(found.folder)
     write_json(found.folder / "spec.json", spec)
     sweep(found.folder, age_s=0)
