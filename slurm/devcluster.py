@@ -2,7 +2,8 @@
 """A real Slurm on one machine: to try the service with its preemptions on a laptop, and for the tests.
 
     eval "$(python slurm/devcluster.py up)"      # 4 nodes with 8 pretended GPUs each; as root or as an ordinary user
-    sbatch -p high ...                           # `high` preempts `low` (the default partition) by requeue
+    sbatch -p high ...                           # `high` preempts: `low` (the default) by requeue, `cancel`, `suspend`
+    sbatch -p short ...; sbatch --qos=small ...  # limits: `short` 30 min; QOS `small` 10 min and one job, `shared` one node
     python slurm/devcluster.py status            # also: kill-node n2, revive-node n2
     python slurm/devcluster.py down              # no process and no directory is left
 
@@ -17,8 +18,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import os
-import pwd
-import random
 import re
 import secrets
 import shutil
@@ -26,92 +25,16 @@ import signal
 import socket
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import devaccounting
+from devmachine import DevClusterError, free_ports, has_accounting, program, require_packages, user_name, wait_until
+
+TEMPLATE = Path(__file__).with_name("devcluster.conf")
 PREFIX = "fixresdev"  # begins every ClusterName of ours
 NODE_SIZE = "CPUs=16 RealMemory=1000000 Gres=gpu:8"
-# An ordinary user of Debian has no sbin in PATH, yet may run the daemons.
-SEARCH_PATH = os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/local/sbin", "/usr/sbin", "/sbin"])
-PACKAGE_OF = {"munged": "munge", "slurmctld": "slurmctld", "slurmd": "slurmd", "srun": "slurm-client"}
-
-SLURM_CONF = """\
-ClusterName={name}
-SlurmctldHost={host}(127.0.0.1)
-SlurmctldPort={port}
-SlurmUser={user}
-SlurmdUser={user}
-# A requeued job is held for cred_expire + 1 s: by default 121 s, and values below 5 are ignored.
-AuthInfo=socket={dir}/munge.sock,cred_expire=5
-StateSaveLocation={dir}/state
-SlurmdSpoolDir={dir}/%n
-SlurmctldPidFile={dir}/slurmctld.pid
-SlurmdPidFile={dir}/%n.pid
-SlurmctldLogFile={dir}/slurmctld.log
-SlurmdLogFile={dir}/%n.log
-# Needs no cgroup, hence no root.
-ProctrackType=proctrack/linuxproc
-SelectType=select/cons_tres
-SelectTypeParameters=CR_CPU
-GresTypes=gpu
-PreemptType=preempt/partition_prio
-PreemptMode=REQUEUE
-{user_signal}
-SchedulerParameters=sched_min_interval=200000,bf_interval=1,batch_sched_delay=0
-KillWait=2
-SlurmdTimeout=10
-ReturnToService=2
-# Nodes may be larger than the machine, so a memory request made for a real GPU node fits.
-SlurmdParameters=config_overrides
-MailProg=/bin/true
-{nodes}
-PartitionName=low Nodes=ALL Default=YES PriorityTier=1 GraceTime={grace_s}
-PartitionName=high Nodes=ALL PriorityTier=10 PreemptMode=OFF
-"""
-
-
-class DevClusterError(RuntimeError):
-    """Its message names the value, what is accepted and the next command."""
-
-
-def missing_packages() -> list[str]:
-    """Debian packages whose programs are missing; empty if a cluster can be started."""
-    return [package for program, package in PACKAGE_OF.items() if not shutil.which(program, path=SEARCH_PATH)]
-
-
-def require_packages(install: bool = False) -> None:
-    """Raises DevClusterError where programs are missing; `install` installs them first, which needs root."""
-    if not (packages := missing_packages()):
-        return
-    command = f"apt-get update -q && apt-get install -q -y --no-install-recommends {' '.join(packages)}"
-    if not (install and os.geteuid() == 0 and shutil.which("apt-get")):
-        raise DevClusterError(f"missing: {', '.join(packages)}. Next, as root: {command}  (`up --install` does it)")
-    print(f"devcluster: {command}", file=sys.stderr)
-    environment = os.environ | {"DEBIAN_FRONTEND": "noninteractive"}
-    subprocess.run(command, shell=True, env=environment, stdout=sys.stderr, check=True)
-
-
-def free_ports(count: int) -> list[int]:
-    """Ports below 20000: no outgoing connection takes one of them, so a killed node can come back on its own port."""
-    ports: set[int] = set()
-    while len(ports) < count:
-        # Not the global generator: two test processes with one seed would pick the same ports.
-        port = random.SystemRandom().randrange(10_000, 20_000)
-        with socket.socket() as probe, suppress(OSError):
-            probe.bind(("", port))
-            ports.add(port)
-    return list(ports)
-
-
-def wait_until(condition: Callable[[], bool], timeout_s: float) -> bool:
-    """Whether `condition` became true in time."""
-    deadline = time.monotonic() + timeout_s
-    while not (done := condition()) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    return done
 
 
 @dataclass(frozen=True)
@@ -124,6 +47,7 @@ class DevCluster:
     nodes: int = 4
     user_signal: bool = True
     grace_s: int = 10
+    accounting: bool = False  # slurmdbd with QOS, limits and wckeys (devaccounting.py), which take 6 s more to start
     dir: Path = field(default_factory=lambda: Path(f"/tmp/{PREFIX}-{secrets.token_hex(4)}"))
 
     @classmethod
@@ -167,6 +91,8 @@ class DevCluster:
             parts = {"key-file": "key", "socket": "sock", "pid-file": "pid", "log-file": "log", "seed-file": "seed"}
             # --force: munged refuses a private directory, which is right here.
             self._start("munged", "--force", *(f"--{key}={self.dir}/munge.{end}" for key, end in parts.items()))
+            if self.accounting:
+                self._start_accounting()
             self._start("slurmctld")
             for node in self.node_names:
                 self._start("slurmd", "-N", node, node=node)
@@ -226,19 +152,34 @@ class DevCluster:
         for i in range(8):
             (self.dir / "dev" / f"gpu{i}").symlink_to("/dev/null")
         (self.dir / "gres.conf").write_text(f"Name=gpu File={self.dir}/dev/gpu[0-7]\n")
-        host, ports = socket.gethostname().split(".")[0], free_ports(self.nodes + 1)
+        host, ports = socket.gethostname().split(".")[0], free_ports(self.nodes + 2)
         at = f"NodeHostname={host} NodeAddr=127.0.0.1 {NODE_SIZE}"
-        nodes = [f"NodeName={node} Port={port} {at}" for node, port in zip(self.node_names, ports[1:], strict=True)]
+        nodes = [f"NodeName={node} Port={port} {at}" for node, port in zip(self.node_names, ports[2:], strict=True)]
         # Without the signal there must be no such line: Slurm does not parse an empty value.
         user_signal = "SlurmctldParameters=preempt_send_user_signal" if self.user_signal else ""
-        values = vars(self) | {"name": self.name, "host": host, "port": ports[0], "user_signal": user_signal}
-        values |= {"user": pwd.getpwuid(os.geteuid()).pw_name, "nodes": "\n".join(nodes)}
-        (self.dir / "slurm.conf").write_text(SLURM_CONF.format(**values))
+        values = vars(self) | {"name": self.name, "user": user_name(), "host": host, "port": ports[0]}
+        values |= {"user_signal": user_signal, "nodes": "\n".join(nodes), "accounting": ""}
+        if self.accounting:
+            values["accounting"] = devaccounting.write_files(self.dir, self.name, user_name(), ports[1])
+        (self.dir / "slurm.conf").write_text(TEMPLATE.read_text().format(**values))
 
-    def _start(self, program: str, *arguments: str, node: str = "") -> None:
+    def _start_accounting(self) -> None:
+        """Before slurmctld, which otherwise ends for want of it."""
+        self._start(*devaccounting.database(self.dir))
+        if not wait_until((self.dir / devaccounting.SOCKET).exists, 20):
+            raise DevClusterError(f"mariadbd made no socket in 20 s:\n{self._complaints()}")
+        self._start("slurmdbd", **{devaccounting.SOCKET_VARIABLE: str(self.dir / devaccounting.SOCKET)})
+        if not wait_until(lambda: self._client("sacctmgr", "-n", "list", "cluster") is not None, 20):
+            raise DevClusterError(f"slurmdbd does not answer after 20 s:\n{self._complaints()}")
+        with (self.dir / devaccounting.FILL).open() as lines:
+            subprocess.run(["sacctmgr", "-i", "-Q"], env=self.env, stdin=lines, capture_output=True, timeout=60)
+        if user_name() not in (self._client("sacctmgr", "-n", "list", "associations", "format=user") or "").split():
+            raise DevClusterError(f"sacctmgr made no user {user_name()}:\n{self._complaints()}")
+
+    def _start(self, name: str, *arguments: str, node: str = "", **variables: str) -> None:
         """Start a daemon, which detaches itself. No handle is kept: `_pids` finds it by its environment."""
-        command = [shutil.which(program, path=SEARCH_PATH) or program, *arguments]
-        environment = self.env | {"SLURM_CLUSTER_NAME": self.name, "SLURMD_NODENAME": node}
+        command = [program(name), *arguments]
+        environment = self.env | variables | {"SLURM_CLUSTER_NAME": self.name, "SLURMD_NODENAME": node}
         with (self.dir / "start.log").open("ab") as log:
             done = subprocess.run(command, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
         if done.returncode != 0:
@@ -297,13 +238,15 @@ def main() -> int:
     parser.add_argument("--dir", type=os.path.abspath, help="default: `up` makes one, the others use SLURM_CONF")
     parser.add_argument("--nodes", type=int, default=4, help="up: how many, with 8 pretended GPUs each")
     parser.add_argument("--grace-s", type=int, default=10, help="up: GraceTime of `low`; Slurm acts up to 30 s later")
+    parser.add_argument("--no-accounting", action="store_true", help="up: without slurmdbd, QOS and wckeys: 6 s faster")
     parser.add_argument("--no-user-signal", action="store_true", help="up: no SIGUSR2 to preempted jobs, only SIGTERM")
     parser.add_argument("--install", action="store_true", help="up: first install missing Debian packages, as root")
     args = parser.parse_args()
     given = [Path(args.dir)] if args.dir else []
     if args.command == "up":
         require_packages(args.install)
-        cluster = DevCluster(args.nodes, not args.no_user_signal, args.grace_s, *given)
+        accounting = not args.no_accounting and has_accounting()
+        cluster = DevCluster(args.nodes, not args.no_user_signal, args.grace_s, accounting, *given)
         cluster.up()
         print(f"devcluster: {args.nodes} nodes are up. Next: sbatch; `down --dir {cluster.dir}`", file=sys.stderr)
         print(f"export SLURM_CONF={cluster.dir}/slurm.conf")

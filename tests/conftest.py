@@ -11,7 +11,7 @@ import pytest
 import torch
 from support.commands import DEVICE
 from support.folders import write_photos
-from support.slurm_service import devcluster, slurm_here, undisturbed  # noqa: F401  (fixtures)
+from support.slurm_service import ACCOUNTING, SLURM, accounts, devcluster, missing_packages, undisturbed  # noqa: F401  (fixtures)
 
 from fixres_dist.models import precision
 
@@ -35,8 +35,12 @@ class Need(NamedTuple):
 
 NEEDS = (
     Need(
-        *("Slurm", not slurm_here.missing_packages(), "the tests in tests/cluster that start one"),
-        how=f"apt-get install {' '.join(slurm_here.PACKAGE_OF.values())}",
+        *("Slurm", not missing_packages(SLURM), "the tests in tests/cluster that start one"),
+        how=f"apt-get install {' '.join(SLURM.values())}",
+    ),
+    Need(
+        *("Slurm's accounting", not missing_packages(ACCOUNTING), "the tests of QOS limits and wckeys"),
+        how=f"apt-get install --no-install-recommends {' '.join(ACCOUNTING.values())}",
     ),
     Need(
         *("DALI", found("nvidia.dali"), "the tests of both loaders"),

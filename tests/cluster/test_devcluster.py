@@ -21,7 +21,9 @@ SCRIPT = Path(__file__).resolve().parents[2] / "slurm" / "devcluster.py"
 sys.path.insert(0, str(SCRIPT.parent))
 
 import devcluster  # noqa: E402
-from devcluster import DevCluster, DevClusterError, missing_packages, wait_until  # noqa: E402
+import devmachine  # noqa: E402
+from devcluster import DevCluster  # noqa: E402
+from devmachine import DevClusterError, has_accounting, missing_packages, wait_until  # noqa: E402
 
 needs_slurm = pytest.mark.skipif(
     bool(missing_packages()) and "CI" not in os.environ, reason=f"missing packages: {' '.join(missing_packages())}"
@@ -111,8 +113,10 @@ def test_commands_from_up_to_down(user: str) -> None:
     folder = Path(tempfile.mkdtemp(dir="/tmp"))
     folder.chmod(0o755)
     script = str(folder / SCRIPT.name)
-    shutil.copy(SCRIPT, script)
-    up = run(python, script, "up", "--nodes", "2")
+    for file in SCRIPT.parent.glob("dev*"):
+        shutil.copy(file, folder)
+    less = [] if user == "nobody" else ["--no-accounting"]  # the fixture devcluster has this user's accounting
+    up = run(python, script, "up", "--nodes", "2", *less)
     assert up.returncode == 0, up.stderr
     printed = re.fullmatch(r"export SLURM_CONF=(/tmp/fixresdev-\w+/slurm\.conf)\n", up.stdout)
     assert printed, up.stdout
@@ -226,11 +230,15 @@ def test_down_refuses_another_slurm(text: str, tmp_path: Path, monkeypatch: pyte
     assert conf.exists()
 
 
-def test_missing_packages_are_named_with_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(devcluster, "SEARCH_PATH", "")
+def test_missing_packages_are_named_with_the_command(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(devmachine, "SEARCH_PATH", "")
     assert missing_packages() == ["munge", "slurmctld", "slurmd", "slurm-client"]
     with pytest.raises(DevClusterError, match=r"apt-get install .*munge slurmctld slurmd slurm-client"):
         DevCluster().up()
+    assert not has_accounting(), "a cluster starts without it"
+    assert "missing slurmdbd, mariadb-server-core. Next, as root: apt-get update" in capsys.readouterr().err
 
 
 def test_without_slurm_up_ends_with_2_and_one_line() -> None:

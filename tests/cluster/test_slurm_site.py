@@ -1,7 +1,9 @@
-"""A cluster as its site runs it, on the real Slurm: drained nodes, jobs of another purpose, PreemptMode=CANCEL."""
+"""A cluster as its site runs it, on the real Slurm: drained nodes, other jobs, preemption of all kinds, QOS limits, wckeys."""
 
 from __future__ import annotations
 
+import json
+import re
 import shlex
 import sys
 import time
@@ -57,16 +59,70 @@ def test_a_run_inside_a_notebooks_job_leaves_that_job_alone(devcluster: Service,
 
 
 def test_a_job_that_preempt_mode_cancel_ends_goes_on(undisturbed: Service) -> None:
-    undisturbed.slurm("scontrol", "update", "PartitionName=low", "PreemptMode=CANCEL")
-    try:
-        job = undisturbed.submit("cancelmode", "--nodes", 2, *LONG)
-        undisturbed.until_working("cancelmode")
-        undisturbed.hold(job)
-        undisturbed.preempt()
-        undisturbed.until_working("cancelmode", starts=2)
-    finally:
-        undisturbed.slurm("scontrol", "update", "PartitionName=low", "PreemptMode=REQUEUE")
+    job = undisturbed.submit("cancelmode", "--nodes", 2, "cluster.partition=cancel", *LONG)
+    undisturbed.until_working("cancelmode")
+    undisturbed.hold(job)
+    undisturbed.preempt()
     undisturbed.until_state("cancelmode", "done")
+    assert [event["reason"] for event in undisturbed.events("cancelmode", "requeued")] == ["preempted"]
     assert undisturbed.events("cancelmode", "started")[-1]["job_id"] == job
-    assert undisturbed.state("cancelmode")["restarts"]["preempted"] == 1
+    assert undisturbed.state("cancelmode")["restarts"] == {"preempted": 1, "timeout": 0, "failure": 0}
     assert undisturbed.head("cancelmode") == undisturbed.head("reference")
+
+
+def test_a_suspended_job_is_shown_so_and_goes_on_as_if_nothing_had_been(undisturbed: Service) -> None:
+    """It is suspended for longer than its watchdog waits; ranks are bound to CPUs, and loaders as many as those."""
+    bound = [
+        "--gpus-per-node",
+        2,
+        "cluster.srun_args=[--cpu-bind=map_cpu:0,1]",
+        "data.workers=auto",
+        "run.watchdog_s=8",
+    ]
+    undisturbed.submit("suspended", "--nodes", 1, "cluster.partition=suspend", *bound, *LONG)
+    undisturbed.until_working("suspended")
+    on_all_cpus = ["-N", str(undisturbed.cluster.nodes), "--ntasks-per-node=1", "-c16", "--cpu-bind=none", "--mem=1G"]
+    other = undisturbed.slurm("sbatch", "--parsable", "-p", "high", *on_all_cpus, "-o/dev/null", "--wrap", "sleep 600")
+    undisturbed.until("suspended", lambda: "suspended, for a job" in undisturbed.launch("status", "suspended"))
+    (row,) = json.loads(undisturbed.launch("status", "suspended", "--json"))
+    assert (row["state"], row["eta_s"], row["images_per_second"]) == ("running", None, None)
+    assert "no progress" not in row["reason"]
+    time.sleep(max(0.0, 12 - row["last_log_age_s"]))
+    undisturbed.slurm("scancel", other.strip())
+    undisturbed.until_state("suspended", "done")
+    assert undisturbed.state("suspended")["restarts"] == {"preempted": 0, "timeout": 0, "failure": 0}
+    assert len(undisturbed.events("suspended", "started")) == 1
+    assert undisturbed.head("suspended") == undisturbed.head("reference")
+
+
+def test_limits_of_a_qos_in_words_with_the_command_that_shows_them(accounts: Service) -> None:
+    def asked(*more: object, code: int = 2) -> str:
+        return accounts.launch("submit", *accounts.arguments("--name", "limited", *more, *SHORT), code=code)
+
+    long = asked("cluster.qos=small")
+    assert "asks for more time than the QOS allows a job: change cluster.time, or cluster.qos" in long
+    assert "QOSMaxWallDurationPerJobLimit" in long
+    assert "Asked: --cpus-per-task=1" in long
+    shown = accounts.slurm(*shlex.split(long.partition("Next, the limits: ")[2]))
+    assert re.search(r"small\s+00:10:00\s+1 ", shown)
+    first = accounts.slurm("sbatch", "--parsable", "--qos=small", "-t1", "-H", "--wrap=true").strip()
+    assert "the QOS takes no more jobs of yours before one of them has ended: see them: squeue --me" in asked(
+        "cluster.qos=small", "cluster.time=5"
+    )
+    accounts.slurm("scancel", first)
+    asked("cluster.qos=shared", "--nodes", 2, code=0)
+    accounts.until("limited", lambda: "QOSGrpNodeLimit" in accounts.launch("status", "limited"))
+    assert "it asks for more nodes than the QOS allows at once" in accounts.launch("status", "limited")
+    accounts.launch("cancel", "limited")
+
+
+def test_wckeys_and_the_time_limit_of_a_partition(accounts: Service) -> None:
+    def asked(*more: object, code: int = 2) -> str:
+        return accounts.launch("submit", *accounts.arguments("--name", "keyed", *more, *SHORT), code=code)
+
+    assert "this cluster wants a wckey of yours: cluster.sbatch={wckey: NAME}" in asked("cluster.sbatch={wckey: no}")
+    above = asked("cluster.partition=short", "cluster.time=1:00:00", "cluster.sbatch={wckey: paper}")
+    assert "cluster.time is 1:00:00, above the limit of partition short, 00:30:00. Next: cluster.time=00:30:00" in above
+    asked("cluster.partition=short", "cluster.time=00:30:00", "cluster.sbatch={wckey: paper, hold: true}", code=0)
+    assert accounts.job(str(accounts.state("keyed")["job_id"]), "WCKey") == "paper"
+    accounts.launch("cancel", "keyed")

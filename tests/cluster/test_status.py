@@ -54,8 +54,31 @@ def seen(run: RunDir, folder: Path, monkeypatch: pytest.MonkeyPatch, squeue: str
             "job 5: nodes that it needs are down, drained or reserved; it starts when they are back (Nodes",
         ),
         ("PENDING|ReservationDeleted|", "Next: scontrol update jobid=5 reservationname= (ReservationDeleted)"),
-        ("PENDING|QOSMaxCpuPerUserLimit|", "a limit of the QOS is used up (QOSMaxCpuPerUserLimit)"),
-        ("PENDING|AssocGrpCpuLimit|", "a limit of your account is used up (AssocGrpCpuLimit)"),
+        (
+            "PENDING|QOSMaxGRESPerUser|",
+            "it asks for more GPUs than the QOS allows at once: it starts when enough is free",
+        ),
+        (
+            "PENDING|AssocGrpCpuLimit|",
+            "more CPUs than your account allows at once: it starts when enough is free; the lim",
+        ),
+        (
+            "PENDING|QOSMaxJobsPerUserLimit|",
+            "the QOS has as many jobs running as it may: it starts when one of them has",
+        ),
+        (
+            "PENDING|AssocGrpCPUMinutesLimit|",
+            "the computing time of your account is used up; the limits: sacctmgr show as",
+        ),
+        (
+            "PENDING|QOSMaxNodePerJobLimit|",
+            "more nodes than the QOS allows a job, so it never starts. Next: scancel 5, with",
+        ),
+        (
+            "PENDING|QOSMaxWallDurationPerJobLimit|",
+            "Next: scontrol update jobid=5 timelimit=LIMIT, with the limits of: sacctmgr",
+        ),
+        ("PENDING|MaxGRESPerAccount|", "more GPUs than the QOS allows at once"),
         ("PENDING|PartitionConfig|", "so it never starts. Next: scancel 5"),
         ("PENDING|SomethingNew|", "job 5: SomethingNew"),
         ("PENDING|Resources||2026-11-28T15:00:00|0:00|1:00:00", "(Resources), expected to start 2026-11-28T15:00:00"),

@@ -20,6 +20,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "slurm"))
 
 import devcluster as slurm_here  # noqa: E402
+from devmachine import ACCOUNTING, SLURM, missing_packages  # noqa: E402
 
 # Small enough for two CPU cores, long enough to be disturbed: 720 steps of a tiny model.
 LONG = ["tune.epochs=240", "run.eval_every=0", "run.log_every=5", "run.save_every_s=1"]
@@ -152,9 +153,9 @@ def service(folder: Path, cluster: slurm_here.DevCluster) -> Service:
     return Service(cluster, folder)
 
 
-def need_slurm() -> None:
+def need_slurm(packages: dict[str, str] = SLURM) -> None:
     """Skip without Slurm's packages, and fail without them under CI."""
-    missing = slurm_here.missing_packages()
+    missing = missing_packages(packages)
     if missing and "CI" not in os.environ:
         pytest.skip(f"missing packages: {' '.join(missing)}")
 
@@ -162,8 +163,15 @@ def need_slurm() -> None:
 @pytest.fixture(scope="session")
 def devcluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     need_slurm()
-    with slurm_here.DevCluster(nodes=4) as cluster:
+    with slurm_here.DevCluster(nodes=4, accounting="CI" in os.environ or not missing_packages(ACCOUNTING)) as cluster:
         yield service(tmp_path_factory.mktemp("slurm"), cluster)
+
+
+@pytest.fixture
+def accounts(devcluster: Service) -> Service:
+    """The cluster with its accounting: QOS `small` and `shared`, wckeys `dev` and `paper`."""
+    need_slurm(ACCOUNTING)
+    return devcluster
 
 
 @pytest.fixture(scope="session")
