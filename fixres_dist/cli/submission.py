@@ -6,12 +6,14 @@ import contextlib
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from fixres_dist.base.errors import EXIT_DONE, UserError
 from fixres_dist.base.files import owner, write_text
 from fixres_dist.cli.command_job import CommandJob
 from fixres_dist.cluster import jobs, local, notify, slurm
+from fixres_dist.cluster.node_memory import WHOLE
 from fixres_dist.config import reading, recipes
 from fixres_dist.config.recipes import Recipe
 from fixres_dist.config.schema import Config
@@ -28,7 +30,7 @@ def check(run: RunDir, config: Config, dry: bool = False) -> None:
     least, most = config.cluster.node_range()
     if not run.task:
         plan.check(config, least * config.cluster.gpus_per_node if least == most else 1, dry=dry)
-    jobs.requested(config.cluster)
+    jobs.check_times(config.cluster)
     rundir.check(run.root, config)
 
 
@@ -136,6 +138,7 @@ def job_of(run: RunDir) -> type[TrainJob]:
 def start_slurm(runs: list[RunDir], config: Config, at_once: int = 0) -> int:
     """Submit the prepared runs, several as one array of which `at_once` run at a time (0: all)."""
     write_demo(config)
+    print(jobs.memory_note(config.cluster), flush=True)
     for run, job in zip(runs, jobs.submit_slurm(config, runs, job_of(runs[0]), at_once), strict=True):
         print(f"submitted {run.name} as job {job}")
     return EXIT_DONE
@@ -154,7 +157,8 @@ def start_here(run: RunDir, config: Config, kind: str) -> int:
     """Work on the run to its end, in this process (`inline`) or in several (`local`); returns the exit code."""
     os.environ.setdefault("PYTHONUNBUFFERED", "1")  # a rank's log is followed as it is written
     write_demo(config)
-    write_text(run.submission, jobs.sbatch_text(config, run), private=reading.has_secrets(config))
+    text = jobs.sbatch_text(replace(config, cluster=replace(config.cluster, mem=WHOLE)), run)  # Slurm need not be asked
+    write_text(run.submission, text, private=reading.has_secrets(config))
     # These ranks are the command's own: not those of the job, srun or torchrun in which it was typed.
     with jobs.clean_environment(), contextlib.ExitStack() as stack:
         stack.callback(lambda: notify.tell(run, log=local.log_of_main(run) if kind == "local" else None))

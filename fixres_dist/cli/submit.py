@@ -104,7 +104,9 @@ def dry_run(targets: list[Target], at_once: int) -> int:
     for group in same_job(targets):
         text = jobs.sbatch_text(group[0].config, *(t.run for t in group), at_once=at_once)
         said = jobs.ask_slurm(text, group[0].config.cluster) if jobs.default_cluster() == "slurm" else ""
-        print(f"\n# what sbatch would get\n{redacted(text, group[0].config.cluster.env)}")
+        print(
+            f"{jobs.memory_note(group[0].config.cluster)}\n\n# what sbatch would get\n{redacted(text, group[0].config.cluster.env)}"
+        )
         print(f"\n# Slurm says: {said or 'nothing here (sbatch --test-only got no answer)'}")
     return EXIT_DONE
 

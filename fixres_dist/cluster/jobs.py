@@ -19,7 +19,7 @@ from typing import Any
 
 from fixres_dist.base.errors import UserError
 from fixres_dist.base.files import write_text
-from fixres_dist.cluster import logs, slurm, words
+from fixres_dist.cluster import logs, node_memory, slurm, words
 from fixres_dist.config import reading
 from fixres_dist.config.schema import Cluster, Config
 from fixres_dist.config.shell_values import LEFT_OUT
@@ -47,23 +47,28 @@ def minutes(text: str) -> int:
     return max(1, -(-(((days * 24 + hours) * 60 + mins) * 60 + seconds) // 60))
 
 
+def check_times(cluster: Cluster) -> None:
+    """Raises UserError for a time that Slurm does not read, and for a warning before the time limit that is too early."""
+    if cluster.signal_delay_s >= 60 * minutes(cluster.time):
+        raise UserError(
+            f"cluster.signal_delay_s is {cluster.signal_delay_s} with cluster.time={cluster.time}: every start would be told "
+            "to stop when it begins. Accepted: fewer seconds than the time limit has."
+        )
+
+
 def requested(cluster: Cluster) -> tuple[dict[str, str | int], list[str]]:
     """What a job asks of sbatch, by the long names of its options, and srun's arguments.
 
     cluster.sbatch comes last: it also takes away an option, and replaces one that says the same in other words.
     """
+    check_times(cluster)
     c = cluster
-    if c.signal_delay_s >= 60 * minutes(c.time):
-        raise UserError(
-            f"cluster.signal_delay_s is {c.signal_delay_s} with cluster.time={c.time}: every start would be told to stop "
-            "when it begins. Accepted: fewer seconds than the time limit has."
-        )
     values: dict[str, str | int] = {
         "nodes": c.nodes,
         "ntasks-per-node": c.gpus_per_node,
         "gpus-per-node": c.gpus_per_node,
         "cpus-per-task": c.cpus_per_task,
-        "mem": c.mem,
+        "mem": "",  # below: it depends on the other options
         "time": minutes(c.time),
         "partition": c.partition,
         "account": c.account,
@@ -84,7 +89,17 @@ def requested(cluster: Cluster) -> tuple[dict[str, str | int], list[str]]:
     given = {name: value for name, value in c.sbatch.items() if value not in LEFT_OUT}
     for name in {REPLACED.get(name, name) for name in c.sbatch} | ({GPUS} if "gpu" in given.get("gres", "") else set()):
         values.pop(name, None)
+    if "mem" in values:
+        values["mem"] = node_memory.of(c).mem
     return {name: value for name, value in {**values, **given}.items() if value}, [*srun_args, *c.srun_args]
+
+
+def memory_note(cluster: Cluster) -> str:
+    """What the job asks of each node's memory, and why."""
+    if "mem" not in requested(cluster)[0]:
+        return "asks       the memory that cluster.sbatch says"
+    mem, why = node_memory.of(cluster)
+    return f"asks       {'all the memory' if mem == node_memory.WHOLE else f'{mem} of the memory'} of each node ({why})"
 
 
 def option(name: str, value: object) -> str:

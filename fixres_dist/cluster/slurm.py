@@ -202,8 +202,11 @@ def waits_for_nodes(said: str, partition: str, need: Need) -> str:
 
 def fits(cpus: str, gres: str, need: Need) -> bool:
     """Whether a node with sinfo's `cpus` and `gres`, such as gpu:h100:8(S:0-1), is large enough."""
-    gpus = sum(map(int, re.findall(r"gpu(?::[^:,(]+)?:(\d+)", gres)))
-    return gpus >= need.gpus and int(re.match(r"\d*", cpus)[0] or 0) >= need.cpus  # type: ignore[index]
+    return count_gpus(gres) >= need.gpus and int(re.match(r"\d*", cpus)[0] or 0) >= need.cpus  # type: ignore[index]
+
+
+def count_gpus(gres: str) -> int:
+    return sum(map(int, re.findall(r"gpu(?::[^:,(]+)?:(\d+)", gres)))
 
 
 def partition(name: str) -> dict[str, str]:
@@ -214,8 +217,40 @@ def partition(name: str) -> dict[str, str]:
     return next((values for values in shown if name or values.get("Default") == "YES"), {})
 
 
+class Node(NamedTuple):
+    """What a node has, for jobs."""
+
+    cpus: int
+    gpus: int
+    memory_mb: int
+
+
+def nodes(partition: str) -> list[Node]:
+    """The nodes of a partition; none where Slurm does not tell."""
+    answer = call("scontrol", "show", "node", "-o")
+    lines = answer.stdout.splitlines() if answer and answer.returncode == 0 else []
+    shown = [{key: value for key, _, value in (item.partition("=") for item in line.split())} for line in lines]
+    here = [
+        values for values in shown if partition in values.get("Partitions", "").split(",") and "RealMemory" in values
+    ]
+    return [
+        Node(
+            cpus=int(values.get("CPUTot", 0)),
+            gpus=count_gpus(values.get("Gres", "")),
+            memory_mb=int(values["RealMemory"]) - int(values.get("MemSpecLimit", 0)),
+        )
+        for values in here
+    ]
+
+
+def config() -> dict[str, str]:
+    """`scontrol show config`; empty where Slurm does not tell."""
+    answer = call("scontrol", "show", "config")
+    lines = answer.stdout.splitlines() if answer and answer.returncode == 0 else []
+    return {key.strip(): value.strip() for key, equals, value in (line.partition("=") for line in lines) if equals}
+
+
 def kill_wait_s() -> int:
     """Seconds between SIGTERM and SIGKILL of a job that is cancelled; 0 where Slurm does not tell."""
-    answer = call("scontrol", "show", "config")
-    found = re.search(r"^KillWait\s*=\s*(\d+)", answer.stdout, re.MULTILINE) if answer else None
-    return int(found[1]) if found else 0
+    found = re.match(r"\d+", config().get("KillWait", ""))
+    return int(found[0]) if found else 0

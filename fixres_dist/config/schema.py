@@ -166,7 +166,7 @@ class Cluster:
     nodes: str = "1"  # a number, or MIN-MAX: start with as many as are free
     gpus_per_node: int = 8  # ranks per node; on a node without GPUs: processes
     cpus_per_task: int = 8
-    mem: str = "0"  # per node, Slurm's units; 0: all of it
+    mem: str = "auto"  # per node, Slurm's units; 0: all of it; auto: the GPUs' share of it, where a node is shared
     time: str = "24:00:00"  # Slurm's format; the job saves, requeues and goes on, so this bounds a start, not the run
     partition: str = ""
     account: str = ""

@@ -1,7 +1,8 @@
 """How the ranks of a start find each other: through a file in the run directory, which every node sees.
 
-Rank 0 binds a free port and publishes it under a key unique to this start. So no node name has to resolve, and no two
-jobs can clash on a port.
+Rank 0 binds a free port and publishes it under a key of this start. So no node name has to resolve, and no two jobs can
+clash on a port. The key can be that of an earlier start, whose file is still there (torchrun with a fixed port, a cluster
+that counts its jobs from 1 again): the others take an address only from a store that knows the file's secret.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import json
 import os
 import secrets
 import socket
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,9 @@ from fixres_dist.base.files import write_text
 from fixres_dist.cluster import slurm
 
 MEET_TIMEOUT_S = 300.0  # nodes of one job can start minutes apart
+ANSWER_S = 10.0  # for rank 0 to accept a connection; another program at a stale address may accept and say nothing
+OLD_S = 3600.0  # nobody looks for a file of that age any more
+OPEN = "open"  # the key that rank 0 sets before it publishes its address
 
 
 def meet(file: Path, rank: int, world: int, many_nodes: bool) -> Store:
@@ -43,22 +48,53 @@ def meet(file: Path, rank: int, world: int, many_nodes: bool) -> Store:
             wait_for_workers=False,
             master_listen_fd=listening.detach(),
         )
+        store = PrefixStore(secret, tcp)
+        store.set(OPEN, "")
         file.parent.mkdir(exist_ok=True)
+        sweep(file.parent)
         write_text(file, json.dumps({"address": address, "port": port, "secret": secret}), private=True)
-        return PrefixStore(secret, tcp)
+        return store
     deadline = time.monotonic() + MEET_TIMEOUT_S
-    # The folder is listed because NFS caches that a name was not there.
-    while not (file.parent.exists() and file.name in os.listdir(file.parent)):
+    while (reached := reach(file, world)) is None:
         if time.monotonic() > deadline:
             raise RuntimeError(
-                f"rank {rank} waited {MEET_TIMEOUT_S:.0f} s for rank 0, which has not published {file}: it has not started, it "
-                "has ended (its log may say why), or the run directory is not shared by all nodes"
+                f"rank {rank} waited {MEET_TIMEOUT_S:.0f} s for rank 0, which has not published {file}, or is not at the address "
+                "there: it has not started, it has ended (its log may say why), or the run directory is not shared by all nodes"
             )
         time.sleep(0.05)
-    found = json.loads(file.read_text())
-    address, port = found["address"], found["port"]
-    tcp = TCPStore(address, port, world, is_master=False, timeout=timeout, wait_for_workers=False)
-    return PrefixStore(found["secret"], tcp)
+    reached.set_timeout(timeout)
+    return reached
+
+
+def reach(file: Path, world: int) -> Store | None:
+    """The store whose address `file` has; None where there is no such file yet, or one of an earlier start."""
+    answer, found = min(ANSWER_S, MEET_TIMEOUT_S), list[Store]()
+
+    def connect() -> None:
+        timeout = datetime.timedelta(seconds=answer)
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, RuntimeError):  # torch raises RuntimeErrors
+            os.listdir(file.parent)  # NFS caches that a name was not there
+            told = json.loads(file.read_text())
+            address, port = told["address"], told["port"]
+            socket.create_connection((address, port), answer).close()  # TCPStore would go on trying
+            tcp = TCPStore(address, port, world, is_master=False, timeout=timeout, wait_for_workers=False)
+            store = PrefixStore(told["secret"], tcp)
+            store.wait([OPEN], timeout)
+            found.append(store)
+
+    # TCPStore waits for ever for a program that accepts and says nothing.
+    thread = threading.Thread(target=connect, name="rendezvous", daemon=True)
+    thread.start()
+    thread.join(3 * answer)
+    return found[0] if found else None
+
+
+def sweep(folder: Path) -> None:
+    """Delete what starts before this one have left."""
+    for old in folder.glob("*.json"):
+        with contextlib.suppress(OSError):  # another start was faster, or the file is of another user
+            if time.time() - old.stat().st_mtime > OLD_S:
+                old.unlink()
 
 
 def listen(address: str) -> socket.socket:

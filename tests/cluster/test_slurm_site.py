@@ -75,7 +75,7 @@ def test_a_suspended_job_is_shown_so_and_goes_on_as_if_nothing_had_been(undistur
     bound = [
         "--gpus-per-node",
         2,
-        "cluster.srun_args=[--cpu-bind=map_cpu:0,1]",
+        "cluster.srun_args=[--cpu-bind=cores]",
         "data.workers=auto",
         "run.watchdog_s=8",
     ]

@@ -81,6 +81,39 @@ def test_several_nodes_meet_at_the_address_of_the_first(tmp_path: Path, monkeypa
     assert stranger.check([f"{published['secret']}/rank 1"])
 
 
+def published(file: Path, address: str, port: int, secret: str = "0" * 32) -> None:
+    file.parent.mkdir(exist_ok=True)
+    file.write_text(json.dumps({"address": address, "port": port, "secret": secret}))
+
+
+@pytest.mark.parametrize("left", ["nobody listens", "another run's store", "a program that says nothing", "torn"])
+def test_the_file_of_an_earlier_start_is_not_taken(left: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As torchrun with a fixed port has it: the same key as before."""
+    monkeypatch.setattr(rendezvous, "ANSWER_S", 0.3)
+    file, taken = tmp_path / "rendezvous" / "torchrun-none-29500-0.json", []
+    with rendezvous.listen("127.0.0.1") as other:
+        if left == "another run's store":
+            taken.append(rendezvous.meet(file, 0, 2, many_nodes=False))
+        port = json.loads(file.read_text())["port"] if taken else other.getsockname()[1]
+        published(file, "127.0.0.1", port if left != "nobody listens" else 1)
+        if left == "torn":
+            file.write_text('{"address": "127.')
+        assert rendezvous.reach(file, 2) is None
+        first = rendezvous.meet(file, 0, 2, many_nodes=False)
+        second = rendezvous.meet(file, 1, 2, many_nodes=False)
+        first.set("rank 0", "here")
+        assert second.get("rank 0") == b"here"
+
+
+def test_what_starts_before_have_left_is_swept(tmp_path: Path) -> None:
+    old, young = tmp_path / "rendezvous" / "slurm-1-0-0.json", tmp_path / "rendezvous" / "slurm-2-0-0.json"
+    for file in (old, young):
+        published(file, "127.0.0.1", 1)
+    os.utime(old, (1, 1))
+    rendezvous.meet(tmp_path / "rendezvous" / "slurm-3-0-0.json", 0, 2, many_nodes=False)
+    assert sorted(file.name for file in old.parent.iterdir()) == ["slurm-2-0-0.json", "slurm-3-0-0.json"]
+
+
 def test_an_address_that_is_not_the_nodes_own() -> None:
     with rendezvous.listen("192.0.2.1") as found:  # of documentation: no machine has it
         assert found.getsockname()[0] == "0.0.0.0"
