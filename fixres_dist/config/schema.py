@@ -5,8 +5,9 @@ Each section refuses values out of range with a UserError. No torch: every login
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Literal
 
 from fixres_dist.base.errors import UserError
@@ -17,6 +18,7 @@ Transform = Literal["test", "test_flip", "test_aug", "random_resized_crop"]
 Policy = Literal[
     "classifier", "classifier+bn_stats", "classifier+bn", "classifier+bn+conv_head", "last_block", "attention", "all"
 ]
+Optimizer = Literal["sgd", "nesterov", "adam", "adamw", "nadamw", "lamb", "lars", "lion", "adan"]
 THROUGH_ALL = ("attention", "all")  # policies whose gradients run through every block: there is no frozen trunk
 
 
@@ -119,6 +121,9 @@ class Tune:
         return self.base_lr * 8 * self.global_batch / 512 if self.lr_rule == "fixres" else self.base_lr
 
 
+RAND_AUGMENT = re.compile(r"rand(-(mmax|m|n|inc)\d+|-(mstd|p)\d+(\.\d+)?|-t(weights|3aw|3a))*")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Pretrain(Tune):
     """Stage one: ordinary training at the training resolution, before the fixing stage."""
@@ -127,10 +132,76 @@ class Pretrain(Tune):
     bn_stats: Literal["exact", "ema"] = "ema"
     res: int = 224  # training resolution in pixels
     train_transform: Transform = "random_resized_crop"
+    # sgd: as in the fixing stage; the others are timm's, which leave norms and biases out of weight decay
+    optimizer: Optimizer = "sgd"
+    layer_decay: float = (
+        1.0  # a layer's learning rate over that of the next one (timm's layer-wise decay); 1: all equal
+    )
+    ema_decay: float = (
+        0.0  # end with the weights' moving average (timm's ModelEmaV3, with its warm-up); 0: the last ones
+    )
+    mixup: float = 0.0  # alpha of mixup (arXiv 1710.09412); 0: none
+    cutmix: float = 0.0  # alpha of CutMix (arXiv 1905.04899); with both, each step draws which
+    rand_augment: str = ""  # timm's notation, such as rand-m9-mstd0.5-inc1, instead of colour jitter; empty: none
+    drop_path: float = 0.0  # stochastic depth of the last block, while the whole network trains (arXiv 1603.09382)
+    head_epochs: int = 0  # before: the new classifier alone, on kept features of the untouched trunk (arXiv 2202.10054)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         at_least(self, 32, "res")
+        at_least(self, 0, "mixup", "cutmix", "head_epochs")
+        for name in ("ema_decay", "drop_path"):
+            if not 0 <= getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}; accepted: 0 <= {name} < 1.")
+        if not 0 < self.layer_decay <= 1:
+            raise UserError(f"layer_decay is {self.layer_decay}; accepted: above 0, to 1 (equal rates), such as 0.75.")
+        if self.rand_augment and not RAND_AUGMENT.fullmatch(self.rand_augment):
+            raise UserError(
+                f"rand_augment is {self.rand_augment!r}; accepted: timm's notation, rand and then -mN (strength), -nN "
+                "(operations), -mstdX, -pX, -inc1, -mmaxN in any order. Next: pretrain.rand_augment=rand-m9-mstd0.5-inc1"
+            )
+        for wrong, why in self.conflicts().items():
+            raise UserError(f"pretrain: {wrong} {why}")
+
+    @property
+    def mixes(self) -> bool:
+        """Whether pictures of a step are mixed in pairs."""
+        return self.mixup > 0 or self.cutmix > 0
+
+    def conflicts(self) -> dict[str, str]:
+        """Settings that exclude each other, and what to do."""
+        checks = {
+            "mixup and cutmix mix pictures": (
+                self.mixes and self.policy not in THROUGH_ALL,
+                f"and policy {self.policy} trains on a frozen trunk's features. Next: pretrain.policy=all, or both 0",
+            ),
+            f"mixup and cutmix with repeats={self.repeats}": (
+                self.mixes and self.repeats > 1,
+                "would mix a picture with its own other view. Next: pretrain.repeats=1, or both 0",
+            ),
+            f"drop_path={self.drop_path} with policy {self.policy}": (
+                self.drop_path > 0 and self.policy != "all",
+                "acts only while the whole network trains. Next: pretrain.policy=all, or pretrain.drop_path=0",
+            ),
+            f"rand_augment with train_transform {self.train_transform}": (
+                bool(self.rand_augment) and self.train_transform in ("test", "test_flip"),
+                "which shows the same pictures in every epoch. Next: pretrain.train_transform=random_resized_crop",
+            ),
+            "average_epochs and ema_decay": (
+                self.average_epochs > 0 and self.ema_decay > 0,
+                "are two averages of one stage. Next: pretrain.average_epochs=0, or pretrain.ema_decay=0",
+            ),
+            "head_epochs": (
+                self.head_epochs > 0 and self.policy == "classifier",
+                "trains the classifier before all else, and policy classifier trains nothing else. Next: pretrain.head_epochs=0",
+            ),
+        }
+        return {what: why for what, (wrong, why) in checks.items() if wrong}
+
+    def head(self) -> Tune:
+        """The settings of the first `head_epochs`: the classifier alone, plainly, at stage one's learning rate."""
+        plain = {field.name: getattr(self, field.name) for field in fields(Tune)}
+        return Tune(**{**plain, "policy": "classifier", "epochs": self.head_epochs, "bn_stats": "exact", "repeats": 1})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -228,10 +299,34 @@ class Config:
                 f"activation_checkpointing with policy {policies[-1]}: no gradient runs through the frozen blocks, so they "
                 "keep no activations. Next: run.activation_checkpointing=false, or tune.policy=all"
             )
+        if self.pretrain:
+            self.check_stage_one(self.pretrain)
+
+    def check_stage_one(self, first: Pretrain) -> None:
+        """Raises UserError for settings of stage one that another section excludes."""
+        timms = first.optimizer != "sgd" or first.layer_decay < 1
+        if timms and (self.run.optimizer == "apex" or self.run.precision.startswith("apex")):
+            key = "run.optimizer=torch" if self.run.optimizer == "apex" else "run.precision=auto"
+            raise UserError(
+                f"pretrain.optimizer={first.optimizer} with pretrain.layer_decay={first.layer_decay:g} is timm's, and apex is "
+                f"asked for, whose optimizer is plain SGD. Next: {key}, or pretrain.optimizer=sgd pretrain.layer_decay=1"
+            )
+        if first.rand_augment and self.data.backend == "dali":
+            raise UserError(
+                "pretrain.rand_augment is Pillow's work, and data.backend=dali draws no pictures with Pillow. "
+                "Next: data.backend=auto, or pretrain.rand_augment="
+            )
+        if first.mixes and self.run.batch_per_device == 1:
+            raise UserError(
+                "pretrain.mixup and cutmix mix pairs of a forward pass, and run.batch_per_device is 1. "
+                "Next: run.batch_per_device=2, or both 0"
+            )
 
     def stage_settings(self) -> tuple[Tune, ...]:
         """The settings of the stages, in order."""
-        return (self.pretrain, self.tune) if self.pretrain else (self.tune,)
+        first = (self.pretrain,) if self.pretrain else ()
+        head = (self.pretrain.head(),) if self.pretrain and self.pretrain.head_epochs else ()
+        return (*head, *first, self.tune)
 
     def resolutions(self) -> tuple[int, ...]:
         """The resolutions of the stages, in order, in pixels."""

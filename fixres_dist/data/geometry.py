@@ -48,8 +48,16 @@ class Resize(NamedTuple):
         return f"{scaled}, and the centre {res} x {res} is cut{bars}"
 
 
+class Augment(NamedTuple):
+    """RandAugment of a picture (arXiv 1909.13719) by timm: data/augment.py."""
+
+    config: str  # timm's notation
+    fill: tuple[int, int, int]  # colour of what a turned or shifted picture leaves free
+    seed: int = 0  # of this picture's draws
+
+
 class View(NamedTuple):
-    """One picture of one sample: cut `box` from the photograph, scale it to `size`, crop at `offset`, flip, jitter.
+    """One picture of one sample: cut `box` from the photograph, scale it to `size`, crop at `offset`, flip, jitter, augment.
 
     The part of the window outside the scaled photograph has the colour Resize.fill.
     """
@@ -59,6 +67,7 @@ class View(NamedTuple):
     size: tuple[int, int]  # height, width after scaling
     offset: tuple[int, int]  # y, x of the crop in the scaled box; may be negative
     jitter: tuple[float, float, float]  # brightness, contrast, saturation factors, applied in this order
+    augment: Augment | None = None
 
     def record(self) -> list[float]:
         """The view in samples/rank_K.jsonl: flip; y, x, h, w of the box; size h, w; offset y, x; jitter factors."""

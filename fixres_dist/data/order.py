@@ -64,21 +64,24 @@ def steps_per_epoch(n: int, global_batch: int) -> int:
     return -(-n // global_batch)
 
 
-def rank_part(start: int, stop: int, rank: int, world_size: int) -> tuple[int, int]:
-    """The part [start', stop') of the slice [start, stop) that belongs to `rank`; sizes differ by at most one."""
-    size = stop - start
-    return start + size * rank // world_size, start + size * (rank + 1) // world_size
+def rank_part(start: int, stop: int, rank: int, world_size: int, together: int = 1) -> tuple[int, int]:
+    """The part [start', stop') of the slice [start, stop) that belongs to `rank`; sizes differ by at most `together`, the
+    number of neighbours that stay on one rank."""
+    size, units = stop - start, -(-(stop - start) // together)
+    low, high = (min(size, together * (units * k // world_size)) for k in (rank, rank + 1))
+    return start + low, start + high
 
 
 def train_draws(
-    n: int, seed: int, step: int, global_batch: int, rank: int, world_size: int, repeats: int = 1
+    n: int, seed: int, step: int, global_batch: int, rank: int, world_size: int, repeats: int = 1, together: int = 1
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """(samples, view keys) of `rank` at optimizer step `step`, counted from the start of epoch 0: two int64 arrays.
 
     A view key takes the epoch's place in `uniforms`. With `repeats`, each of an epoch's first n / repeats samples is
-    drawn that many times in a row, each time in another view (repeated augmentation, arXiv 1902.05509).
+    drawn that many times in a row, each time in another view (repeated augmentation, arXiv 1902.05509). `together` as in
+    rank_part.
     """
     epoch, k = divmod(step, steps_per_epoch(n, global_batch))
-    start, stop = rank_part(k * global_batch, min(n, (k + 1) * global_batch), rank, world_size)
+    start, stop = rank_part(k * global_batch, min(n, (k + 1) * global_batch), rank, world_size, together)
     positions = np.arange(start, stop)
     return positions_to_samples(n, seed, epoch, positions // repeats), epoch + (positions % repeats << 32)

@@ -28,6 +28,7 @@ class Pictures:
     res: int
     resize: geometry.Resize
     seed: int
+    augment: geometry.Augment | None = None  # RandAugment in the place of colour jitter
 
 
 def make_request(
@@ -35,13 +36,22 @@ def make_request(
 ) -> Request:
     sizes = np.maximum(index.sizes[samples], 1)  # 0: the header could not be read; the backend will skip it
     p = pictures
-    return Request(samples, geometry.train_views(p.transform, sizes, samples, p.res, p.resize, p.seed, epoch))
+    views = geometry.train_views(p.transform, sizes, samples, p.res, p.resize, p.seed, epoch)
+    if p.augment:
+        keys = order.keyed(p.seed, 3, epoch, samples).tolist()
+        plain = (1.0, 1.0, 1.0)
+        views = [
+            view._replace(jitter=plain, augment=p.augment._replace(seed=key))
+            for view, key in zip(views, keys, strict=True)
+        ]
+    return Request(samples, views)
 
 
-def micro_batches(images: int, world_size: int, batch_per_device: int) -> int:
+def micro_batches(images: int, world_size: int, batch_per_device: int, together: int = 1) -> int:
     """Forward passes that a step of `images` takes on every rank: the same number on each, since they share
-    collectives."""
-    largest_part = -(-images // world_size)
+    collectives. `together` as in order.rank_part."""
+    units = -(-images // together)
+    largest_part = together * -(-units // world_size)
     return max(1, -(-largest_part // batch_per_device))
 
 
@@ -60,16 +70,17 @@ def train_steps(
     rank: int,
     world_size: int,
     repeats: int = 1,
+    together: int = 1,
 ) -> Iterator[list[Request]]:
     """For each optimizer step `first` .. `stop - 1` of a stage, this rank's requests; the last ones may be empty.
 
-    Every rank has `micro_batches` of them. Starting late costs nothing.
+    Every rank has `micro_batches` of them; `together` divides `batch_per_device`. Starting late costs nothing.
     """
     n = len(index)
     for step in range(first, stop):
-        samples, views = order.train_draws(n, pictures.seed, step, global_batch, rank, world_size, repeats)
+        samples, views = order.train_draws(n, pictures.seed, step, global_batch, rank, world_size, repeats, together)
         images = min(global_batch, n - step % order.steps_per_epoch(n, global_batch) * global_batch)
-        starts = (k * batch_per_device for k in range(micro_batches(images, world_size, batch_per_device)))
+        starts = (k * batch_per_device for k in range(micro_batches(images, world_size, batch_per_device, together)))
         parts = [slice(start, start + batch_per_device) for start in starts]
         yield [make_request(index, pictures, samples[part], views[part]) for part in parts]
 

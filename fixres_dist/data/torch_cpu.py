@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 from fixres_dist.base.errors import StorageError, UserError
 from fixres_dist.base.memory import release_freed_memory
 from fixres_dist.base.signals import ignore_stop_signals
-from fixres_dist.data import pixels
+from fixres_dist.data import augment, pixels
 from fixres_dist.data.decoding import Bad, Batch, Undecodable, load
 from fixres_dist.data.geometry import Resize, View, vertical_first
 from fixres_dist.data.index import Index
@@ -51,6 +51,8 @@ def draw(image: torch.Tensor, view: View, resize: Resize, canvas: torch.Tensor) 
         canvas.copy_(torch.tensor(resize.fill, dtype=torch.uint8).view(3, 1, 1))  # where the window leaves the image
     canvas[:, top : top + shown.shape[1], left : left + shown.shape[2]] = shown
     pixels.jitter(canvas, view.jitter)
+    if view.augment:
+        augment.apply(canvas, view.augment)
 
 
 class Packed(NamedTuple):

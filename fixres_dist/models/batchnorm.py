@@ -46,23 +46,65 @@ class Moments:
         bn.running_var.copy_(variance)  # type: ignore[operator]
 
 
-class AllReduceSum(torch.autograd.Function):
-    """Sum over ranks, forward and backward."""
+class BatchNormOverRanks(torch.autograd.Function):
+    """Normalise x [n, channels, ...] by mean and variance of all ranks' batches, whose gradients the ranks sum too.
+
+    The backward pass computes the normalised values again: like torch's own on one rank, it keeps the input and numbers per
+    channel. (Plain autograd kept six maps instead.)
+    """
 
     alone = False  # as on_this_rank_alone has it
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
-        return AllReduceSum.total(x)
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        weight: torch.Tensor | None,
+        bias: torch.Tensor | None,
+        running_mean: torch.Tensor,
+        running_var: torch.Tensor,
+        eps: float,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(y in the dtype of x; mean, variance and count of all ranks' values in fp32)."""
+        shape, dims = [1, -1, *[1] * (x.dim() - 2)], [d for d in range(x.dim()) if d != 1]
+        shift = running_mean.clone()  # the same on every rank; keeps the sum of squares from cancelling
+        centred = x.float() - shift.view(shape)
+        count = centred.new_full((1,), x.numel() / x.shape[1])
+        sums = BatchNormOverRanks.total(torch.cat([centred.sum(dims), centred.square().sum(dims), count]))
+        count = sums[-1]
+        mean, square = (sums[:-1] / count.clamp(min=1)).chunk(2)
+        some = count > 1  # False too where every rank skipped all its images
+        mean, variance = mean * some, torch.where(some, square - mean.square(), running_var)
+        scale = torch.rsqrt(variance + eps)
+        y = centred.sub_(mean.view(shape)).mul_(scale.view(shape))
+        if weight is not None and bias is not None:
+            y = y.mul_(weight.view(shape)).add_(bias.view(shape))
+        ctx.save_for_backward(x, weight, shift, mean, scale, count)
+        ctx.mark_non_differentiable(mean, variance, count)
+        return y.to(x.dtype), mean + shift, variance, count
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
-        return AllReduceSum.total(grad)
+    def backward(ctx: Any, grad: torch.Tensor, *_: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, weight, shift, mean, scale, count = ctx.saved_tensors
+        shape, dims = [1, -1, *[1] * (x.dim() - 2)], [d for d in range(x.dim()) if d != 1]
+        grad = grad.float()
+        normal = (x.float() - shift.view(shape)).sub_(mean.view(shape)).mul_(scale.view(shape))
+        own = torch.cat([grad.sum(dims), (grad * normal).sum(dims)])  # of this rank: DDP sums the parameters' gradients
+        of_bias, of_weight = own.chunk(2)
+        parameters = (None, None) if weight is None else (of_weight, of_bias)
+        if not ctx.needs_input_grad[0]:
+            return None, *parameters, None, None, None
+        share = (count > 1) / count.clamp(min=1)  # 0 where running statistics took the batch's place
+        a, b = (BatchNormOverRanks.total(own) * share).chunk(2)
+        factor = scale if weight is None else scale * weight
+        of_x = normal.mul_(-b.view(shape)).add_(grad).sub_(a.view(shape)).mul_(factor.view(shape))
+        return of_x.to(x.dtype), *parameters, None, None, None
 
     @staticmethod
     def total(x: torch.Tensor) -> torch.Tensor:
-        x = x.clone()
-        if not AllReduceSum.alone:
+        """The sum over ranks."""
+        if not BatchNormOverRanks.alone:
+            x = x.clone()
             dist.all_reduce(x)
         return x
 
@@ -70,11 +112,11 @@ class AllReduceSum(torch.autograd.Function):
 @contextlib.contextmanager
 def on_this_rank_alone() -> Iterator[None]:
     """BatchNorms that share their batch's statistics take this rank's inside: what its memory holds can be tried alone."""
-    AllReduceSum.alone = True
+    BatchNormOverRanks.alone = True
     try:
         yield
     finally:
-        AllReduceSum.alone = False
+        BatchNormOverRanks.alone = False
 
 
 def normalise_over_ranks(self: Any, x: torch.Tensor) -> torch.Tensor:
@@ -85,23 +127,14 @@ def normalise_over_ranks(self: Any, x: torch.Tensor) -> torch.Tensor:
     """
     if not self.training:
         return cast(torch.Tensor, type(self).forward(self, x))
-    x = x.float()
-    dims = [d for d in range(x.dim()) if d != 1]
-    shape = [1, -1, *[1] * (x.dim() - 2)]
-    shift = self.running_mean.clone().view(shape)  # the same on every rank; keeps the sum of squares from cancelling
-    centred = x - shift
-    count = x.new_full((1,), x.numel() / x.shape[1])
-    sums = AllReduceSum.apply(torch.cat([centred.sum(dims), centred.square().sum(dims), count]))
-    count = sums[-1].detach()
-    mean, square = (sums[:-1] / count.clamp(min=1)).chunk(2)
-    some = count > 1  # False too where every rank skipped all its images
-    mean, variance = mean * some, torch.where(some, square - mean.square(), self.running_var)
+    x, mean, variance, count = BatchNormOverRanks.apply(
+        x, self.weight, self.bias, self.running_mean, self.running_var, self.eps
+    )
+    some = count > 1
     with torch.no_grad():
         self.num_batches_tracked += some
-        self.running_mean.lerp_(mean + shift.flatten(), self.momentum * some)
+        self.running_mean.lerp_(mean, self.momentum * some)
         self.running_var.lerp_(variance * count / (count - 1).clamp(min=1), self.momentum * some)
-    x = (centred - mean.view(shape)) * torch.rsqrt(variance + self.eps).view(shape)
-    x = x * self.weight.view(shape) + self.bias.view(shape) if self.affine else x
     return cast(torch.Tensor, self.act(self.drop(x))) if hasattr(self, "act") else x
 
 

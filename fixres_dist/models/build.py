@@ -134,15 +134,17 @@ def resnext101_32x48d(pretrained: bool = False, **options: Any) -> nn.Module:
     return model
 
 
-def build_model(timm_name: str, num_classes: int, seed: int = 0) -> nn.Module:
+def build_model(timm_name: str, num_classes: int, seed: int = 0, drop_path: float = 0.0) -> nn.Module:
     """The model with new weights drawn from `seed`, in eval mode; raises UserError for a name timm does not know.
 
     A model that timm marks as of fixed input size is built to take others where its class can: a ViT then keeps the
-    position embedding of its own grid and resamples it in each forward pass.
+    position embedding of its own grid and resamples it in each forward pass. `drop_path`: rate of stochastic depth in the
+    last block, growing over the blocks as timm has it; UserError for a model without.
     """
 
     def create(**options: bool) -> nn.Module:
-        model: nn.Module = timm.create_model(timm_name, pretrained=False, num_classes=num_classes, **options)
+        rate = {"drop_path_rate": drop_path} if drop_path else {}
+        model: nn.Module = timm.create_model(timm_name, pretrained=False, num_classes=num_classes, **options, **rate)
         return model.eval()
 
     cfg = pretrained_cfg(timm_name) if ":" in timm_name or timm.is_model(timm_name) else None
@@ -150,7 +152,11 @@ def build_model(timm_name: str, num_classes: int, seed: int = 0) -> nn.Module:
         torch.manual_seed(seed)
         try:
             return create(dynamic_img_size=True) if cfg is not None and cfg.fixed_input_size else create()
-        except TypeError:  # the class has no such option: it takes one size only
+        except TypeError as error:  # the class has no such option: it takes one size only
+            if "drop_path_rate" in str(error):
+                raise UserError(
+                    f"pretrain.drop_path={drop_path:g}: {timm_name} has no stochastic depth. Next: pretrain.drop_path=0"
+                ) from None
             return create()
         except RuntimeError as error:
             raise UserError(f"timm cannot build {timm_name!r}: {error}") from None

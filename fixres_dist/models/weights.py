@@ -37,7 +37,8 @@ def open_model(
     `say` is told what was decided about a file that left a choice. Raises UserError for an unknown name, a resolution that
     the model cannot take, and weights that do not fit.
     """
-    model = build_model(config.model.timm_name, len(classes), config.run.seed)
+    drop_path = config.pretrain.drop_path if config.pretrain else 0.0
+    model = build_model(config.model.timm_name, len(classes), config.run.seed, drop_path)
     check_resolutions(model, config.resolutions())
     model = for_size(model, config.resolutions()[0])
     if with_weights and (notes := load_weights(model, config, classes)):

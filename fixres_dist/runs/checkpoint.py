@@ -51,18 +51,24 @@ class Tensors:
     """A checkpoint's tensors, copied to the CPU: training may go on while they are written."""
 
     head: dict[str, torch.Tensor]  # the tuned tensors by their names in the model
-    optimizer: dict[str, torch.Tensor]  # momentum_buffer:PARAMETER, and average:PARAMETER where weights are averaged
+    # momentum_buffer:PARAMETER, and average:PARAMETER where weights are averaged; step:#0 of a parameter group that counts
+    optimizer: dict[str, torch.Tensor]
+    ema: dict[str, torch.Tensor]  # the tuned tensors' moving average, where the stage keeps one
 
     @classmethod
-    def of(cls, model: nn.Module, names: tuple[str, ...], optimizer: torch.optim.Optimizer) -> Tensors:
-        state = model.state_dict()
+    def of(
+        cls, model: nn.Module, names: tuple[str, ...], optimizer: torch.optim.Optimizer, ema: nn.Module | None = None
+    ) -> Tensors:
+        state, mean = model.state_dict(), ema.state_dict() if ema else {}
         kept = {
-            f"{key}:{name}": value
+            f"{key}:{name}": torch.as_tensor(value)
             for name, parameter in model.named_parameters()
             for key, value in optimizer.state.get(parameter, {}).items()
             if value is not None
         }
-        return cls(copied({name: state[name] for name in names}), copied(kept))
+        kept |= {f"step:#{k}": torch.as_tensor(g["step"]) for k, g in enumerate(optimizer.param_groups) if "step" in g}
+        averages = copied({name: mean[name] for name in names}) if ema else {}
+        return cls(copied({name: state[name] for name in names}), copied(kept), averages)
 
 
 def copied(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -96,13 +102,14 @@ class Writer:
         optimizer: torch.optim.Optimizer,
         progress: Progress,
         fingerprint: dict[str, Any],
+        ema: nn.Module | None = None,
     ) -> None:
-        """Write step_NNNNNNNN/ with the tensors `names` of the model; rank 0 only."""
+        """Write step_NNNNNNNN/ with the tensors `names` of the model and of `ema`, its moving average; rank 0 only."""
         if next(model.parameters()).is_cuda:
             torch.cuda.synchronize()  # work that was queued before is no part of the stall
         started = time.perf_counter()
         self.wait()
-        tensors = Tensors.of(model, names, optimizer)
+        tensors = Tensors.of(model, names, optimizer, ema)
         stall_ms = 1e3 * (time.perf_counter() - started)
 
         def work() -> None:
@@ -125,6 +132,8 @@ def write(folder: Path, tensors: Tensors, progress: Progress, fingerprint: dict[
         part.mkdir(parents=True)
         save_file(tensors.head, part / "head.safetensors")
         save_file(tensors.optimizer, part / "optimizer.safetensors")
+        if tensors.ema:
+            save_file(tensors.ema, part / "ema.safetensors")
         (part / "meta.json").write_text(as_json({"progress": asdict(progress), "fingerprint": fingerprint}, indent=1))
         for file in part.iterdir():
             sync(file)
@@ -145,23 +154,40 @@ def prune(folder: Path, best_step: int) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
+def newest_stage(folder: Path) -> str:
+    """The stage of the newest checkpoint; empty without one."""
+    found = complete(folder)
+    return progress_of(found[-1]).stage if found else ""
+
+
 def progress_of(path: Path) -> Progress:
     return Progress(**read(path / "meta.json")["progress"])
 
 
 def resume(
-    folder: Path, start: Progress, model: nn.Module, optimizer: torch.optim.Optimizer, fingerprint: dict[str, Any]
+    folder: Path,
+    start: Progress,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    fingerprint: dict[str, Any],
+    ema: nn.Module | None = None,
 ) -> tuple[Progress, bool]:
     """(where the stage of `start` continues, whether from a checkpoint, which is loaded then)."""
     found = complete(folder)
     newest = progress_of(found[-1]) if found else None
     if newest and newest.stage == start.stage:
-        return restore(found[-1], model, optimizer, fingerprint), True
+        return restore(found[-1], model, optimizer, fingerprint, ema), True
     return replace(start, seconds=newest.seconds if newest else 0.0), False
 
 
-def restore(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, fingerprint: dict[str, Any]) -> Progress:
-    """Load a checkpoint into `model` and `optimizer`, in place.
+def restore(
+    path: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    fingerprint: dict[str, Any],
+    ema: nn.Module | None = None,
+) -> Progress:
+    """Load a checkpoint into `model`, `optimizer` and the moving average `ema`, in place.
 
     Raises UserError that names the differences if the fingerprint is of another configuration, data set or trunk.
     """
@@ -174,14 +200,25 @@ def restore(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, fing
         raise UserError(
             f"{path} cannot be resumed: {'; '.join(differ)}. Put back what changed, or start under another --name."
         )
-    state, parameters = model.state_dict(), dict(model.named_parameters())
-    with torch.no_grad():
-        for name, value in read(path / "head.safetensors").items():
-            state[name].copy_(value)
+    parameters = dict(model.named_parameters())
+    for module, file in ((model, "head.safetensors"), (ema, "ema.safetensors")):
+        state = module.state_dict() if module else {}
+        with torch.no_grad():
+            for name, value in read(path / file).items() if module else ():
+                state[name].copy_(value)
     for name, value in read(path / "optimizer.safetensors").items():
         key, _, parameter = name.partition(":")
-        optimizer.state[parameters[parameter]][key] = value.to(parameters[parameter].device)
+        if parameter.startswith("#"):  # of a group: a whole number, or a tensor on the group's device (LAMB)
+            group = optimizer.param_groups[int(parameter[1:])]
+            group[key] = value.to(group["params"][0].device) if value.is_floating_point() else int(value)
+        else:  # torch counts steps on the CPU
+            optimizer.state[parameters[parameter]][key] = value if key == "step" else like(parameters[parameter], value)
     return Progress(**meta["progress"])
+
+
+def like(parameter: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """A tensor of the optimizer in its parameter's memory format, since norms (LAMB, LARS) are sums in that order."""
+    return torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
 
 def read(file: Path) -> Any:

@@ -28,14 +28,14 @@ def not_finite(parts: Parts, optimizer: torch.optim.Optimizer) -> str:
     tensors = {name: state[name] for name in parts.tuned.tensors}
     for name in parts.tuned.parameters:
         kept = optimizer.state.get(parameters[name], {})
-        tensors |= {f"{key} of {name}": v for key, v in kept.items() if isinstance(v, torch.Tensor)}
+        tensors |= {f"{key} of {name}": v for key, v in kept.items() if isinstance(v, torch.Tensor) and key != "step"}
     flags = torch.stack([value.isfinite().all() for value in tensors.values()]).tolist()
     return next((name for name, fine in zip(tensors, flags, strict=True) if not fine), "")
 
 
 def diverged(run: RunDir, config: Config, stage: Stage, step: int, precision: str, what: str) -> Diverged:
     """`what` is not finite after `step` steps: where that was, and a command that tries something else."""
-    section, saved = "pretrain" if stage.name == "pretrain" else "tune", run.saved_step()
+    section, saved = "tune" if stage.name == "fix" else "pretrain", run.saved_step()
     why, tries = f"{what} at step {step} (stage {stage.name}, precision {precision}", []
     if step > stage.first:
         why += f", learning rate {stage.learning_rate(step - 1):.3g}, {section}.base_lr {stage.tune.base_lr:g}"

@@ -116,7 +116,7 @@ def loop(training: Training, startup: StartUp) -> None:
     for step, micro_batches in work.steps(training.progress.step, meter):
         rate = stage.learning_rate(step)
         for group in optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group.get("lr_scale", 1.0)
         optimizer.zero_grad()
         seen = backward(work, head, training.scale, step, micro_batches, meter)
         done, epoch, ends_epoch = step + 1, *stage.epochs_after(step + 1)
@@ -125,6 +125,7 @@ def loop(training: Training, startup: StartUp) -> None:
         norm = float(nn.utils.get_total_norm([p.grad for p in trainable if p.grad is not None])) if logging else 0.0
         norm = norm if training.scale.step() else 0.0
         training.progress = replace(training.progress, step=done, seconds=time.monotonic() - started)
+        training.average(done, last)
         if startup.running:
             phases = startup.stop()
             if tracker:
@@ -164,8 +165,9 @@ def close(training: Training) -> None:
             "a tensor that the policy keeps frozen has changed; please report this with the run's config.yaml"
         )
     predictions = training.evaluate(END[stage.name])
-    training.keep("after" if stage.name == "fix" else f"before-{stage.res}", predictions)
-    if training.tracker:
+    if stage.name != "head":
+        training.keep("after" if stage.name == "fix" else f"before-{stage.res}", predictions)
+    if training.tracker and stage.name != "head":
         if stage.name == "fix":
             images = sum(s.images_until(s.stop) for s in stages(session.config, stage.n))
             summary = results.write_results(run, session, training.progress.seconds, images, **work.how())

@@ -87,11 +87,13 @@ def check(config: Config, world_size: int, dry: bool) -> None:
         nvidia_apex.check_apex(config)
     rule.check(config.run.engine, stages(config, 1)[-1])
     for stage in stages(config, 1):
-        section, batch = {"fix": "tune"}.get(stage.name, stage.name), stage.tune.global_batch
-        if batch % world_size:
-            near = max(world_size, round(batch / world_size) * world_size)
+        section, batch = "tune" if stage.name == "fix" else "pretrain", stage.tune.global_batch
+        whole = world_size * stage.together
+        if batch % whole:
+            near = max(whole, round(batch / whole) * whole)
+            pairs = " in pairs, which mixup and cutmix mix" if stage.together > 1 else ""
             raise UserError(
-                f"{section}.global_batch is {batch} and cannot be divided over {world_size} ranks. "
+                f"{section}.global_batch is {batch} and cannot be divided over {world_size} ranks{pairs}. "
                 f"Next: {section}.global_batch={near}"
             )
 

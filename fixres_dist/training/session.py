@@ -27,7 +27,7 @@ from fixres_dist.training import compiled_code
 from fixres_dist.training.cache.store import Loaded, Store
 from fixres_dist.training.partial import Partial
 from fixres_dist.training.ranks import Ranks
-from fixres_dist.training.stages import batch_per_device
+from fixres_dist.training.stages import Stage, batch_per_device
 
 T = TypeVar("T")
 
@@ -136,6 +136,12 @@ class Session:
         pictures = sum(map(len, self.splits.values())) * max(1, self.config.tune.epochs) // self.ranks.world_size
         size = self.batch_per_device(res)
         return fast_trunk.with_fast_trunk(parts, self.arithmetic, self.config.run, size, res, pictures, self.decided)
+
+    def for_stage(self, stage: Stage) -> Session:
+        """The same, decoding with torch where the stage's pictures are Pillow's work (RandAugment)."""
+        if not stage.ordinary.rand_augment:
+            return self
+        return replace(self, config=replace(self.config, data=replace(self.config.data, backend="torch")))
 
     def for_size(self, res: int) -> Session:
         """The session with its model for pictures of `res` px: the same one wherever that takes them as it is."""

@@ -5,10 +5,12 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from typing import cast
 
 import torch
 from torch import nn
 
+from fixres_dist.data.geometry import Augment
 from fixres_dist.data.requests import Pictures, Request, first_samples, micro_batches, train_steps
 from fixres_dist.models.fast_trunk import FastTrunk
 from fixres_dist.models.parts import Parts
@@ -34,12 +36,20 @@ class StageSession:
     @property
     def batch_per_device(self) -> int:
         """Images of one forward pass of this rank, at most."""
-        return self.session.batch_per_device(self.stage.res)
+        size, pair = self.session.batch_per_device(self.stage.res), self.stage.together
+        return max(pair, size - size % pair)
 
     @property
     def pictures(self) -> Pictures:
         """The pictures that the stage trains on."""
-        return self.session.pictures_of(self.stage.transform, self.stage.res, self.stage.seed)
+        made, config = (
+            self.session.pictures_of(self.stage.transform, self.stage.res, self.stage.seed),
+            self.stage.ordinary,
+        )
+        if not config.rand_augment:
+            return made
+        fill = cast(tuple[int, int, int], tuple(min(255, round(255 * x)) for x in self.session.spec.mean))
+        return replace(made, augment=Augment(config.rand_augment, fill))
 
     def how(self) -> dict[str, str]:
         """What results.json and the events say of it: the engine, and how the frozen trunk is arranged."""
@@ -52,6 +62,7 @@ class StageSession:
         return train_steps(
             *(self.session.train, self.pictures, stage.tune.global_batch, batch_per_device),
             *(first - stage.first, stop - stage.first, ranks.rank, ranks.world_size, stage.tune.repeats),
+            stage.together,
         )
 
     def steps(self, first: int, meter: Meter) -> Iterator[tuple[int, Iterator[Loaded]]]:
@@ -64,7 +75,8 @@ class StageSession:
         loaded = meter.waiting(self.loaded("train", requests))
         ranks = self.session.ranks
         for step in range(first, stage.stop):
-            parts = itertools.islice(loaded, micro_batches(stage.batch_size(step), ranks.world_size, size))
+            count = micro_batches(stage.batch_size(step), ranks.world_size, size, stage.together)
+            parts = itertools.islice(loaded, count)
             # A step that moves statistics is done to its end: they could not be taken back.
             yield step, parts if stage.tune.bn_stats == "ema" else self.asking(parts)
 

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+from timm.utils import ModelEmaV3
 
 from fixres_dist.config import reading
+from fixres_dist.models.optimizers import optimizer_of
 from fixres_dist.models.parts import frozen_digest, parts_of, set_modes
-from fixres_dist.models.precision import LossScale, sgd
+from fixres_dist.models.precision import LossScale
 from fixres_dist.models.sizes import of_weights
 from fixres_dist.runs import checkpoint
 from fixres_dist.runs.checkpoint import Progress
@@ -27,7 +31,7 @@ from fixres_dist.training.stage_session import StageSession
 from fixres_dist.training.stages import Stage, other_sizes
 from fixres_dist.training.throughput import Meter
 
-END = {"pretrain": "pretrained", "fix": "after"}  # the evaluation after a stage's last step
+END = {"head": "head", "pretrain": "pretrained", "fix": "after"}  # the evaluation after a stage's last step
 
 
 @dataclass
@@ -43,6 +47,7 @@ class Training:
     resumed: bool
     tracker: Tracker | None  # rank 0's
     writer: checkpoint.Writer
+    ema: ModelEmaV3 | None = None  # the moving average of the weights
     meter: Meter = field(default_factory=Meter)
     saved_step: int = -1  # of the newest checkpoint of this stage
     opened: float = field(default_factory=time.monotonic)
@@ -54,9 +59,32 @@ class Training:
     def set_modes(self) -> None:
         set_modes(self.work.parts, self.work.stage.tune.bn_stats)
 
+    @contextlib.contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Inside, the tuned tensors are their moving average, where the stage keeps one."""
+        if not self.ema:
+            yield
+            return
+        state, mean = self.work.session.model.state_dict(), self.ema.module.state_dict()
+        kept = {name: state[name].clone() for name in self.work.parts.tuned.tensors}
+        copy_into(state, mean, kept)
+        try:
+            yield
+        finally:
+            copy_into(state, kept, kept)
+
+    def average(self, done: int, last: bool) -> None:
+        """Take the weights after `done` steps into their moving average; the `last` ones become it."""
+        if self.ema:
+            self.ema.update(self.work.session.model, step=done - self.work.stage.first)
+            if last:
+                names = self.work.parts.tuned.tensors
+                copy_into(self.work.session.model.state_dict(), self.ema.module.state_dict(), names)
+
     def evaluate(self, label: str) -> Predictions:
         """Of the validation images as the model is now; leaves the model ready to train. Raises Stopped."""
-        predictions = self.work.evaluate(label, self.partial("epoch" if self.progress.pending else label, label))
+        with self.averaged():
+            predictions = self.work.evaluate(label, self.partial("epoch" if self.progress.pending else label, label))
         summary = predictions.summary()
         if not math.isfinite(summary.loss):
             raise self.diverged(f"the loss of the evaluation ({label}) is {summary.loss}")
@@ -114,16 +142,23 @@ class Training:
             self.tracker.flush()
             now = replace(self.progress, loss_scale=self.scale.state())
             tensors = self.work.parts.tuned.tensors
-            self.writer.save(self.work.session.model, tensors, self.optimizer, now, self.fingerprint)
+            mean = self.ema.module if self.ema else None
+            self.writer.save(self.work.session.model, tensors, self.optimizer, now, self.fingerprint, mean)
+
+
+@torch.no_grad()
+def copy_into(state: Mapping[str, torch.Tensor], values: Mapping[str, torch.Tensor], names: Iterable[str]) -> None:
+    for name in names:
+        state[name].copy_(values[name])
 
 
 def open_stage(run: RunDir, session: Session, stage: Stage, total_steps: int, writer: checkpoint.Writer) -> Training:
     """The model cut for the stage, its optimizer, and where it continues: at its newest checkpoint, or at its start."""
+    session = session.for_stage(stage)
     settings, tune = session.config.run, stage.tune
     parts = parts_of(session.model, tune.policy, settings.activation_checkpointing)
     parts = session.with_fast_trunk(parts, stage.res)
-    trainable = [p for p in session.model.parameters() if p.requires_grad]
-    optimizer = sgd(settings.optimizer, trainable, tune.momentum, tune.weight_decay)
+    optimizer = optimizer_of(session.model, settings, tune)
     scale = LossScale(session.arithmetic, optimizer, parts.head if parts.trains_blocks else None)
     fingerprint = {
         "stage": stage.name,
@@ -132,11 +167,14 @@ def open_stage(run: RunDir, session: Session, stage: Stage, total_steps: int, wr
         "frozen weights": frozen_digest(parts),
     }
     start = Progress(stage.first, stage.name)
-    progress, resumed = checkpoint.resume(run.checkpoints, start, session.model, optimizer, fingerprint)
+    decay = stage.ordinary.ema_decay
+    ema = ModelEmaV3(session.model, decay, use_warmup=True) if decay else None
+    mean = ema.module if ema else None
+    progress, resumed = checkpoint.resume(run.checkpoints, start, session.model, optimizer, fingerprint, mean)
     scale.restore(progress.loss_scale)
     work = StageSession(auto_batch.with_batch(session, stage, parts, optimizer, scale), stage, parts)
     main = session.ranks.is_main
     again = (progress.pending, END[stage.name]) if resumed else ("before", OTHER_SIZE)
     tracker = Tracker(run, session.config, progress.step, total_steps, resumed, again) if main else None
     saved = progress.step if resumed else -1
-    return Training(run, work, optimizer, scale, fingerprint, progress, resumed, tracker, writer, saved_step=saved)
+    return Training(run, work, optimizer, scale, fingerprint, progress, resumed, tracker, writer, ema, saved_step=saved)

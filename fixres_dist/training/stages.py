@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from fixres_dist.config.schema import Config, Tune
+from fixres_dist.config.schema import Config, Pretrain, Tune
 from fixres_dist.data import order
 from fixres_dist.models.sizes import Sizes
 
@@ -14,13 +14,23 @@ from fixres_dist.models.sizes import Sizes
 class Stage:
     """A stretch of optimizer steps [first, stop) with one policy, resolution and transform, on `n` images."""
 
-    name: str  # pretrain | fix
+    name: str  # head | pretrain | fix
     tune: Tune
     res: int
     transform: str
     first: int
     n: int
     seed: int  # of its order and augmentation: the stages must not repeat each other's
+
+    @property
+    def ordinary(self) -> Pretrain:
+        """The settings that only ordinary training has; elsewhere the defaults, which do nothing."""
+        return self.tune if isinstance(self.tune, Pretrain) else Pretrain()
+
+    @property
+    def together(self) -> int:
+        """Neighbours in the order that a forward pass must not part: pairs where pictures are mixed."""
+        return 2 if self.ordinary.mixes else 1
 
     @property
     def per_epoch(self) -> int:
@@ -64,9 +74,11 @@ def stages(config: Config, n: int) -> list[Stage]:
     """The stages of a run on `n` training images, in order; optimizer steps are counted through."""
     found: list[Stage] = []
     if config.pretrain:
-        p = config.pretrain
-        found.append(Stage("pretrain", p, p.res, p.train_transform, 0, n, 2 * config.run.seed + 1))
-    first = found[0].stop if found else 0
+        p, seed = config.pretrain, 2 * config.run.seed + 1
+        if p.head_epochs:
+            found.append(Stage("head", p.head(), p.res, "test", 0, n, int(order.keyed(seed, 3)[0])))
+        found.append(Stage("pretrain", p, p.res, p.train_transform, found[0].stop if found else 0, n, seed))
+    first = found[-1].stop if found else 0
     return [
         *found,
         Stage("fix", config.tune, config.data.res, config.data.train_transform, first, n, 2 * config.run.seed),

@@ -13,10 +13,12 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from fixres_dist.data.order import keyed
 from fixres_dist.models import batchnorm
 from fixres_dist.models.pooled_head import pooled_head
 from fixres_dist.models.precision import LossScale
 from fixres_dist.training.cache.store import Loaded
+from fixres_dist.training.mixing import mixed
 from fixres_dist.training.partial import Partial
 from fixres_dist.training.stage_session import StageSession
 from fixres_dist.training.throughput import Meter
@@ -34,22 +36,26 @@ def backward(
 
     With `ema` statistics the outputs of a frozen trunk are joined first, so that the head's BN sees the rank's whole batch.
     """
-    ranks, tune = work.session.ranks, work.stage.tune
+    ranks, tune, classes = work.session.ranks, work.stage.tune, len(work.session.classes)
     joined = work.parts.trunk is not None and tune.bn_stats == "ema"
     groups = iter([list(micro_batches)]) if joined else ([batch] for batch in micro_batches)
     batch_size, samples = work.stage.batch_size(step), []
-    group = next(groups, None)
+    group, k = next(groups, None), 0
     while group is not None:
+        if work.parts.everything:  # dropout and stochastic depth draw the same after a resume
+            torch.manual_seed(int(keyed(work.stage.seed, 4, step, ranks.rank, k)[0]) >> 1)
         every = [work.inputs(batch.images) for batch in group]
         inputs = every[0] if len(every) == 1 else tuple(map(torch.cat, zip(*every, strict=True)))
         labels = torch.cat([batch.labels.to(ranks.device, non_blocking=True) for batch in group])
         samples += [sample for batch in group for sample in batch.samples.tolist()]
-        group = next(groups, None)
+        group, k = next(groups, None), k + 1
         waiting = contextlib.nullcontext() if group is None or ranks.world_size == 1 else head.no_sync()  # type: ignore[operator]
         alone = batchnorm.single_image(work.parts, len(labels) if ranks.world_size == 1 else 0)
+        first, targets = mixed(work.stage, classes, step, inputs[0], labels)
+        smoothing = 0.0 if targets.is_floating_point() else tune.label_smoothing  # soft targets have it in them
         with waiting, alone:
-            logits = work.logits(head, inputs)
-            loss = F.cross_entropy(logits, labels, reduction="sum", label_smoothing=tune.label_smoothing)
+            logits = work.logits(head, (first, *inputs[1:]))
+            loss = F.cross_entropy(logits, targets, reduction="sum", label_smoothing=smoothing)
             # DDP averages over ranks, and the loss is the mean over the global batch, however large this rank's part is.
             with batchnorm.statistics_kept(work.parts):
                 scale.backward(loss * (ranks.world_size / batch_size), last=group is None)

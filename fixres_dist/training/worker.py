@@ -144,13 +144,18 @@ def train_stages(run: RunDir, config: Config, ranks: Ranks, stack: contextlib.Ex
     todo = stages(config, len(session.train))
     if ranks.is_main:
         begin(run, session, total_steps=todo[-1].stop)
+    sized, begun = session, ranks.from_main(lambda: checkpoint.newest_stage(run.checkpoints))
     for stage in todo:
         ranks.check_stop()
+        if stage.name == "head" and begun not in ("", "head"):  # the checkpoint of stage one has it
+            continue
         if run.pretrained.exists():
-            if stage.name == "pretrain":
+            if stage.name != "fix":
                 continue
             weights.fill(session.model, load_file(run.pretrained), str(run.pretrained))
-        train_stage(run, session.for_size(stage.res), stage, todo[-1].stop, writer, startup)
+            sized = session
+        sized = sized.for_size(stage.res)  # with the classifier that a first stage has trained
+        train_stage(run, sized, stage, todo[-1].stop, writer, startup)
 
 
 def claim(run: RunDir, ranks: Ranks, stack: contextlib.ExitStack) -> int | None:

@@ -149,6 +149,31 @@ def test_statistics_over_ranks_equal_ordinary_batch_norm(monkeypatch: pytest.Mon
         torch.testing.assert_close(models_[1].state_dict()[name], value, rtol=1e-4, atol=1e-5, msg=name)
 
 
+@pytest.mark.parametrize("low", [False, True])
+def test_statistics_over_ranks_keep_no_more_for_the_backward_pass_than_one_rank(
+    low: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bytes of all tensors that autograd saves, each storage once; in bf16 too."""
+    monkeypatch.setattr(batchnorm.dist, "all_reduce", lambda x: x)
+    kept = []
+    for shared in (False, True):
+        parts = parts_of(build_model("test_efficientnet", 5), "all")
+        set_modes(parts, "ema")
+        if shared:
+            batchnorm.share_batch_statistics(parts)
+        storages: dict[int, tuple[torch.Tensor, int]] = {}
+
+        def note(x: torch.Tensor, storages: dict[int, tuple[torch.Tensor, int]] = storages) -> torch.Tensor:
+            storages[x.untyped_storage().data_ptr()] = (x, x.untyped_storage().nbytes())
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x), torch.autocast("cpu", enabled=low):
+            loss = parts.head(torch.randn(8, 3, 64, 64)).square().mean()
+        kept.append(sum(size for _, size in storages.values()))
+        loss.backward()
+    assert kept[1] < 1.02 * kept[0]
+
+
 def test_a_step_whose_images_were_all_skipped_leaves_statistics_and_weights_alone(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

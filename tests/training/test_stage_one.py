@@ -1,0 +1,219 @@
+"""Stage one with timm's parts: optimizers, averages, mixed and augmented pictures, and the head first."""
+
+from __future__ import annotations
+
+import itertools
+import random
+import re
+from pathlib import Path
+from typing import get_args
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from timm.data import Mixup
+from timm.data.auto_augment import rand_augment_transform
+from timm.optim import create_optimizer_v2
+from timm.optim._param_groups import param_groups_layer_decay
+from torch import nn
+from training.test_step import made as index_of
+
+from fixres_dist.base.errors import UserError
+from fixres_dist.base.json_lines import read_lines
+from fixres_dist.base.signals import StopFlag
+from fixres_dist.config import reading
+from fixres_dist.config.schema import Config, Optimizer, Pretrain, Run
+from fixres_dist.data import augment, geometry, order
+from fixres_dist.data.requests import Pictures, train_steps
+from fixres_dist.models.build import build_model
+from fixres_dist.models.optimizers import optimizer_of
+from fixres_dist.runs import checkpoint, rundir
+from fixres_dist.runs.checkpoint import Progress, Tensors
+from fixres_dist.runs.rundir import RunDir
+from fixres_dist.training import loop, worker
+from fixres_dist.training.mixing import mixed
+from fixres_dist.training.stages import Stage
+
+EVERYTHING = (
+    *("optimizer=adamw", "layer_decay=0.8", "ema_decay=0.9", "mixup=0.2", "cutmix=1.0", "drop_path=0.3"),
+    *("rand_augment=rand-m9-mstd0.5-inc1", "head_epochs=1", "base_lr=0.01", "warmup_epochs=0.5"),
+)
+
+
+def prepared(root: Path, photos: Path, *first: str) -> RunDir:
+    items = (
+        *("model.name=test_efficientnet", "model.timm_name=test_efficientnet", "model.weights=none"),
+        *(f"data.root={photos}", "data.res=64", "data.workers=0", f"data.cache={root}-cache"),
+        *("tune.epochs=0", "tune.global_batch=28", "tune.bn_stats_images=28", "run.precision=fp32"),
+        *("run.memory_format=channels_last", "run.batch_per_device=13", "run.eval_every=1"),
+        *("pretrain.res=64", "pretrain.epochs=2", "pretrain.global_batch=28"),
+    )
+    config = reading.parse(Config, reading.overrides([*items, *(f"pretrain.{item}" for item in first)]))
+    return rundir.prepare(root, config, "submit")
+
+
+@pytest.mark.parametrize(("first", "stops"), [(EVERYTHING, (2, 5)), (("optimizer=lamb", "ema_decay=0.99"), (1, 4))])
+def test_a_resume_is_exact(
+    tmp_path: Path, photos: Path, monkeypatch: pytest.MonkeyPatch, first: tuple[str, ...], stops: tuple[int, ...]
+) -> None:
+    """Stopped in the middle of every stage: the weights' moving average ends as undisturbed, bit for bit."""
+    calm, stopped = prepared(tmp_path / "calm", photos, *first), prepared(tmp_path / "stopped", photos, *first)
+    assert worker.train(calm.root, StopFlag()) == 0
+    real = loop.backward
+    for stop in stops:
+        flag = StopFlag()
+
+        def backward(work, head, scale, step, *rest, flag=flag, stop=stop):  # type: ignore[no-untyped-def]
+            flag.signal = 15 if step == stop else flag.signal
+            return real(work, head, scale, step, *rest)
+
+        monkeypatch.setattr(loop, "backward", backward)
+        assert worker.train(stopped.root, flag) == 1
+        assert stopped.saved_step() >= stop
+    monkeypatch.setattr(loop, "backward", real)
+    torch.manual_seed(7)  # whatever the process has drawn before
+    assert worker.train(stopped.root, StopFlag()) == 0
+    a, b = load_file(calm.pretrained), load_file(stopped.pretrained)
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    said = [x["evaluation"] for x in read_lines(stopped.metrics) if "evaluation" in x and x["evaluation"] != "before"]
+    assert said[:-1] == (["head"] if "head_epochs=1" in first else []) + ["pretrain epoch 1", "pretrained"]
+
+
+@pytest.mark.parametrize("name", get_args(Optimizer))
+def test_every_optimizer_goes_on_from_a_checkpoint(name: str, tmp_path: Path) -> None:
+    """And takes the steps of timm's own, with a rate of its own for each layer."""
+    tune = Pretrain(optimizer=name, weight_decay=0.05, layer_decay=0.5 if name != "sgd" else 1.0)  # type: ignore[arg-type]
+
+    def model() -> nn.Module:
+        return build_model("test_efficientnet", 3)
+
+    def steps(net: nn.Module, optimizer: torch.optim.Optimizer, which: range) -> None:
+        for k in which:
+            for group in optimizer.param_groups:
+                group["lr"] = 0.01 * group.get("lr_scale", 1.0)
+            generator = torch.Generator().manual_seed(k)
+            for p in net.parameters():
+                p.grad = torch.randn(p.shape, generator=generator)
+            optimizer.step()
+
+    calm, other, timms = model(), model(), model()
+    steps(calm, optimizer_of(calm, Run(), tune), range(4))
+    first = optimizer_of(other, Run(), tune)
+    steps(other, first, range(2))
+    names = tuple(dict(other.named_parameters()))
+    checkpoint.write(tmp_path, Tensors.of(other, names, first), Progress(2, "pretrain"), {})
+    fresh = model()
+    second = optimizer_of(fresh, Run(), tune)
+    checkpoint.restore(tmp_path / "step_00000002", fresh, second, {})
+    steps(fresh, second, range(2, 4))
+    for a, b in zip(calm.parameters(), fresh.parameters(), strict=True):
+        assert torch.equal(a, b)
+    if name == "sgd":
+        reference: torch.optim.Optimizer = torch.optim.SGD(timms.parameters(), 0.01, 0.9, weight_decay=0.05)
+    else:
+        groups = param_groups_layer_decay(timms, 0.05, layer_decay=0.5)
+        assert len({group["lr_scale"] for group in groups}) > 3
+        called = {"nesterov": "sgd"}.get(name, name)
+        reference = create_optimizer_v2(groups, called, lr=0.01, weight_decay=0.05, momentum=0.9)
+    steps(timms, reference, range(4))
+    for a, b in zip(calm.parameters(), timms.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def stage(**settings: float) -> Stage:
+    return Stage("pretrain", Pretrain(global_batch=12, **settings), 32, "random_resized_crop", 0, 23, 5)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("settings", [{"mixup": 0.4}, {"cutmix": 1.0}, {"mixup": 0.2, "cutmix": 1.0}])
+def test_mixed_pictures_are_timms_however_the_step_is_cut(settings: dict[str, float]) -> None:
+    one, images, labels = stage(**settings), torch.randn(12, 3, 16, 16), torch.arange(12) % 5
+    outwards = [0, 2, 4, 6, 8, 10, 11, 9, 7, 5, 3, 1]  # timm mixes the first with the last
+    timms = Mixup(settings.get("mixup", 0), settings.get("cutmix", 0), label_smoothing=0.1, num_classes=5)
+    for step in (3, 4):
+        seed = int(order.keyed(5, 4, step)[0])
+        random.seed(seed)
+        np.random.seed(seed & 0xFFFFFFFF)
+        expected, targets = timms(images[outwards].clone(), labels[outwards])
+        back = [outwards.index(k) for k in range(12)]
+        whole = mixed(one, 5, step, images.clone(), labels)
+        assert torch.equal(whole[0][back], expected[back])
+        assert torch.equal(whole[1], targets)
+        assert not torch.equal(whole[0][back], images)
+        for first, stop in ((0, 4), (4, 10), (10, 12)):  # micro-batches, or ranks
+            part, soft = mixed(one, 5, step, images[first:stop].clone(), labels[first:stop])
+            inner = [k for k in outwards if first <= k < stop]
+            assert torch.equal(part, torch.stack([expected[outwards.index(k)] for k in inner]))
+            assert torch.equal(soft, torch.stack([targets[outwards.index(k)] for k in inner]))
+    rest, soft = mixed(one, 5, 3, images[:1], labels[:1])
+    assert torch.equal(rest, images[:1])
+    torch.testing.assert_close(soft, torch.tensor([[0.92, 0.02, 0.02, 0.02, 0.02]]))
+    assert mixed(one, 5, 3, images[:0], labels[:0])[1].shape == (0, 5)
+    assert mixed(stage(), 5, 3, images, labels)[1] is labels
+
+
+@pytest.mark.parametrize(("world_size", "batch"), [(1, 4), (2, 4), (3, 2), (3, 6)])
+def test_pairs_stay_on_one_rank_in_one_forward_pass(world_size: int, batch: int) -> None:
+    """Also of an epoch's last step, whose 11 images are an odd number."""
+    pictures = Pictures("test", 32, geometry.resize_of("fixefficientnet", 32, 1.0, "bicubic"), 7)
+    args = (index_of(23), pictures, 12)
+    alone = [r.samples.tolist() for (r,) in train_steps(*args, 12, 0, 2, 0, 1, together=2)]
+    ranks = [list(train_steps(*args, batch, 0, 2, rank, world_size, together=2)) for rank in range(world_size)]
+    for step, whole in enumerate(alone):
+        assert len({len(of[step]) for of in ranks}) == 1, "every rank has as many forward passes"
+        parts = [request.samples.tolist() for of in ranks for request in of[step]]
+        assert list(itertools.chain.from_iterable(parts)) == whole
+        assert max(map(len, parts)) <= batch
+        assert all(len(part) % 2 == 0 for part in parts if part and part[-1] != whole[-1])
+
+
+def test_rand_augment_is_timms_for_each_picture_and_epoch() -> None:
+    config, fill = "rand-m9-n2-mstd0.5-inc1", (124, 116, 104)
+    resize = geometry.resize_of("fixefficientnet", 32, 1.0, "bicubic")
+    pictures = Pictures("random_resized_crop", 32, resize, 7, geometry.Augment(config, fill))
+    ((first,), (again,)) = (next(train_steps(index_of(8), pictures, 8, 8, k, k + 1, 0, 1)) for k in (0, 1))
+    seeds = {view.augment.seed for request in (first, again) for view in request.views if view.augment}
+    assert len(seeds) == 16, "every picture draws its own, in every epoch another"
+    assert all(view.jitter == (1.0, 1.0, 1.0) for view in first.views)
+    pixels = np.random.default_rng(0).integers(0, 255, (32, 32, 3), dtype=np.uint8)
+    for view in first.views:
+        assert view.augment
+        canvas = torch.from_numpy(pixels.copy()).permute(2, 0, 1)
+        state = np.random.get_state()[1].copy(), random.getstate()  # type: ignore[index,union-attr]
+        augment.apply(canvas, view.augment)
+        assert np.array_equal(np.random.get_state()[1], state[0])  # type: ignore[index,arg-type]
+        assert random.getstate() == state[1]
+        random.seed(view.augment.seed)
+        np.random.seed(view.augment.seed & 0xFFFFFFFF)
+        timms = rand_augment_transform(config, {"translate_const": 14, "img_mean": fill})(Image.fromarray(pixels))
+        assert np.array_equal(canvas.permute(1, 2, 0).numpy(), np.asarray(timms))
+
+
+@pytest.mark.parametrize(
+    ("items", "said"),
+    [
+        (("pretrain.optimizer=lamb", "run.optimizer=apex"), "run.optimizer=torch, or pretrain.optimizer=sgd"),
+        (("pretrain.layer_decay=0.7", "run.precision=apex-O1"), "run.precision=auto"),
+        (("pretrain.optimizer=adamm",), "adamw"),
+        (("pretrain.layer_decay=1.2",), "accepted: above 0, to 1"),
+        (("pretrain.ema_decay=1",), "accepted: 0 <= ema_decay < 1"),
+        (("pretrain.rand_augment=m9",), "pretrain.rand_augment=rand-m9-mstd0.5-inc1"),
+        (("pretrain.rand_augment=rand-m9", "data.backend=dali"), "data.backend=auto"),
+        (("pretrain.rand_augment=rand-m9", "pretrain.train_transform=test"), "train_transform=random_resized_crop"),
+        (("pretrain.mixup=0.2", "pretrain.policy=last_block"), "pretrain.policy=all"),
+        (("pretrain.cutmix=1", "pretrain.repeats=3"), "pretrain.repeats=1"),
+        (("pretrain.mixup=-1",), "mixup is -1.0; accepted: 0 or more"),
+        (("pretrain.mixup=0.2", "run.batch_per_device=1"), "run.batch_per_device=2"),
+        (("pretrain.drop_path=0.1", "pretrain.policy=attention"), "pretrain.drop_path=0"),
+        (("pretrain.head_epochs=2", "pretrain.policy=classifier"), "pretrain.head_epochs=0"),
+    ],
+)
+def test_what_excludes_each_other_is_refused_at_submission(items: tuple[str, ...], said: str) -> None:
+    with pytest.raises(UserError, match=re.escape(said)):
+        reading.parse(Config, reading.overrides(["pretrain.epochs=1", *items]))
+
+
+def test_a_model_without_stochastic_depth_is_refused() -> None:
+    with pytest.raises(UserError, match=r"vgg11 has no stochastic depth. Next: pretrain.drop_path=0"):
+        build_model("vgg11", 3, drop_path=0.1)
