@@ -154,6 +154,15 @@ def prune(folder: Path, best_step: int) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
+def copy(path: Path, folder: Path, **fingerprint: Any) -> None:
+    """Copy a checkpoint of another run to `folder`; `fingerprint`: what of it this run has otherwise."""
+    meta = read(path / "meta.json")
+    meta["fingerprint"] |= fingerprint
+    with whole(folder / path.name) as part:
+        shutil.copytree(path, part)
+        (part / "meta.json").write_text(as_json(meta, indent=1))
+
+
 def newest_stage(folder: Path) -> str:
     """The stage of the newest checkpoint; empty without one."""
     found = complete(folder)

@@ -25,7 +25,7 @@ from fixres_dist.models import weights
 from fixres_dist.models.precision import determinism
 from fixres_dist.runs import checkpoint, starts
 from fixres_dist.runs.rundir import Locked, RunDir
-from fixres_dist.training import plan, samples
+from fixres_dist.training import plan, samples, stage_one
 from fixres_dist.training.auto_batch import DoesNotFit
 from fixres_dist.training.divergence import Diverged
 from fixres_dist.training.loop import train_stage
@@ -144,18 +144,20 @@ def train_stages(run: RunDir, config: Config, ranks: Ranks, stack: contextlib.Ex
     todo = stages(config, len(session.train))
     if ranks.is_main:
         begin(run, session, total_steps=todo[-1].stop)
-    sized, begun = session, ranks.from_main(lambda: checkpoint.newest_stage(run.checkpoints))
-    for stage in todo:
-        ranks.check_stop()
-        if stage.name == "head" and begun not in ("", "head"):  # the checkpoint of stage one has it
-            continue
-        if run.pretrained.exists():
-            if stage.name != "fix":
-                continue
-            weights.fill(session.model, load_file(run.pretrained), str(run.pretrained))
-            sized = session
-        sized = sized.for_size(stage.res)  # with the classifier that a first stage has trained
-        train_stage(run, sized, stage, todo[-1].stop, writer, startup)
+    *first, fix = todo
+    if first and not run.pretrained.exists():
+        with stage_one.turn(run, session, first) as needed:
+            begun, sized = ranks.from_main(lambda: checkpoint.newest_stage(run.checkpoints)), session
+            for stage in first if needed else ():
+                ranks.check_stop()
+                if stage.name == "head" and begun not in ("", "head"):
+                    continue  # the checkpoint of stage one has the classifier
+                sized = sized.for_size(stage.res)  # with the classifier that the first one has trained
+                train_stage(run, sized, stage, fix.stop, writer, startup)
+    ranks.check_stop()
+    if first:
+        weights.fill(session.model, load_file(run.pretrained), str(run.pretrained))
+    train_stage(run, session.for_size(fix.res), fix, fix.stop, writer, startup)
 
 
 def claim(run: RunDir, ranks: Ranks, stack: contextlib.ExitStack) -> int | None:

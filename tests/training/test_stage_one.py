@@ -21,8 +21,8 @@ from torch import nn
 from training.test_step import made as index_of
 
 from fixres_dist.base.errors import UserError
-from fixres_dist.base.json_lines import read_lines
 from fixres_dist.base.signals import StopFlag
+from fixres_dist.base.small_files import read_lines
 from fixres_dist.config import reading
 from fixres_dist.config.schema import Config, Optimizer, Pretrain, Run
 from fixres_dist.data import augment, geometry, order
