@@ -214,7 +214,7 @@ def adopt(run: RunDir, session: Session, place: Place, first: list[Stage]) -> No
             return
         lines = read_lines(other.metrics, step=int)
         checkpoint.copy(newest[0], run.checkpoints, configuration=reading.identity(session.config))
-        if not session.choices():
+        if not session.choices() and (other.root / "choices.json").exists():
             copy(other.root / "choices.json", run.root / "choices.json")
         run.metrics.unlink(missing_ok=True)
         for line in lines:
