@@ -190,6 +190,8 @@ def test_every_recipe_builds_at_its_resolution_and_runs_two_steps(
         assert parts.head(*features).shape == (1, 1000)
         assert features[0].shape[-1] == -(-config.data.res // 32)
     keys = [f"data.root={four}", "data.res=64", "data.workers=0", "model.weights=none", "tune.global_batch=2"]
+    # The probe of memory formats would take longer than all the rest; tests/models/test_fast_trunk.py has it.
+    keys.append("run.memory_format=contiguous")
     config = reading.parse(Config, reading.merge(recipe.values, reading.overrides([*keys, "run.log_every=1"])))
     rundir.prepare(tmp_path / "run", config, "test")
     assert worker.train(tmp_path / "run", StopFlag()) == 0
