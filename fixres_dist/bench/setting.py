@@ -21,7 +21,7 @@ from fixres_dist.config.schema import Config
 from fixres_dist.data.decoding import Batch
 from fixres_dist.data.layout import class_folders
 from fixres_dist.models.build import build_model, pretrained_cfg
-from fixres_dist.training.ranks import join
+from fixres_dist.training.ranks import join, launched
 from fixres_dist.training.session import Session, open_session
 from fixres_dist.training.throughput import Meter
 
@@ -98,7 +98,9 @@ def variant(build: Build, setting: Setting) -> Iterator[Turn]:
 
 
 def opened(setting: Setting) -> Session:
-    return open_session(setting.config(), join(setting.folder, setting.keep_memory), splits=("train",))
+    return open_session(
+        setting.config(), join(setting.folder, setting.keep_memory, launcher=launched({})), splits=("train",)
+    )
 
 
 def pictures(session: Session, setting: Setting) -> Batch:

@@ -147,7 +147,7 @@ def opened(
     """
     from fixres_dist.data import class_maps
     from fixres_dist.models.precision import determinism
-    from fixres_dist.training.ranks import abort, join
+    from fixres_dist.training.ranks import abort, join, of_command
     from fixres_dist.training.session import open_session
 
     needed = any(subject.weights is None for subject in subjects)
@@ -160,7 +160,7 @@ def opened(
     rendezvous.mkdir(parents=True, exist_ok=True)
     try:
         with determinism(config.run):
-            ranks = join(rendezvous)
+            ranks = join(rendezvous, launcher=of_command())
             yield open_with(ranks, trained=class_maps.trained_classes(config, run, split))
     except BaseException:
         abort()

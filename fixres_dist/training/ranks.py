@@ -10,6 +10,7 @@ import faulthandler
 import io
 import json
 import os
+import re
 import socket
 import sys
 import threading
@@ -191,14 +192,31 @@ def launched(environ: Mapping[str, str]) -> Launched:
     return Launched(rank, world, local, size, key)
 
 
-def join(run_folder: Path, keep_memory: bool = True, flag: StopFlag | None = None) -> Ranks:
-    """Join the other ranks of this start; a single process needs no process group.
+def of_command() -> Launched:
+    """A command's place among ranks: one of torchrun's where torchrun itself started this process, otherwise alone.
+
+    Their variables are also there for what is typed, or called by a script, inside somebody's job or under `srun -n2 --pty`:
+    no other rank would come. A command takes several nodes as a job of its own (--cluster slurm).
+    """
+    try:
+        parent = Path(f"/proc/{os.getppid()}/cmdline").read_text(errors="replace")
+    except OSError:  # no Linux
+        parent = "torchrun"
+    return launched(
+        os.environ if re.search(r"torchrun|torch\.distributed\.(run|launch)|torch/distributed/run", parent) else {}
+    )
+
+
+def join(
+    run_folder: Path, keep_memory: bool = True, flag: StopFlag | None = None, launcher: Launched | None = None
+) -> Ranks:
+    """Join the other ranks of this start; a single process needs no process group. `launcher`: by default the environment's.
 
     `keep_memory`: on a CPU, use freed memory again (base/memory.py); False leaves the process as it is.
     Raises RuntimeError where rank 0 does not publish its address within MEET_TIMEOUT_S, or where another rank does
     not come, which a retry may mend.
     """
-    rank, world, local_rank, local_size, key = launched(os.environ)
+    rank, world, local_rank, local_size, key = launcher or launched(os.environ)
     device = torch.device("cpu")
     choose_mig_device(local_rank)
     if torch.cuda.is_available():

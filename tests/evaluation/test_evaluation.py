@@ -32,6 +32,7 @@ from fixres_dist.models.build import build_model
 from fixres_dist.models.resizing import gmacs
 from fixres_dist.runs.results import Summary
 from fixres_dist.training.predictions import Predictions, paired_gain
+from fixres_dist.training.ranks import Ranks
 
 torch.set_num_threads(1)  # as the processes of torchrun have it: the same kernels, the same bytes
 CLASSES = ("ash", "birch", "cedar")
@@ -169,6 +170,30 @@ def test_real_labels_follow_imagenets_numbers(finished: Path, photos: Path, tmp_
     assert found["real"]["n"] == len(hits) == 32
     assert found["real"]["after"] == pytest.approx(100 * np.mean(hits), abs=1e-3)
     assert {"before", "delta_top1", "delta_ci95"} <= set(found["real"])
+
+
+class Opened(Exception):
+    """Carries the number of ranks with which a command opened its session."""
+
+
+@pytest.mark.parametrize("words", [["evaluate"], ["sweep", "--res", "64"], ["extract", "--out", "x"], ["interpolate"]])
+@pytest.mark.parametrize("around", ["srun", "torchrun"])
+def test_a_command_inside_somebodys_job_is_alone(
+    words: list[str], around: str, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Under `srun -n2 --pty`, or called by a rank of a script, it waited five minutes for a second rank."""
+    srun = {"SLURM_JOB_ID": "5", "SLURM_PROCID": "0", "SLURM_STEP_ID": "0", "SLURM_NTASKS": "2", "SLURM_LOCALID": "0"}
+    torchrun = {"TORCHELASTIC_RUN_ID": "x", "RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_PORT": "1"}
+    for name, value in (srun | {"SLURM_NNODES": "1"} if around == "srun" else torchrun).items():
+        monkeypatch.setenv(name, value)
+
+    def opened(_: object, ranks: Ranks, **__: object) -> None:
+        raise Opened(ranks.world_size)
+
+    monkeypatch.setattr("fixres_dist.training.session.open_session", opened)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(Opened, match="1"):
+        call(*words, "--run", finished)
 
 
 def test_two_ranks_extract_the_bytes_of_one(finished: Path, extracted: Path, tmp_path: Path) -> None:
