@@ -122,7 +122,8 @@ def tells_time(raw: bytes) -> float | None:
         return None
     day, clock, milliseconds = match.groups()
     whole_s = time.mktime(time.strptime(f"{day} {clock}", "%Y-%m-%d %H:%M:%S"))
-    return whole_s + int(milliseconds or 0) / 1000
+    by_slurm_s = 0.0 if raw.startswith((MARK.encode(), b"submitit")) else 0.999  # within the second that it tells
+    return whole_s + int(milliseconds or 0) / 1000 + by_slurm_s
 
 
 def begins(logs: Iterable[Path]) -> list[float]:
@@ -154,9 +155,10 @@ def died_silently(run: RunDir, job: str) -> str:
     """What is known of a job that left the queue without a line in its logs."""
     shown, said = slurm.last_state(job), "Slurm does not know it any more"
     if shown:
-        nodes = shown.get("NodeList", "")
+        nodes, code = shown.get("NodeList", ""), shown.get("ExitCode")
         where = "without a node" if nodes in ("", "(null)", "None assigned") else f"on {nodes}"
-        said = f"Slurm says: {shown.get('JobState')}, reason {shown.get('Reason')}, exit code {shown.get('ExitCode')}, {where}"
+        why = " (Slurm could not write its output)" if code == "0:53" else ""
+        said = f"Slurm says: {shown.get('JobState')}, reason {shown.get('Reason')}, exit code {code}{why}, {where}"
     folder = run.root.resolve() / "submitit" / job
-    output = folder / f"{job}_0_log.out" if folder.exists() else batch_output(run, folder).resolve()
-    return f"job {job} ended before its first line. {said}. Its output would be in {output}"
+    own = folder / f"{job}_0_log.out" if run.submission.exists() else batch_output(run, folder).resolve()
+    return f"job {job} ended before its first line. {said}. Its output would be in {own}"
