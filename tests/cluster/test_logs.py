@@ -136,7 +136,10 @@ SHOW = "JobId=9 JobState=FAILED Reason=NonZeroExitCode Restarts=0 ExitCode=0:53 
 @pytest.mark.parametrize(
     ("scripts", "words"),
     [
-        ({"scontrol": f"echo '{SHOW}'"}, "Slurm says: FAILED, reason NonZeroExitCode, exit code 0:53, on n1."),
+        (
+            {"scontrol": f"echo '{SHOW}'"},
+            "Slurm says: FAILED, reason NonZeroExitCode, exit code 0:53 (Slurm could not write its output), on n1.",
+        ),
         (
             {"sacct": "echo 'CANCELLED by 0|None|0:0|None assigned'"},
             "Slurm says: CANCELLED by 0, reason None, exit code 0:0, without a node.",
@@ -155,7 +158,8 @@ def test_a_job_that_died_before_its_first_line(
     run = make(twice.root.parents[1], "new", job="9")
     folder = run.root / "submitit" / "9"
     folder.mkdir(parents=True)
-    (folder / "9_0_log.out").touch()
+    for file in (folder / "9_0_log.out", run.submission):
+        file.touch()
     _, said = shown(run.root.parent, capsys, "new", code=2)
     assert f"new: job 9 ended before its first line. {words}" in said
     assert f"Its output would be in {folder}/9_0_log.out. Next: fixres resume new --runs-dir {run.root.parent}" in said
