@@ -32,7 +32,7 @@ class Damaged(UserError):
 
     def __init__(self, path: Path, why: object, next_step: str) -> None:
         super().__init__(f"{path} cannot be read: {why}. Next: {next_step}")
-        self.why = str(why)
+        self.path, self.why = path, str(why)
 
 
 class Lines(NamedTuple):

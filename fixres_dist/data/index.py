@@ -22,10 +22,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fixres_dist.base import owners
-from fixres_dist.base.files import whole
+from fixres_dist.base.checksums import load_arrays, save_arrays
+from fixres_dist.base.errors import StorageError
+from fixres_dist.base.small_files import Damaged, parsed
 from fixres_dist.base.storage import fill, patiently
 
-FORMAT = 3  # of the cached file
+FORMAT = 4  # of the cached file
+FORMATS = (3, FORMAT)  # that are read; 3 has no checksum
 ARRAYS = ("ends", "labels", "sizes", "marks")  # those of an Index that are cached as they are
 OPEN_SHARDS = 128  # tar files kept open per process: an open is a round trip to the metadata server
 
@@ -164,26 +167,40 @@ def may_tell(file: Path, folder: Path) -> bool:
 
 
 def read_cached(file: Path) -> CachedIndex | None:
-    """What `write_cached` wrote, up to date or not; None if there is no such file or it is torn."""
+    """What `write_cached` wrote, up to date or not; None if there is no such file or it is damaged, which is said."""
     try:
-        with np.load(file, allow_pickle=False) as a:
-            meta = json.loads(a["meta"].tobytes())
-            if meta["format"] != FORMAT:
-                return None
-            shards = tuple((name, size) for name, size in meta.get("shards", ()))
-            index = Index(
-                folder=file.parent,
-                classes=tuple(meta["classes"]),
-                text=a["text"].tobytes(),
-                shards=tuple(name for name, _ in shards),
-                places=a.get("places"),
-                **{name: a[name] for name in ARRAYS},
-            )
-            directories = tuple((path, mtime_ns, images) for path, mtime_ns, images in meta.get("directories", ()))
-            scanned_ns, labels = meta.get("scanned_ns", 0), meta.get("labels", 0)
-            return CachedIndex(index, directories, scanned_ns, shards, meta.get("passed"), labels)
-    except Exception:  # numpy, zipfile and json each report a torn file in ways of their own
+        a, checked = load_arrays(file, "")
+        meta = parsed(a.pop("meta").tobytes().decode())
+        if meta["format"] not in FORMATS or checked != (meta["format"] == FORMAT):
+            return None
+        found = cached_index(file.parent, meta, a)
+        if not checked:
+            print(f"{file} has no checksum: an older version wrote it. It is used as it is", file=sys.stderr)
+            if os.access(file.parent, os.W_OK):
+                write_cached(found, file)
+        return found
+    except FileNotFoundError:
         return None
+    except (Damaged, StorageError, KeyError, ValueError, TypeError, AttributeError) as error:
+        why = error.why if isinstance(error, Damaged) else error
+        print(f"{file} is damaged ({why}): it is made again", file=sys.stderr)
+        return None
+
+
+def cached_index(folder: Path, meta: dict[str, Any], a: dict[str, NDArray[Any]]) -> CachedIndex:
+    """Raises KeyError, ValueError or TypeError for what is no index."""
+    shards = tuple((name, size) for name, size in meta.get("shards", ()))
+    index = Index(
+        folder=folder,
+        classes=tuple(meta["classes"]),
+        text=a["text"].tobytes(),
+        shards=tuple(name for name, _ in shards),
+        places=a.get("places"),
+        **{name: a[name] for name in ARRAYS},
+    )
+    directories = tuple((path, mtime_ns, images) for path, mtime_ns, images in meta.get("directories", ()))
+    scanned_ns, labels = meta.get("scanned_ns", 0), meta.get("labels", 0)
+    return CachedIndex(index, directories, scanned_ns, shards, meta.get("passed"), labels)
 
 
 def write_cached(cached: CachedIndex, file: Path) -> None:
@@ -201,8 +218,7 @@ def write_cached(cached: CachedIndex, file: Path) -> None:
         arrays["places"] = index.places
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        with whole(file) as part, open(part, "wb") as out:
-            np.savez(out, **arrays)
+        save_arrays(file, arrays)
         owners.close_to_others(file)
     except OSError as error:
         print(

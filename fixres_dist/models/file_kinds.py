@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import zipfile
+import zlib
 from pathlib import Path
 
 from fixres_dist.base.errors import UserError, printable
@@ -106,10 +107,13 @@ def check_zip(path: Path, size: int) -> None:
     try:
         with zipfile.ZipFile(path) as file:
             names = file.namelist()
-    except zipfile.BadZipFile:
+            damaged = damaged_member(file)
+    except (zipfile.BadZipFile, OSError, NotImplementedError, RuntimeError, EOFError, ValueError, zlib.error):
         raise UserError(
             f"{path} is cut off or damaged: a file of torch.save, or another zip, of {size:,} bytes without its end. {AGAIN}."
         ) from None
+    if damaged:
+        raise UserError(f"{path} is damaged: the checksum of {damaged} in it is not that of its bytes. {AGAIN}.")
     inside = {name.rpartition("/")[2] for name in names}
     if "constants.pkl" in inside or any("/code/" in name for name in names):
         step = 'Next: model = torch.jit.load(FILE); torch.save(model.state_dict(), "weights.pth")'
@@ -124,3 +128,9 @@ def check_zip(path: Path, size: int) -> None:
         )
     listed = ", ".join(names[:3]) or "nothing"
     raise UserError(f"{path} is a zip archive without a state dict (in it: {listed}). {UNPACK}.")
+
+
+def damaged_member(file: zipfile.ZipFile) -> str | None:
+    """The first member whose bytes do not have their CRC-32: torch's reader does not look. All are 0 where torch was told
+    to leave them out (torch.serialization.set_crc32_options)."""
+    return file.testzip() if any(member.CRC for member in file.infolist()) else None

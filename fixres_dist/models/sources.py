@@ -11,16 +11,19 @@ from typing import Any
 
 import timm
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 
 from fixres_dist.base.commands import command
-from fixres_dist.base.errors import UserError, first_line
+from fixres_dist.base.errors import UserError
 from fixres_dist.config import recipes
 from fixres_dist.data import class_names
-from fixres_dist.models import file_kinds
+from fixres_dist.models import file_kinds, tensor_files
 from fixres_dist.models.build import pretrained_cfg
 from fixres_dist.models.safe_load import STATE_DICT, load_pickled
+
+CHANGED = (
+    "copy or export it again; or, where another program has changed its tensors on purpose, save it there without the "
+    "header's `checksum`"
+)
 
 
 @dataclass(frozen=True)
@@ -34,12 +37,8 @@ def read_file(path: Path) -> WeightsFile:
     if not path.is_file():
         raise recipes.no_weights(path)
     if file_kinds.kind_of(path) == "safetensors":
-        try:
-            return WeightsFile(load_file(path), class_names.in_header(path) or class_names.beside(path))
-        except (SafetensorError, ValueError) as error:
-            raise UserError(
-                f"{path} is a safetensors file whose header is damaged: {first_line(error)}. {file_kinds.AGAIN}."
-            ) from None
+        tensors, _ = tensor_files.load(path, CHANGED)
+        return WeightsFile(tensors, class_names.in_header(path) or class_names.beside(path))
     loaded = load_pickled(path)
     if not isinstance(loaded, Mapping):
         raise UserError(f"{path} holds no state dict but one {type(loaded).__name__}. {STATE_DICT}")

@@ -12,7 +12,6 @@ from pathlib import Path
 import timm
 import timm.layers
 import torch
-from safetensors.torch import save_file
 from torch import nn
 
 from fixres_dist.base.errors import UserError, printable
@@ -20,7 +19,7 @@ from fixres_dist.base.files import whole
 from fixres_dist.config import recipes
 from fixres_dist.config.schema import Config
 from fixres_dist.data import class_names
-from fixres_dist.models import sources, state_dicts
+from fixres_dist.models import sources, state_dicts, tensor_files
 from fixres_dist.models.build import build_model, classifiers
 from fixres_dist.models.resizing import check_resolutions, for_size
 
@@ -251,4 +250,4 @@ def write_tensors(model: nn.Module, file: Path, names: Iterable[str], meta: Mapp
     state = model.state_dict()
     with whole(file) as part:
         tensors = {name: state[name].detach().cpu().contiguous() for name in names}
-        save_file(tensors, part, {**(meta or {}), "format": "pt"})
+        tensor_files.save(part, tensors, meta)

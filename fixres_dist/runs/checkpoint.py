@@ -1,12 +1,14 @@
 """Checkpoints: the tuned tensors, the optimizer, the step, and the fingerprint of all that must match at a resume.
 
 A directory step_00001200/ is complete or invisible (written under another name, then renamed). Tensors are safetensors,
-the rest JSON: reading one runs no code. World size is not part of it.
+the rest JSON: reading one runs no code. Checksums cover all of it, and bind the files of a checkpoint to each other and to
+its step. World size is not part of it.
 """
 
 from __future__ import annotations
 
-import json
+import contextlib
+import re
 import shutil
 import time
 from collections.abc import Callable
@@ -16,18 +18,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import nn
 
 from fixres_dist.base.commands import shell
-from fixres_dist.base.errors import UserError
+from fixres_dist.base.errors import StorageError
 from fixres_dist.base.files import sync, whole
-from fixres_dist.base.small_files import as_json
-from fixres_dist.config import reading
-from fixres_dist.config.schema import Config
+from fixres_dist.base.small_files import SEAL, Damaged, as_json, put_aside, read_json, seal, typed
+from fixres_dist.models import tensor_files
 
-KEPT = 2  # of the newest; the one with the best top-1 stays too
+KEPT = 2  # of the newest; the one with the best top-1 stays too, and the last of stage one, for pretrained.safetensors
 
 
 @dataclass(frozen=True)
@@ -59,7 +58,6 @@ class Tensors:
     def of(
         cls, model: nn.Module, names: tuple[str, ...], optimizer: torch.optim.Optimizer, ema: nn.Module | None = None
     ) -> Tensors:
-        state, mean = model.state_dict(), ema.state_dict() if ema else {}
         kept = {
             f"{key}:{name}": torch.as_tensor(value)
             for name, parameter in model.named_parameters()
@@ -67,8 +65,12 @@ class Tensors:
             if value is not None
         }
         kept |= {f"step:#{k}": torch.as_tensor(g["step"]) for k, g in enumerate(optimizer.param_groups) if "step" in g}
-        averages = copied({name: mean[name] for name in names}) if ema else {}
-        return cls(copied({name: state[name] for name in names}), copied(kept), averages)
+        return cls(tuned(model, names), copied(kept), tuned(ema, names) if ema else {})
+
+
+def tuned(model: nn.Module, names: tuple[str, ...]) -> dict[str, torch.Tensor]:
+    state = model.state_dict()
+    return copied({name: state[name] for name in names})
 
 
 def copied(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -130,25 +132,35 @@ def write(folder: Path, tensors: Tensors, progress: Progress, fingerprint: dict[
     final = folder / f"step_{progress.step:08d}"
     with whole(final) as part:
         part.mkdir(parents=True)
-        save_file(tensors.head, part / "head.safetensors")
-        save_file(tensors.optimizer, part / "optimizer.safetensors")
-        if tensors.ema:
-            save_file(tensors.ema, part / "ema.safetensors")
-        (part / "meta.json").write_text(as_json({"progress": asdict(progress), "fingerprint": fingerprint}, indent=1))
-        for file in part.iterdir():
-            sync(file)
+        sums = {
+            f"{name}.safetensors": tensor_files.save(part / f"{name}.safetensors", t)
+            for name, t in vars(tensors).items()
+            if t or name != "ema"
+        }
+        meta = {"progress": asdict(progress), "fingerprint": fingerprint, "tensors": sums}
+        (part / "meta.json").write_text(as_json({**meta, SEAL: seal(meta)}, indent=1))
     sync(folder)
     prune(folder, progress.best_step)
 
 
 def complete(folder: Path) -> list[Path]:
     """The checkpoints below `folder`, oldest first."""
-    return sorted(path.parent for path in folder.glob("step_*/meta.json"))
+    return [path for path in folders(folder) if (path / "meta.json").exists()]
+
+
+def folders(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.glob("step_*") if re.fullmatch(r"step_\d+", path.name))
 
 
 def prune(folder: Path, best_step: int) -> None:
-    for path in complete(folder)[:-KEPT]:
-        if path.name != f"step_{best_step:08d}":
+    found = complete(folder)
+    kept = {
+        *found[-KEPT:],
+        folder / f"step_{best_step:08d}",
+        *[path for path in found if stage_of(path) == "pretrain"][-1:],
+    }
+    for path in found:
+        if path not in kept:
             shutil.rmtree(path, ignore_errors=True)
     for path in folder.glob(".step_*"):  # left by a kill in the middle of a save
         shutil.rmtree(path, ignore_errors=True)
@@ -156,11 +168,12 @@ def prune(folder: Path, best_step: int) -> None:
 
 def copy(path: Path, folder: Path, **fingerprint: Any) -> None:
     """Copy a checkpoint of another run to `folder`; `fingerprint`: what of it this run has otherwise."""
-    meta = read(path / "meta.json")
+    read(path)
+    meta = read_json(path / "meta.json", dict[str, Any], way_round(path))
     meta["fingerprint"] |= fingerprint
     with whole(folder / path.name) as part:
         shutil.copytree(path, part)
-        (part / "meta.json").write_text(as_json(meta, indent=1))
+        (part / "meta.json").write_text(as_json({**meta, SEAL: seal(meta)}, indent=1))
 
 
 def newest_stage(folder: Path) -> str:
@@ -169,74 +182,73 @@ def newest_stage(folder: Path) -> str:
     return progress_of(found[-1]).stage if found else ""
 
 
+@dataclass(frozen=True)
+class Saved:
+    """A checkpoint as it was read back."""
+
+    path: Path
+    progress: Progress
+    fingerprint: dict[str, Any]
+    tensors: Tensors
+    checked: bool  # against checksums, which older versions did not write
+
+
 def progress_of(path: Path) -> Progress:
-    return Progress(**read(path / "meta.json")["progress"])
+    return progress_in(path, read_json(path / "meta.json", dict[str, Any], way_round(path)))
 
 
-def resume(
-    folder: Path,
-    start: Progress,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    fingerprint: dict[str, Any],
-    ema: nn.Module | None = None,
-) -> tuple[Progress, bool]:
-    """(where the stage of `start` continues, whether from a checkpoint, which is loaded then)."""
-    found = complete(folder)
-    newest = progress_of(found[-1]) if found else None
-    if newest and newest.stage == start.stage:
-        return restore(found[-1], model, optimizer, fingerprint, ema), True
-    return replace(start, seconds=newest.seconds if newest else 0.0), False
+def stage_of(path: Path) -> str:
+    with contextlib.suppress(Damaged, StorageError):
+        return progress_of(path).stage
+    return ""
 
 
-def restore(
-    path: Path,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    fingerprint: dict[str, Any],
-    ema: nn.Module | None = None,
-) -> Progress:
-    """Load a checkpoint into `model`, `optimizer` and the moving average `ema`, in place.
-
-    Raises UserError that names the differences if the fingerprint is of another configuration, data set or trunk.
-    """
-    meta = read(path / "meta.json")
-    kept = meta["fingerprint"]
-    if "configuration" in kept:  # keys that are newer than the checkpoint had their defaults then
-        kept["configuration"] = reading.identity(reading.parse(Config, kept["configuration"]))
-    differ = [f"{key} was {value}, is {fingerprint[key]}" for key, value in kept.items() if fingerprint[key] != value]
-    if differ:
-        raise UserError(
-            f"{path} cannot be resumed: {'; '.join(differ)}. Put back what changed, or start under another --name."
-        )
-    parameters = dict(model.named_parameters())
-    for module, file in ((model, "head.safetensors"), (ema, "ema.safetensors")):
-        state = module.state_dict() if module else {}
-        with torch.no_grad():
-            for name, value in read(path / file).items() if module else ():
-                state[name].copy_(value)
-    for name, value in read(path / "optimizer.safetensors").items():
-        key, _, parameter = name.partition(":")
-        if parameter.startswith("#"):  # of a group: a whole number, or a tensor on the group's device (LAMB)
-            group = optimizer.param_groups[int(parameter[1:])]
-            group[key] = value.to(group["params"][0].device) if value.is_floating_point() else int(value)
-        else:  # torch counts steps on the CPU
-            optimizer.state[parameters[parameter]][key] = value if key == "step" else like(parameters[parameter], value)
-    return Progress(**meta["progress"])
-
-
-def like(parameter: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    """A tensor of the optimizer in its parameter's memory format, since norms (LAMB, LARS) are sums in that order."""
-    return torch.empty_like(parameter, dtype=value.dtype).copy_(value)
-
-
-def read(file: Path) -> Any:
-    """JSON or tensors of a checkpoint; raises UserError for a damaged file, since a retry would read the same bytes."""
+def progress_in(path: Path, meta: dict[str, Any]) -> Progress:
     try:
-        return json.loads(file.read_text()) if file.suffix == ".json" else load_file(file)
-    except (FileNotFoundError, ValueError, SafetensorError) as error:
-        older = [path for path in complete(file.parents[1]) if path < file.parent]
-        start = f"step {int(older[-1].name[5:])}" if older else "the start of its stage"
-        raise UserError(
-            f"{file} cannot be read ({error}). Next: {shell('rm', '-r', file.parent)}, then the same command: it goes on from {start}."
-        ) from None
+        progress = typed(meta["progress"], Progress)
+    except (KeyError, ValueError) as error:
+        raise Damaged(path / "meta.json", error, way_round(path)) from None
+    if progress.step != int(path.name[5:]):
+        raise Damaged(path / "meta.json", f"it is of step {progress.step}", way_round(path))
+    return progress  # type: ignore[no-any-return]
+
+
+def way_round(path: Path) -> str:
+    older = [other for other in complete(path.parent) if other < path]
+    start = f"step {int(older[-1].name[5:])}" if older else "the start of its stage"
+    return f"{shell('rm', '-r', path)}, then the same command: it goes on from {start}"
+
+
+def read(path: Path) -> Saved:
+    """A checkpoint, compared with its checksums; raises Damaged, since a retry would read the same bytes."""
+    file = path / "meta.json"
+    found: dict[str, dict[str, torch.Tensor]] = {}
+    try:
+        meta = read_json(file, dict[str, Any], way_round(path))
+        progress, sums, fingerprint = progress_in(path, meta), meta.get("tensors", {}), meta.get("fingerprint")
+        if not isinstance(fingerprint, dict):
+            raise Damaged(file, "parts of it are missing", way_round(path))
+        for name in ("head", "optimizer", "ema"):
+            file = path / f"{name}.safetensors"
+            if name == "ema" and file.name not in sums and not file.exists():
+                found[name] = {}
+                continue
+            found[name], own = tensor_files.load(file, way_round(path))
+            if own != sums.get(file.name, ""):
+                raise Damaged(file, "it is of another checkpoint", way_round(path))
+    except FileNotFoundError:
+        raise Damaged(file, "it is missing", way_round(path)) from None
+    return Saved(path, progress, fingerprint, Tensors(**found), checked=bool(sums))
+
+
+def put_damaged_aside(folder: Path, tell: Callable[[Damaged], None]) -> None:
+    """Rename the newest checkpoints to NAME.damaged until there is one that can be used, or none. By rank 0, under the run's
+    lock, before anything else is taken from them; `tell` is told of each."""
+    for path in reversed(folders(folder)):
+        try:
+            if not read(path).checked:
+                print(f"{path} has no checksum: an older version wrote it. It is used as it is", flush=True)
+            return
+        except Damaged as error:
+            put_aside(path)
+            tell(error)

@@ -287,7 +287,7 @@ def recorded(run: RunDir) -> dict[str, Any] | None:
     except Damaged:
         for file in sorted(run.checkpoints.glob("step_*/meta.json"), reverse=True):
             with contextlib.suppress(OSError, UserError, StorageError, KeyError):
-                kept = read_json(file, dict[str, dict[str, Any]], "")["fingerprint"]
+                kept = read_json(file, dict[str, Any], "")["fingerprint"]
                 return reading.identity(reading.parse(Config, kept.get("configuration", {})))
     return None
 

@@ -21,6 +21,7 @@ from fixres_dist.runs.rundir import RunDir
 from fixres_dist.runs.states import Event
 from fixres_dist.training import auto_batch, class_order, compiled_code, results, samples
 from fixres_dist.training.cache.build import open_stores
+from fixres_dist.training.damage import put_tensors
 from fixres_dist.training.session import Session
 from fixres_dist.training.stage_training import END, Training, open_stage
 from fixres_dist.training.stages import Stage, stages
@@ -40,6 +41,8 @@ def train_stage(
             open_features(training)
             if not training.resumed:
                 measure(training, startup)
+            elif training.tuned_before:
+                measure_before_again(training)
             if session.ranks.is_main:
                 compiled_code.keep(session.config.data.cache)  # for starts after a kill
         with auto_batch.naming_a_smaller_batch(training.work, in_steps=True):
@@ -100,6 +103,17 @@ def measure(training: Training, startup: StartUp) -> None:
         training.say(f"statistics of {names} measured on {count} images at {work.stage.res} px")
         startup.mark("statistics")
     training.save()
+
+
+def measure_before_again(training: Training) -> None:
+    """Where head_before.safetensors or predictions/before.npz was damaged: both again, of the tuned tensors at the start."""
+    work, run, model = training.work, training.run, training.work.session.model
+    now = put_tensors(model, training.tuned_before)
+    if training.tracker and not work.session.config.pretrain:
+        write_tensors(model, run.head_before, work.parts.tuned.tensors)
+    training.keep("before", work.evaluate("before, again", training.partial("before-again")))
+    put_tensors(model, now)
+    training.set_modes()
 
 
 def loop(training: Training, startup: StartUp) -> None:

@@ -5,17 +5,16 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fixres_dist.base.files import whole
+from fixres_dist.base.checksums import load_arrays, save_arrays
+from fixres_dist.base.small_files import Damaged
 from fixres_dist.data.requests import Request
 from fixres_dist.models.parts import Parts
 from fixres_dist.models.weights import state_digest
@@ -57,17 +56,17 @@ class Partial:
 
     def entry(self, name: str) -> NDArray[np.float64] | None:
         try:
-            with np.load(self.path, allow_pickle=False) as found:
-                known: NDArray[np.float64] = found[name]
-                return known if found["key"].tobytes().decode() == self.key else None
-        except (OSError, ValueError, KeyError, EOFError, BadZipFile, zlib.error):
+            found, checked = load_arrays(self.path, "")
+            known: NDArray[np.float64] = found[name]
+            return known if checked and found["key"].tobytes() == self.key.encode() else None
+        except (FileNotFoundError, Damaged, KeyError):
             return None
 
     def write(self, array: NDArray[Any]) -> None:
         self.path.parent.mkdir(exist_ok=True)
-        seconds = self.before_s + time.monotonic() - self.opened
-        with whole(self.path) as part, open(part, "wb") as file:
-            np.savez(file, array=array, seconds=seconds, key=np.frombuffer(self.key.encode(), np.uint8))
+        seconds = np.array(self.before_s + time.monotonic() - self.opened)
+        key = np.frombuffer(self.key.encode(), np.uint8)
+        save_arrays(self.path, {"array": array, "seconds": seconds, "key": key})
 
 
 def unseen(requests: Iterable[Request], seen: NDArray[np.bool_]) -> Iterator[Request]:

@@ -7,14 +7,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import NormalDist
-from zipfile import BadZipFile
 
 import numpy as np
 from numpy.typing import NDArray
 
+from fixres_dist.base.checksums import load_arrays, save_arrays
 from fixres_dist.base.commands import command
-from fixres_dist.base.errors import UserError
-from fixres_dist.base.files import whole
+from fixres_dist.base.small_files import Damaged
 from fixres_dist.runs.results import Gain, Summary
 
 CALIBRATION_BINS = 15
@@ -55,8 +54,8 @@ class Predictions:
 
     def save(self, path: Path, sample_list: str) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with whole(path) as part, open(part, "wb") as file:
-            np.savez_compressed(file, sample_list=np.frombuffer(sample_list.encode(), np.uint8), **vars(self))
+        arrays = {"sample_list": np.frombuffer(sample_list.encode(), np.uint8), **vars(self)}
+        save_arrays(path, arrays, compressed=True)
 
     @staticmethod
     def read(path: Path) -> Predictions:
@@ -64,16 +63,19 @@ class Predictions:
 
     @staticmethod
     def read_with_list(path: Path) -> tuple[Predictions, str]:
-        """(predictions, fingerprint of their index); raises UserError for a file that holds no predictions."""
+        """(predictions, fingerprint of their index). Raises Damaged for a file that holds none, or others than were written."""
+        accepted = f"give a file of `{command('evaluate')} --predictions FILE`"
         try:
-            with np.load(path, allow_pickle=False) as a:
-                confidence = a["confidence"] if "confidence" in a else np.full(len(a["loss"]), np.nan, np.float32)
-                found = Predictions(a["predicted"], a["correct1"], a["correct5"], a["loss"], confidence)
-                return found, a["sample_list"].tobytes().decode()
-        except (OSError, ValueError, KeyError, BadZipFile) as error:
-            raise UserError(
-                f"{path} holds no predictions ({error}). Accepted: a file of `{command('evaluate')} --predictions FILE`."
-            ) from None
+            a, _ = load_arrays(path, accepted)
+            confidence = a["confidence"] if "confidence" in a else np.full(len(a["loss"]), np.nan, np.float32)
+            found = Predictions(a["predicted"], a["correct1"], a["correct5"], a["loss"], confidence)
+            sample_list = a["sample_list"].tobytes().decode()
+            if {array.shape for array in vars(found).values()} != {(len(found.loss),)}:
+                raise ValueError("its arrays are not of one length")
+        except (FileNotFoundError, Damaged, KeyError, ValueError, TypeError) as error:
+            why = error.why if isinstance(error, Damaged) else error
+            raise Damaged(path, f"it holds no predictions ({why})", accepted) from None
+        return found, sample_list
 
 
 def paired_gain(before: NDArray[np.bool_], after: NDArray[np.bool_], of: int = 1) -> Gain:

@@ -183,12 +183,13 @@ def taken(run: RunDir, place: Place, last: Stage) -> bool:
     predictions = results.predictions_file(run, f"before-{last.res}")
     predictions.parent.mkdir(parents=True, exist_ok=True)
     copy(place.result / "predictions.npz", predictions)
-    run.metrics.unlink(missing_ok=True)
-    for line in lines:
-        append(run.metrics, line)
+    if checkpoint.newest_stage(run.checkpoints) != "fix":  # else only the weights were damaged
+        run.metrics.unlink(missing_ok=True)
+        for line in lines:
+            append(run.metrics, line)
+        run.update_state(step=last.stop)
     copy(weights, run.pretrained)
     run.event("stage one taken", trained_by=found.run, folder=str(place.folder))
-    run.update_state(step=last.stop)
     print(f"stage one is taken from {place.folder}; {found.run} has trained it", flush=True)
     return True
 

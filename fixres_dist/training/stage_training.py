@@ -7,22 +7,24 @@ import math
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
 from timm.utils import ModelEmaV3
 
 from fixres_dist.config import reading
+from fixres_dist.models import tensor_files
 from fixres_dist.models.optimizers import optimizer_of
 from fixres_dist.models.parts import frozen_digest, parts_of, set_modes
 from fixres_dist.models.precision import LossScale
 from fixres_dist.models.sizes import of_weights
-from fixres_dist.runs import checkpoint
+from fixres_dist.runs import checkpoint, restoring
 from fixres_dist.runs.checkpoint import Progress
 from fixres_dist.runs.results import OTHER_SIZE
 from fixres_dist.runs.rundir import RunDir
 from fixres_dist.runs.tracking import Tracker
-from fixres_dist.training import auto_batch, results
+from fixres_dist.training import auto_batch, damage, results
 from fixres_dist.training.divergence import Diverged, diverged, not_finite
 from fixres_dist.training.partial import Partial
 from fixres_dist.training.predictions import Predictions
@@ -50,6 +52,9 @@ class Training:
     ema: ModelEmaV3 | None = None  # the moving average of the weights
     meter: Meter = field(default_factory=Meter)
     saved_step: int = -1  # of the newest checkpoint of this stage
+    tuned_before: tensor_files.Tensors = field(
+        default_factory=dict
+    )  # at the stage's start, where they are measured again
     opened: float = field(default_factory=time.monotonic)
 
     def say(self, text: str) -> None:
@@ -167,14 +172,22 @@ def open_stage(run: RunDir, session: Session, stage: Stage, total_steps: int, wr
         "frozen weights": frozen_digest(parts),
     }
     start = Progress(stage.first, stage.name)
+    lost = stage.name == "fix" and session.ranks.from_main(partial(damage.lacks_before, run, session.config))
+    tuned_before = checkpoint.tuned(session.model, parts.tuned.tensors) if lost else {}
     decay = stage.ordinary.ema_decay
     ema = ModelEmaV3(session.model, decay, use_warmup=True) if decay else None
     mean = ema.module if ema else None
-    progress, resumed = checkpoint.resume(run.checkpoints, start, session.model, optimizer, fingerprint, mean)
+    progress, resumed = restoring.resume(
+        run.checkpoints, start, session.model, parts.tuned.tensors, optimizer, fingerprint, mean
+    )
     scale.restore(progress.loss_scale)
     work = StageSession(auto_batch.with_batch(session, stage, parts, optimizer, scale), stage, parts)
     main = session.ranks.is_main
     again = (progress.pending, END[stage.name]) if resumed else ("before", OTHER_SIZE)
     tracker = Tracker(run, session.config, progress.step, total_steps, resumed, again) if main else None
     saved = progress.step if resumed else -1
-    return Training(run, work, optimizer, scale, fingerprint, progress, resumed, tracker, writer, ema, saved_step=saved)
+    return Training(
+        *(run, work, optimizer, scale, fingerprint, progress, resumed, tracker, writer, ema),
+        saved_step=saved,
+        tuned_before=tuned_before,
+    )

@@ -6,9 +6,8 @@ import contextlib
 import os
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-
-from safetensors.torch import load_file
 
 from fixres_dist.base import log_times, watchdog
 from fixres_dist.base.commands import smaller_batch
@@ -25,7 +24,7 @@ from fixres_dist.models import weights
 from fixres_dist.models.precision import determinism
 from fixres_dist.runs import checkpoint, starts
 from fixres_dist.runs.rundir import Locked, RunDir
-from fixres_dist.training import plan, samples, stage_one
+from fixres_dist.training import damage, plan, samples, stage_one
 from fixres_dist.training.auto_batch import DoesNotFit
 from fixres_dist.training.divergence import Diverged
 from fixres_dist.training.loop import train_stage
@@ -136,7 +135,7 @@ def train_stages(run: RunDir, config: Config, ranks: Ranks, stack: contextlib.Ex
     session = open_session(
         config,
         ranks,
-        load_weights=not run.pretrained.exists(),
+        load_weights=not (pretrained := ranks.from_main(run.pretrained.exists)),
         on_skip=samples.skipping(run, ranks, config.data.max_skipped),
         kept=run.root / "choices.json",
         mark=startup.mark,
@@ -145,7 +144,8 @@ def train_stages(run: RunDir, config: Config, ranks: Ranks, stack: contextlib.Ex
     if ranks.is_main:
         begin(run, session, total_steps=todo[-1].stop)
     *first, fix = todo
-    if first and not run.pretrained.exists():
+    again = partial(damage.pretrained_again, run, session, first)
+    if first and not pretrained and not ranks.from_main(again):
         with stage_one.turn(run, session, first) as needed:
             begun, sized = ranks.from_main(lambda: checkpoint.newest_stage(run.checkpoints)), session
             for stage in first if needed else ():
@@ -156,7 +156,7 @@ def train_stages(run: RunDir, config: Config, ranks: Ranks, stack: contextlib.Ex
                 train_stage(run, sized, stage, fix.stop, writer, startup)
     ranks.check_stop()
     if first:
-        weights.fill(session.model, load_file(run.pretrained), str(run.pretrained))
+        weights.fill(session.model, weights.read_state(run.pretrained), str(run.pretrained))
     train_stage(run, session.for_size(fix.res), fix, fix.stop, writer, startup)
 
 
@@ -176,6 +176,7 @@ def claim(run: RunDir, ranks: Ranks, stack: contextlib.ExitStack) -> int | None:
     if requeue.finished(run):
         return EXIT_DONE
     requeue.begin(run, ranks.world_size, ranks.nodes)
+    damage.put_aside_damaged(run)
     return None
 
 

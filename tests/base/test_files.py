@@ -17,6 +17,7 @@ from fixres_dist.base.errors import exit_code
 from fixres_dist.base.files import create, no_room, sweep, whole, write_text
 from fixres_dist.base.signals import StopFlag
 from fixres_dist.cluster import status
+from fixres_dist.models import tensor_files
 from fixres_dist.runs import checkpoint
 from fixres_dist.runs.rundir import RunDir
 from fixres_dist.runs.states import Event
@@ -167,11 +168,11 @@ def test_a_segment_and_a_checkpoint_that_do_not_fit_leave_room(tmp_path: Path, m
     with pytest.raises(OSError, match=r"0000000000-0000000004\.rows"):
         store.write((0, 4), batches())
 
-    def save_file(_: Any, file: Path) -> None:
+    def save_file(_: Any, file: Path, *__: Any) -> None:
         file.write_bytes(b"the first blocks")
         raise RuntimeError(SAFETENSORS)
 
-    monkeypatch.setattr(checkpoint, "save_file", save_file)
+    monkeypatch.setattr(tensor_files, "save_file", save_file)
     with pytest.raises(OSError, match="step_00000003"):
         checkpoint.write(tmp_path / "checkpoints", checkpoint.Tensors({}, {}), checkpoint.Progress(3, "fix"), {})
     assert [path.name for path in tmp_path.rglob("*") if path.name != "features"] == ["checkpoints"]

@@ -97,7 +97,7 @@ def test_commands_that_delete_or_move_name_a_path_with_a_space_as_one_word(tmp_p
     broken.parent.mkdir(parents=True)
     broken.write_text("{")
     with pytest.raises(UserError) as refused:
-        checkpoint.read(broken)
+        checkpoint.read(broken.parent)
     printed = str(refused.value).partition("Next: ")[2].partition(", then")[0]
     assert shlex.split(printed) == ["rm", "-r", str(broken.parent)]
     run.config_file.write_text(reading.dump(reading.parse(Config, {"tune": {"epochs": "7"}})))

@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import timm
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from fixres_dist.base.errors import UserError
+from fixres_dist.base.small_files import Damaged
 from fixres_dist.config import reading
 from fixres_dist.config.schema import Config
-from fixres_dist.models import policies
+from fixres_dist.models import policies, tensor_files
 from fixres_dist.models.build import build_model
-from fixres_dist.runs import checkpoint
+from fixres_dist.runs import checkpoint, restoring
+
+NAMES = ("classifier.weight",)
 
 
 def pair() -> tuple[nn.Module, torch.optim.SGD]:
@@ -30,6 +35,11 @@ def pair() -> tuple[nn.Module, torch.optim.SGD]:
     return model, optimizer
 
 
+def restored(path: Path, fingerprint: dict[str, Any]) -> checkpoint.Progress:
+    model, optimizer = pair()
+    return restoring.restore(path, model, NAMES, optimizer, fingerprint)
+
+
 def nothing(**_: Any) -> None:
     pass
 
@@ -38,7 +48,7 @@ def save(folder: Path, *progresses: checkpoint.Progress, fingerprint: dict[str, 
     model, optimizer = pair()
     with checkpoint.Writer(folder, nothing) as writer:
         for progress in progresses:
-            writer.save(model, ("classifier.weight",), optimizer, progress, fingerprint or {})
+            writer.save(model, NAMES, optimizer, progress, fingerprint or {})
         writer.wait()
 
 
@@ -47,9 +57,9 @@ def test_a_checkpoint_of_changed_data_is_refused_by_name(tmp_path: Path) -> None
     save(tmp_path, progress, fingerprint={"sample lists": ["a", "b"]})
     (path,) = checkpoint.complete(tmp_path)
     model, optimizer = pair()
-    assert checkpoint.restore(path, model, optimizer, {"sample lists": ["a", "b"]}) == progress
+    assert restoring.restore(path, model, NAMES, optimizer, {"sample lists": ["a", "b"]}) == progress
     with pytest.raises(UserError, match=r"sample lists was \['a', 'b'\], is \['a', 'c'\]"):
-        checkpoint.restore(path, model, optimizer, {"sample lists": ["a", "c"]})
+        restoring.restore(path, model, NAMES, optimizer, {"sample lists": ["a", "c"]})
 
 
 def test_a_checkpoint_from_before_a_key_existed_is_resumed_at_the_keys_default(tmp_path: Path) -> None:
@@ -57,10 +67,10 @@ def test_a_checkpoint_from_before_a_key_existed_is_resumed_at_the_keys_default(t
     older = {**now, "data": {key: value for key, value in now["data"].items() if key != "resize_rule"}}
     save(tmp_path, checkpoint.Progress(4, "fix"), fingerprint={"configuration": older})
     (path,) = checkpoint.complete(tmp_path)
-    assert checkpoint.restore(path, *pair(), {"configuration": now}).step == 4
+    assert restored(path, {"configuration": now}).step == 4
     other = {**now, "data": {**now["data"], "resize_rule": "fixres"}}
     with pytest.raises(UserError, match="configuration was"):
-        checkpoint.restore(path, *pair(), {"configuration": other})
+        restored(path, {"configuration": other})
 
 
 @pytest.mark.parametrize("name", ["head.safetensors", "optimizer.safetensors", "meta.json"])
@@ -68,11 +78,108 @@ def test_a_damaged_checkpoint_is_named_with_the_way_round_it(tmp_path: Path, nam
     save(tmp_path, *(checkpoint.Progress(step, "fix") for step in (3, 5)))
     for path, start in zip(checkpoint.complete(tmp_path)[::-1], ("step 3", "the start of its stage"), strict=True):
         (path / name).write_bytes(b"")
-        with pytest.raises(UserError) as caught:
-            checkpoint.restore(path, *pair(), {})
-        assert str(caught.value).startswith(f"{path / name} cannot be read (")
-        assert f"Next: rm -r {path}, then the same command: it goes on from {start}." in str(caught.value)
+        with pytest.raises(Damaged) as caught:
+            restored(path, {})
+        assert str(caught.value).startswith(f"{path / name} cannot be read: ")
+        assert f"Next: rm -r {path}, then the same command: it goes on from {start}" in str(caught.value)
         shutil.rmtree(path)
+
+
+def flipped(file: Path, at: float) -> None:
+    """One bit, at a part of the file."""
+    data = bytearray(file.read_bytes())
+    data[int(at * len(data))] ^= 4
+    file.write_bytes(data)
+
+
+def rewritten(path: Path, change: Callable[[dict[str, torch.Tensor]], object], name: str = "head") -> None:
+    """As another program would write it, without a checksum."""
+    tensors = load_file(path / f"{name}.safetensors")
+    change(tensors)
+    save_file(tensors, path / f"{name}.safetensors")
+
+
+DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
+    "a bit of a tensor": (lambda path: flipped(path / "head.safetensors", 0.7), "checksum"),
+    "a bit of a momentum": (lambda path: flipped(path / "optimizer.safetensors", 0.9), "checksum"),
+    "a digit of the step": (
+        lambda path: (path / "meta.json").write_text(
+            (path / "meta.json").read_text().replace('"step": 5', '"step": 7')
+        ),
+        "checksum",
+    ),
+    "a tensor is missing": (lambda path: rewritten(path, lambda tensors: tensors.clear()), "of another checkpoint"),
+    "an empty optimizer": (
+        lambda path: rewritten(path, lambda tensors: tensors.clear(), "optimizer"),
+        "of another checkpoint",
+    ),
+    "another step's head": (
+        lambda path: shutil.copy(path.with_name("step_00000003") / "head.safetensors", path),
+        "of another checkpoint",
+    ),
+    "another step's directory": (
+        lambda path: (shutil.rmtree(path), shutil.copytree(path.with_name("step_00000003"), path)),
+        "it is of step 3",
+    ),
+    "no optimizer": (lambda path: (path / "optimizer.safetensors").unlink(), "it is missing"),
+    "no meta": (lambda path: (path / "meta.json").unlink(), "it is missing"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_of_a_damaged_checkpoint_the_one_before_it_is_taken(tmp_path: Path, damage: str) -> None:
+    """Two steps, of which the second has other tensors."""
+    model, optimizer = pair()
+    with checkpoint.Writer(tmp_path, nothing) as writer:
+        writer.save(model, NAMES, optimizer, checkpoint.Progress(3, "fix"), {})
+        writer.wait()
+        before = model.get_submodule("classifier").weight.detach().clone()
+        optimizer.step()
+        writer.save(model, NAMES, optimizer, checkpoint.Progress(5, "fix"), {})
+    change, words = DAMAGES[damage]
+    change(tmp_path / "step_00000005")
+    told: list[Damaged] = []
+    checkpoint.put_damaged_aside(tmp_path, told.append)
+    (error,) = told
+    assert str(tmp_path / "step_00000005") in str(error)
+    assert words in error.why
+    assert (tmp_path / "step_00000005.damaged").is_dir(), "it can be looked at"
+    model, optimizer = pair()
+    start = checkpoint.Progress(0, "fix")
+    progress, resumed = restoring.resume(tmp_path, start, model, NAMES, optimizer, {})
+    assert (progress.step, resumed) == (3, True)
+    assert torch.equal(model.get_submodule("classifier").weight, before)
+    told.clear()
+    checkpoint.put_damaged_aside(tmp_path, told.append)
+    assert not told
+
+
+def as_an_older_version_wrote_it(path: Path) -> None:
+    meta = json.loads((path / "meta.json").read_text())
+    (path / "meta.json").write_text(json.dumps({key: meta[key] for key in ("progress", "fingerprint")}))
+    for name in ("head", "optimizer"):
+        rewritten(path, lambda tensors: None, name)
+
+
+def test_a_checkpoint_of_an_older_version_is_resumed_and_one_that_is_not_whole_is_not(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save(tmp_path, checkpoint.Progress(4, "fix"))
+    (path,) = checkpoint.complete(tmp_path)
+    as_an_older_version_wrote_it(path)
+    told: list[Damaged] = []
+    checkpoint.put_damaged_aside(tmp_path, told.append)
+    assert not told
+    assert "has no checksum: an older version wrote it" in capsys.readouterr().out
+    assert restored(path, {}).step == 4
+    for name, change, words in (
+        ("optimizer", lambda tensors: tensors.clear(), "momenta are missing"),
+        ("head", lambda tensors: tensors.update({"classifier.weight": torch.zeros(1)}), "the model wants"),
+        ("head", lambda tensors: tensors.clear(), "classifier.weight is missing"),
+    ):
+        rewritten(path, change, name)
+        with pytest.raises(Damaged, match=words):
+            restored(path, {})
 
 
 def test_an_unfinished_checkpoint_is_invisible(tmp_path: Path) -> None:
@@ -92,7 +199,7 @@ def test_training_goes_on_while_a_save_is_written(tmp_path: Path, monkeypatch: p
     before, told = weight.detach().clone(), []
     momentum = optimizer.state[weight]["momentum_buffer"].clone()
     with checkpoint.Writer(tmp_path, lambda **saved: told.append(saved)) as writer:
-        writer.save(model, ("classifier.weight",), optimizer, checkpoint.Progress(1, "fix"), {})
+        writer.save(model, NAMES, optimizer, checkpoint.Progress(1, "fix"), {})
         optimizer.step()  # in place, before anything is written
         assert not checkpoint.complete(tmp_path)
         assert not told, "an event must not promise what is not on disk"
@@ -112,12 +219,12 @@ def test_an_error_of_the_thread_reaches_the_loop_at_the_next_save(
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "save_file", full)
+    monkeypatch.setattr(tensor_files, "save_file", full)
     model, optimizer = pair()
     with checkpoint.Writer(tmp_path, nothing) as writer:
-        writer.save(model, ("classifier.weight",), optimizer, checkpoint.Progress(1, "fix"), {})
+        writer.save(model, NAMES, optimizer, checkpoint.Progress(1, "fix"), {})
         with pytest.raises(OSError, match="No space left"):
-            writer.save(model, ("classifier.weight",), optimizer, checkpoint.Progress(2, "fix"), {})
+            writer.save(model, NAMES, optimizer, checkpoint.Progress(2, "fix"), {})
         writer.wait()  # told once
     assert not checkpoint.complete(tmp_path)
 
@@ -130,7 +237,7 @@ def test_leaving_waits_for_the_save_in_hand(tmp_path: Path, monkeypatch: pytest.
 
     def broken_loop() -> None:
         with checkpoint.Writer(tmp_path, nothing) as writer:
-            writer.save(model, ("classifier.weight",), optimizer, checkpoint.Progress(1, "fix"), {})
+            writer.save(model, NAMES, optimizer, checkpoint.Progress(1, "fix"), {})
             threading.Timer(0.05, go.set).start()
             raise ZeroDivisionError
 

@@ -32,6 +32,20 @@ def at_step(folder: Path, step: int) -> bool:
     return any(line["step"] >= step for line in read_lines(folder / "samples" / "rank_0.jsonl"))
 
 
+def damage(folder: Path) -> list[Path]:
+    """A bit of the newest checkpoint's tensors, of the weights after stage one, and of the predictions before fixing; and
+    what a writer leaves that is killed."""
+    newest = max((folder / "checkpoints").glob("step_*"))
+    files = [newest / "head.safetensors", folder / "pretrained.safetensors", folder / "predictions" / "before.npz"]
+    for file in files:
+        data = bytearray(file.read_bytes())
+        data[len(data) * 3 // 4] ^= 1
+        file.write_bytes(data)
+    (folder / "checkpoints" / ".step_00000099.1.01234567.part").mkdir()
+    (folder / ".pretrained.safetensors.1.01234567.part").touch()
+    return files
+
+
 @pytest.mark.parametrize(
     ("processes", "save_every_s", "stage_one", "settings"),
     [(1, "0.3", False, ()), (2, "0", True, ()), (1, "0", False, ("run.precision=fp16", "tune.policy=all"))],
@@ -62,10 +76,17 @@ def test_killed_and_resumed_is_bit_identical(
     killed_when(killed, lambda: at_step(folder, 2))
     if stage_one:
         killed_when(killed, lambda: at_step(folder, 11))
+        damaged = damage(folder)
     else:
         killed_when(killed, lambda: (folder / "checkpoints" / ".step_00000014").exists() or at_step(folder, 12))
     done = run(*killed)
     assert done.returncode == 0, done.stdout + done.stderr
+    if stage_one:
+        told = [line["file"] for line in read_lines(folder / "events.jsonl") if line["event"] == "damaged"]
+        assert sorted(told) == sorted(map(str, damaged))
+        left = {path.name.split(".")[1] for path in folder.rglob("*.part")}
+        assert not left & {"step_00000099", "pretrained"}, "what killed writers left is swept"
+        assert (folder / "predictions" / "before.npz").exists(), "it is measured again"
 
     a, b = weights(tmp_path / "calm"), weights(folder)
     assert a.keys() == b.keys()
