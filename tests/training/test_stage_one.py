@@ -29,7 +29,7 @@ from fixres_dist.data import augment, geometry, order
 from fixres_dist.data.requests import Pictures, train_steps
 from fixres_dist.models.build import build_model
 from fixres_dist.models.optimizers import optimizer_of
-from fixres_dist.runs import checkpoint, rundir
+from fixres_dist.runs import checkpoint, restoring, rundir
 from fixres_dist.runs.checkpoint import Progress, Tensors
 from fixres_dist.runs.rundir import RunDir
 from fixres_dist.training import loop, worker
