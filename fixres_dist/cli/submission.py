@@ -12,8 +12,7 @@ from typing import Any
 from fixres_dist.base.errors import EXIT_DONE, UserError
 from fixres_dist.base.files import owner, write_text
 from fixres_dist.cli.command_job import CommandJob
-from fixres_dist.cluster import jobs, local, notify, slurm
-from fixres_dist.cluster.node_memory import WHOLE
+from fixres_dist.cluster import jobs, local, node_memory, notify, slurm
 from fixres_dist.config import reading, recipes
 from fixres_dist.config.recipes import Recipe
 from fixres_dist.config.schema import Config
@@ -138,7 +137,7 @@ def job_of(run: RunDir) -> type[TrainJob]:
 def start_slurm(runs: list[RunDir], config: Config, at_once: int = 0) -> int:
     """Submit the prepared runs, several as one array of which `at_once` run at a time (0: all)."""
     write_demo(config)
-    print(jobs.memory_note(config.cluster), flush=True)
+    print(node_memory.note(config.cluster), flush=True)
     for run, job in zip(runs, jobs.submit_slurm(config, runs, job_of(runs[0]), at_once), strict=True):
         print(f"submitted {run.name} as job {job}")
     return EXIT_DONE
@@ -157,7 +156,9 @@ def start_here(run: RunDir, config: Config, kind: str) -> int:
     """Work on the run to its end, in this process (`inline`) or in several (`local`); returns the exit code."""
     os.environ.setdefault("PYTHONUNBUFFERED", "1")  # a rank's log is followed as it is written
     write_demo(config)
-    text = jobs.sbatch_text(replace(config, cluster=replace(config.cluster, mem=WHOLE)), run)  # Slurm need not be asked
+    text = jobs.sbatch_text(
+        replace(config, cluster=replace(config.cluster, mem=node_memory.WHOLE)), run
+    )  # Slurm need not be asked
     write_text(run.submission, text, private=reading.has_secrets(config))
     # These ranks are the command's own: not those of the job, srun or torchrun in which it was typed.
     with jobs.clean_environment(), contextlib.ExitStack() as stack:

@@ -14,7 +14,7 @@ from fixres_dist.base.secrets import redacted
 from fixres_dist.base.text import table
 from fixres_dist.cli import submission
 from fixres_dist.cli.arguments import add_accept_change, add_overrides, add_profile, add_runs_dir
-from fixres_dist.cluster import grid, jobs
+from fixres_dist.cluster import grid, jobs, node_memory
 from fixres_dist.cluster.gpus import check as check_gpus
 from fixres_dist.cluster.gpus import visible
 from fixres_dist.config import reading, recipes
@@ -105,7 +105,7 @@ def dry_run(targets: list[Target], at_once: int) -> int:
         text = jobs.sbatch_text(group[0].config, *(t.run for t in group), at_once=at_once)
         said = jobs.ask_slurm(text, group[0].config.cluster) if jobs.default_cluster() == "slurm" else ""
         print(
-            f"{jobs.memory_note(group[0].config.cluster)}\n\n# what sbatch would get\n{redacted(text, group[0].config.cluster.env)}"
+            f"{node_memory.note(group[0].config.cluster)}\n\n# what sbatch would get\n{redacted(text, group[0].config.cluster.env)}"
         )
         print(f"\n# Slurm says: {said or 'nothing here (sbatch --test-only got no answer)'}")
     return EXIT_DONE

@@ -94,14 +94,6 @@ def requested(cluster: Cluster) -> tuple[dict[str, str | int], list[str]]:
     return {name: value for name, value in {**values, **given}.items() if value}, [*srun_args, *c.srun_args]
 
 
-def memory_note(cluster: Cluster) -> str:
-    """What the job asks of each node's memory, and why."""
-    if "mem" not in requested(cluster)[0]:
-        return "asks       the memory that cluster.sbatch says"
-    mem, why = node_memory.of(cluster)
-    return f"asks       {'all the memory' if mem == node_memory.WHOLE else f'{mem} of the memory'} of each node ({why})"
-
-
 def option(name: str, value: object) -> str:
     """An option as sbatch's command line and its `#SBATCH` lines have it; the value `true` is a flag."""
     return f"--{name}" if str(value).lower() == "true" else f"--{name}={shlex.quote(str(value))}"

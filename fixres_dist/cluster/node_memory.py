@@ -35,6 +35,14 @@ def of(cluster: Cluster) -> Asked:
     return by_partition(os.environ.get("PATH", ""), cluster.partition, gpus, cpus)
 
 
+def note(cluster: Cluster) -> str:
+    """A line for the plan: what the job asks of each node's memory, and why."""
+    if {"mem-per-gpu", "mem-per-cpu"} & cluster.sbatch.keys():
+        return "asks       for the memory that cluster.sbatch says"
+    mem, why = of(cluster)
+    return f"asks       for {'all the memory' if mem == WHOLE else f'{mem} of the memory'} of each node ({why})"
+
+
 @functools.cache
 def by_partition(path: str, name: str, gpus: int, cpus: int) -> Asked:
     """`path`: where Slurm's programs are."""

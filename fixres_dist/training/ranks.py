@@ -31,6 +31,7 @@ from fixres_dist.training.rendezvous import meet, wait_for_all
 
 T = TypeVar("T")
 COLLECTIVE_TIMEOUT_S = 1800.0  # rank 0 may compile or write for minutes while the others wait
+WATCHED_TIMEOUT_S = 30 * 86_400.0  # of ranks with a watchdog, which leaves out the time in which Slurm suspends a job
 LEAVE_TIMEOUT_S = 60.0
 
 
@@ -202,15 +203,20 @@ def of_command() -> Launched:
         parent = Path(f"/proc/{os.getppid()}/cmdline").read_text(errors="replace")
     except OSError:  # no Linux
         parent = "torchrun"
-    return launched(
-        os.environ if re.search(r"torchrun|torch\.distributed\.(run|launch)|torch/distributed/run", parent) else {}
-    )
+    itself = "TORCHELASTIC_RUN_ID" in os.environ and re.search(r"torchrun|torch[./]distributed[./](run|launch)", parent)
+    return launched(os.environ if itself else {})
 
 
 def join(
-    run_folder: Path, keep_memory: bool = True, flag: StopFlag | None = None, launcher: Launched | None = None
+    run_folder: Path,
+    keep_memory: bool = True,
+    flag: StopFlag | None = None,
+    launcher: Launched | None = None,
+    watched: bool = False,
 ) -> Ranks:
     """Join the other ranks of this start; a single process needs no process group. `launcher`: by default the environment's.
+
+    `watched`: a watchdog ends a rank that hangs (base/watchdog.py), so collectives need not fail by a clock.
 
     `keep_memory`: on a CPU, use freed memory again (base/memory.py); False leaves the process as it is.
     Raises RuntimeError where rank 0 does not publish its address within MEET_TIMEOUT_S, or where another rank does
@@ -239,7 +245,7 @@ def join(
     store = meet(run_folder / "rendezvous" / f"{key}.json", rank, world, many_nodes=world > local_size)
     mine = os.sched_getaffinity(0)
     found = wait_for_all(store, rank, world, (node, sorted(mine)))
-    timeout = datetime.timedelta(seconds=COLLECTIVE_TIMEOUT_S)
+    timeout = datetime.timedelta(seconds=WATCHED_TIMEOUT_S if watched else COLLECTIVE_TIMEOUT_S)
     backend = "nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
     control: Any = dist.new_group(backend="gloo", timeout=timeout) if backend == "nccl" else None

@@ -84,7 +84,7 @@ def work(run: RunDir, config: Config, flag: StopFlag, do: Work) -> int:
         flag.deadline(seconds, lambda: requeue.leave_to_batch_script(run, "stop deadline"))
     with contextlib.ExitStack() as stack:
         stack.enter_context(watched(run, config, startup))
-        ranks = join(run.root, flag=flag)
+        ranks = join(run.root, flag=flag, watched=config.run.watchdog_s > 0)
         stack.push(lambda error, *_: None if error else ranks.stop())
         if (code := ranks.from_main(lambda: claim(run, ranks, stack))) is not None:
             return code

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from support.fake_slurm import fake_slurm
 
-from fixres_dist.cluster import jobs
+from fixres_dist.cluster import jobs, node_memory
 from fixres_dist.config import reading
 from fixres_dist.config.schema import Config
 from fixres_dist.runs.rundir import RunDir
@@ -68,7 +68,7 @@ def test_memory_of_a_node(
     fake_slurm(tmp_path / "bin", monkeypatch, scontrol=scontrol(*told))
     config = reading.parse(Config, reading.overrides([f"cluster.{setting}" for setting in settings]))
     assert f"#SBATCH --mem={mem}\n" in jobs.sbatch_text(config, RunDir(Path("/runs/r")))
-    assert why in jobs.memory_note(config.cluster)
+    assert why in node_memory.note(config.cluster)
 
 
 def test_without_an_answer_of_slurm_it_is_all_of_the_node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

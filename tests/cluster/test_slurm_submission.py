@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import shlex
 import subprocess
@@ -17,7 +18,7 @@ from fixres_dist.cli import submission
 from fixres_dist.cli.main import main
 from fixres_dist.cluster import jobs, slurm
 from fixres_dist.config import reading
-from fixres_dist.config.schema import Config
+from fixres_dist.config.schema import Cluster, Config
 from fixres_dist.runs.rundir import RunDir
 from fixres_dist.training import ranks
 
@@ -249,6 +250,43 @@ def test_the_printed_sbatch_command_carries_all_settings_and_works_in_any_folder
     assert {"--kill-on-bad-exit=1", "--container-image=/images/a b.sqsh", "--ntasks-per-node=2", sys.executable} <= set(
         passed
     )
+
+
+# Two values of each setting of the cluster.
+UNUSUAL: dict[str, tuple[object, object]] = {
+    "nodes": ("3", "2-5"),
+    "gpus_per_node": (3, 5),
+    "cpus_per_task": (7, 9),
+    "mem": ("70G", "0"),
+    "time": ("1:23:00", "2-0"),
+    **dict.fromkeys(("partition", "account", "qos", "constraint", "exclude"), ("an odd one", "another")),
+    "signal_delay_s": (77, 78),
+    "max_restarts": (3, 4),
+    "env": ({"A": "it's"}, {"A": "it's", "B": "2"}),
+    "setup": (("module load x",), ("module load 'y z'", "ulimit -n 9")),
+    "srun_args": (("--container-image=/a b",), ("--mpi=none",)),
+    "sbatch": ({"comment": "two words"}, {"wckey": "paper", "gres": "gpu:h100:3", "mem-per-gpu": "9G"}),
+    "on_change": ("echo $FIXRES_RUN", "true"),
+}
+READ_FROM_CONFIG = {"max_restarts", "on_change"}  # by the last line of either batch script
+
+
+def test_a_prepared_run_carries_every_setting_of_the_cluster(tmp_path: Path) -> None:
+    """What changes the script of `submit` changes the printed command or prepared.sh too."""
+    names = {field.name for field in dataclasses.fields(Cluster)}
+    assert names == set(UNUSUAL), "a setting that this test does not know"
+    run = RunDir(tmp_path / "r")
+    run.root.mkdir()
+
+    def scripts(**changed: object) -> tuple[str, str]:
+        config = Config(cluster=Cluster(**{name: values[0] for name, values in UNUSUAL.items()} | changed))
+        jobs.write_prepared(run, config)
+        return jobs.sbatch_text(config, run), jobs.sbatch_command(run, config, Path("x")) + run.prepared.read_text()
+
+    first = scripts()
+    for name, (_, other) in UNUSUAL.items():
+        changed = [before != after for before, after in zip(first, scripts(**{name: other}), strict=True)]
+        assert changed == [name not in READ_FROM_CONFIG] * 2, name
 
 
 def test_a_job_of_another_purpose_is_not_ours(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,8 +24,12 @@ import torch.distributed as dist
 def pickled(*_, **__):
     raise AssertionError("a pickled object")
 dist.distributed_c10d._tensor_to_object = dist.distributed_c10d._object_to_tensor = pickled
-from fixres_dist.training.ranks import join
-found = join(Path(sys.argv[1]))
+import time
+from fixres_dist.training import ranks
+ranks.COLLECTIVE_TIMEOUT_S = 0.5
+found = ranks.join(Path(sys.argv[1]), watched=True)
+if not found.is_main:
+    time.sleep(1.5)  # suspended
 rows = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
 rows += [line.split() for line in Path("/proc/net/tcp6").read_text().splitlines()[1:]]
 inodes = {os.readlink(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd") if os.path.exists(f"/proc/self/fd/{fd}")}
