@@ -13,6 +13,7 @@ from fixres_dist.base.files import no_room
 from fixres_dist.base.secrets import redacted
 
 EXIT_DONE, EXIT_FAILED, EXIT_USER = 0, 1, 2
+AWAY = (errno.ENOENT, errno.EIO, errno.ESTALE, errno.ENODEV, errno.ENXIO, errno.ETIMEDOUT, errno.EREMOTEIO)
 REFUSED = (PermissionError, NotADirectoryError, IsADirectoryError, FileExistsError)  # places that were given
 
 
@@ -53,9 +54,12 @@ def exit_code(work: Callable[[], int]) -> int:
         if full := no_room(error):
             print(f"error: {full}. Next: make room, then the same command.", file=sys.stderr)
             return EXIT_FAILED
+        said = f"{error.strerror}: {error.filename2 or error.filename}"
+        if error.filename and error.errno in AWAY:
+            print(f"error: {said}. Next: the same command, when its file system is back.", file=sys.stderr)
+            return EXIT_FAILED
         if not (error.filename and (isinstance(error, REFUSED) or error.errno == errno.EROFS)):
             raise
-        said = f"{error.strerror}: {error.filename2 or error.filename}"
         print(f"error: {said}. Accepted: a place that this user may read and write.", file=sys.stderr)
         return EXIT_USER
 

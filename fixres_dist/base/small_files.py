@@ -62,7 +62,8 @@ def write_json(path: Path, value: Any, sealed: bool = False) -> None:
     """Write by rename, as write_text does. `sealed`: a mapping that nobody edits gets its checksum, which read_json
     compares: a wrong digit in a result is no less damage than a torn file."""
     value = {**value, SEAL: seal(value)} if sealed else value
-    write_text(path, as_json(value, indent=1) + "\n")
+    text = as_json(value, indent=1) + "\n"
+    patiently(lambda: write_text(path, text), path, ANYWHERE, "written")
 
 
 def seal(values: Mapping[str, Any]) -> str:
@@ -180,14 +181,18 @@ def whole_number(key: str, where: str) -> int:
 
 
 def append(path: Path, line: dict[str, Any]) -> None:
-    """Add a line; one that a kill has cut off before it gets its end first."""
+    """Add a line; one that a kill has cut off before it gets its end first. Raises StorageError, and OSError."""
     if path.is_dir():
         put_aside(path)
-    with open(path, "ab+") as file:
-        if end := file.seek(0, os.SEEK_END):
-            file.seek(end - 1)
-        torn = end and file.read(1) != b"\n"
-        file.write(("\n" if torn else "").encode() + as_json(line).encode() + b"\n")
+
+    def write() -> None:
+        with open(path, "ab+") as file:
+            if end := file.seek(0, os.SEEK_END):
+                file.seek(end - 1)
+            torn = end and file.read(1) != b"\n"
+            file.write(("\n" if torn else "").encode() + as_json(line).encode() + b"\n")
+
+    patiently(write, path, ANYWHERE, "written")
 
 
 def lines_of(path: Path, **needed: Any) -> Lines:

@@ -1,4 +1,4 @@
-"""Reads from file systems that fail for a while: tried again, and then an error of the file system, not of the file. No torch."""
+"""File systems that fail for a while: reads and small writes are tried again, then an error of the file system. No torch."""
 
 from __future__ import annotations
 
@@ -16,24 +16,26 @@ T = TypeVar("T")
 OF_THE_FILE = (
     *(errno.ENOENT, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR),
     *(errno.ELOOP, errno.ENAMETOOLONG, errno.EINVAL, errno.ENXIO),
+    *(errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG),  # of a write: no wait makes room
 )
 PAUSES_S = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0)
 
 
-def patiently(read: Callable[[], T], path: Path, root: Path) -> T:
-    """What `read` returns; tried again after PAUSES_S while an error may pass: the file system's, or all of `root` is gone.
+def patiently(act: Callable[[], T], path: Path, root: Path, done: str = "read") -> T:
+    """What `act` returns, by which the file at `path` is `done`; tried again after PAUSES_S while an error may
+    pass: the file system's, or all of `root` is gone.
 
     Raises OSError where the file at `path` is at fault, StorageError where no try has helped.
     """
     for pause in (*PAUSES_S, None):
         try:
-            return read()
+            return act()
         except OSError as error:
             if error.errno is None or (error.errno in OF_THE_FILE and os.access(root, os.R_OK | os.X_OK)):
                 raise
             if pause is None:
                 raise StorageError(
-                    f"{os.fsencode(path).decode(errors='backslashreplace')} cannot be read: {os.strerror(error.errno)}, "
+                    f"{os.fsencode(path).decode(errors='backslashreplace')} cannot be {done}: {os.strerror(error.errno)}, "
                     f"{len(PAUSES_S) + 1} times in {sum(PAUSES_S):.0f} s. Its file system fails, or is away"
                 ) from None
             time.sleep(pause)

@@ -18,7 +18,7 @@ from fixres_dist.base.secrets import redacted
 from fixres_dist.cli import submission
 from fixres_dist.cluster import gpus, jobs
 from fixres_dist.config.schema import Config
-from fixres_dist.runs import rundir
+from fixres_dist.runs import names, rundir
 from fixres_dist.runs.rundir import JOBS, START_LOCK, RunDir
 from fixres_dist.runs.states import Event
 from fixres_dist.runs.task import Task
@@ -43,7 +43,7 @@ def start(args: argparse.Namespace, config: Config, result: str, passes: int) ->
         gpus.check(config.cluster.gpus_per_node, "--gpus-per-node ")
     jobs.requested(config.cluster)
     folder, task = jobs_folder(args), Task(args.command, tuple(args.words), os.getcwd(), result)
-    rundir.check_name(folder / args.command)
+    names.check(folder / args.command)
     if args.dry_run:
         return only_prints(lambda: dry_run(RunDir(place(folder, task)), config))
     folder.mkdir(parents=True, exist_ok=True)

@@ -33,13 +33,12 @@ from fixres_dist.base.small_files import (
 )
 from fixres_dist.config import reading
 from fixres_dist.config.schema import Config
-from fixres_dist.runs import rebuilding, snapshots
+from fixres_dist.runs import names, rebuilding, snapshots
 from fixres_dist.runs.states import Event, RunState, State
 from fixres_dist.runs.task import Task
 
 START_LOCK = ".start.lock"  # of a command that starts ranks on this machine, from the run's preparation to its end
 JOBS = "jobs"  # folder in a run of the jobs of commands that work on it
-LONGEST_NAME = 200  # bytes: file systems take 255, and some files of a run are called by its name and more
 
 
 class Locked(UserError):
@@ -211,7 +210,6 @@ class RunDir:
         return max((int(name) for name in names if name.isdecimal()), default=-1)  # a copy may be called step_40.bak
 
     def evaluate_again(self) -> str:
-        """The commands that make the results of a finished run again."""
         return f"{shell('rm', self.done)}, then {self.again()}: it evaluates the last checkpoint again"
 
     @contextmanager
@@ -262,7 +260,7 @@ def write_config(run: RunDir, config: Config) -> None:
 def check(root: Path, config: Config) -> None:
     """Refuse a directory that is not this run's; writes nothing."""
     if not root.exists():
-        check_name(root)
+        names.check(root)
         return
     run = RunDir(root)
     if not (run.config_file.exists() or run.state_file.exists()):
@@ -300,24 +298,3 @@ def mend_config(run: RunDir, config: Config) -> None:
         except Damaged as error:
             print(f"{error.why}: {run.config_file} is written again from this command")
             write_config(run, config)
-
-
-def check_name(root: Path) -> None:
-    """Refuse a new run directory whose path a shell, an option parser, Slurm or a file system would take for another."""
-    name, path = root.name, str(root.absolute())
-    if not name.isprintable() or name != name.strip() or name.startswith(("-", ".")):
-        raise UserError(
-            f"a run cannot be called {name!r}; accepted: printable characters, no dash or dot in front, no space around. "
-            "Next: another --name"
-        )
-    if redacted(name) != name:
-        raise UserError(f"a run cannot be called {name}: it has the form of a secret, and everyone reads names.")
-    if len(os.fsencode(name)) > LONGEST_NAME:
-        raise UserError(
-            f"the run's name has {len(os.fsencode(name))} bytes; accepted: {LONGEST_NAME}. Next: a shorter --name"
-        )
-    if not path.isprintable() or "%" in path or "\\" in path:
-        raise UserError(
-            f"run directory {path!r}: Slurm reads % and backslash in the paths of logs as signs of its own. "
-            "Accepted: a path of printable characters without them. Next: another --name or --runs-dir"
-        )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 import time
 from collections.abc import Callable
 from functools import partial
@@ -11,7 +12,7 @@ from pathlib import Path
 
 from fixres_dist.base import log_times, watchdog
 from fixres_dist.base.commands import smaller_batch
-from fixres_dist.base.errors import EXIT_DONE, EXIT_FAILED, EXIT_USER, UserError
+from fixres_dist.base.errors import EXIT_DONE, EXIT_FAILED, EXIT_USER, StorageError, UserError
 from fixres_dist.base.files import no_room
 from fixres_dist.base.locks import STALE_S
 from fixres_dist.base.signals import StopFlag, Stopped
@@ -59,10 +60,9 @@ def serve(folder: Path, flag: StopFlag, do: Work) -> int:
         with determinism(config.run):
             return work(run, config, flag, do)
     except UserError as error:
-        next_command = smaller_batch(again, error.smaller) if isinstance(error, DoesNotFit) else again
-        run.fail(str(error), next_command, final=True)
         print(f"error: {error}", flush=True)
-        abort()
+        next_command = smaller_batch(again, error.smaller) if isinstance(error, DoesNotFit) else again
+        leave(partial(run.fail, str(error), next_command, final=True))
         return EXIT_USER
     except Diverged as error:
         run.fail(error.why, error.next_command, final=True)
@@ -71,9 +71,18 @@ def serve(folder: Path, flag: StopFlag, do: Work) -> int:
     except Exception as error:
         full = no_room(error)
         next_command = f"{'make room, then' if full else 'again, from the last checkpoint:'} {again}"
-        requeue.broke(run, full or f"{type(error).__name__}: {error}", next_command)
-        abort()
+        leave(partial(requeue.broke, run, full or f"{type(error).__name__}: {error}", next_command))
         raise
+
+
+def leave(write_down: Callable[[], None]) -> None:
+    """Say why in the run directory, then leave the other ranks: also where nothing can be written, since they would wait."""
+    try:
+        write_down()
+    except (OSError, StorageError) as error:
+        print(f"the reason cannot be written down: {error}", file=sys.stderr, flush=True)
+    finally:
+        abort()
 
 
 def work(run: RunDir, config: Config, flag: StopFlag, do: Work) -> int:

@@ -20,7 +20,7 @@ from fixres_dist.runs.results import Results
 from fixres_dist.runs.rundir import RunDir
 from fixres_dist.runs.states import RunState, State
 
-COUNT = int(os.environ.get("FIXRES_FUZZ", "12"))
+COUNT = int(os.environ.get("FIXRES_FUZZ", "8"))
 FILES = (
     *("state.json", "choices.json", "metrics.jsonl", "events.jsonl", "config.yaml", "class_index.json"),
     *("results.json", "environment.json", "command.txt", "skipped/rank_0.jsonl", "samples/rank_0.jsonl"),
