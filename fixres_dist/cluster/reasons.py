@@ -80,7 +80,24 @@ def last_words(log: Path) -> str:
     return own[-1][:300] if own else ""
 
 
-def node_of(why: str) -> str:
-    """The node of a cause, `n2` in `n2: task 3: Killed` and `rank 3 on n2: ...`; empty if it names none."""
-    found = re.match(r"rank \d+ on ([\w.-]+): |([\w.-]+): tasks? \d", why)
-    return found[1] or found[2] if found else ""
+def nodes_of(why: str) -> list[str]:
+    """The nodes of a cause, n2 in `n2: task 3: Killed` and `rank 3 on n2: ...`, n1 and n2 in `n[1-2]: tasks 0-1: Killed`."""
+    found = re.search(r"\brank \d+ on ([\w.-]+): |(?:^|: )([\w.\[\],-]+): tasks? \d", why)
+    return hostnames(found[1] or found[2]) if found else []
+
+
+def hostnames(text: str) -> list[str]:
+    """The names in a list as Slurm shortens it, in order: gpu[08-10,12],login -> gpu08, gpu09, gpu10, gpu12, login."""
+    names: list[str] = []
+    for item in re.findall(r"(?:\[[^\]]*\]|[^,\[])+", text):
+        head, bracket, rest = item.partition("[")
+        if not bracket:
+            names.append(item)
+            continue
+        inside, _, tail = rest.partition("]")
+        ends = hostnames(tail) if tail else [""]
+        for part in inside.split(","):
+            first, _, last = part.partition("-")
+            numbers = range(int(first), int(last or first) + 1)
+            names += [f"{head}{number:0{len(first)}}{end}" for number in numbers for end in ends]
+    return names

@@ -24,6 +24,7 @@ from fixres_dist.runs.states import WORKING, Event, State
 
 # Flag files of the ranks for the batch script, with a line of text each.
 STOP_UNJUDGED = "REQUEUE"  # a stop signal came, and the ranks could not ask Slurm why
+FAILURES = (Event.REQUEUED, Event.FAILED)  # events that may name the node of a failure
 BROKEN = "BROKEN"  # a rank ended with an error that a retry may mend
 
 
@@ -156,11 +157,7 @@ def failed(run: RunDir, job: str, code: int, max_restarts: int) -> None:
     broken = run.root / BROKEN
     said = read_note(broken).partition("\n")[0]
     why = reasons.first_cause(run, job, code, said)
-    node, before = (
-        reasons.node_of(why),
-        [str(e.get("why", "")) for e in read_lines(run.events, event=str) if e["event"] == Event.REQUEUED],
-    )
-    again = [f"cluster.exclude={node}"] if node and node in map(reasons.node_of, before) else []  # it has failed twice
+    again = exclude(run, why)
     failures = state.restarts.get("failure", 0)
     if failures >= max_restarts:
         why = f"{failures} restarts after failures reached cluster.max_restarts; the last: {why}"
@@ -175,6 +172,17 @@ def failed(run: RunDir, job: str, code: int, max_restarts: int) -> None:
             return
         why = f"{why}; Slurm refused to requeue job {job}: {refused}"
     run.fail(why, f"{run.command('logs')}, mend it, then {run.command('resume', *again)}")
+
+
+def exclude(run: RunDir, why: str) -> list[str]:
+    """The setting that leaves out the nodes of this failure which have failed before, beside those that are left out already."""
+    config, nodes = run.config(), reasons.nodes_of(why)
+    if 1 < len(run.state().nodes) <= len(nodes):
+        return []  # all at once: no node's fault
+    told = [str(e.get("why") or e.get("reason")) for e in read_lines(run.events, event=str) if e["event"] in FAILURES]
+    twice = [node for node in nodes if any(node in reasons.nodes_of(before) for before in told)]
+    left_out = [*filter(None, [config.cluster.exclude]), *twice]
+    return [f"cluster.exclude={','.join(left_out)}"] if twice else []
 
 
 def main(run: RunDir, code: int) -> None:

@@ -9,7 +9,7 @@ import pytest
 from fixres_dist.base.files import write_text
 from fixres_dist.cluster import reasons, requeue, slurm
 from fixres_dist.config import reading
-from fixres_dist.config.schema import Config
+from fixres_dist.config.schema import Cluster, Config
 from fixres_dist.runs.rundir import RunDir
 from fixres_dist.runs.states import Event
 
@@ -97,16 +97,37 @@ def test_a_node_that_failed_twice_is_left_out_by_the_next_command(run: RunDir, m
     requeue.failed(run, "5", 1, 20)
     assert "n2: task 1: Killed" in run.failed.read_text()
     assert run.command("resume", "cluster.exclude=n2") in run.failed.read_text()
+    # A person tries again all the same: it is the third time; and what is left out stays left out.
+    write_text(run.config_file, reading.dump(Config(cluster=Cluster(exclude="n[7-9]"))))
+    run.failed.unlink()
+    write_log(run, 0, "srun: error: n[2,5]: tasks 1,4: Killed\n" + CLEANS_UP)
+    requeue.failed(run, "5", 1, 20)
+    assert run.command("resume", "cluster.exclude=n[7-9],n2") in run.failed.read_text()
+
+
+def test_nodes_that_fail_all_at_once_are_not_left_out(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(slurm, "requeue", lambda job: "")
+    run.update_state(nodes=("n1", "n2"))
+    write_log(run, 0, "srun: error: n[1-2]: tasks 0-1: Exited with exit code 1\n")
+    for _ in range(2):
+        requeue.failed(run, "5", 1, 20)
+    assert "n[1-2]: tasks 0-1: Exited with exit code 1" in run.failed.read_text()
+    assert "exclude" not in run.failed.read_text()
 
 
 @pytest.mark.parametrize(
-    ("why", "node"),
+    ("why", "nodes"),
     [
-        ("n2: task 1: Killed", "n2"),
-        ("rank 3 on gpu-07.site: ValueError: x", "gpu-07.site"),
-        ("ValueError: no task", ""),
-        ("", ""),
+        ("n2: task 1: Killed", ["n2"]),
+        ("no progress since its start, so no retry: n2: task 1: Killed", ["n2"]),
+        ("20 restarts after failures reached cluster.max_restarts; the last: rank 3 on n2: EOFError: ", ["n2"]),
+        ("rank 3 on gpu-07.site: ValueError: x", ["gpu-07.site"]),
+        ("n[1-2]: tasks 0-1: Killed", ["n1", "n2"]),
+        ("gpu[08-10,12],login: tasks 0-4: Killed", ["gpu08", "gpu09", "gpu10", "gpu12", "login"]),
+        ("r[1-2]n[3,5]-ib: tasks 0-3: Killed", ["r1n3-ib", "r1n5-ib", "r2n3-ib", "r2n5-ib"]),
+        ("ValueError: no task", []),
+        ("", []),
     ],
 )
-def test_the_node_of_a_cause(why: str, node: str) -> None:
-    assert reasons.node_of(why) == node
+def test_the_nodes_of_a_cause(why: str, nodes: list[str]) -> None:
+    assert reasons.nodes_of(why) == nodes

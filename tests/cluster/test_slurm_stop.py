@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
-from support.slurm_service import LONG, Service, need_slurm, service, slurm_here
+from support.slurm_service import LONG, ROOT, Service, need_slurm, service, slurm_here
 
 
 def assert_exact(devcluster: Service, name: str, job: str, reason: str, stops: int) -> None:
@@ -90,3 +93,35 @@ def test_cancelled_is_saved_and_stays_cancelled(undisturbed: Service, how: str) 
         undisturbed.until_state(how, "done")
         assert undisturbed.events(how, "started")[-1]["step"] == stop["step"]
         assert undisturbed.head(how) == undisturbed.head("reference")
+
+
+def test_a_sweep_as_a_job_goes_on_with_the_resolutions_that_are_left(undisturbed: Service, tmp_path: Path) -> None:
+    """Preempted in the middle of its passes: the same job, no pass made twice, the result of the undisturbed command."""
+    run, profile = undisturbed.runs / "reference", ROOT / "slurm" / "profiles" / "devcluster.yaml"
+
+    def sweep(out: str, *more: object) -> None:
+        sizes = ",".join(map(str, range(32, 96, 8)))
+        words = ["sweep", "--run", run, "--res", sizes, "--out", tmp_path / out, "--profile", profile, *more]
+        command = [sys.executable, "-m", "fixres_dist", *map(str, words)]
+        env = {**undisturbed.env, "PYTHONPATH": str(ROOT)}
+        subprocess.run(command, env=env, cwd=tmp_path, check=True, capture_output=True, timeout=200)
+
+    sweep("job", "--cluster", "slurm", "--nodes", 2, "--gpus-per-node", 1)
+    name = "reference/jobs/sweep"
+    job, partial = undisturbed.state(name)["job_id"], undisturbed.runs / name / "partial"
+    undisturbed.until(name, lambda: len(list(partial.glob("*.npz"))) >= 2)
+    undisturbed.hold(job)
+    undisturbed.preempt()
+    undisturbed.until_state(name, "done")
+    assert undisturbed.state(name)["restarts"] == {"preempted": 1, "timeout": 0, "failure": 0}
+    assert [start["job_id"] for start in undisturbed.events(name, "started")] == [job, job]
+    passes = undisturbed.events(name, "stop requested")[0]["step"]
+    assert 2 <= passes < 8
+    assert undisturbed.launch("logs", name).count("images are done already") == passes
+    assert name in undisturbed.launch("status")
+    sweep("here")
+    found, wanted = (json.loads((tmp_path / out / "sweep.json").read_text()) for out in ("job", "here"))
+    assert found["best_res"] == wanted["best_res"]
+    for label, curve in wanted["curves"].items():
+        for res, point in curve.items():  # one rank makes other batches than two
+            assert found["curves"][label][res] == pytest.approx(point, abs=1e-4)
