@@ -95,7 +95,15 @@ class Session:
         if not self.job:
             return None
         settings, index = self.config.run, self.splits[split]
-        depends = (index.fingerprint, self.columns[split], res, self.resize(res), self.arithmetic.name, *depends)
+        depends = (
+            index.fingerprint,
+            index.contents,
+            self.columns[split],
+            res,
+            self.resize(res),
+            self.arithmetic.name,
+            *depends,
+        )
         return Partial.of_pass(self.job.partial, settings.save_every_s, models, depends)
 
     def passed(self) -> None:
