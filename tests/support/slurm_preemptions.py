@@ -22,9 +22,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from unittest import mock
 
-from fixres_dist.base.small_files import read_lines
-
 from fixres_dist.base.signals import StopFlag
+from fixres_dist.base.small_files import read_lines
 from fixres_dist.cluster import jobs
 from fixres_dist.runs.rundir import RunDir
 from support.commands import ROOT
