@@ -182,7 +182,7 @@ def living_ranks(job: submitit.Job[int]) -> list[int]:
 def one_broke(run: RunDir, job: submitit.Job[int]) -> bool:
     """Whether a rank has ended with an error, or without a result, while others live.
 
-    Those may wait for it on a GPU, where only a timeout of half an hour ends them.
+    Those may wait for it on a GPU, where only their watchdog ends them.
     """
     alive, started = len(living_ranks(job)), len(list(job.paths.folder.glob("*_log.out")))
     left = len(list(job.paths.folder.glob("*_result.pkl")))

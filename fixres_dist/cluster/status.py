@@ -146,8 +146,9 @@ def verdict(run: RunDir) -> tuple[Results | None, str]:
 def row(run: RunDir, state: RunState, queue: Mapping[str, slurm.Queued] | None) -> Row:
     now, reason = as_seen(run, state, queue)
     job = (queue or {}).get(state.slurm_job or "", slurm.Queued("", "", ""))
-    idle_s = no_progress_s(run) if now in WORKING else 0.0
-    at_work = now in WORKING and job.state not in STANDING and not idle_s
+    stands = now not in WORKING or job.state in STANDING
+    idle_s = 0.0 if stands else no_progress_s(run)
+    at_work = not stands and not idle_s
     idle = f"no progress for {duration(idle_s)}" if idle_s else ""
     skipped = run.skipped()
     step = state.total_steps if now == State.DONE and state.total_steps else state.step

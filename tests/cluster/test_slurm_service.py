@@ -18,10 +18,11 @@ from support.slurm_service import LONG, ROOT, SHORT, Service
 
 
 def test_two_nodes_with_two_tasks_train_to_done(devcluster: Service) -> None:
-    more = ["--nodes", 2, "--gpus-per-node", 2, *SHORT]
+    more = ["--nodes", 2, "--gpus-per-node", 2, "cluster.mem=auto", *SHORT]
     dry = devcluster.launch("submit", *devcluster.arguments("--name", "four", "--dry-run", *more))
     assert not (devcluster.runs / "four").exists()
     assert "using 4 processors on nodes n[1-2] in partition low" in dry
+    assert "asks       for 250000M of the memory of each node (2 of 8 GPUs of a node with 1,000,000 MB)" in dry
     job = devcluster.submit("four", *more)
     waiting = devcluster.launch("status", "four")
     assert "four" in waiting

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -91,8 +92,12 @@ def seen(run: RunDir, folder: Path, monkeypatch: pytest.MonkeyPatch, squeue: str
 def test_squeues_states_and_reasons_in_words(
     shown: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    row = seen(make(tmp_path), tmp_path, monkeypatch, f"5|{shown}")
+    run = make(tmp_path)
+    run.progress.touch()
+    os.utime(run.progress, (1, 1))
+    row = seen(run, tmp_path, monkeypatch, f"5|{shown}")
     assert words in row.reason
+    assert ("no progress for" in row.reason) == shown.startswith("RUNNING"), "a job that stands cannot make any"
     assert row.job_id == "5"
 
 
