@@ -72,7 +72,8 @@ def check(run: RunDir, lines: Sequence[logs.Line], rank: int | None, start: int 
     """Refuse a rank or a start that the run does not have; says where there are earlier starts."""
     ranks, newest = sorted({line.rank for line in lines} - {logs.BATCH}), max(line.start for line in lines)
     if rank is not None and rank not in ranks:
-        raise UserError(f"{run.name} has no rank {rank}; accepted: {ranks[0]} .. {ranks[-1]}.")
+        accepted = f"accepted: {ranks[0]} .. {ranks[-1]}" if ranks else "no rank of it has written a line yet"
+        raise UserError(f"{run.name} has no rank {rank}; {accepted}.")
     if start is not None and not 1 <= start <= newest:
         raise UserError(f"{run.name} has no start {start}; accepted: 1 .. {newest}.")
     if start is None and newest > 1:

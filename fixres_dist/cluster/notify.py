@@ -11,10 +11,9 @@ import os
 import re
 import signal
 import subprocess
-import tempfile
+import threading
 import time
 from pathlib import Path
-from typing import IO
 
 from fixres_dist.base.errors import StorageError, UserError, printable
 from fixres_dist.base.secrets import redacted
@@ -43,17 +42,17 @@ def tell(run: RunDir, most_s: float = LIMIT_S, log: Path | None = None) -> None:
         event = changes[-1]
         values = variables(run, cluster, event["event"], str(event.get("reason") or ""))
         started = time.monotonic()
-        with tempfile.TemporaryFile() as output:
-            code = call(cluster.on_change, values, run, output, most_s)
-            said = report(cluster, code, output, most_s)
+        code, output = call(cluster.on_change, values, run, most_s)
+        said = report(cluster, code, output, most_s)
         if said:
             print(said, flush=True)
         if said and log and log.exists():
             with open(log, "a") as file:
                 file.write(f"{said}\n")
         run.event(TOLD, of=event["event"], exit_code=code, seconds=round(time.monotonic() - started, 1))
-    except Exception as error:  # the run must not suffer from a full disk or a shell that cannot be started
-        print(f"cluster.on_change was not run: {type(error).__name__}", flush=True)
+    except Exception as error:  # the run must not suffer from a full disk, or a shell or terminal that is not there
+        with contextlib.suppress(OSError):
+            print(f"cluster.on_change was not run to its end: {type(error).__name__}", flush=True)
 
 
 def variables(run: RunDir, cluster: Cluster, state: str, reason: str) -> dict[str, str]:
@@ -79,36 +78,43 @@ def newest_top1(run: RunDir) -> float | None:
     return None
 
 
-def call(command: str, values: dict[str, str], run: RunDir, output: IO[bytes], most_s: float) -> int | None:
-    """Its exit code; None where it was ended, with all that it had started, after `most_s` seconds.
-
-    Its output is a file: a pipe would stay open as long as something that it left in the background.
-    """
+def call(command: str, values: dict[str, str], run: RunDir, most_s: float) -> tuple[int | None, str]:
+    """Its exit code, None where it was ended, with all that it had started, after `most_s` seconds; and what it printed first."""
+    read, write = os.pipe()
     process = subprocess.Popen(
         command,
         shell=True,
         env={**os.environ, **values},
         cwd=run.root,
         stdin=subprocess.DEVNULL,
-        stdout=output,
-        stderr=output,
+        stdout=write,
+        stderr=write,
         start_new_session=True,
     )
+    os.close(write)
+    said = bytearray()
+
+    def drain() -> None:
+        with open(read, "rb", buffering=0) as pipe:
+            while chunk := pipe.read(65536):
+                said.extend(chunk[: LONGEST - len(said)])
+
+    # What the command leaves in the background may hold the pipe for long: nobody waits for the end of that.
+    reader = threading.Thread(target=drain, name="output of on_change", daemon=True)
+    reader.start()
+    code: int | None = None
     try:
-        return process.wait(most_s)
+        code = process.wait(most_s)
     except subprocess.TimeoutExpired:
-        return None
-    finally:
-        if process.poll() is None:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    reader.join(0.5)
+    return code, said.decode(errors="replace").strip()
 
 
-def report(cluster: Cluster, code: int | None, output: IO[bytes], most_s: float) -> str:
+def report(cluster: Cluster, code: int | None, said: str, most_s: float) -> str:
     """What the command has said, and how it failed, without secrets: those of the environment, and its own addresses."""
-    output.seek(0)
-    said = output.read(LONGEST).decode(errors="replace").strip()
     addresses = {f"TOKEN_{k}": found for k, found in enumerate(re.findall(r"https?://[^\s'\"]+", cluster.on_change))}
     if code != 0:
         ended = f"was ended after {most_s:.0f} s" if code is None else f"ended with exit code {code}"

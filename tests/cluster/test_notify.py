@@ -83,6 +83,7 @@ def alive(*pids: str) -> list[str]:
         ("trap '' TERM INT; while :; do sleep 1; done", None, "was ended after 0 s"),
         ("echo $HF_TOKEN https://hooks.example.org/T0/B1", 0, "REDACTED REDACTED"),
         ("sleep 600 &", 0, ""),  # what it leaves behind does not hold anybody
+        ("yes", None, "was ended after 0 s; the run goes on: y"),
         ("kill -9 $$", -9, "ended with exit code -9"),
     ],
 )

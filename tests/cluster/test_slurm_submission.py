@@ -52,6 +52,11 @@ def text_of(*settings: str) -> str:
     return jobs.sbatch_text(reading.parse(Config, reading.overrides(list(settings))), RunDir(Path("/runs/r")))
 
 
+def test_slurms_mail_is_an_option_like_any_other(tmp_path: Path) -> None:
+    lines = text_of('cluster.sbatch={mail-type: "END,FAIL,ARRAY_TASKS", mail-user: you@site.org}').splitlines()
+    assert {"#SBATCH --mail-type=END,FAIL,ARRAY_TASKS", "#SBATCH --mail-user=you@site.org"} <= set(lines)
+
+
 def test_any_option_of_sbatch_can_be_given_and_none_is_given_unasked() -> None:
     assert "wckey" not in text_of()
     options = (
