@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from fixres_dist.base.commands import command
 from fixres_dist.base.environment import shipped, slurm_file
 from fixres_dist.base.errors import EXIT_DONE, UserError, only_prints
-from fixres_dist.base.secrets import redacted
+from fixres_dist.base.secrets import REDACTED, redacted
 from fixres_dist.base.text import table
 from fixres_dist.cli import submission
 from fixres_dist.cli.arguments import add_accept_change, add_overrides, add_profile, add_runs_dir
@@ -131,7 +131,7 @@ def start(targets: list[Target], kind: str, args: argparse.Namespace) -> int:
             targets = [target for target in targets if not submission.needs_no_job(target.run)]
             if not targets:
                 return EXIT_DONE
-            typed = command("submit", *(redacted(word, targets[0].config.cluster.env) for word in args.words))
+            typed = command("submit", *(public(word, targets[0].config) for word in args.words))
             for target in targets:
                 rundir.prepare(target.run.root, target.config, typed)
             print("\n".join(targets[0].plan()), flush=True)
@@ -158,6 +158,12 @@ def start(targets: list[Target], kind: str, args: argparse.Namespace) -> int:
             if target.run.state().state == State.CANCELLED:  # a stop is meant for the runs after it too
                 break
         return max(codes)
+
+
+def public(word: str, config: Config) -> str:
+    """A word of the command as others may read it; the address that on_change calls is often a secret."""
+    key, _, value = word.partition("=")
+    return f"{key}={REDACTED}" if key == "cluster.on_change" and value else redacted(word, config.cluster.env)
 
 
 def list_recipes() -> int:

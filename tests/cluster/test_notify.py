@@ -10,7 +10,7 @@ import pytest
 from support.fake_slurm import calls, fake_slurm
 
 from fixres_dist.base.errors import UserError
-from fixres_dist.cli import submission
+from fixres_dist.cli import submission, submit
 from fixres_dist.cli.main import main
 from fixres_dist.cluster import local, notify, requeue, slurm
 from fixres_dist.config import reading
@@ -190,6 +190,10 @@ def test_the_worker_alone_tells_of_its_end(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_the_command_is_kept_from_others(tmp_path: Path) -> None:
+    assert (
+        submit.public("cluster.on_change=curl https://hooks.example.org/T0/B1", Config())
+        == "cluster.on_change=REDACTED"
+    )
     config = make(tmp_path, "curl https://hooks.example.org/T0/B1").config()
     assert reading.has_secrets(config)
     assert "hooks.example" not in reading.dump(config, public=True)

@@ -57,8 +57,11 @@ def test_preempted_without_the_user_signal(undisturbed: Service, tmp_path: Path)
         assert other.head("reference") == undisturbed.head("reference")
 
 
-def test_the_time_limit(undisturbed: Service) -> None:
-    job = undisturbed.submit("timeout", "--nodes", 2, *LONG)
+def test_the_time_limit(undisturbed: Service, tmp_path: Path) -> None:
+    """With a command that is told of the requeue and hangs then."""
+    told = tmp_path / "told"
+    hook = f'echo "$FIXRES_STATE: $FIXRES_REASON" >> {told}; echo told; [ $FIXRES_STATE = done ] || sleep 600'
+    job = undisturbed.submit("timeout", "--nodes", 2, *LONG, f"cluster.on_change={hook}")
     undisturbed.until_working("timeout")
     undisturbed.hold(job)
     undisturbed.slurm("scontrol", "update", f"jobid={job}", "timelimit=1")  # the warning is due 30 s before the minute
@@ -66,6 +69,17 @@ def test_the_time_limit(undisturbed: Service) -> None:
     undisturbed.slurm("scontrol", "update", f"jobid={job}", "timelimit=60")
     undisturbed.until_state("timeout", "done")
     assert_exact(undisturbed, "timeout", job, "timeout", 1)
+    undisturbed.until("timeout", lambda: len(undisturbed.events("timeout", "on_change")) == 2)
+    stop = undisturbed.events("timeout", "stop requested")[0]
+    assert told.read_text().splitlines() == [f"requeued: timeout: {stop['signal']} at step {stop['step']}", "done: "]
+    assert [event["exit_code"] for event in undisturbed.events("timeout", "on_change")] == [None, 0]
+    first = undisturbed.launch("logs", "timeout", "--start", 1)
+    assert "was ended after 3 s; the run goes on: told" in first
+    assert f"job {job} is requeued (timeout)" in first
+    newest = undisturbed.launch("logs", "timeout")
+    assert f"start 2 of job {job}" in newest
+    assert "step 720/720" in newest
+    assert "requeued" not in newest
 
 
 @pytest.mark.parametrize("how", ["scancel", "cancel.py"])
