@@ -72,7 +72,7 @@ def stop(training: Training) -> None:
 def open_features(training: Training) -> None:
     """Cache the trunk's features where that pays (cache/rule.py)."""
     work, run, step = training.work, training.run, training.progress.step
-    training.work = work = open_stores(work, check=not training.resumed)
+    training.work = work = open_stores(work, training.resumed, run.event)
     if training.tracker:
         run.event("engine", stage=work.stage.name, step=step, **work.how())
     training.set_modes()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from fixres_dist.data import geometry
 from fixres_dist.data.index import Index
 from fixres_dist.data.requests import Pictures, make_request
 from fixres_dist.training.cache import rule
-from fixres_dist.training.cache.build import share
+from fixres_dist.training.cache.build import apart, share
 from fixres_dist.training.cache.store import Store, begin_writing, open_store
 from fixres_dist.training.stages import Stage, stages
 
@@ -85,14 +86,47 @@ def test_damage_is_found_and_only_that_is_missing(tmp_path: Path, capsys: pytest
         path = store.path(span)
         path.write_bytes(change(path.read_bytes()))
     assert store.missing() == [(0, 16)]
-    for rank in range(3):
-        store.verify(made(), rank, 3)
+    store.verify(made(), store.segments(), again=True)
     assert store.missing() == [(0, 16), (32, N)]
     said = capsys.readouterr().out
     assert "length is wrong" in said
     assert "checksum is wrong" in said
     with pytest.raises(FileNotFoundError, match="no features of the samples"):
         next(store.batches(made(), [make_request(made(), PICTURES, np.arange(3), 0)]))
+
+
+def swap(a: Path, b: Path) -> None:
+    one, other = a.read_bytes(), b.read_bytes()
+    a.write_bytes(other)
+    b.write_bytes(one)
+
+
+@pytest.mark.parametrize("other", ["samples", "store"])
+def test_a_segment_of_other_samples_or_of_another_store_is_found(tmp_path: Path, other: str) -> None:
+    """Whole segments, each with a right checksum; also on a resume, which does not look at pictures again."""
+    store, foreign = written(tmp_path, torch.float16, 1), written(tmp_path, torch.bfloat16, 1)
+    swap(store.path((0, 16)), store.path((16, 32)) if other == "samples" else foreign.path((0, 16)))
+    store.verify(made(), store.segments(), again=False)
+    assert store.missing() == ([(0, 32)] if other == "samples" else [(0, 16)])
+
+
+def test_a_segment_of_an_older_version_is_read_with_a_word(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    store = written(tmp_path, torch.float32, 1)
+    path = store.path((16, 32))
+    rows = path.read_bytes()[:-8]
+    path.write_bytes(rows + zlib.crc32(rows).to_bytes(4, "little"))
+    store.verify(made(), store.segments(), again=True)
+    assert store.missing() == []
+    assert "1 segments are of an older version" in capsys.readouterr().out
+    path.write_bytes(b"?" + path.read_bytes()[1:])
+    store.verify(made(), store.segments(), again=True)
+    assert store.missing() == [(16, 32)]
+
+
+def test_lost_segments_are_written_as_they_were() -> None:
+    assert apart([(0, 32), (40, 50)], [(0, 16), (16, 32)]) == ([(40, 50)], [(0, 16), (16, 32)])
+    assert apart([(0, 32)], [(8, 16), (64, 80)]) == ([(0, 8), (16, 32)], [(8, 16)])
+    assert apart([(4, 9)], []) == ([(4, 9)], [])
 
 
 def test_an_interrupted_segment_is_invisible(tmp_path: Path) -> None:

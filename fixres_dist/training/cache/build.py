@@ -6,7 +6,7 @@ import contextlib
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -52,11 +52,11 @@ def cache_key(work: StageSession, index: Index, views: int) -> dict[str, Any]:
     }
 
 
-def open_stores(work: StageSession, check: bool) -> StageSession:
+def open_stores(work: StageSession, resumed: bool, tell: Callable[..., None]) -> StageSession:
     """`work` with the features of its train and val pictures, written where they are missing; as it is where it streams.
 
-    `check`: compare the checksums of the features that exist. Raises Stopped, and UserError where run.engine=cached
-    cannot be done (rule.py).
+    Checksums of features that exist are compared. `resumed`: pictures that could not be decoded stay out. `tell`: an event of
+    the run. Raises Stopped, and UserError where run.engine=cached cannot be done (rule.py).
     """
     session, stage, trunk = work.session, work.stage, work.parts.trunk
     setting, ranks = session.config.run.engine, session.ranks
@@ -88,11 +88,15 @@ def open_stores(work: StageSession, check: bool) -> StageSession:
         return work
     for split, store in stores.items():
         check_shared(session, store)
-        if check:
-            store.verify(session.splits[split], ranks.rank, ranks.world_size)
+        known = [(first, stop) for first, stop in ranks.from_main(store.segments)]
+        store.verify(session.splits[split], known[ranks.rank :: ranks.world_size], again=not resumed)
         ranks.barrier()
         if ranks.from_main(store.missing):
-            write_missing(work, trunk, store, keys[split], session.splits[split])
+            kept = [(first, stop) for first, stop in ranks.from_main(store.segments)]
+            lost = [span for span in known if span not in kept]
+            for span in lost if ranks.is_main else ():
+                tell("damaged", file=str(store.path(span)), reason="it is written again")
+            write_missing(work, trunk, store, keys[split], session.splits[split], lost)
     return replace(work, stores=stores)
 
 
@@ -133,11 +137,14 @@ def check_shared(session: Session, store: Store) -> None:
         )
 
 
-def write_missing(work: StageSession, trunk: FastTrunk, store: Store, key: dict[str, Any], index: Index) -> None:
+def write_missing(
+    work: StageSession, trunk: FastTrunk, store: Store, key: dict[str, Any], index: Index, lost: list[Span]
+) -> None:
     """One pass of the trunk over the samples without features, each rank over a part of them; complete segments stay
     where a stop signal ends it (Stopped).
 
-    Where another run is writing the same features, wait for it and write what it has left.
+    Where another run is writing the same features, wait for it and write what it has left. The segments `lost` are written
+    as they were, each by one rank, in the same batches: so with the same bits.
     """
     session, size = work.session, work.batch_per_device
     ranks = session.ranks
@@ -149,9 +156,9 @@ def write_missing(work: StageSession, trunk: FastTrunk, store: Store, key: dict[
             time.sleep(WAIT_S)
         if ranks.is_main:
             begin_writing(store, key)
-        gaps = ranks.from_main(store.missing)
-        shares = [share(gaps, rank, ranks.world_size, segment_length(store, size)) for rank in range(ranks.world_size)]
-        own, started = shares[ranks.rank], time.monotonic()
+        gaps, again = apart(ranks.from_main(store.missing), lost)
+        own, started = share(gaps, ranks.rank, ranks.world_size, segment_length(store, size)), time.monotonic()
+        own += again[ranks.rank :: ranks.world_size]
         pictures = session.pictures_of("test", work.stage.res)
         spans = ((a, min(b, a + size)) for first, b in own for a in range(first, b, size))
         requests = (make_request(index, pictures, np.arange(a, b), 0) for a, b in spans)
@@ -186,6 +193,18 @@ def locked(stack: contextlib.ExitStack, store: Store, say: bool) -> bool:
 
 def segment_length(store: Store, batch: int) -> int:
     return batch * max(SEGMENT_BATCHES, math.ceil(store.samples / SEGMENTS / batch))
+
+
+def apart(gaps: Sequence[Span], lost: Sequence[Span]) -> tuple[list[Span], list[Span]]:
+    """(the gaps without the spans `lost`, those of `lost` that are missing)."""
+    again = [span for span in lost if any(a <= span[0] and span[1] <= b for a, b in gaps)]
+    rest = []
+    for a, b in gaps:
+        for first, stop in [*(span for span in again if a <= span[0] < b), (b, b)]:
+            if first > a:
+                rest.append((a, first))
+            a = stop
+    return rest, again
 
 
 def share(gaps: list[Span], rank: int, world_size: int, length: int) -> list[Span]:

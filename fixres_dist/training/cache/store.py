@@ -1,8 +1,9 @@
 """Features on disk: what the trunk made of every view of every sample of a split, in rows of one size.
 
 A folder per key holds spec.json (all that the key hashes) and segments `<first>-<stop>.rows`: the rows of the samples
-first .. stop-1, view after view, then a byte per sample (1: decoded) and a CRC-32. A segment is complete or invisible, so
-writing goes on where it was interrupted, by any number of ranks; any number of ranks read a row with one positioned read.
+first .. stop-1, view after view, then a byte per sample (1: decoded) and a CRC-32, of the key and the samples too. A segment
+is complete or invisible, so writing goes on where it was interrupted, by any number of ranks; any number of ranks read a row
+with one positioned read.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import re
 import zlib
 from bisect import bisect_right
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -37,6 +38,7 @@ from fixres_dist.data.decoding import Bad
 from fixres_dist.data.index import Index
 from fixres_dist.data.requests import Request
 
+BOUND = b"ends"  # after the checksum, where that is of the store and the samples too
 SEGMENT = re.compile(r"(\d{10})-(\d{10})\.rows")
 READERS, AHEAD = 4, 8  # threads, and batches that they are ahead of the loop: a read waits without Python's lock
 Span = tuple[int, int]  # samples first .. stop - 1
@@ -80,7 +82,7 @@ class Store:
             span = (int(name[1]), int(name[2]))
             if not owners.believed(path):
                 self.reject(span, "others than this user can have written it")
-            elif path.stat().st_size != (span[1] - span[0]) * self.sample_bytes + 4:
+            elif path.stat().st_size - (span[1] - span[0]) * self.sample_bytes not in (4, 4 + len(BOUND)):
                 self.reject(span, "its length is wrong")
             else:
                 found.append(span)
@@ -106,21 +108,31 @@ class Store:
     def missing_bytes(self) -> int:
         return sum(stop - first for first, stop in self.missing()) * self.sample_bytes
 
-    def verify(self, index: Index, rank: int, world_size: int) -> None:
-        """Remove this rank's share of the segments where their bytes are not those that were written, or where a picture of
-        `index` that could not be decoded then can be now: a disk's bad day is not to cost later runs a picture."""
-        for span in self.segments()[rank::world_size]:
+    def verify(self, index: Index, spans: Sequence[Span], again: bool) -> None:
+        """Remove the segments `spans` where their bytes are not those that were written for this store and these samples; and,
+        `again`, where a picture of `index` that could not be decoded then can be now: a disk's bad day is not to cost later
+        runs a picture, and a run has the same ones at all its starts."""
+        old = 0
+        for span in spans:
             watchdog.beat()
-            crc, left = 0, (span[1] - span[0]) * self.sample_bytes
+            left = (span[1] - span[0]) * self.sample_bytes
+            bound = self.path(span).stat().st_size > left + 4
+            crc, old = self.binding(span) if bound else 0, old + (not bound)
             with open(self.path(span), "rb") as file:
-                while left:
-                    part = file.read(min(left, 1 << 24))
+                while left and (part := file.read(min(left, 1 << 24))):
                     crc, left = zlib.crc32(part, crc), left - len(part)
-                wanted = int.from_bytes(file.read(4), "little")
-            if crc != wanted:
+                end = file.read()
+            if left or end != crc.to_bytes(4, "little") + (BOUND if bound else b""):
                 self.reject(span, "its checksum is wrong")
-            elif any(decodable(index, span[0] + int(k)) for k in np.flatnonzero(self.marks(span) == 0)):
+            elif again and any(decodable(index, span[0] + int(k)) for k in np.flatnonzero(self.marks(span) == 0)):
                 self.reject(span, "a picture that could not be decoded now can be")
+        if old:
+            text = f"{old} segments are of an older version, whose checksums do not say of which samples they are"
+            print(f"{self.folder}: {text}", flush=True)
+
+    def binding(self, span: Span) -> int:
+        """Where a segment's checksum starts: one that was moved to another store or other samples has another checksum."""
+        return zlib.crc32(f"{self.folder.name} {self.path(span).name}".encode())
 
     def marks(self, span: Span) -> NDArray[np.uint8]:
         """Of each sample of a segment: 1 if it was decoded."""
@@ -131,7 +143,7 @@ class Store:
     def write(self, span: Span, batches: Iterable[tuple[NDArray[np.int64], list[tuple[torch.Tensor, ...]]]]) -> None:
         """Write one segment. `batches`: of consecutive samples those that could be decoded, and their features in each view,
         all of `span` together; a sample that is left out is marked."""
-        decoded, at, crc = np.zeros(span[1] - span[0], np.uint8), span[0], 0
+        decoded, at, crc = np.zeros(span[1] - span[0], np.uint8), span[0], self.binding(span)
         empty = bytes(self.sample_bytes - 1)
         with whole(self.path(span), mode=0o644) as part, open(part, "wb") as file:
 
@@ -151,7 +163,7 @@ class Store:
             for _ in range(span[1] - at):
                 put(empty)
             put(decoded.data)
-            file.write(crc.to_bytes(4, "little"))
+            file.write(crc.to_bytes(4, "little") + BOUND)
 
     @cached_property
     def table(self) -> list[tuple[int, FileIO, NDArray[np.uint8]]]:
