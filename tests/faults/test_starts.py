@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from support.folders import write_photos
 from support.in_process import called
 
 from fixres_dist.base.errors import EXIT_DONE, EXIT_USER
@@ -77,9 +78,8 @@ def test_exchanged_pictures_are_refused_until_they_are_accepted(half: RunDir, ru
     assert "change accepted" in [line["event"] for line in read_lines(half.events)]
 
 
-def test_a_picture_that_is_exchanged_while_the_run_reads_is_not_taken(runs: Path, tmp_path: Path) -> None:
-    data = tmp_path / "data"
-    shutil.copytree(runs / "data", data)
+def test_a_picture_that_is_exchanged_while_the_run_reads_is_not_taken(tmp_path: Path) -> None:
+    data = write_photos(tmp_path / "data", 2, 1, ("ash", "birch"))
     index = dataset.load(data, "train", str(tmp_path / "cache"))
     decoding.load(index, 0)
     repaint(index.path(0))
