@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Sequence
 
 from fixres_dist.base.commands import command
-from fixres_dist.base.errors import UserError
+from fixres_dist.base.errors import UserError, printable
 
 BAR = r"\|"
 NUMBER = re.compile(r"[-+]?[\d,]*\.?\d+(e[-+]?\d+)?( ?%)?")
@@ -43,12 +43,17 @@ def gib(size: float) -> str:
     return f"{size / 2**30:,.1f} GiB" if size >= 2**30 else f"{size / 2**20:,.1f} MiB"
 
 
+def one_line(cell: object) -> str:
+    """What a cell of a table says: names and reasons from damaged files may hold ends of lines, and signs for terminals."""
+    return "" if cell is None else printable(str(cell)).replace("\n", " ")
+
+
 def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     """A table for the console: one line per row, columns aligned, those that hold only numbers to the right.
 
     Cells are printed by `str`, so the caller formats numbers; None is an empty cell. Without rows, only the head.
     """
-    lines = [[str(cell) for cell in head], *(["" if cell is None else str(cell) for cell in row] for row in rows)]
+    lines = [[str(cell) for cell in head], *([one_line(cell) for cell in row] for row in rows)]
     columns = []
     for column in zip(*lines, strict=True):
         width = max(map(len, column))

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from fixres_dist.base.errors import UserError
-from fixres_dist.base.files import write_text
+from fixres_dist.base.files import remove, write_text
 from fixres_dist.cluster import logs, node_memory, slurm, words
 from fixres_dist.config import reading
 from fixres_dist.config.schema import Cluster, Config
@@ -259,7 +259,7 @@ def submit_slurm(config: Config, runs: Sequence[RunDir], task: Job, at_once: int
     text, private = sbatch_text(config, *runs, at_once=at_once), reading.has_secrets(config)
     for run in runs:
         write_text(run.submission, text, private)
-        run.failed.unlink(missing_ok=True)
+        remove(run.failed)
         # A person has submitted it again, so failures are counted anew.
         fresh = {"final": False, "last_failure_step": -1, "restarts": {**run.state().restarts, "failure": 0}}
         run.update_state(Event.SUBMITTED, reason=None, job_id=None, **fresh)

@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from fixres_dist.base.errors import UserError
-from fixres_dist.base.files import create, write_text
+from fixres_dist.base.files import create, remove, write_text
 from fixres_dist.base.small_files import read_lines, read_note
 from fixres_dist.cluster import notify, reasons, slurm
 from fixres_dist.runs.rundir import RunDir
@@ -43,7 +43,7 @@ def begin(run: RunDir, world_size: int, nodes: Sequence[str]) -> None:
         changes["restarts"] = state.restarts_with("failure")
         run.event(Event.LOST, reason="the start before was killed, or its node was lost")
     for left in (run.failed, run.root / STOP_UNJUDGED, run.root / BROKEN):
-        left.unlink(missing_ok=True)
+        remove(left)
     run.event(Event.STARTED, world_size=world_size, nodes=list(nodes), job_id=job, step=run.saved_step())
     changes |= {
         "eta_s": None,

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fixres_dist.base.commands import command
-from fixres_dist.base.errors import StorageError, UserError, unknown
+from fixres_dist.base.errors import StorageError, UserError, printable, unknown
 from fixres_dist.base.files import owner
 from fixres_dist.base.small_files import lines_of, read_lines
 from fixres_dist.base.text import duration, table
@@ -257,4 +257,4 @@ def as_table(listed: list[Row]) -> str:
     ]
     first, *lines = table(head, cells).splitlines()
     below = zip(lines, listed, strict=True)
-    return "\n".join([first, *(line + (f"\n  {r.reason}" if r.reason else "") for line, r in below)])
+    return "\n".join([first, *(line + (f"\n  {printable(r.reason)}" if r.reason else "") for line, r in below)])

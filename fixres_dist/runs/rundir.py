@@ -19,7 +19,7 @@ from fixres_dist.base import locks
 from fixres_dist.base.commands import command, shell
 from fixres_dist.base.environment import environment
 from fixres_dist.base.errors import StorageError, UserError
-from fixres_dist.base.files import create, write_text
+from fixres_dist.base.files import create, remove, write_text
 from fixres_dist.base.secrets import REDACTED, redacted, without_secrets
 from fixres_dist.base.small_files import (
     Damaged,
@@ -197,7 +197,7 @@ class RunDir:
             self.event(Event.CANCELLED)
 
     def finish(self) -> None:
-        self.failed.unlink(missing_ok=True)
+        remove(self.failed)
         self.update_state(Event.DONE, eta_s=0.0, reason=None)
         self.event(Event.DONE)
         write_text(self.done, "finished\n")

@@ -130,6 +130,9 @@ DAMAGES: dict[str, Callable[[RunDir], object]] = {
     ),
     "numbers as text": lambda run: run.state_file.write_text('{"step": "x", "total_steps": 3}'),
     "metrics of another encoding": lambda run: run.metrics.write_bytes(b'{"step": 1, "top1": 3}\n\xff\xfe\n7\n'),
+    "nodes with ends of lines and escapes": lambda run: run.state_file.write_text(
+        '{"state": "running", "nodes": ["a\\nb\\u001b[2J\\u2028"], "reason": "\\u001b[2J"}'
+    ),
     "state is a folder": lambda run: (run.state_file.unlink(), run.state_file.mkdir()),
     "an odd log": lambda run: (
         (run.root / "submitit" / "7").mkdir(parents=True),
@@ -147,6 +150,7 @@ def test_one_damaged_run_among_others(damage: str, tmp_path: Path, monkeypatch: 
     shown = {row.name: row for row in status.rows(status.every(tmp_path / "runs"))}
     assert {name: row.state for name, row in shown.items() if name != "damaged"} == {"a": "done", "b": "done"}
     assert status.as_table(list(shown.values())).count("\n") >= 3
+    assert "\x1b" not in status.as_table(list(shown.values()))
     if damage.startswith("torn"):
         assert "state.json cannot be read" in shown["damaged"].reason
 
