@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+LONGEST_LINE = 1 << 16  # bytes of a list's line: a path and a name fit, and a file that is no list is not read whole
 FULL = {errno.ENOSPC: "no space is left on the disk", errno.EDQUOT: "the disk quota is used up"}
 PART = re.compile(r"\.(?P<name>.+)\.\d+(\.[0-9a-f]{8}\.part)?")  # temporary names: of this version, and of older ones
 ABANDONED_S = 600.0  # since the last write to a temporary file whose writer may be on another machine
@@ -93,9 +94,15 @@ def owner(path: Path) -> str:
 def lines_of(path: Path) -> list[str]:
     """The lines of a list as people save them: without a byte order mark, blanks around, empty lines and comments.
 
-    Bytes of other encodings stay as os.fsdecode has them. Raises OSError.
+    Bytes of other encodings stay as os.fsdecode has them. Raises OSError, also for a line that no list has.
     """
-    lines = (os.fsdecode(line).strip() for line in path.read_bytes().removeprefix(b"\xef\xbb\xbf").splitlines())
+    found: list[str] = []
+    with open(path, "rb") as file:
+        while data := file.readline(LONGEST_LINE + 1):
+            if len(data) > LONGEST_LINE:
+                raise OSError(errno.EFBIG, f"line {len(found) + 1} has more than {LONGEST_LINE:,} bytes", str(path))
+            found += os.fsdecode(data if found else data.removeprefix(b"\xef\xbb\xbf")).splitlines() or [""]
+    lines = (line.strip() for line in found)
     return [line for line in lines if line and not line.startswith("#")]
 
 

@@ -10,6 +10,7 @@ import dataclasses
 import math
 import types
 from collections.abc import Mapping
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -22,6 +23,9 @@ from fixres_dist.base.small_files import read_text
 from fixres_dist.config.schema import Config
 
 Section = TypeVar("Section")
+LONGEST_YAML = 1 << 20  # characters: a class list or a script does not belong into a configuration
+MOST_VALUES = 100_000
+DEEPEST = 200  # brackets within brackets: the time that YAML takes grows with their square
 
 # Keys in which two starts of one run may differ: they change speed, place or reporting, never the result's meaning.
 # The whole section `cluster` is among them.
@@ -107,14 +111,32 @@ def convert(value: Any, hint: Any, where: str) -> Any:
 def read_yaml(text: str) -> Any:
     """YAML whose scalars stay text: `convert` knows the wanted type, and YAML 1.1 would read 24:00:00 as 86400.
 
-    Raises UserError for text that is no YAML.
+    Raises UserError for text that is no YAML, and for one that a few hundred settings do not explain.
     """
+    if len(text) > LONGEST_YAML:
+        raise UserError(f"the configuration has {len(text):,} characters; accepted: {LONGEST_YAML:,}.")
+    if max(accumulate(("[{".count(c) - "]}".count(c) for c in text if c in "[]{}"), initial=0)) > DEEPEST:
+        raise UserError("cannot read the configuration: it is nested too deeply. Accepted: two levels.")
     try:
-        return yaml.load(text, Loader=yaml.BaseLoader)
+        found = yaml.load(text, Loader=yaml.BaseLoader)
+        values = count_values(found, {})
     except yaml.YAMLError as error:
         raise UserError(f"cannot read the configuration: {error}") from None
     except RecursionError:
         raise UserError("cannot read the configuration: it is nested too deeply. Accepted: two levels.") from None
+    if values > MOST_VALUES:
+        raise UserError(f"the configuration has {values:,} values, its aliases written out; accepted: {MOST_VALUES:,}.")
+    return found
+
+
+def count_values(value: Any, known: dict[int, int]) -> int:
+    """How many values YAML has once its aliases are written out: a few lines of aliases to aliases would fill the memory."""
+    if not isinstance(value, Mapping | list):
+        return 1
+    if id(value) not in known:
+        parts = value.values() if isinstance(value, Mapping) else value
+        known[id(value)] = 1 + sum(count_values(part, known) for part in parts)
+    return known[id(value)]
 
 
 def read_sections(file: Path) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -75,6 +74,9 @@ def imagenet() -> Classes:
 def folded(name: str) -> str:
     """A class name without case, underscores and spaces: great_white_shark and Great white shark are one."""
     return re.sub(r"[\s_]+", " ", name.strip().lower())
+
+
+LARGEST_HEADER = 100_000_000  # as the safetensors library has it
 
 
 def is_imagenet(folders: Sequence[str]) -> bool:
@@ -150,8 +152,16 @@ def of_places(places: Mapping[str, int]) -> Classes:
 def in_header(path: Path) -> tuple[str, ...]:
     """The class names in a safetensors file's header; empty where it has none."""
     with open(path, "rb") as file:
-        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-    return unique(json.loads(header.get("__metadata__", {}).get(NAMES, "[]")))
+        length = int.from_bytes(file.read(8), "little")
+        header = parsed(file.read(check_header(path, length)).decode())
+    return unique(parsed(header.get("__metadata__", {}).get(NAMES, "[]")))
+
+
+def check_header(path: Path, length: int) -> int:
+    """`length` in bytes of a safetensors header; raises ValueError for one that the library does not take either."""
+    if length > LARGEST_HEADER:
+        raise ValueError(f"its header is said to have {length:,} bytes; accepted: {LARGEST_HEADER:,}")
+    return length
 
 
 def beside(path: Path) -> tuple[str, ...]:

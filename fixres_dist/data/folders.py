@@ -128,6 +128,14 @@ def labelled(place: Place, labels: Path, passed: Counter[str]) -> Listing:
     return Listing(tuple(names), directories, +(passed + more))
 
 
+def crc_of(path: Path) -> int:
+    crc = 0
+    with open(path, "rb") as file:
+        while data := file.read(1 << 20):
+            crc = zlib.crc32(data, crc)
+    return crc
+
+
 def load(place: Place, file: Path, progress: Progress | None = None, fresh: bool = False) -> Index:
     """The index of a split, from the cached `file` if nothing has changed since it was written.
 
@@ -137,7 +145,7 @@ def load(place: Place, file: Path, progress: Progress | None = None, fresh: bool
     """
     folder = place.folder
     cached = read_cached(file) if not fresh and may_tell(file, folder) else None
-    crc = zlib.crc32(place.labels.read_bytes()) if place.labels and place.labels.is_file() else 0
+    crc = crc_of(place.labels) if place.labels and place.labels.is_file() else 0
     known = unchanged(folder, cached) if cached and cached.labels == crc else {}
     if cached and not looks_the_same(folder, cached, known):
         known = {}

@@ -22,6 +22,8 @@ from fixres_dist.data.index import Index
 from fixres_dist.data.progress import Progress
 
 PROBES = 512  # files that are read to recognise a cached index
+# Of a photograph: decoded it has 0.4 GB, and each loader process holds two copies for a moment.
+MOST_PIXELS = Image.MAX_IMAGE_PIXELS = 1 << 27
 HEADER_BYTES = 16384  # nearly every JPEG has its frame header in them; for the others PIL reads on
 
 FRAMES = {0xC0, 0xC1, 0xC2}  # baseline, extended, progressive: all decoders here read them
@@ -149,15 +151,16 @@ def look_at(file: BinaryIO, length: int) -> Seen:
     """Read the header of an open file of `length` bytes; raises OSError where its first bytes cannot be read."""
     found = header(data := file.read(HEADER_BYTES))
     mark = zlib.crc32(data, length & 0xFFFFFFFF)
-    limit = Image.MAX_IMAGE_PIXELS or 0
-    if found and 0 < found.height * found.width <= limit:
+    if found and 0 < found.height * found.width <= MOST_PIXELS:
         return Seen((found.height, found.width), mark)
     try:
         file.seek(0)
         with Image.open(file) as image:
-            if image.height * image.width <= 2 * limit:
+            if image.height * image.width <= MOST_PIXELS:
                 return Seen((image.height, image.width), mark)
-            reason = f"{image.height}x{image.width} pixels is too large"
+            reason = f"{image.height}x{image.width} pixels; accepted: {MOST_PIXELS:,}, such as 11585x11585"
+    except Image.DecompressionBombError:
+        reason = f"more than {2 * MOST_PIXELS:,} pixels; accepted: {MOST_PIXELS:,}, such as 11585x11585"
     except UnidentifiedImageError:
         reason = "not an image" if data else "empty file"
     except Exception as error:  # Pillow's plugins raise many types

@@ -30,6 +30,7 @@ from fixres_dist.base.storage import fill, patiently
 FORMAT = 4  # of the cached file
 FORMATS = (3, FORMAT)  # that are read; 3 has no checksum
 ARRAYS = ("ends", "labels", "sizes", "marks")  # those of an Index that are cached as they are
+LARGEST_FILE = 1 << 30  # bytes: a picture of the most pixels that are decoded, uncompressed in 16 bits, has fewer
 OPEN_SHARDS = 128  # tar files kept open per process: an open is a round trip to the metadata server
 
 
@@ -76,10 +77,10 @@ class Index:
     def read_once(self, sample: int, path: Path) -> NDArray[np.uint8]:
         if self.places is None:
             with FileIO(path) as file:
-                data = np.empty(os.fstat(file.fileno()).st_size, np.uint8)
+                data = np.empty(check_length(os.fstat(file.fileno()).st_size), np.uint8)
                 return data[: fill(file.fileno(), data.data)]
         _, offset, size = (int(v) for v in self.places[sample])
-        data = np.empty(size, np.uint8)
+        data = np.empty(check_length(size), np.uint8)
         try:
             shard = open_shard(str(path))  # this reference keeps it open if another thread evicts it
             got = fill(shard.fileno(), data.data, offset)
@@ -126,6 +127,13 @@ class Index:
             marks=self.marks[keep],
             places=None if self.places is None else self.places[keep],
         )
+
+
+def check_length(size: int) -> int:
+    """`size` in bytes of an encoded picture; raises OSError for one above LARGEST_FILE, before memory is taken for it."""
+    if size > LARGEST_FILE:
+        raise OSError(f"it has {size:,} bytes; accepted: {LARGEST_FILE:,}")
+    return size
 
 
 @lru_cache(OPEN_SHARDS)

@@ -12,10 +12,12 @@ from pathlib import Path
 
 from fixres_dist.base.errors import UserError
 from fixres_dist.base.files import lines_of
+from fixres_dist.base.small_files import read_bytes
 
 SYNSETS = "map_clsloc.txt"  # of ImageNet's devkit: lines of WordNet id, the devkit's number, words
 META = "meta.mat"  # the same in the devkit of 2012
 COMPRESSED = 15  # of MATLAB's types
+LARGEST_TABLE = 1 << 26  # bytes of meta.mat, packed or not: the real one has 1 MB
 BOX = re.compile(r"(n\d{8})( \d+){4}")  # LOC_val_solution.csv: the class, and its boxes
 
 
@@ -96,11 +98,11 @@ def synsets(table: Path) -> dict[int, str]:
     if table.name == SYNSETS:
         rows = (line.split() for line in table.read_text().splitlines())
         return {int(row[1]): row[0] for row in rows if len(row) > 1}
-    data, at, text = table.read_bytes(), 128, b""
+    data, at, text = read_bytes(table, LARGEST_TABLE), 128, b""
     while at + 8 <= len(data):
         kind, size = struct.unpack_from("<II", data, at)
         part = data[at + 8 : at + 8 + size]
-        text += zlib.decompress(part) if kind == COMPRESSED else part
+        text += zlib.decompressobj().decompress(part, LARGEST_TABLE) if kind == COMPRESSED else part
         at += 8 + size
     found = (name.replace(b"\0", b"").decode() for name in re.findall(rb"n\0{0,3}(?:[0-9]\0{0,3}){8}", text))
     return dict(enumerate(dict.fromkeys(found), start=1))

@@ -19,6 +19,7 @@ import numpy as np
 from fixres_dist.base.commands import command
 from fixres_dist.base.errors import UserError
 from fixres_dist.base.files import sweep, whole, write_text
+from fixres_dist.base.small_files import parsed
 from fixres_dist.data import order
 from fixres_dist.data.folders import modified_ns
 from fixres_dist.data.headers import read_headers, same_first_bytes
@@ -28,6 +29,7 @@ from fixres_dist.data.progress import Progress
 
 INDEX = "index.npz"  # the cached index that is written beside the shards
 MOST_CLASSES = 1 << 24
+LARGEST_LABEL = 1 << 20  # bytes of a member that is read to find a label: JSON with a picture's captions fits
 
 
 def write_shards(index: Index, out: Path, samples_per_shard: int, progress: Progress | None = None) -> int:
@@ -160,13 +162,32 @@ class Member(NamedTuple):
         return f"{self.directory}/{self.file}" if self.directory else self.file
 
 
+class Entry(tarfile.TarInfo):
+    """A tar's header, which is not read where it says that its own name or settings take a gigabyte."""
+
+    def _proc_member(self, tar: tarfile.TarFile) -> tarfile.TarInfo:
+        long = (
+            tarfile.XHDTYPE,
+            tarfile.XGLTYPE,
+            tarfile.SOLARIS_XHDTYPE,
+            tarfile.GNUTYPE_LONGNAME,
+            tarfile.GNUTYPE_LONGLINK,
+        )
+        if self.type in long and self.size > LARGEST_LABEL:
+            raise UserError(
+                f"{os.fsdecode(tar.name or '')} has a header of {self.size:,} bytes. Accepted: {LARGEST_LABEL:,}."
+            )
+        return super()._proc_member(tar)  # type: ignore[misc,no-any-return]
+
+
 def read_members(shard: Path, number: int) -> list[Member]:
     """Every image in a shard, from the tar's headers and the label files; raises UserError."""
-    images: list[tuple[str, tarfile.TarInfo]] = []
+    images: list[tuple[str, int, int]] = []  # name, first byte, bytes
     labels: dict[str, int | str] = {}
     try:
-        with tarfile.open(shard, "r:") as tar, open(shard, "rb") as file:
+        with tarfile.open(shard, "r:", tarinfo=Entry) as tar, open(shard, "rb") as file:
             for member in tar:
+                tar.members = []  # type: ignore[attr-defined]  # of a million members the headers are a gigabyte
                 path = PurePosixPath(member.name)
                 if path.is_absolute() or ".." in path.parts:
                     raise UserError(
@@ -174,13 +195,19 @@ def read_members(shard: Path, number: int) -> list[Member]:
                     )
                 if member.isdir() or any(map(hidden, path.parts[:-1])) or path.name.startswith("._"):
                     continue  # what macOS packs beside the files
-                if not member.isreg():
-                    raise UserError(f"{shard} holds {member.name!r}, a link or device. Accepted: regular files.")
+                if not member.isreg() or member.issparse():
+                    raise UserError(
+                        f"{shard} holds {member.name!r}, a link, device or sparse file. Accepted: regular files."
+                    )
                 name = str(path)  # `tar -C folder .` writes ./class/file
                 stem, kind = os.path.splitext(name)
                 if is_image(name):
-                    images.append((name, member))
+                    images.append((name, member.offset_data, member.size))
                 elif kind in (".cls", ".json"):
+                    if member.size > LARGEST_LABEL:
+                        raise UserError(
+                            f"{shard} holds the label {name!r} of {member.size:,} bytes. Accepted: {LARGEST_LABEL:,}."
+                        )
                     file.seek(member.offset_data)
                     label = label_of(kind, file.read(member.size))
                     if isinstance(label, int) and not 0 <= label < MOST_CLASSES:
@@ -200,10 +227,10 @@ def read_members(shard: Path, number: int) -> list[Member]:
         raise UserError(
             f"shard {shard} is torn or no tar: {error}. Next: remove it, and run the same `data shard` command again."
         ) from None
-    return [image_of(shard, number, name, member, labels) for name, member in images]
+    return [image_of(shard, name, (number, first, size), labels) for name, first, size in images]
 
 
-def image_of(shard: Path, number: int, name: str, member: tarfile.TarInfo, labels: dict[str, int | str]) -> Member:
+def image_of(shard: Path, name: str, place: tuple[int, int, int], labels: dict[str, int | str]) -> Member:
     """The image `name` with its label, which stands under its name without the extension, or up to the first dot."""
     keys = (os.path.splitext(name)[0], label_name(name).removesuffix(".cls"))
     label = next((labels[key] for key in keys if key in labels), None)
@@ -213,13 +240,13 @@ def image_of(shard: Path, number: int, name: str, member: tarfile.TarInfo, label
             "Next: write it again with `data shard`."
         )
     directory, _, base = name.rpartition("/")
-    return Member(label, directory, base, (number, member.offset_data, member.size))
+    return Member(label, directory, base, place)
 
 
 def label_of(kind: str, data: bytes) -> int | str | None:
     """The label in a member `.cls` (text) or `.json` (key label or cls): a number or a class name; None: there is none."""
     if kind == ".json":
-        values = json.loads(data)
+        values = parsed(data.decode())
         value = next((values[k] for k in ("label", "cls") if k in values), None) if isinstance(values, dict) else None
     else:
         value = data.decode().strip()

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import re
 import zipfile
 import zlib
 from pathlib import Path
 
 from fixres_dist.base.errors import UserError, printable
+from fixres_dist.base.small_files import parsed
+from fixres_dist.data.class_names import check_header
 
+MOST_UNPACKED = 100  # times the size of a zip file: new weights that somebody has zipped stay below
 AGAIN = "Next: download it again"
 UNPACK = "Next: unpack it, and give the file inside"
 CONVERT = "Accepted: a .safetensors or .pth file with timm's names. Next: convert it where its framework is installed"
@@ -91,7 +93,11 @@ def check_safetensors(path: Path, size: int) -> None:
         if length > size - 8:
             raise UserError(f"{path} ends within its header: {size:,} bytes. {AGAIN}.")
         try:
-            entries = json.loads(file.read(length))
+            check_header(path, length)
+        except ValueError as error:
+            raise UserError(f"{path} is no safetensors file: {error}. {AGAIN}.") from None
+        try:
+            entries = parsed(file.read(length).decode())
             ends = [entry["data_offsets"][1] for name, entry in entries.items() if name != "__metadata__"]
         except (ValueError, KeyError, TypeError, AttributeError, IndexError):
             raise UserError(f"{path} is a safetensors file whose header is damaged. {AGAIN}.") from None
@@ -107,6 +113,11 @@ def check_zip(path: Path, size: int) -> None:
     try:
         with zipfile.ZipFile(path) as file:
             names = file.namelist()
+            if (unpacked := sum(entry.file_size for entry in file.infolist())) > MOST_UNPACKED * size:
+                raise UserError(
+                    f"{path} has {size:,} bytes and says that it unpacks to {unpacked:,}. Accepted: {MOST_UNPACKED} times its "
+                    "size; torch.save does not compress."
+                )
             damaged = damaged_member(file)
     except (zipfile.BadZipFile, OSError, NotImplementedError, RuntimeError, EOFError, ValueError, zlib.error):
         raise UserError(

@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -85,11 +85,13 @@ def signal_myself() -> None:
 class Spy:
     """Counts the calls of the moments' functions, and interrupts the run at the one that is planned."""
 
-    def __init__(self, interrupt: Callable[[], None] = signal_myself) -> None:
+    def __init__(
+        self, interrupt: Callable[[], None] = signal_myself, moments: Mapping[str, tuple[Any, str]] = MOMENTS
+    ) -> None:
         self.calls: Counter[str] = Counter()
         self.plan: tuple[str, int] | None = None
         self.interrupt = interrupt
-        for name, (owner, function) in MOMENTS.items():
+        for name, (owner, function) in moments.items():
             setattr(owner, function, self.spied(name, getattr(owner, function)))
 
     def spied(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
