@@ -243,6 +243,7 @@ def test_missing_packages_are_named_with_the_command(
 
 def test_without_slurm_up_ends_with_2_and_one_line() -> None:
     hidden = "import runpy, shutil, sys; shutil.which = lambda *a, **k: None; sys.argv = ['devcluster.py', 'up']; "
+    hidden += f"sys.path.insert(0, {str(SCRIPT.parent)!r}); "  # as for a script
     code = hidden + f"runpy.run_path({str(SCRIPT)!r}, run_name='__main__')"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (2, "")
