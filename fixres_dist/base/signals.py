@@ -43,9 +43,10 @@ class StopFlag:
             raise KeyboardInterrupt  # a second Ctrl-C means now
         self.signal = self.signal or number
 
-    def deadline(self, seconds: float, give_up: Callable[[], None]) -> None:
+    def deadline(self, seconds: float, give_up: Callable[[], None], heard: Callable[[], None]) -> None:
         """End this process `seconds` after the first stop signal, unless it has left by itself: a rank that waits in a
-        collective for a dead one must not hold its nodes. `give_up` is called before that, and must be quick.
+        collective for a dead one must not hold its nodes. `give_up` is called before that, and must be quick; `heard` at
+        once, even in a step that lasts longer than the process may live.
 
         A Python handler does not run while the main thread hangs in C, but the interpreter writes each signal to its
         wakeup descriptor at once, where a thread reads it.
@@ -58,7 +59,9 @@ class StopFlag:
             with tell:  # stays open as long as signals are written to it
                 while not self.signal and told.recv(1)[0] not in SIGNALS:
                     pass  # another signal: Slurm sends SIGCONT with most of its signals
-                time.sleep(seconds)
+                ends = time.monotonic() + seconds
+                heard()
+                time.sleep(max(0.0, ends - time.monotonic()))
                 print(f"no common batch {seconds:.0f} s after the stop signal: giving up", file=sys.stderr)
                 faulthandler.dump_traceback()
                 give_up()

@@ -25,6 +25,10 @@ from fixres_dist.runs.states import WORKING, Event, State
 # Flag files of the ranks for the batch script, with a line of text each.
 STOP_UNJUDGED = "REQUEUE"  # a stop signal came, and the ranks could not ask Slurm why
 FAILURES = (Event.REQUEUED, Event.FAILED)  # events that may name the node of a failure
+PREEMPTED = "PREEMPTED"  # rank 0 was told so; the next start reads it, where this one was killed before it could save
+TOO_SHORT = (
+    "the start before was preempted, and killed before it could save: its GraceTime is shorter than a step and a save"
+)
 BROKEN = "BROKEN"  # a rank ended with an error that a retry may mend
 
 
@@ -40,9 +44,10 @@ def begin(run: RunDir, world_size: int, nodes: Sequence[str]) -> None:
     state, job = run.state(), slurm.own_job()
     changes: dict[str, object] = {"job_id": job} if job else {}
     if state.state in WORKING:
-        changes["restarts"] = state.restarts_with("failure")
-        run.event(Event.LOST, reason="the start before was killed, or its node was lost")
-    for left in (run.failed, run.root / STOP_UNJUDGED, run.root / BROKEN):
+        late = (run.root / PREEMPTED).exists()
+        changes["restarts"] = state.restarts_with("preempted" if late else "failure")
+        run.event(Event.LOST, reason=TOO_SHORT if late else "the start before was killed, or its node was lost")
+    for left in (run.failed, run.root / STOP_UNJUDGED, run.root / BROKEN, run.root / PREEMPTED):
         remove(left)
     run.event(Event.STARTED, world_size=world_size, nodes=list(nodes), job_id=job, step=run.saved_step())
     changes |= {
@@ -87,6 +92,15 @@ def broke(run: RunDir, why: str, next_command: str) -> None:
     except FileExistsError:
         if reasons.consequence(read_note(broken)) and not reasons.consequence(why):
             write_text(broken, why)
+
+
+def warned(run: RunDir) -> None:
+    """In a thread, as soon as a stop signal has come: rank 0 notes a preemption, of which Slurm tells only until it has
+    requeued the job. What is killed after that counts as preempted, not as failed."""
+    job = slurm.own_job()
+    if job and os.environ.get("SLURM_PROCID") == "0" and slurm.was_preempted(slurm.show(job) or {}):
+        with contextlib.suppress(OSError):
+            (run.root / PREEMPTED).touch()
 
 
 def leave_to_batch_script(run: RunDir, what: str) -> None:

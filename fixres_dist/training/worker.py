@@ -90,7 +90,8 @@ def work(run: RunDir, config: Config, flag: StopFlag, do: Work) -> int:
     startup.mark("imports")
     if in_slurm:
         seconds = 0.8 * config.cluster.signal_delay_s
-        flag.deadline(seconds, lambda: requeue.leave_to_batch_script(run, "stop deadline"))
+        give_up = partial(requeue.leave_to_batch_script, run, "stop deadline")
+        flag.deadline(seconds, give_up, heard=partial(requeue.warned, run))
     with contextlib.ExitStack() as stack:
         stack.enter_context(watched(run, config, startup))
         ranks = join(run.root, flag=flag, watched=config.run.watchdog_s > 0)
@@ -106,6 +107,7 @@ def work(run: RunDir, config: Config, flag: StopFlag, do: Work) -> int:
                 print(requeue.stopped(run, stop.number, step, config.cluster.signal_delay_s), flush=True)
             return EXIT_DONE if in_slurm else EXIT_FAILED
         if ranks.is_main:
+            (run.root / requeue.PREEMPTED).unlink(missing_ok=True)
             run.finish()
         return EXIT_DONE
 

@@ -146,6 +146,21 @@ def test_a_rank_that_breaks_in_a_job_that_slurm_requeued(
     assert not (tmp_path / "bin" / "scontrol.requeued").exists(), "Slurm has done it"
 
 
+@pytest.mark.parametrize(("preempted", "counted"), [("None", "failure"), ("2026-01-02T03:04:05", "preempted")])
+def test_a_start_that_was_killed_before_it_could_save(
+    run: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, preempted: str, counted: str
+) -> None:
+    """The grace time is shorter than a step: Slurm has forgotten the preemption at the next start, rank 0 has noted it."""
+    programs(tmp_path / "bin", monkeypatch, scontrol=f"echo JobId=5 JobState=RUNNING PreemptTime={preempted}")
+    for rank in ("1", "0"):
+        monkeypatch.setenv("SLURM_PROCID", rank)
+        requeue.warned(run)
+        assert (run.root / requeue.PREEMPTED).exists() is (rank == "0" and counted == "preempted")
+    requeue.begin(run, 2, ["n1"])
+    assert {reason: n for reason, n in run.state().restarts.items() if n} == {counted: 1}
+    assert not (run.root / requeue.PREEMPTED).exists()
+
+
 def test_no_progress_is_no_retry(run: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     programs(tmp_path / "bin", monkeypatch, scontrol=shows("RUNNING"))
     saved(run, 40)
@@ -241,7 +256,7 @@ HANGS = """
 import ctypes, sys, threading
 from fixres_dist.base.signals import StopFlag
 flag = StopFlag().install()
-flag.deadline(0.5, lambda: print("gave up", flush=True))
+flag.deadline(0.5, lambda: print("gave up", flush=True), lambda: print("heard", flush=True))
 mutex = ctypes.create_string_buffer(64)
 c = ctypes.CDLL(None)
 c.pthread_mutex_init(mutex, None)
@@ -263,7 +278,7 @@ def test_a_rank_that_hangs_ends_after_the_stop_deadline() -> None:
     process.send_signal(signal.SIGUSR2)
     out, err = process.communicate(timeout=20)
     assert process.returncode == 1
-    assert out == "gave up\n"
+    assert out == "heard\ngave up\n"
     assert "no common batch 0 s after the stop signal" in err
 
 
