@@ -42,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
         if run.state().state == State.CANCELLED:  # here, and a stop is meant for the runs after it too
             break
     if queued := [run for run in runs if run.state().slurm_job and run.state().state in UNFINISHED]:
-        submission.print_next(queued, names[0] if len(names) == 1 and queued == runs and len(runs) > 1 else "")
+        submission.print_next(queued, names[0] if len(names) == 1 and len(runs) > 1 else "")
     if closing := grid.closing_table(runs):
         print(f"\n{closing}")
     return max(codes)

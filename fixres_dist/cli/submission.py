@@ -12,7 +12,7 @@ from typing import Any
 from fixres_dist.base.errors import EXIT_DONE, UserError
 from fixres_dist.base.files import owner, write_text
 from fixres_dist.cli.command_job import CommandJob
-from fixres_dist.cluster import jobs, local, node_memory, notify, slurm
+from fixres_dist.cluster import jobs, local, node_memory, notify, slurm, status
 from fixres_dist.config import reading, recipes
 from fixres_dist.config.recipes import Recipe
 from fixres_dist.config.schema import Config
@@ -98,17 +98,17 @@ def check_slurm(config: Config, *runs: RunDir, at_once: int = 0) -> None:
 
 def needs_no_job(run: RunDir) -> bool:
     """Whether the run is finished, running or queued already; prints which."""
-    status = f"Next: {run.command('status')}"
+    following = f"Next: {run.command('status')}"
     if run.done.exists():
         print(f"{run.name} is finished; its results: {run.result}")
         return True
     if run.is_locked() or run.is_locked(START_LOCK):
-        print(f"{run.name} is running already. {status}")
+        print(f"{run.name} is running already. {following}")
         return True
     job = run.state().slurm_job
     queued = (slurm.queue([owner(run.root)]) or {}) if job else {}
     if job and job in queued:
-        print(f"{run.name} is in the queue already, as job {job} ({queued[job].state}). {status}")
+        print(f"{run.name} is in the queue already, as job {job} ({queued[job].state}). {following}")
     return job in queued
 
 
@@ -144,8 +144,14 @@ def start_slurm(runs: list[RunDir], config: Config, at_once: int = 0) -> int:
 
 
 def print_next(runs: Sequence[RunDir], grid: str = "") -> None:
-    """The commands that follow for all of these runs, by the name of their `grid` where that stands for them."""
-    first, *others = [RunDir(runs[0].root.parent / grid)] if grid else runs
+    """The commands that follow for all of these runs, by the name of their `grid` where that stands for them alone.
+
+    A run may have the same name, or runs of another grid begin with it: those are not to be cancelled.
+    """
+    folder = runs[0].root.parent
+    of_name = {run.root for run in status.every(folder) if status.of_grid(run.name, grid)} if grid else set()
+    alone = of_name == {run.root for run in runs} and not RunDir(folder / grid).config_file.exists()
+    first, *others = [RunDir(folder / grid)] if alone else runs
     more = [*(["resume"] if len(runs) > 1 else []), *([] if runs[0].task else ["board"])]
     for name in ("status", "logs", "cancel", *more):
         words = ["--follow"] if name == "logs" else []

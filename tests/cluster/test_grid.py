@@ -52,6 +52,13 @@ def test_a_submitted_grid_prints_the_commands_for_all_its_runs(
     assert without_name[0] == f"fixres status test_efficientnet-64-none {where}"
     sizes = printed("--grid", "data.res=64,96")  # whose runs' names do not begin alike
     assert sizes[0] == f"fixres status test_efficientnet-64-none-res=64 test_efficientnet-96-none-res=96 {where}"
+    other = printed(
+        "--res", "64", "--name", "g", "--grid", "tune.momentum=0.5,0.8"
+    )  # `g` alone would be all of both grids
+    assert other[2] == f"fixres cancel g-momentum=0.5 g-momentum=0.8 {where}"
+    assert printed("--res", "64", "--name", "h")
+    same = printed("--res", "64", "--name", "h", "--grid", "tune.epochs=1,2")  # `h` is a run
+    assert same[2] == f"fixres cancel h-epochs=1 h-epochs=2 {where}"
     assert [line.split()[1] for line in printed("--res", "64", "--name", "one")] == [
         "status",
         "logs",
@@ -59,7 +66,7 @@ def test_a_submitted_grid_prints_the_commands_for_all_its_runs(
         "board",
     ]
     assert main(["status", "g", "--json", "--runs-dir", str(tmp_path / "runs")]) == 0
-    assert len(json.loads(capsys.readouterr().out)) == 4
+    assert len(json.loads(capsys.readouterr().out)) == 6
 
 
 def ended(folder: Path, name: str, top1: float | None, **tune: object) -> RunDir:
