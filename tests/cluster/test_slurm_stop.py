@@ -75,7 +75,6 @@ def test_the_time_limit(undisturbed: Service, tmp_path: Path) -> None:
     assert [event["exit_code"] for event in undisturbed.events("timeout", "on_change")] == [None, 0]
     first = undisturbed.launch("logs", "timeout", "--start", 1)
     assert "was ended after 3 s; the run goes on: told" in first
-    assert f"job {job} is requeued (timeout)" in first
     newest = undisturbed.launch("logs", "timeout")
     assert f"start 2 of job {job}" in newest
     assert "step 720/720" in newest
