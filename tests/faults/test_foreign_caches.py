@@ -16,6 +16,7 @@ from fixres_dist.base.errors import UserError
 from fixres_dist.data import dataset
 from fixres_dist.data.index import cache_file, read_cached, write_cached
 from fixres_dist.training import compiled_code
+from fixres_dist.training.cache.build import shut
 from fixres_dist.training.cache.store import Store, begin_writing, own_folder
 
 SOMEBODY = 12345  # the number of another user
@@ -163,3 +164,17 @@ def test_compiled_code_in_folders_that_others_can_write_is_not_read(
     found = {str(path.relative_to(node)) for path in node.rglob("*.py")}
     shutil.rmtree(node)
     assert found == {"good/code.py", "mine.py"}
+
+
+@needs_root
+def test_a_run_that_cached_streams_where_missing_features_cannot_be_written_any_more(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = store(tmp_path / "key")
+    open_to_all(made.folder)
+    with as_an_ordinary_user():
+        assert not shut([made]), "complete features are read wherever they lie"
+    made.path((0, 2)).unlink()
+    with as_an_ordinary_user():
+        assert shut([made])
+    assert f"{made.folder} cannot be written to, and features are missing" in capsys.readouterr().out
