@@ -103,7 +103,7 @@ def convert(value: Any, hint: Any, where: str) -> Any:
         number = hint(str(value)) if hint is int else float(value)  # int("1.5") refuses; YAML reads 1e-3 as text
         if isinstance(value, bool) or not math.isfinite(number):
             raise ValueError
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise UserError(f"{where} is {value!r}; accepted: {'a whole number' if hint is int else 'a number'}.") from None
     return number
 

@@ -94,7 +94,31 @@ ODD = (
 texts = st.one_of(st.sampled_from(ODD), st.text(max_size=30))
 pairs = st.builds("{}={}".format, st.one_of(st.sampled_from(KEYS), texts), texts)
 options = st.sampled_from(
-    ["--model", "--res", "--weights", "--data", "--preset", "--nodes", "--gpus-per-node", "--profile", "--cluster", "--name", "--grid", "--table", "--at-once", "--list", "--prepared", "--runs-dir", "-h", "--res=224", "--model=b0"]
+    (
+        *(
+            "--model",
+            "--res",
+            "--weights",
+            "--data",
+            "--preset",
+            "--nodes",
+            "--gpus-per-node",
+            "--profile",
+            "--cluster",
+        ),
+        *(
+            "--name",
+            "--grid",
+            "--table",
+            "--at-once",
+            "--list",
+            "--prepared",
+            "--runs-dir",
+            "-h",
+            "--res=224",
+            "--model=b0",
+        ),
+    )
 )
 words = st.lists(st.one_of(pairs, options, texts), max_size=6)
 
