@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -29,7 +30,21 @@ def save(part: Path, tensors: Tensors, meta: Mapping[str, str] | None = None) ->
     """Write contiguous CPU tensors to `part`, a temporary path; returns the checksum."""
     found = checksum(tensors, meta or {})
     save_file(tensors, part, {**(meta or {}), KEY: found, "format": "pt"})
+    sort_header(part)
     return found
+
+
+def sort_header(part: Path) -> None:
+    """Put the header's texts in the order of their names: safetensors' own changes from process to process, and equal tensors
+    are to be equal files."""
+    with open(part, "r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(length)
+        if len(text) == length:  # else another way to write the same JSON, which stays
+            file.seek(8)
+            file.write(text)
 
 
 def load(path: Path, next_step: str) -> tuple[Tensors, str]:
