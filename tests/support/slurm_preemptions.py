@@ -35,9 +35,7 @@ HOW: dict[str, tuple[str, ...]] = {
     "preempted": ("sbatch", "-p", "high", "-N2", "-w{nodes}", "--gpus-per-node=8", "-o/dev/null", "--wrap=true"),
     "signalled": ("scancel", "--signal={signal}", "{job}"),
     "requeued": ("scontrol", "requeue", "{job}"),
-    "killed": ("scancel", "--signal=KILL", "{job}"),  # without a warning
 }
-WARNED = ("preempted", "signalled", "requeued")
 CLUSTER = (
     *("cluster.nodes=2", "cluster.gpus_per_node=1", "cluster.cpus_per_task=1", "cluster.mem=1000M", "cluster.partition=low"),
     *("cluster.time=1:00:00", "cluster.signal_delay_s=30", f"cluster.env={{OMP_NUM_THREADS: 1, PYTHONPATH: {ROOT}/tests}}"),
@@ -136,7 +134,7 @@ def seeded(count: int, calls: dict[str, Counter[str]], seed: int) -> dict[str, t
         for moment in [moments.pop() for _ in range(min(len(moments), draw.randint(1, 2)))]:
             engine = "cached" if moment == "features" else engine
             # A signal by hand would end a process that has no handler yet; Slurm's own is judged by the batch script.
-            how = draw.choice([how for how in WARNED if (moment, how) != ("imports", "signalled")])
+            how = draw.choice([how for how in HOW if (moment, how) != ("imports", "signalled")])
             # Rank 0 alone writes results.
             rank = 0 if moment in ("results", "export", "save") else draw.randrange(2)
             stops.append(Stop(rank, moment, draw.randint(1, max(1, calls[engine][moment])), how))
