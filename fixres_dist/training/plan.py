@@ -129,6 +129,7 @@ def lines(
         rows[stage.name] = (
             f"{stage.stop - stage.first:,} steps ({t.epochs} epochs of {stage.per_epoch:,}) at {stage.res} px, "
             f"global batch {t.global_batch}, learning rate {t.peak_learning_rate():.3g} {t.schedule}"
+            + (f", {stage.ordinary.optimizer}" if stage.ordinary.optimizer != "sgd" else "")
         )
     where = f"{cluster.nodes} node(s) x {cluster.gpus_per_node}"
     rows |= {"before": others} if others else {}
@@ -176,7 +177,11 @@ def memory_gib(config: Config, facts: Facts, counts: Counts, world_size: int) ->
             kept = CHECKPOINTED if config.run.activation_checkpointing else 1.0
             mib += step * SAVED * kept * facts.traffic_mib * width / 2
         trainable = facts.trainable(tune.policy, counts.classes)
-        weights = 4 * facts.parameters + 12 * trainable  # 12: gradient, momentum and DDP's bucket
+        own = stage.ordinary  # gradient, momentum (Adam's kind: and the squares') and DDP's bucket; the moving average
+        each = 12 + (
+            0 if own.optimizer in ("sgd", "nesterov", "lars", "lion") else 4 if own.optimizer != "adan" else 12
+        )
+        weights = 4 * facts.parameters * (2 if own.ema_decay else 1) + each * trainable
         peaks.append(weights / 2**30 + mib * (stage.res / facts.res) ** 2 / 2**10)
     return max(peaks)
 

@@ -18,11 +18,11 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-from fixres_dist.base import locks
+from fixres_dist.base import locks, owners
 from fixres_dist.base.commands import shell
 from fixres_dist.base.environment import cache_folder, versions, writable
 from fixres_dist.base.errors import UserError
-from fixres_dist.base.files import full, whole
+from fixres_dist.base.files import whole
 from fixres_dist.base.small_files import append, read_json, read_lines, write_json
 from fixres_dist.config import reading
 from fixres_dist.models.weights import state_digest
@@ -90,7 +90,9 @@ def place_of(session: Session) -> Place | None:
         "code": code_digest(),
     }
     name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24]
-    return Place(root / name, key)
+    folder = root / name
+    # Weights that another user wrote, or could have written, are not believed (base/owners.py).
+    return Place(owners.of_this_user(folder) if folder.exists() and not owners.believed(folder) else folder, key)
 
 
 @contextlib.contextmanager
@@ -120,7 +122,10 @@ def decide(
         return "train"
     if taken(run, place, first[-1]):
         return "take"
+    if not writable(place.folder):
+        return "train"
     place.folder.mkdir(parents=True, exist_ok=True)
+    owners.close_to_others(place.folder)
     try:
         stack.enter_context(locks.lock(place.folder / ".lock"))
     except locks.Held as held:
@@ -143,7 +148,7 @@ def file_digest(file: Path) -> str:
 
 
 def keep(run: RunDir, place: Place, res: int) -> None:
-    """Copy what stage one has left to the cache: weights, predictions, lines of metrics. A full disk only costs the copy.
+    """Copy what stage one has left to the cache: weights, predictions, lines of metrics. A disk that refuses only costs the copy.
 
     Of a run that could do without images nothing is kept, since they belong to its count.
     """
@@ -159,8 +164,6 @@ def keep(run: RunDir, place: Place, res: int) -> None:
             made = Trained(str(run.root.absolute()), file_digest(part / run.pretrained.name))
             write_json(part / "result.json", asdict(made), sealed=True)
     except OSError as error:
-        if not full(error):
-            raise
         print(f"stage one is not kept for other runs: {error}", flush=True)
         return
     print(f"stage one is kept in {place.folder} for runs that differ only in what follows", flush=True)

@@ -79,10 +79,14 @@ def test_a_grid_over_sizes_trains_it_once(tmp_path: Path, photos: Path, monkeypa
     assert steps.train(alone) == (0, 6)
     assert same(second, alone)
     assert steps.train(prepared(tmp_path / "seed=1", photos, 64, seed=1)) == (0, 6), "another stage one"
-    # A result that is damaged is made again.
+    # A result that is damaged is made again; one that others could have written is left alone.
     for weights in (tmp_path / "cache" / "stage_one").glob("*/result/pretrained.safetensors"):
         weights.write_bytes(weights.read_bytes()[:-1] + b"x")
     assert steps.train(prepared(tmp_path / "damaged", photos, 64)) == (0, 6)
+    for folder in (tmp_path / "cache" / "stage_one").iterdir():
+        folder.chmod(0o777)
+    assert steps.train(prepared(tmp_path / "foreign", photos, 64)) == (0, 6)
+    assert steps.train(prepared(tmp_path / "own again", photos, 96)) == (0, 0), "from this user's own beside it"
 
 
 def test_a_stopped_one_is_gone_on_with(tmp_path: Path, photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:

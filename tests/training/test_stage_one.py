@@ -32,7 +32,7 @@ from fixres_dist.models.optimizers import optimizer_of
 from fixres_dist.runs import checkpoint, restoring, rundir
 from fixres_dist.runs.checkpoint import Progress, Tensors
 from fixres_dist.runs.rundir import RunDir
-from fixres_dist.training import loop, worker
+from fixres_dist.training import loop, plan, worker
 from fixres_dist.training.mixing import mixed
 from fixres_dist.training.stages import Stage
 
@@ -212,6 +212,13 @@ def test_rand_augment_is_timms_for_each_picture_and_epoch() -> None:
 def test_what_excludes_each_other_is_refused_at_submission(items: tuple[str, ...], said: str) -> None:
     with pytest.raises(UserError, match=re.escape(said)):
         reading.parse(Config, reading.overrides(["pretrain.epochs=1", *items]))
+
+
+def test_a_batch_that_the_ranks_cannot_share_in_pairs_is_refused() -> None:
+    config = reading.parse(Config, {"pretrain": {"mixup": 0.2, "global_batch": 6}, "tune": {"global_batch": 6}})
+    with pytest.raises(UserError, match=r"6 and cannot be divided over 2 ranks in pairs.*pretrain.global_batch=8"):
+        plan.check(config, 2, dry=True)
+    plan.check(config, 3, dry=True)
 
 
 def test_a_model_without_stochastic_depth_is_refused() -> None:
