@@ -26,7 +26,8 @@ def mixed(
     alone = mixup_target(labels[pairs:], classes, smoothing=own.label_smoothing)
     if not pairs:
         return images, alone
-    outwards = torch.cat([torch.arange(0, pairs, 2), torch.arange(1, pairs, 2).flip(0)]).to(images.device)
+    neighbours = torch.arange(pairs, device=images.device)
+    outwards = torch.cat([neighbours[0::2], neighbours[1::2].flip(0)])
     mixup = Mixup(own.mixup, own.cutmix, label_smoothing=own.label_smoothing, num_classes=classes)
     with seeded(int(keyed(stage.seed, 4, step)[0])):
         made, targets = mixup(images[outwards], labels[outwards])
