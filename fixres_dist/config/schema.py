@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, fields
 from typing import Literal
 
 from fixres_dist.base.errors import UserError
-from fixres_dist.config import shell_values
+from fixres_dist.config import conflicts, shell_values
 
 ResizeRule = Literal["fixefficientnet", "fixres", "fixres_height", "timm"]
 Transform = Literal["test", "test_flip", "test_aug", "random_resized_crop"]
@@ -160,43 +160,12 @@ class Pretrain(Tune):
                 f"rand_augment is {self.rand_augment!r}; accepted: timm's notation, rand and then -mN (strength), -nN "
                 "(operations), -mstdX, -pX, -inc1, -mmaxN in any order. Next: pretrain.rand_augment=rand-m9-mstd0.5-inc1"
             )
-        for wrong, why in self.conflicts().items():
-            raise UserError(f"pretrain: {wrong} {why}")
+        conflicts.check_alone(self)
 
     @property
     def mixes(self) -> bool:
         """Whether pictures of a step are mixed in pairs."""
         return self.mixup > 0 or self.cutmix > 0
-
-    def conflicts(self) -> dict[str, str]:
-        """Settings that exclude each other, and what to do."""
-        checks = {
-            "mixup and cutmix mix pictures": (
-                self.mixes and self.policy not in THROUGH_ALL,
-                f"and policy {self.policy} trains on a frozen trunk's features. Next: pretrain.policy=all, or both 0",
-            ),
-            f"mixup and cutmix with repeats={self.repeats}": (
-                self.mixes and self.repeats > 1,
-                "would mix a picture with its own other view. Next: pretrain.repeats=1, or both 0",
-            ),
-            f"drop_path={self.drop_path} with policy {self.policy}": (
-                self.drop_path > 0 and self.policy != "all",
-                "acts only while the whole network trains. Next: pretrain.policy=all, or pretrain.drop_path=0",
-            ),
-            f"rand_augment with train_transform {self.train_transform}": (
-                bool(self.rand_augment) and self.train_transform in ("test", "test_flip"),
-                "which shows the same pictures in every epoch. Next: pretrain.train_transform=random_resized_crop",
-            ),
-            "average_epochs and ema_decay": (
-                self.average_epochs > 0 and self.ema_decay > 0,
-                "are two averages of one stage. Next: pretrain.average_epochs=0, or pretrain.ema_decay=0",
-            ),
-            "head_epochs": (
-                self.head_epochs > 0 and self.policy == "classifier",
-                "trains the classifier before all else, and policy classifier trains nothing else. Next: pretrain.head_epochs=0",
-            ),
-        }
-        return {what: why for what, (wrong, why) in checks.items() if wrong}
 
     def head(self) -> Tune:
         """The settings of the first `head_epochs`: the classifier alone, plainly, at stage one's learning rate."""
@@ -300,27 +269,7 @@ class Config:
                 "keep no activations. Next: run.activation_checkpointing=false, or tune.policy=all"
             )
         if self.pretrain:
-            self.check_stage_one(self.pretrain)
-
-    def check_stage_one(self, first: Pretrain) -> None:
-        """Raises UserError for settings of stage one that another section excludes."""
-        timms = first.optimizer != "sgd" or first.layer_decay < 1
-        if timms and (self.run.optimizer == "apex" or self.run.precision.startswith("apex")):
-            key = "run.optimizer=torch" if self.run.optimizer == "apex" else "run.precision=auto"
-            raise UserError(
-                f"pretrain.optimizer={first.optimizer} with pretrain.layer_decay={first.layer_decay:g} is timm's, and apex is "
-                f"asked for, whose optimizer is plain SGD. Next: {key}, or pretrain.optimizer=sgd pretrain.layer_decay=1"
-            )
-        if first.rand_augment and self.data.backend == "dali":
-            raise UserError(
-                "pretrain.rand_augment is Pillow's work, and data.backend=dali draws no pictures with Pillow. "
-                "Next: data.backend=auto, or pretrain.rand_augment="
-            )
-        if first.mixes and self.run.batch_per_device == 1:
-            raise UserError(
-                "pretrain.mixup and cutmix mix pairs of a forward pass, and run.batch_per_device is 1. "
-                "Next: run.batch_per_device=2, or both 0"
-            )
+            conflicts.check(self, self.pretrain)
 
     def stage_settings(self) -> tuple[Tune, ...]:
         """The settings of the stages, in order."""
