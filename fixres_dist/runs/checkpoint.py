@@ -8,6 +8,7 @@ its step. World size is not part of it.
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 import shutil
 import time
@@ -22,11 +23,11 @@ from torch import nn
 
 from fixres_dist.base.commands import shell
 from fixres_dist.base.errors import StorageError
-from fixres_dist.base.files import sync, whole
+from fixres_dist.base.files import remove, sync, whole
 from fixres_dist.base.small_files import SEAL, Damaged, as_json, put_aside, read_json, seal, typed
 from fixres_dist.models import tensor_files
 
-KEPT = 2  # of the newest; the one with the best top-1 stays too, and the last of stage one, for pretrained.safetensors
+KEPT = 2  # of the newest; the one with the best top-1 stays too, and the last of stage one (`write`)
 
 
 @dataclass(frozen=True)
@@ -130,6 +131,11 @@ class Writer:
 def write(folder: Path, tensors: Tensors, progress: Progress, fingerprint: dict[str, Any]) -> None:
     """Write step_NNNNNNNN/ into `folder`, whole or not at all, then delete checkpoints that are no longer kept."""
     final = folder / f"step_{progress.step:08d}"
+    if (
+        progress.stage == "fix" and stage_of(final) == "pretrain"
+    ):  # of the same step: pretrained.safetensors can be made of it
+        remove(stage_end(folder, progress.step))
+        os.replace(final, stage_end(folder, progress.step))
     with whole(final) as part:
         part.mkdir(parents=True)
         sums = {
@@ -143,6 +149,11 @@ def write(folder: Path, tensors: Tensors, progress: Progress, fingerprint: dict[
     prune(folder, progress.best_step)
 
 
+def stage_end(folder: Path, step: int) -> Path:
+    """Where the last checkpoint of stage one stays, once fixing has one of the same step."""
+    return folder / f"step_{step:08d}.pretrain"
+
+
 def complete(folder: Path) -> list[Path]:
     """The checkpoints below `folder`, oldest first."""
     return [path for path in folders(folder) if (path / "meta.json").exists()]
@@ -154,11 +165,7 @@ def folders(folder: Path) -> list[Path]:
 
 def prune(folder: Path, best_step: int) -> None:
     found = complete(folder)
-    kept = {
-        *found[-KEPT:],
-        folder / f"step_{best_step:08d}",
-        *[path for path in found if stage_of(path) == "pretrain"][-1:],
-    }
+    kept = {*found[-KEPT:], folder / f"step_{best_step:08d}"}
     for path in found:
         if path not in kept:
             shutil.rmtree(path, ignore_errors=True)
@@ -198,7 +205,7 @@ def progress_of(path: Path) -> Progress:
 
 
 def stage_of(path: Path) -> str:
-    with contextlib.suppress(Damaged, StorageError):
+    with contextlib.suppress(Damaged, StorageError, FileNotFoundError):
         return progress_of(path).stage
     return ""
 
@@ -208,7 +215,7 @@ def progress_in(path: Path, meta: dict[str, Any]) -> Progress:
         progress = typed(meta["progress"], Progress)
     except (KeyError, ValueError) as error:
         raise Damaged(path / "meta.json", error, way_round(path)) from None
-    if progress.step != int(path.name[5:]):
+    if progress.step != int(path.name[5:13]):
         raise Damaged(path / "meta.json", f"it is of step {progress.step}", way_round(path))
     return progress  # type: ignore[no-any-return]
 

@@ -60,11 +60,10 @@ def telling(run: RunDir) -> Callable[[Damaged], None]:
 def pretrained_again(run: RunDir, session: Session, first: list[Stage]) -> bool:
     """Write pretrained.safetensors again where it was damaged, from the last checkpoint of stage one; by rank 0, with the
     session as it starts. False where fixing has not begun: stage one goes on then, and writes it itself."""
-    found = {path: checkpoint.progress_of(path) for path in checkpoint.complete(run.checkpoints)}
-    ends = [path for path, progress in found.items() if progress.step == first[-1].stop]
-    if not ends or "fix" not in {progress.stage for progress in found.values()}:
+    end = checkpoint.stage_end(run.checkpoints, first[-1].stop) if first else None
+    if not (end and end.exists() and checkpoint.newest_stage(run.checkpoints) == "fix"):
         return False
-    model, tensors = session.for_size(first[-1].res).model, checkpoint.read(ends[0]).tensors
+    model, tensors = session.for_size(first[-1].res).model, checkpoint.read(end).tensors
     put_tensors(model, tensors.ema or tensors.head)
     weights.write_weights(model, run.pretrained, session.config, first[-1].res, session.classes)
     return True

@@ -20,6 +20,7 @@ PERMITTED = {
     ("base.files", "replace"): "it is the one way",
     ("base.small_files", "open"): "appends a line, and readers leave out a torn one",
     ("base.small_files", "replace"): "puts a damaged file aside, under another name",
+    ("runs.checkpoint", "replace"): "keeps stage one's last checkpoint under another name",
     ("runs.snapshots", "replace"): "keeps an earlier snapshot under another name",
     ("base.locks", "open"): "a lock file, empty or read as stale",
     ("base.locks", "rename"): "a stale lock file is put aside",

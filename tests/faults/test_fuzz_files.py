@@ -1,0 +1,28 @@
+"""A seeded sample of benchmarks/fuzz_files.py: damaged files are right, rebuilt or refused, never wrong, never a traceback."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+
+def script() -> ModuleType:
+    file = Path(__file__).parents[2] / "benchmarks" / "fuzz_files.py"
+    spec = importlib.util.spec_from_file_location("fuzz_files", file)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize(("kind", "count"), [("checkpoints", 30), ("indexes", 60), ("segments", 40), ("tars", 12)])
+def test_no_damaged_file_is_read_as_if_it_were_whole(kind: str, count: int) -> None:
+    found = script().fuzz(kind, count, seed=7)
+    assert sum(found.values()) == count
+    assert not found["wrong"]
+    assert not found["traceback"]
+    assert found["rebuilt"] + found["refused"] > count // 2, "most of the damage is to something"
