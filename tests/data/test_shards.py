@@ -112,7 +112,7 @@ def test_a_shard_torn_during_the_run_costs_its_lost_samples_only(sharded: Path, 
     index.open_shard.cache_clear()
     lost = [
         i
-        for i, (number, offset, size, _) in enumerate(samples.places.tolist())
+        for i, (number, offset, size) in enumerate(samples.places.tolist())
         if number == 1 and offset + size > shard.stat().st_size
     ]
     assert lost

@@ -189,6 +189,8 @@ def test_equal_tensors_are_equal_files(tmp_path: Path) -> None:
         tensor_files.save(file, {"b": torch.arange(5.0), "a": torch.ones(2, 3)}, {"z": 'é"', "y": "2", "x": "3"})
         assert tensor_files.load(file, "")[0].keys() == {"a", "b"}
     assert len({file.read_bytes() for file in files}) == 1
+
+
 def test_the_last_checkpoint_of_stage_one_stays_when_fixing_has_one_of_the_same_step(tmp_path: Path) -> None:
     stages = ((6, "pretrain"), (7, "pretrain"), (7, "fix"), (8, "fix"), (9, "fix"))
     save(tmp_path, *(checkpoint.Progress(step, stage) for step, stage in stages))
