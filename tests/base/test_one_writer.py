@@ -31,6 +31,7 @@ PERMITTED = {
     ("evaluation.extract", "open"): "the same",
     ("evaluation.extract", "save"): "the same",
     ("evaluation.extract", "write_bytes"): "the same",
+    ("models.tensor_files", "open"): "the same",
     ("models.tensor_files", "save_file"): "to a temporary path that its callers publish",
     ("runs.tracking", "SummaryWriter"): "TensorBoard's own files, which it reads torn too",
     ("training.ranks", "save"): "to memory, for the other ranks",
