@@ -7,7 +7,6 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 from fixres_dist.base.errors import EXIT_DONE, UserError
 from fixres_dist.base.files import owner, write_text
@@ -16,7 +15,6 @@ from fixres_dist.cluster import jobs, local, node_memory, notify, slurm, status
 from fixres_dist.config import reading, recipes
 from fixres_dist.config.recipes import Recipe
 from fixres_dist.config.schema import Config
-from fixres_dist.models import sizes
 from fixres_dist.runs import rundir, snapshots
 from fixres_dist.runs.rundir import START_LOCK, RunDir
 from fixres_dist.training import plan
@@ -57,29 +55,6 @@ def check_model(config: Config, recipe: Recipe) -> None:
         parts_of(model, stage.policy)
     if batch != "auto":
         check_batch(model, batch, resolutions)
-
-
-def with_resolutions(values: dict[str, Any], recipe: Recipe) -> dict[str, Any]:
-    """`values` with data.res and pretrain.res, where neither the recipe nor a person says: the test resolution that timm
-    has, or the next one above the weights' own; stage one at the weights' own, or at the test resolution if that is less.
-    """
-    name, res, first = values["model"]["timm_name"], values["data"].get("res"), values.get("pretrain")
-    if res is None:
-        res = sizes.sizes(name).larger
-        if not res:
-            own = sizes.sizes(name).train
-            raise UserError(
-                f"no --res given, and no square above {own} px is known that {name} takes. Next: --res {own}"
-            )
-        values = reading.merge(values, {"data": {"res": res}})
-    if first is not None and "res" not in first:
-        own = (
-            min(sizes.sizes(name).train, reading.convert(res, int, "data.res"))
-            if not recipe.facts
-            else recipe.facts.train_res
-        )
-        values = reading.merge(values, {"pretrain": {"res": own}})
-    return values
 
 
 def check_slurm(config: Config, *runs: RunDir, at_once: int = 0) -> None:

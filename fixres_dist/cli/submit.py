@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import itertools
 from dataclasses import dataclass
+from typing import Any
 
 from fixres_dist.base.commands import command
 from fixres_dist.base.environment import shipped, slurm_file
@@ -14,6 +15,7 @@ from fixres_dist.base.secrets import REDACTED, redacted
 from fixres_dist.base.text import table
 from fixres_dist.cli import submission
 from fixres_dist.cli.arguments import add_accept_change, add_overrides, add_profile, add_runs_dir
+from fixres_dist.cli.settings import Settings, settle
 from fixres_dist.cluster import grid, jobs, node_memory
 from fixres_dist.cluster.gpus import check as check_gpus
 from fixres_dist.cluster.gpus import visible
@@ -30,7 +32,7 @@ EXAMPLES = (
     "--model l2 --res 600 --nodes 4 --dry-run",
     "--model b0 --res 320 --data /data/imagenet --weights ap --profile site.yaml",
     "--model b0 --res 320 --data DIR --cluster local --gpus-per-node 2 tune.epochs=3",
-    "--model b0 --res 320 --data DIR --preset own_classes      # DIR has classes of its own",
+    "--model b0 --data DIR                  # classes of its own: trained first, then fixed",
     "--model b0 --res 320 --data DIR --grid tune.base_lr=1e-3,1e-4 --at-once 2",
     "--table 1 --data /data/imagenet --nodes 4",
 )
@@ -44,7 +46,7 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     text = "ns, ap, pretrained, none, or a file; default: the recipe's"
     what.add_argument("--weights", default="", metavar="W", help=text)
     what.add_argument("--data", metavar="DIR", help="with train/ and val/, a folder per class; or demo")
-    text = f"settings laid over the recipe: {', '.join(recipes.presets())}; repeatable"
+    text = f"settings laid over the recipe: {', '.join(recipes.presets())}; none: nothing is added; repeatable"
     what.add_argument("--preset", action="append", default=[], metavar="NAME", help=text)
     where = p.add_argument_group("where")
     where.add_argument("--nodes", metavar="N", help="a number, or MIN-MAX: start with what there is")
@@ -189,11 +191,12 @@ class Target:
     recipe: recipes.Recipe
     on_cpu: bool  # of this machine
     grid: str  # the name that stands for all runs of its grid or table; empty for a run alone
+    settings: Settings
 
     def plan(self) -> list[str]:
         world_size = self.config.cluster.node_range()[0] * self.config.cluster.gpus_per_node
-        counts = plan.count(self.config)
-        return plan.lines(self.config, self.recipe.facts, counts, self.run.root, world_size, self.on_cpu)
+        counts, more = plan.count(self.config), plan.More(self.settings.why, self.settings.costs)
+        return plan.lines(self.config, self.recipe.facts, counts, self.run.root, world_size, self.on_cpu, more)
 
 
 def asked_for(args: argparse.Namespace, kind: str) -> list[Target]:
@@ -213,15 +216,21 @@ def asked_for(args: argparse.Namespace, kind: str) -> list[Target]:
         one = argparse.Namespace(**{**vars(args), **variant})
         one.overrides = [*args.overrides, *(f"{key}={value}" for key, value in chosen)]
         one.res = args.res or (recipes.find(one.model, one.weights).values["data"]["res"] if args.table else None)
-        config, recipe = configure(one, kind)
-        name = "-".join([recipes.run_name(config.model.name, config.data.res, config.model.weights), *args.preset])
+        settings = configure(one, kind)
+        config, recipe = settings.config, settings.recipe
+        name = "-".join([recipes.run_name(config.model.name, config.data.res, config.model.weights), *settings.presets])
         if args.name:
             name = f"{args.name}-{name}" if args.table else args.name
         group = (args.name if args.table else name if chosen else "") or ""
         name = "-".join([name, *(f"{key.rpartition('.')[2]}={value.replace('/', '_')}" for key, value in chosen)])
         run = rundir.RunDir(args.runs_dir / name)
-        found.append(Target(run, config, recipe, kind != "slurm" and not visible(), group))
+        found.append(Target(run, config, recipe, on_cpu(kind), group, settings))
     return found
+
+
+def on_cpu(kind: str) -> bool:
+    """Whether the ranks are to be processes on this machine's CPU."""
+    return kind != "slurm" and not visible()
 
 
 def choices(text: str) -> list[tuple[str, str]]:
@@ -232,28 +241,26 @@ def choices(text: str) -> list[tuple[str, str]]:
     return [(key, value) for value in values.split(",")]
 
 
-def configure(args: argparse.Namespace, kind: str) -> tuple[Config, recipes.Recipe]:
+def configure(args: argparse.Namespace, kind: str) -> Settings:
     """Defaults < recipe < preset < profile < flags < section.key=value."""
     name = args.model or ("demo" if args.data == "demo" else None)
     if name is None:
         raise UserError("no --model given. Next: --model b0 --res 320, or --list for the recipes, or --data demo.")
     recipe = recipes.find(name, args.weights)
-    values = recipe.values
-    for preset in args.preset:
-        values = reading.merge(values, recipes.preset(preset))
+    given: dict[str, Any] = {}
     if args.profile:
-        values = reading.merge(values, reading.read_profile(args.profile))
+        given = reading.read_profile(args.profile)
     gpus = args.gpus_per_node
     if gpus is None and kind != "slurm":
         gpus = str(max(1, len(visible())) if kind == "local" else 1)
     if args.res and not args.res.isdigit():
         square = "a whole number of pixels, the side of a square, such as 224"
         raise UserError(f"--res is {args.res!r}; accepted: {square}. Next: --grid data.res=224,256 for several.")
-    given = {"data": {"res": args.res, "root": args.data}, "cluster": {"nodes": args.nodes, "gpus_per_node": gpus}}
-    flags = {section: {k: v for k, v in keys.items() if v is not None} for section, keys in given.items()}
-    values = reading.merge(reading.merge(values, flags), reading.overrides(args.overrides))
-    values = submission.with_resolutions(recipes.with_absolute_paths(values), recipe)
-    config = reading.parse(Config, values)
+    sections = {"data": {"res": args.res, "root": args.data}, "cluster": {"nodes": args.nodes, "gpus_per_node": gpus}}
+    flags = {section: {k: v for k, v in keys.items() if v is not None} for section, keys in sections.items()}
+    given = reading.merge(reading.merge(given, flags), reading.overrides(args.overrides))
+    settings = settle(recipe, args.preset, given, on_cpu(kind))
+    config = settings.config
     nodes, gpus = config.cluster.nodes, config.cluster.gpus_per_node
     if kind != "slurm" and nodes != "1":
         raise UserError(
@@ -263,4 +270,4 @@ def configure(args: argparse.Namespace, kind: str) -> tuple[Config, recipes.Reci
         raise UserError(f"--cluster inline is one process. Next: --cluster local --gpus-per-node {gpus}")
     if kind == "local":
         check_gpus(config.cluster.gpus_per_node, "--gpus-per-node ")
-    return config, recipe
+    return settings

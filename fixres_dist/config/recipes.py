@@ -35,20 +35,30 @@ TRAINED = {"classifier": 1, "classifier+bn_stats": 1, "classifier+bn": 2, "class
 
 
 @dataclass(frozen=True, kw_only=True)
-class Facts:
-    """Facts about a model: counts for 1,000 classes, costs for one image at the resolution `res`."""
+class Costs:
+    """What one image costs a model at the resolution `res`."""
 
     res: int  # pixels
-    train_res: int  # pixels; the resolution of the weights' training
     parameters: int
+    multiply_adds_g: float  # 1e9, forward
+    traffic_mib: float  # activations that an eager bf16 forward reads and writes
+    peak_mib: float  # largest input + output of one layer, bf16
+
+    def trainable(self, policy: str, num_classes: int) -> int:
+        """Parameters that train under `policy`, as far as they weigh: all of them, or a head that is small beside them."""
+        return self.parameters if policy == "all" else 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Facts(Costs):
+    """A recipe's facts about its model: counts for 1,000 classes."""
+
+    train_res: int  # pixels; the resolution of the weights' training
     classifier_inputs: int
     bn_parameters: int  # affine of the last BN
     conv_head_parameters: int
     last_block_parameters: int  # of the last block alone
     modules: tuple[str, ...]  # last block, conv_head, last BN, classifier
-    multiply_adds_g: float  # 1e9, forward
-    traffic_mib: float  # activations that an eager bf16 forward reads and writes
-    peak_mib: float  # largest input + output of one layer, bf16
     feature_kib: float  # conv_head's input, which the cached engine stores; bf16
     last_block_feature_kib: float  # the last block's input, bf16
 
@@ -169,14 +179,18 @@ def no_weights(file: str | Path) -> UserError:
     return UserError(f"no weights file {file}. Accepted: ns, ap, pretrained, none, or a .safetensors or .pth file.")
 
 
+class OtherClasses(UserError):
+    """The weights have a classifier of other classes than the data set, or none."""
+
+
 def check_classes(origin: str, own: int, wanted: int, new_classifier: bool) -> None:
-    """Raise UserError for weights of `own` classes on a data set of `wanted`, unless stage one trains a new classifier.
+    """Raise OtherClasses for weights of `own` classes on a data set of `wanted`, unless stage one trains a new classifier.
 
     0: the weights are a backbone's, without a classifier (DINOv2, CLIP).
     """
     if own != wanted and not new_classifier:
         has = f"classifies {own} classes" if own else "has no classifier"
-        raise UserError(
+        raise OtherClasses(
             f"{origin} {has}, the data set has {wanted}{'' if own else ' classes'}: a new classifier has to be trained first. "
             "Next: add stage one, --preset own_classes (or pretrain.epochs=10 and the like)"
             + (

@@ -19,6 +19,7 @@ Policy = Literal[
     "classifier", "classifier+bn_stats", "classifier+bn", "classifier+bn+conv_head", "last_block", "attention", "all"
 ]
 Optimizer = Literal["sgd", "nesterov", "adam", "adamw", "nadamw", "lamb", "lars", "lion", "adan"]
+BnStats = Literal["exact", "ema", "kept", "mean"]
 THROUGH_ALL = ("attention", "all")  # policies whose gradients run through every block: there is no frozen trunk
 
 
@@ -85,7 +86,8 @@ class Data:
 @dataclass(frozen=True, kw_only=True)
 class Tune:
     policy: Policy = "classifier+bn"  # which tensors train (models/policies.py); the default is the paper's
-    bn_stats: Literal["exact", "ema"] = "exact"  # the last BN's statistics: measured once, or by momentum
+    # The last BN's statistics: measured once (exact), by momentum, as they are, or half-way from those to measured ones
+    bn_stats: BnStats = "exact"
     bn_stats_images: int = 50_000  # samples that exact statistics are measured on
     epochs: int = 1
     global_batch: int = 384  # images per optimizer step over all ranks; divides over 1-4, 6, 8, 12, 16, 24, 32 .. GPUs
@@ -112,6 +114,10 @@ class Tune:
         for name in ("momentum", "label_smoothing"):
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}; accepted: 0 <= {name} < 1.")
+        if self.policy == "all" and self.bn_stats in ("kept", "mean"):
+            raise UserError(
+                f"bn_stats is {self.bn_stats}, and with policy all every BN trains. Accepted: ema. Next: tune.bn_stats=ema"
+            )
         if self.policy == "all" and self.bn_stats == "exact":
             # Every BN trains, so no single layer's statistics can be measured beforehand.
             object.__setattr__(self, "bn_stats", "ema")
@@ -129,7 +135,7 @@ class Pretrain(Tune):
     """Stage one: ordinary training at the training resolution, before the fixing stage."""
 
     policy: Policy = "all"
-    bn_stats: Literal["exact", "ema"] = "ema"
+    bn_stats: BnStats = "ema"
     res: int = 224  # training resolution in pixels
     train_transform: Transform = "random_resized_crop"
     # sgd: as in the fixing stage; the others are timm's, which leave norms and biases out of weight decay

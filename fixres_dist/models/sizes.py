@@ -44,6 +44,26 @@ def sizes(timm_name: str) -> Sizes:
     return table().get(timm_name) or measured(timm_name)
 
 
+def enlarged(timm_name: str, factor: float) -> int:
+    """`factor` times the weights' own resolution at the model's step, or the next one above it that the model takes; 0: none.
+
+    A step is what lies between two sizes that it takes, 32 px for those without patches. Imports torch.
+    """
+    from fixres_dist.models.build import build_model
+    from fixres_dist.models.resizing import takes
+
+    own = sizes(timm_name)
+    step = own.larger - own.train if 0 < own.larger - own.train <= 32 else 32
+    wanted = round(factor * own.train / step) * step
+    if not own.larger or wanted <= own.train:
+        return own.larger
+    import torch
+
+    with torch.device("meta"):
+        model = build_model(timm_name, 10)
+    return wanted if takes(model, wanted) else own.larger
+
+
 def of_weights(model: Model) -> Sizes:
     """Of the weights that a run starts from: a file of ours says in its header what it was made at."""
     if model.weights not in WEIGHTS and model.weights.endswith(".safetensors"):

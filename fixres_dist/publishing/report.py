@@ -61,6 +61,9 @@ class Row:
             published += f"; timm's start: {p['timm_base_top1']}"
         model = [self.run, r.timm_name, f"{self.data}, {self.classes} classes", f"{self.parameters_m:.3g}"]
         others = [f"; {one.top1:.2f} at {res} px" for res, one in r.before_at.items()]
+        others += [
+            f"; {one.top1:.2f} at {one.res} px by a logistic classifier on the untouched network" for one in r.floor
+        ]
         best = r.best_before if r.over_the_best() else None
         gain = f"{r.gain}; over the best before, {best.res} px: {best}{best.corrected}" if best else r.gain
         accuracy = [f"{r.before.top1:.2f}{''.join(others)}", f"{r.after.top1:.2f}", gain, r.n]

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from fixres_dist.base.commands import command
-from fixres_dist.base.small_files import read_json, typed, write_json
+from fixres_dist.base.small_files import Damaged, read_json, typed, write_json
 from fixres_dist.runs.rundir import RunDir
 
 OTHER_SIZE = "before, at another size"  # in metrics.jsonl: not comparable with the evaluations at the test resolution
@@ -27,6 +27,18 @@ class Before(Accuracy):
     """Accuracy before fixing at another resolution than the test's."""
 
     why: str  # timm's test | the weights' own | stage one's
+
+
+@dataclass(frozen=True)
+class Floor(Accuracy):
+    """Of a logistic classifier on the features of the network as it is given, which nothing has trained yet."""
+
+    res: int
+    penalty: float  # L2, chosen by folds inside train
+    fold_loss: float  # cross-entropy there
+
+    def sentence(self) -> str:
+        return f"first result: a logistic classifier on the untouched network at {self.res} px: top-1 {self.top1:.2f}"
 
 
 @dataclass(frozen=True)
@@ -121,6 +133,7 @@ class Results:
     delta_ci95: tuple[float, float]
     before_at: dict[int, Before] = field(default_factory=dict)  # by resolution; older runs have none
     best_before: Best | None = None  # where there is any such
+    floor: tuple[Floor, ...] = ()  # of a run with a stage one on weights, at each of its sizes
     images_seen: int
     seconds: float
     world_size: int
@@ -152,6 +165,9 @@ class Results:
         )
         for res, before in self.before_at.items():
             text += f"; before at {res} px ({before.why}) {before.top1:.2f}"
+        for floor in self.floor:
+            if floor.res == self.res:
+                text += f"; a logistic classifier on the untouched network {floor.top1:.2f}"
         return ". ".join(filter(None, ("; ".join(filter(None, (text, self.over_the_best()))), self.verdict(run))))
 
     def over_the_best(self) -> str:
@@ -178,3 +194,11 @@ class Results:
             f"`{command('interpolate', '--run', run.root)}` measures the way between. "
             f"Try under another --name: {', or '.join(tries)}"
         )
+
+
+def read_floors(run: RunDir) -> tuple[Floor, ...]:
+    """What floor.json holds; none where there is no such file, or a damaged one, which is made again."""
+    try:
+        return read_json(run.floor, tuple[Floor, ...], "") if run.floor.exists() else ()
+    except Damaged:
+        return ()

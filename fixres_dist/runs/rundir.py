@@ -65,6 +65,7 @@ class RunDir:
     done = File("DONE")
     events = File("events.jsonl")
     failed = File("FAILED")  # why, and the next command
+    floor = File("floor.json")  # with stage one on weights: what the untouched network already gives
     head_before = File("head_before.safetensors")  # without stage one: the tuned tensors before fixing
     metrics = File("metrics.jsonl")
     prepared = File("prepared.sh")  # what slurm/train.sbatch takes from the run's settings

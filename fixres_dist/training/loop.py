@@ -96,7 +96,7 @@ def measure(training: Training, startup: StartUp) -> None:
             training.say(warning)
         training.measure_other_sizes()
         startup.mark("evaluation")
-    if work.parts.tuned.last_bns and work.stage.tune.bn_stats == "exact":
+    if work.parts.tuned.last_bns and work.stage.tune.bn_stats in ("exact", "mean"):
         partial = training.partial("statistics", work.session.ranks.world_size, work.batch_per_device)
         count = measure_statistics(work, partial)
         names = ", ".join(work.parts.tuned.last_bns)

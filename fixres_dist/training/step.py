@@ -123,7 +123,11 @@ def measure_statistics(work: StageSession, partial: Partial | None = None) -> in
     for bn, hook in zip(bns, hooks, strict=True):
         hook.remove()
         moments[bn].sums = ranks.total(moments[bn].sums.cpu())
+        own = bn.running_mean.clone(), bn.running_var.clone()
         moments[bn].set(bn)
+        if work.stage.tune.bn_stats == "mean":
+            bn.running_mean.lerp_(own[0], 0.5)
+            bn.running_var.lerp_(own[1], 0.5)
     return min(work.stage.tune.bn_stats_images, work.stage.n)
 
 

@@ -25,9 +25,10 @@ from fixres_dist.models import weights
 from fixres_dist.models.precision import determinism
 from fixres_dist.runs import checkpoint, starts
 from fixres_dist.runs.rundir import Locked, RunDir
-from fixres_dist.training import damage, plan, samples, stage_one
+from fixres_dist.training import damage, estimates, samples, stage_one
 from fixres_dist.training.auto_batch import DoesNotFit
 from fixres_dist.training.divergence import Diverged
+from fixres_dist.training.floor import measure_floors
 from fixres_dist.training.loop import train_stage
 from fixres_dist.training.ranks import Ranks, abort, join, launched
 from fixres_dist.training.session import Session, open_session
@@ -155,6 +156,8 @@ def train_stages(run: RunDir, config: Config, ranks: Ranks, stack: contextlib.Ex
     if ranks.is_main:
         begin(run, session, total_steps=todo[-1].stop)
     *first, fix = todo
+    if first and not pretrained and config.model.weights != "none":
+        measure_floors(run, session, sorted({stage.res for stage in todo}))
     again = partial(damage.pretrained_again, run, session, first)
     if first and not pretrained and not ranks.from_main(again):
         with stage_one.turn(run, session, first) as needed:
@@ -204,12 +207,12 @@ def begin(run: RunDir, session: Session, total_steps: int) -> None:
     interpolation = session.resize(session.config.data.res).interpolation
     with contextlib.suppress(UserError):  # a model by a name that this version does not know
         facts = recipes.find(config.model.name, config.model.weights).facts
-        counts = plan.Counts(len(session.train), len(session.val), len(session.classes), "")
+        counts = estimates.Counts(len(session.train), len(session.val), len(session.classes), "")
         sizes = session.ranks.world_size, session.ranks.local_size
         if (
             facts
             and session.ranks.device.type == "cpu"
-            and (short := plan.shortage(config, facts, counts, *sizes, started=True))
+            and (short := estimates.shortage(config, facts, counts, *sizes, started=True))
         ):
             print(f"warning: {short}", flush=True)
     backend, why = backends.choose(session.config.data.backend, session.ranks.device, interpolation)

@@ -260,7 +260,19 @@ def test_weights_of_another_model_are_refused_with_what_differs(tmp_path: Path, 
     assert "conv_stem.weight is missing" in text
     thousand = tmp_path / "thousand.pth"
     torch.save(build_model("test_efficientnet", 10).state_dict(), thousand)
-    text = refuse(tmp_path, "--model", "test_efficientnet", "--res", "64", "--weights", thousand, "--data", photos)
+    text = refuse(
+        tmp_path,
+        "--model",
+        "test_efficientnet",
+        "--res",
+        "64",
+        "--weights",
+        thousand,
+        "--data",
+        photos,
+        "--preset",
+        "none",
+    )
     assert "classifies 10 classes, the data set has 3" in text
     assert "pretrain.epochs" in text
 
@@ -269,14 +281,19 @@ def test_weights_of_another_model_are_refused_with_what_differs(tmp_path: Path, 
 def test_pretrained_weights_of_other_classes_are_refused_with_the_preset_that_trains_a_classifier(
     tmp_path: Path, photos: Path, asked: list[str]
 ) -> None:
-    text = refuse(tmp_path, "--res", "64", "--weights", "pretrained", "--data", photos, "--model", *asked)
+    words = ["--res", "64", "--weights", "pretrained", "--data", photos, "--preset", "none", "--model", *asked]
+    text = refuse(tmp_path, *words)
     assert "classifies 1000 classes, the data set has 3" in text
     assert "--preset own_classes" in text
 
 
-def test_the_preset_for_own_classes_takes_them(tmp_path: Path, photos: Path) -> None:
-    asked = ["--model", "b0", "--data", photos, "--preset", "own_classes", "--dry-run", "--runs-dir", tmp_path]
-    assert run("submit", *asked).returncode == 0
+def test_without_none_the_preset_for_own_classes_is_added(tmp_path: Path, photos: Path) -> None:
+    asked = ["--model", "b0", "--data", photos, "--dry-run", "--runs-dir", tmp_path]
+    plain, asked_for = run("submit", *asked), run("submit", *asked, "--preset", "own_classes")
+    assert "stage one trains a new classifier (--preset none refuses)" in plain.stdout
+    varying = ("own data", "engine", "memory")  # the free disk and memory of the moment
+    said = [[x for x in done.stdout.splitlines() if not x.startswith(varying)] for done in (plain, asked_for)]
+    assert said[0] == said[1]
 
 
 def test_a_run_directory_of_another_configuration_is_refused(tmp_path: Path, photos: Path) -> None:

@@ -106,7 +106,7 @@ def test_presets_change_what_they_say_and_nothing_else() -> None:
 
 
 def test_own_classes_in_one_command(tmp_path: Path, photos: Path) -> None:
-    """Weights of ten classes on a data set of three: stage one at the weights' resolution, then the fix; and again."""
+    """Weights of ten classes on a data set of three: the plain command adds stage one, and shows a floor first."""
     weights = tmp_path / "ten.pth"
     torch.save(build_model(NAME, 10, 5).state_dict(), weights)
     arguments = (
@@ -123,11 +123,17 @@ def test_own_classes_in_one_command(tmp_path: Path, photos: Path) -> None:
         ),
         *("pretrain.global_batch=42", "tune.global_batch=42", "run.eval_every=0"),
     )
-    refused = run(*(a for a in arguments if not str(a).startswith("pretrain")))
+    refused = run(*(a for a in arguments if not str(a).startswith("pretrain")), "--preset", "none")
     assert refused.returncode == 2
     assert "--preset own_classes" in refused.stderr
-    done = run(*arguments, "--preset", "own_classes")
+    done = run(*arguments, "tune.policy=classifier+bn")
     assert done.returncode == 0, done.stdout + done.stderr
+    assert f"{weights} classifies 10 classes, the data set has 3: stage one trains a new classifier" in done.stdout
+    assert "warning: only 4 steps. Next: pretrain.epochs=50" in done.stdout
+    floors = json.loads((tmp_path / "own" / "results.json").read_text())["floor"]
+    assert [floor["res"] for floor in floors] == [32, 64]
+    assert min(floor["top1"] for floor in floors) > 80
+    assert done.stdout.index("first result") < done.stdout.index("training everything")
     assert "training everything (" in done.stdout
     assert "training bn2, classifier (" in done.stdout
     first, fixed = (load_file(tmp_path / "own" / f) for f in ("pretrained.safetensors", "export/model.safetensors"))

@@ -24,7 +24,7 @@ from fixres_dist.config.schema import Config
 from fixres_dist.models import batchnorm, fast_trunk, precision
 from fixres_dist.models.build import build_model, preprocessing
 from fixres_dist.models.parts import Parts, parts_of, set_modes
-from fixres_dist.training import auto_batch, loop, plan, step, worker
+from fixres_dist.training import auto_batch, estimates, loop, plan, step, worker
 from fixres_dist.training.ranks import Ranks
 from fixres_dist.training.session import Session, open_session, tell
 from fixres_dist.training.stage_session import StageSession
@@ -111,7 +111,7 @@ def predicted(*items: str, model: str = "b4") -> float:
     recipe = recipes.find(model)
     config = reading.parse(Config, reading.merge(recipe.values, reading.overrides(list(items))))
     assert recipe.facts
-    return plan.memory_gib(config, recipe.facts, plan.Counts(*plan.IMAGENET, ""), 8)
+    return estimates.memory_gib(config, recipe.facts, estimates.Counts(*plan.IMAGENET, ""), 8)
 
 
 def test_predicted_memory_follows_what_a_step_keeps() -> None:
@@ -332,13 +332,13 @@ def test_a_plan_for_a_cpu_says_that_memory_is_short(
     def plan_of(available_gib: float, *more: str) -> str:
         monkeypatch.setattr(memory, "available_bytes", lambda: int(available_gib * 2**30))
         words = ["submit", "--model", "b4", "--data", str(photos), "--res", "320", "--weights", "none", "--dry-run"]
-        words += ["--preset", "own_classes", "--runs-dir", str(tmp_path), "tune.policy=classifier+bn", *more]
+        words += ["--runs-dir", str(tmp_path), "pretrain.global_batch=256", *more]
         assert main(words) == 0
         return next(line for line in capsys.readouterr().out.splitlines() if line.startswith("memory "))
 
     local = ("--cluster", "local", "--gpus-per-node", "2")
     enough = plan_of(900.0, *local)
-    assert "GiB of this machine's memory for 2 process(es) (estimate)" in enough
+    assert "GiB of this machine's memory for 2 process(es): pretrain " in enough
     assert "Next" not in enough
     short = plan_of(40.0, *local)
     assert "40.0 of the" in short

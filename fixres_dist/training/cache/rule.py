@@ -73,7 +73,7 @@ def check(setting: str, stage: Stage) -> None:
 def streamed_pictures(stage: Stage, val: int, evaluations: int) -> int:
     """Pictures that go through the trunk when the stage is streamed: its epochs, exact statistics and evaluations."""
     tune = stage.tune
-    measured = tune.bn_stats == "exact" and tune.policy != "classifier"
+    measured = tune.bn_stats in ("exact", "mean") and tune.policy != "classifier"
     return tune.epochs * stage.n + (min(tune.bn_stats_images, stage.n) if measured else 0) + evaluations * val
 
 
@@ -91,6 +91,8 @@ def choose(setting: str, stage: Stage, streamed: int, need: Need) -> tuple[str, 
     if setting == "stream":
         return "stream", "run.engine=stream"
     saving = f"{need.pictures:,} pictures through the trunk instead of {streamed:,}"
+    if stage.name == "floor":
+        return "cached" if need.fits else "stream", f"{need}"
     if setting == "cached" and stage.name == "fix":
         if not need.fits:
             raise UserError(

@@ -1,0 +1,114 @@
+"""The first result of a run with classes of its own: a logistic classifier on the untouched network."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from support.folders import write_photos
+
+from fixres_dist.base.signals import StopFlag
+from fixres_dist.config import reading, recipes
+from fixres_dist.config.schema import Config
+from fixres_dist.models.build import build_model
+from fixres_dist.runs import rundir
+from fixres_dist.training import floor, worker
+from fixres_dist.training.ranks import Ranks
+
+torch.set_num_threads(1)
+
+
+def test_the_fit_is_the_minimum_and_its_penalty_decides_how_large_weights_get() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, labels = torch.randn(60, 5, generator=generator), torch.arange(60) % 3
+    sizes = []
+    for penalty in (1e-3, 1e-1):
+        layer = floor.fit(x, labels, 3, penalty)
+        loss = F.cross_entropy(layer(x), labels) + penalty / 2 * layer.weight.square().sum()
+        gradients = torch.autograd.grad(loss, [*layer.parameters()])
+        assert max(float(g.abs().max()) for g in gradients) < 1e-4
+        sizes.append(float(layer.weight.detach().norm()))
+    assert sizes[0] > 1.2 * sizes[1]
+
+
+@pytest.mark.parametrize("counts", [(2, 2, 2), (100, 1, 7), (3, 0, 50)])
+def test_folds_hold_each_class_evenly_whatever_the_imbalance(counts: tuple[int, ...]) -> None:
+    labels = torch.cat([torch.full((n,), k) for k, n in enumerate(counts)])
+    folds = floor.stratified(labels, 5, seed=3)
+    for k, n in enumerate(counts):
+        spread = torch.bincount(folds[labels == k], minlength=5)
+        assert int(spread.sum()) == n
+        assert int(spread.max() - spread.min()) <= 1
+    found = floor.fold_loss(torch.randn(len(labels), 4), labels, folds, len(counts), 0.1)
+    assert 0 < found < 5
+
+
+def test_a_later_start_finds_the_floor_and_stage_one_is_as_without_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two images a class, one class with forty: stopped in stage one, resumed, and compared with a run without a floor."""
+    data = write_photos(tmp_path / "photos", 2, 2)
+    for k in range(38):
+        (data / "train" / "ash" / f"more{k}.jpg").write_bytes((data / "train" / "ash" / "000.jpg").read_bytes())
+    torch.save(build_model("test_efficientnet", 10, 5).state_dict(), tmp_path / "ten.pth")
+    base = reading.merge(
+        recipes.find("test_efficientnet", str(tmp_path / "ten.pth")).values, recipes.preset("own_classes")
+    )
+    items = [
+        "data.res=64",
+        f"data.root={data}",
+        f"data.cache={tmp_path / 'cache'}",
+        "data.workers=0",
+        "run.eval_every=0",
+    ]
+    items += ["run.memory_format=channels_last", "run.precision=fp32", "pretrain.res=32", "pretrain.epochs=3"]
+    items += ["pretrain.global_batch=23", "tune.policy=classifier", "tune.global_batch=46", "run.save_every_s=0"]
+    config = reading.parse(Config, reading.merge(base, reading.overrides(items)))
+    for name in ("run", "without"):
+        rundir.prepare(tmp_path / name, config, "test")
+    calls, check = [], Ranks.check_stop
+
+    def stop_at_fourth(self: Ranks, *values: int) -> tuple[int, ...]:
+        calls.append(0)
+        if (tmp_path / "run" / "floor.json").exists() and len(calls) > 30:
+            flag.signal = 15
+        return check(self, *values)
+
+    flag = StopFlag()
+    with monkeypatch.context() as patch:
+        patch.setattr(Ranks, "check_stop", stop_at_fourth)
+        code = worker.train(tmp_path / "run", flag)
+    made = json.loads((tmp_path / "run" / "floor.json").read_text())
+    assert [one["res"] for one in made] == [32, 64]
+    if code == 1:
+        capsys.readouterr()
+        assert worker.train(tmp_path / "run", StopFlag()) == 0
+        assert "first result" not in capsys.readouterr().out
+    with monkeypatch.context() as patch:
+        patch.setattr(worker, "measure_floors", lambda *_: None)
+        assert worker.train(tmp_path / "without", StopFlag()) == 0
+    results = [json.loads((tmp_path / name / "results.json").read_text()) for name in ("run", "without")]
+    assert [len(one["floor"]) for one in results] == [2, 0]
+    assert results[0]["before"] == results[1]["before"]
+    assert results[0]["after"] == results[1]["after"]
+    assert json.loads((tmp_path / "run" / "floor.json").read_text()) == made
+
+
+def test_five_thousand_classes_on_ten_thousand_pictures_are_left_out_with_the_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def features(work: Any, split: str) -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.empty(10_000, 1280, device="meta"), torch.arange(10_000) // 2
+
+    monkeypatch.setattr(floor, "features", features)
+    work: Any = SimpleNamespace(
+        session=SimpleNamespace(classes=tuple(map(str, range(5000)))), stage=SimpleNamespace(res=224)
+    )
+    why = floor.of_features(rundir.RunDir(tmp_path), work)
+    assert why == "5000 classes on features [10000, 1280] would take too long"
+    assert not (tmp_path / "floor.json").exists()
