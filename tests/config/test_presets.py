@@ -155,10 +155,10 @@ def test_averaged_weights_are_the_mean_of_the_last_epochs_and_survive_a_stop(tmp
 
     flag, save = StopFlag(), checkpoint.Writer.save
 
-    def keep(self, model, names, optimizer, progress, fingerprint):  # type: ignore[no-untyped-def]
+    def keep(self, model, names, optimizer, progress, *others):  # type: ignore[no-untyped-def]
         kept[progress.step] = model.classifier.weight.detach().clone()
         flag.signal = 15 if progress.step == 7 else 0
-        save(self, model, names, optimizer, progress, fingerprint)
+        save(self, model, names, optimizer, progress, *others)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(checkpoint.Writer, "save", keep)
