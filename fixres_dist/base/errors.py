@@ -13,7 +13,7 @@ from fixres_dist.base.files import no_room
 from fixres_dist.base.secrets import redacted
 
 EXIT_DONE, EXIT_FAILED, EXIT_USER = 0, 1, 2
-AWAY = (errno.ENOENT, errno.EIO, errno.ESTALE, errno.ENODEV, errno.ENXIO, errno.ETIMEDOUT, errno.EREMOTEIO)
+AWAY = (errno.EIO, errno.ESTALE, errno.ENODEV, errno.ENXIO, errno.ETIMEDOUT, errno.EREMOTEIO)
 REFUSED = (PermissionError, NotADirectoryError, IsADirectoryError, FileExistsError)  # places that were given
 
 
@@ -55,7 +55,9 @@ def exit_code(work: Callable[[], int]) -> int:
             print(f"error: {full}. Next: make room, then the same command.", file=sys.stderr)
             return EXIT_FAILED
         said = f"{error.strerror}: {error.filename2 or error.filename}"
-        if error.filename and error.errno in AWAY:
+        # One file that is missing is our mistake; where its folder is missing too, that has vanished.
+        vanished = error.errno == errno.ENOENT and not os.path.isdir(os.path.dirname(str(error.filename)) or ".")
+        if error.filename and (error.errno in AWAY or vanished):
             print(f"error: {said}. Next: the same command, when its file system is back.", file=sys.stderr)
             return EXIT_FAILED
         if not (error.filename and (isinstance(error, REFUSED) or error.errno == errno.EROFS)):

@@ -98,7 +98,7 @@ def test_files_have_the_umasks_mode_whoever_writes_them(tmp_path: Path, umask: i
     """safetensors makes its files private, and mkstemp; a colleague who takes over a run could not read it."""
     before = os.umask(umask)
     try:
-        checkpoint.write(tmp_path, checkpoint.Tensors({"a": torch.zeros(2)}, {}), checkpoint.Progress(3, "fix"), {})
+        checkpoint.write(tmp_path, checkpoint.Tensors({"a": torch.zeros(2)}, {}, {}), checkpoint.Progress(3, "fix"), {})
         with whole(tmp_path / "program") as part:
             part.touch(mode=0o700)
         write_text(tmp_path / "secret", "text", private=True)
@@ -174,7 +174,7 @@ def test_a_segment_and_a_checkpoint_that_do_not_fit_leave_room(tmp_path: Path, m
 
     monkeypatch.setattr(tensor_files, "save_file", save_file)
     with pytest.raises(OSError, match="step_00000003"):
-        checkpoint.write(tmp_path / "checkpoints", checkpoint.Tensors({}, {}), checkpoint.Progress(3, "fix"), {})
+        checkpoint.write(tmp_path / "checkpoints", checkpoint.Tensors({}, {}, {}), checkpoint.Progress(3, "fix"), {})
     assert [path.name for path in tmp_path.rglob("*") if path.name != "features"] == ["checkpoints"]
 
 

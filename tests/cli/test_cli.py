@@ -335,7 +335,7 @@ def test_offline_weights_name_the_command_that_fetches_them(tmp_path: Path, phot
     )
     assert done.returncode == 2, done.stderr
     assert "python -m fixres_dist fetch --model tf_efficientnet_b0.ns_jft_in1k" in done.stdout
-    failed = (tmp_path / "runs" / "b0-64" / "FAILED").read_text()
+    failed = (tmp_path / "runs" / "b0-64-own_classes" / "FAILED").read_text()
     assert "cannot be reached" in failed
     assert "Next: python launch/submit.py" in failed
     assert json.loads((tmp_path / "runs" / "b0-64" / "state.json").read_text())["state"] == "failed"
