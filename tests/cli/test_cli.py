@@ -338,7 +338,7 @@ def test_offline_weights_name_the_command_that_fetches_them(tmp_path: Path, phot
     failed = (tmp_path / "runs" / "b0-64-own_classes" / "FAILED").read_text()
     assert "cannot be reached" in failed
     assert "Next: python launch/submit.py" in failed
-    assert json.loads((tmp_path / "runs" / "b0-64" / "state.json").read_text())["state"] == "failed"
+    assert json.loads((tmp_path / "runs" / "b0-64-own_classes" / "state.json").read_text())["state"] == "failed"
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from fixres_dist.base.commands import FORM, LAUNCH, command
 from fixres_dist.cli import main as cli
 from fixres_dist.cli.main import COMMANDS, main
 
-NO_COMMANDS = {"__init__", "main", "arguments", "as_job", "command_job", "settings", "submission"}  # other files of cli/
+NO_COMMANDS = {"__init__", "main", "arguments", "as_job", "command_job", "settings", "submission"}  # no commands
 
 
 @pytest.fixture(autouse=True)
