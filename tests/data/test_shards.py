@@ -132,7 +132,7 @@ def member(name: str, content: bytes = b"0", kind: bytes = tarfile.REGTYPE) -> t
     [
         (member("../../outside.jpg"), "points outside"),
         (member("/etc/outside.jpg"), "points outside"),
-        (member("class_0/link.jpg", kind=tarfile.SYMTYPE), "a link or device"),
+        (member("class_0/link.jpg", kind=tarfile.SYMTYPE), "a link, device or sparse file"),
         (member("class_0/lonely.jpg"), "without its label"),
         (member("class_0/x.cls", b"seven"), "torn or no tar"),
         (member("class_0/x.cls", b"-1"), "holds label -1 in 'class_0/x.cls'"),
@@ -157,7 +157,7 @@ def test_class_names_that_are_no_list_are_refused(sharded: Path, text: str) -> N
 
 
 def test_an_unreadable_shard_is_not_called_torn(sharded: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: object) -> None:
+    def refuse(*_: object, **__: object) -> None:
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(shards.tarfile, "open", refuse)
