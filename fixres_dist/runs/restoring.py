@@ -29,7 +29,8 @@ def resume(
     found = complete(folder)
     newest = progress_of(found[-1]) if found else None
     if newest and newest.stage == start.stage:
-        return restore(found[-1], model, names, optimizer, fingerprint, ema, newest.step > start.step), True
+        taken = newest.step - start.step - newest.loss_scale.get("skipped", 0)  # an overflow skips the optimizer's step
+        return restore(found[-1], model, names, optimizer, fingerprint, ema, taken > 0), True
     return replace(start, seconds=newest.seconds if newest else 0.0), False
 
 
@@ -42,7 +43,7 @@ def restore(
     ema: nn.Module | None = None,
     stepped: bool = True,
 ) -> Progress:
-    """Load a checkpoint into `model`, `optimizer` and the moving average `ema`, in place. `stepped`: the stage has done steps.
+    """Load a checkpoint into `model`, `optimizer` and the moving average `ema`, in place. `stepped`: the optimizer has taken steps.
 
     Raises Damaged, and UserError that names the differences if the fingerprint is of another configuration, data set or trunk.
     """

@@ -10,7 +10,7 @@ import timm
 from safetensors.torch import save_file
 
 from fixres_dist.base.errors import UserError
-from fixres_dist.cli import submission
+from fixres_dist.cli import settings
 from fixres_dist.config import recipes
 from fixres_dist.config.schema import Model
 from fixres_dist.models import sizes
@@ -60,7 +60,7 @@ def test_a_file_of_ours_says_what_it_was_made_at(tmp_path: Path) -> None:
 def resolutions(name: str, **sections: dict[str, object]) -> tuple[object, object]:
     recipe = recipes.find(name)
     values = {**recipe.values, **{key: {**recipe.values.get(key, {}), **section} for key, section in sections.items()}}
-    found = submission.with_resolutions(values, recipe)
+    found = settings.with_resolutions(values, recipe)
     return found["data"]["res"], found.get("pretrain", {}).get("res")
 
 

@@ -182,6 +182,21 @@ def test_a_checkpoint_of_an_older_version_is_resumed_and_one_that_is_not_whole_i
             restored(path, {})
 
 
+def test_steps_that_overflows_skipped_leave_no_momenta(tmp_path: Path) -> None:
+    model, optimizer = pair()
+    optimizer.state.clear()
+    with checkpoint.Writer(tmp_path, nothing) as writer:
+        writer.save(model, NAMES, optimizer, checkpoint.Progress(2, "fix", loss_scale={"skipped": 2}), {})
+        writer.wait()
+    start = checkpoint.Progress(0, "fix")
+    assert restoring.resume(tmp_path, start, model, NAMES, optimizer, {})[1]
+    with checkpoint.Writer(tmp_path, nothing) as writer:
+        writer.save(model, NAMES, optimizer, checkpoint.Progress(3, "fix", loss_scale={"skipped": 2}), {})
+        writer.wait()
+    with pytest.raises(Damaged, match="momenta are missing"):
+        restoring.resume(tmp_path, start, model, NAMES, optimizer, {})
+
+
 def test_equal_tensors_are_equal_files(tmp_path: Path) -> None:
     """The header's texts have an order of their own in every file that safetensors writes."""
     files = [tmp_path / f"{k}.safetensors" for k in range(8)]
