@@ -15,6 +15,8 @@ from support.commands import ROOT, environment, run, tiny
 from fixres_dist.base.small_files import read_lines
 from fixres_dist.base.watchdog import reason
 from fixres_dist.cluster import status
+from fixres_dist.config.schema import Config
+from fixres_dist.runs import rundir
 from fixres_dist.runs.rundir import RunDir
 from fixres_dist.runs.states import Event, State
 
@@ -96,7 +98,7 @@ with watching(lambda: 1.0, lambda idle_s: looked.release(), lambda place, limit:
 
 def test_status_tells_that_nothing_progresses(tmp_path: Path) -> None:
     here = RunDir(tmp_path / "run")
-    here.root.mkdir()
+    rundir.write(here.root, Config(), "test")
     here.update_state(Event.STARTED, eta_s=100.0, images_per_second=50.0, job_id="local-1")
     here.progress.touch()
     with here.lock():
