@@ -36,9 +36,8 @@ class Model:
     name: str = ""  # recipe (b0 .. b8, l2, demo) or any timm model name
     timm_name: str = ""  # what timm builds; follows from name and weights
     weights: str = "pretrained"  # ns | ap | pretrained | none | a file (safetensors, or a plain torch state dict)
-    checkpoint_key: str = (
-        ""  # of a file with several models: entry or prefix, such as state_dict; empty: averaged first
-    )
+    # Of a file with several models: the entry or prefix of one, such as state_dict; empty: averaged weights first
+    checkpoint_key: str = ""
     num_classes: int = 0  # 0: as many as the data set has
 
     def __post_init__(self) -> None:
@@ -140,12 +139,8 @@ class Pretrain(Tune):
     train_transform: Transform = "random_resized_crop"
     # sgd: as in the fixing stage; the others are timm's, which leave norms and biases out of weight decay
     optimizer: Optimizer = "sgd"
-    layer_decay: float = (
-        1.0  # a layer's learning rate over that of the next one (timm's layer-wise decay); 1: all equal
-    )
-    ema_decay: float = (
-        0.0  # end with the weights' moving average (timm's ModelEmaV3, with its warm-up); 0: the last ones
-    )
+    layer_decay: float = 1.0  # a layer's learning rate over the next one's (timm's layer-wise decay); 1: all equal
+    ema_decay: float = 0.0  # end with the weights' moving average (timm's ModelEmaV3, warmed up); 0: the last ones
     mixup: float = 0.0  # alpha of mixup (arXiv 1710.09412); 0: none
     cutmix: float = 0.0  # alpha of CutMix (arXiv 1905.04899); with both, each step draws which
     rand_augment: str = ""  # timm's notation, such as rand-m9-mstd0.5-inc1, instead of colour jitter; empty: none
