@@ -21,12 +21,13 @@ from fixres_dist.runs.states import UNFINISHED, Event, State
 
 KINDS = ("slurm", "local", "inline")
 SETTING = re.compile(rf"pretrain=none$|({'|'.join(get_type_hints(Config))})\.\w+=")
-EXAMPLES = ("b0-320", "b0-320 cluster.exclude=n7", "b0-320 --nodes 1-4 --runs-dir /scratch/runs")
+EXAMPLES = ("b0-320", "b0-320 cluster.exclude=n7", "b0-320 --nodes 1-4 --gpus-per-node 4 --runs-dir /scratch/runs")
 
 
 def add_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument("name", metavar="NAME", help="a run, or a grid or table; more may follow")
     p.add_argument("--nodes", metavar="N", help="a number, or MIN-MAX; default: as before")
+    p.add_argument("--gpus-per-node", metavar="G", help="ranks per node; default: as before")
     p.add_argument("--cluster", choices=KINDS, help="default: as before")
     add_runs_dir(p)
     add_accept_change(p)
@@ -49,8 +50,9 @@ def run(args: argparse.Namespace) -> int:
 
 
 def resume(run: RunDir, args: argparse.Namespace, settings: list[str]) -> int:
-    nodes = [f"cluster.nodes={args.nodes}"] if args.nodes else []
-    values = reading.merge(asdict(run.config()), reading.overrides([*nodes, *settings]))
+    given = {"cluster.nodes": args.nodes, "cluster.gpus_per_node": args.gpus_per_node}
+    where = [f"{key}={value}" for key, value in given.items() if value]
+    values = reading.merge(asdict(run.config()), reading.overrides([*where, *settings]))
     config = reading.parse(Config, recipes.with_absolute_paths(values))
     submission.check(run, config)
     submitted = [
@@ -61,7 +63,7 @@ def resume(run: RunDir, args: argparse.Namespace, settings: list[str]) -> int:
         return EXIT_DONE
     starts.check(run, config.data, args.accept_change)
     if kind == "local":
-        gpus.check(config.cluster.gpus_per_node, f"{run.command('resume')} cluster.gpus_per_node=")
+        gpus.check(config.cluster.gpus_per_node, f"{run.command('resume')} --gpus-per-node ")
     if kind == "slurm":
         submission.check_slurm(config, run)
     with contextlib.ExitStack() as owned:

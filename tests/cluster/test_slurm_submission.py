@@ -153,7 +153,8 @@ def test_drained_nodes_are_waited_for(
     assert submit(tmp_path, data, "--nodes", 2) == 0
     if command == "resume":
         capsys.readouterr()
-        assert main(["resume", "r", "--runs-dir", str(tmp_path / "runs")]) == 0
+        assert main(["resume", "r", "--gpus-per-node", "4", "--runs-dir", str(tmp_path / "runs")]) == 0
+        assert "#SBATCH --gpus-per-node=4" in (folder / "sbatch.text").read_text()
     said = capsys.readouterr()
     assert "Requested node configuration is not available; out of service: n1. The job is queued" in said.err
     assert "submitted r as job 7" in said.out
