@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -27,8 +27,16 @@ class Tracker:
     """
 
     def __init__(
-        self, run: RunDir, config: Config, first_step: int, total_steps: int, resumed: bool, again: Sequence[str] = ()
+        self,
+        run: RunDir,
+        config: Config,
+        first_step: int,
+        total_steps: int,
+        resumed: bool,
+        again: Sequence[str] = (),
+        evaluations_left: Callable[[int], int] = lambda step: 0,
     ) -> None:
+        self.evaluations_left, self.evaluated_s = evaluations_left, list[float]()
         self.run, self.first_step, self.total_steps, self.opened = run, first_step, total_steps, time.monotonic()
         damaged = keep_lines(
             run.metrics,
@@ -58,7 +66,10 @@ class Tracker:
 
     def step(self, step: int, stage: str, epoch: float, values: dict[str, float]) -> None:
         """Log the steps up to `step`, and the time left; `values` are the train/ scalars, `epoch` may be a fraction."""
-        eta_s = (self.total_steps - step) * (time.monotonic() - self.opened) / (step - self.first_step)
+        trained_s = time.monotonic() - self.opened - sum(self.evaluated_s)
+        eta_s = (self.total_steps - step) * trained_s / (step - self.first_step)
+        if self.evaluated_s:
+            eta_s += self.evaluations_left(step) * sum(self.evaluated_s) / len(self.evaluated_s)
         line = {"step": step, "stage": stage, "epoch": round(epoch, 4), **values, "time": time.time()}
         append(self.run.metrics, line)
         self.scalars(line)
@@ -76,8 +87,9 @@ class Tracker:
             self.bar.update(step - self.bar.n)
             self.bar.set_postfix_str(text)
 
-    def evaluation(self, step: int, label: str, res: int, summary: Summary) -> None:
-        """Log an evaluation at `res` pixels."""
+    def evaluation(self, step: int, label: str, res: int, summary: Summary, seconds: float) -> None:
+        """Log an evaluation at `res` pixels, which took `seconds`."""
+        self.evaluated_s.append(seconds)
         line = {"step": step, "evaluation": label, "res": res, **asdict(summary), "time": time.time()}
         append(self.run.metrics, line)
         self.scalars(line)

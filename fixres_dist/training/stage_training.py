@@ -30,7 +30,7 @@ from fixres_dist.training.partial import Partial
 from fixres_dist.training.predictions import Predictions
 from fixres_dist.training.session import Session
 from fixres_dist.training.stage_session import StageSession
-from fixres_dist.training.stages import Stage, other_sizes
+from fixres_dist.training.stages import Stage, evaluations_left, other_sizes, stages
 from fixres_dist.training.throughput import Meter
 
 END = {"head": "head", "pretrain": "pretrained", "fix": "after"}  # the evaluation after a stage's last step
@@ -88,6 +88,7 @@ class Training:
 
     def evaluate(self, label: str) -> Predictions:
         """Of the validation images as the model is now; leaves the model ready to train. Raises Stopped."""
+        began = time.monotonic()
         with self.averaged():
             predictions = self.work.evaluate(label, self.partial("epoch" if self.progress.pending else label, label))
         summary = predictions.summary()
@@ -95,7 +96,7 @@ class Training:
             raise self.diverged(f"the loss of the evaluation ({label}) is {summary.loss}")
         self.set_modes()
         if self.tracker:
-            self.tracker.evaluation(self.progress.step, label, self.work.stage.res, summary)
+            self.tracker.evaluation(self.progress.step, label, self.work.stage.res, summary, time.monotonic() - began)
         return predictions
 
     def measure_other_sizes(self) -> None:
@@ -184,7 +185,9 @@ def open_stage(run: RunDir, session: Session, stage: Stage, total_steps: int, wr
     work = StageSession(auto_batch.with_batch(session, stage, parts, optimizer, scale), stage, parts)
     main = session.ranks.is_main
     again = (progress.pending, END[stage.name]) if resumed else ("before", OTHER_SIZE)
-    tracker = Tracker(run, session.config, progress.step, total_steps, resumed, again) if main else None
+    every = stages(session.config, len(session.train))
+    left = partial(evaluations_left, every, session.config.run.eval_every)
+    tracker = Tracker(run, session.config, progress.step, total_steps, resumed, again, left) if main else None
     saved = progress.step if resumed else -1
     return Training(
         *(run, work, optimizer, scale, fingerprint, progress, resumed, tracker, writer, ema),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fixres_dist.config.schema import Config, Pretrain, Tune
@@ -83,6 +84,17 @@ def stages(config: Config, n: int) -> list[Stage]:
         *found,
         Stage("fix", config.tune, config.data.res, config.data.train_transform, first, n, 2 * config.run.seed),
     ]
+
+
+def evaluations_left(found: Sequence[Stage], eval_every: int, step: int) -> int:
+    """Evaluations of val that follow when `step` steps are done: on the way, at each stage's end, and before fixing."""
+    left = 0
+    for stage in found:
+        if step <= stage.stop:
+            done = max(0, step - stage.first) // stage.per_epoch
+            left += sum(1 for epoch in range(done + 1, stage.tune.epochs) if eval_every and epoch % eval_every == 0)
+            left += 1 + (stage.name == "fix" and step <= stage.first)
+    return left
 
 
 def other_sizes(config: Config, own: Sizes) -> dict[int, str]:

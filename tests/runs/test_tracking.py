@@ -54,10 +54,10 @@ def run(tmp_path: Path) -> RunDir:
     run = RunDir(tmp_path)
     first = tracker(run)
     first.step(5, "pretrain", 0.5, VALUES)
-    first.evaluation(10, "pretrained", 128, SUMMARY)
+    first.evaluation(10, "pretrained", 128, SUMMARY, 1.0)
     first.close()
     second = tracker(run, 10)
-    second.evaluation(10, "before", 160, SUMMARY)
+    second.evaluation(10, "before", 160, SUMMARY, 1.0)
     for step in (11, 13, 15):
         second.step(step, "fix", (step - 10) / 10, VALUES | {"loss": float(step)})
     second.close()
@@ -124,11 +124,22 @@ def test_state_and_console_tell_speed_and_time_left(run: RunDir, capsys: pytest.
     assert state.eta_s is not None
     log = tracker(run, 15, resumed=True)
     log.step(16, "fix", 0.6, VALUES | {"memory_gib": 1.5})
-    log.evaluation(20, "after", 160, SUMMARY)
+    log.evaluation(20, "after", 160, SUMMARY, 1.0)
     log.close()
     told = capsys.readouterr().out
     assert "step 16/20 80% | fix | loss 0.500 | lr 1.00e-03 | 100 img/s | data 3% | mem 1.5 GiB | eta " in told
     assert "evaluation (after, 160 px): top-1 70.00 | top-5 90.00 | loss 1.2500 | n 33" in told
+
+
+def test_the_time_left_knows_the_evaluations_that_follow(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr("fixres_dist.runs.tracking.time.monotonic", lambda: now[0])
+    log = Tracker(run, Config(), 15, 20, True, evaluations_left=lambda step: 2)
+    now[0] += 60 + 10
+    log.evaluation(15, "before", 160, SUMMARY, 60.0)
+    log.step(16, "fix", 0.6, VALUES)
+    assert run.state().eta_s == 4 * 10 + 2 * 60
+    log.close()
 
 
 def test_curves_and_histograms_stand_in_a_sub_run(tmp_path: Path) -> None:

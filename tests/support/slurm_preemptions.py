@@ -71,6 +71,8 @@ class SpiedJob:
             values = {"nodes": os.environ["SLURM_JOB_NODELIST"], "job": os.environ["SLURM_JOB_ID"]}
             values["signal"] = "USR2" if (run / "user-signal").exists() else "TERM"
             command = [word.format(**values) for word in HOW[stop.how]]
+            # This command is a process of the step too: the signal that it sends must not end it.
+            command = ["sh", "-c", 'trap "" USR2 TERM; exec "$@"', "sh", *command]
             subprocess.run(command, env=slurm_here_environment(), check=True, capture_output=True)
             deadline = time.monotonic() + HEAR_S
             while not flag.signal:

@@ -6,7 +6,7 @@ import pytest
 
 from fixres_dist.config import reading
 from fixres_dist.config.schema import Config
-from fixres_dist.training.stages import batch_per_device, stages
+from fixres_dist.training.stages import batch_per_device, evaluations_left, stages
 
 
 def configured(*items: str) -> Config:
@@ -53,6 +53,15 @@ def test_steps_and_images_add_up_over_both_stages() -> None:
     assert [second.batch_size(s) for s in range(9, 13)] == [16, 9, 16, 9]
     assert [second.images_until(s) for s in (9, 10, 11, 13)] == [0, 16, 25, 50]
     assert first.seed != second.seed
+
+
+def test_evaluations_that_follow() -> None:
+    """Stage one of 3 epochs of 3 steps, fixing of 2 of 2: after epochs 1 and 2, stage one's end, before, epoch 1, after."""
+    found = stages(
+        configured("pretrain.epochs=3", "pretrain.global_batch=10", "tune.epochs=2", "tune.global_batch=16"), 25
+    )
+    assert [evaluations_left(found, 1, step) for step in (0, 3, 6, 9, 11, 13)] == [6, 5, 4, 4, 1, 1]
+    assert [evaluations_left(found, 0, step) for step in (0, 9, 13)] == [3, 3, 1]
 
 
 def test_pixels_of_a_forward_stay_about_constant() -> None:
