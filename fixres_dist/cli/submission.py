@@ -137,9 +137,8 @@ def start_here(run: RunDir, config: Config, kind: str) -> int:
     """Work on the run to its end, in this process (`inline`) or in several (`local`); returns the exit code."""
     os.environ.setdefault("PYTHONUNBUFFERED", "1")  # a rank's log is followed as it is written
     write_demo(config)
-    text = jobs.sbatch_text(
-        replace(config, cluster=replace(config.cluster, mem=node_memory.WHOLE)), run
-    )  # Slurm need not be asked
+    whole = replace(config, cluster=replace(config.cluster, mem=node_memory.WHOLE))  # Slurm need not be asked
+    text = jobs.sbatch_text(whole, run)
     write_text(run.submission, text, private=reading.has_secrets(config))
     # These ranks are the command's own: not those of the job, srun or torchrun in which it was typed.
     with jobs.clean_environment(), contextlib.ExitStack() as stack:

@@ -125,9 +125,8 @@ def start(targets: list[Target], kind: str, args: argparse.Namespace) -> int:
     """Prepare the run directories of the runs that need a job, and start them."""
     with contextlib.ExitStack() as owned:
         with contextlib.ExitStack() as stack:
-            for (
-                target
-            ) in targets:  # of two submissions of one run, the second waits here, then finds the first one's job
+            # Of two submissions of one run, the second waits here, then finds the first one's job.
+            for target in targets:
                 target.run.root.mkdir(parents=True, exist_ok=True)
                 stack.enter_context(target.run.lock(".submit.lock", wait_s=60))
             targets = [target for target in targets if not submission.needs_no_job(target.run)]

@@ -15,11 +15,11 @@ import threading
 import time
 from pathlib import Path
 
-from fixres_dist.base.errors import StorageError, UserError, printable
+from fixres_dist.base.errors import printable
 from fixres_dist.base.secrets import redacted
 from fixres_dist.base.small_files import read_lines
+from fixres_dist.cluster import status
 from fixres_dist.config.schema import Cluster
-from fixres_dist.runs.results import OTHER_SIZE, Results
 from fixres_dist.runs.rundir import RunDir
 from fixres_dist.runs.states import Event
 
@@ -58,7 +58,8 @@ def tell(run: RunDir, most_s: float = LIMIT_S, log: Path | None = None) -> None:
 def variables(run: RunDir, cluster: Cluster, state: str, reason: str) -> dict[str, str]:
     """What the command gets in its environment, as slurm/README.md has it. The reason is one line without secrets."""
     why = run.state().reason if state == Event.REQUEUED else reason  # the state's: with signal and step
-    top1 = newest_top1(run)
+    result, _ = status.verdict(run)
+    top1 = result.after.top1 if result else status.newest_top1(run)[0]
     return {
         "FIXRES_RUN": run.name,
         "FIXRES_STATE": state,
@@ -66,16 +67,6 @@ def variables(run: RunDir, cluster: Cluster, state: str, reason: str) -> dict[st
         "FIXRES_TOP1": "" if top1 is None else f"{top1:.2f}",
         "FIXRES_DIRECTORY": str(run.root.resolve()),
     }
-
-
-def newest_top1(run: RunDir) -> float | None:
-    """Of the results, or else of the newest evaluation at the test resolution."""
-    with contextlib.suppress(UserError, StorageError):
-        return Results.read(run).after.top1
-    with contextlib.suppress(UserError, StorageError):
-        lines = read_lines(run.metrics, evaluation=str, top1=float)
-        return next((float(x["top1"]) for x in reversed(lines) if x["evaluation"] != OTHER_SIZE), None)
-    return None
 
 
 def call(command: str, values: dict[str, str], run: RunDir, most_s: float) -> tuple[int | None, str]:

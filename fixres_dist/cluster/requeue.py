@@ -127,9 +127,8 @@ def write_requeued(run: RunDir, counted_as: str, what: str, details: Mapping[str
     run.update_state(Event.REQUEUED, reason=f"{counted_as}: {what}", eta_s=None, restarts=restarts, **changes)
     run.event(Event.REQUEUED, reason=counted_as, **details)
     with contextlib.suppress(UserError):
-        notify.tell(
-            run, min(notify.LIMIT_S, run.config().cluster.signal_delay_s / 10)
-        )  # of the time to a stop's deadline
+        # A tenth of the time to a stop's deadline, at most.
+        notify.tell(run, min(notify.LIMIT_S, run.config().cluster.signal_delay_s / 10))
 
 
 def ended(run: RunDir, code: int) -> None:

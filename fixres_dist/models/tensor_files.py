@@ -61,8 +61,6 @@ def load(path: Path, next_step: str) -> tuple[Tensors, str]:
             raise ValueError(DIFFERS)
     except FileNotFoundError:
         raise
-    except (
-        Exception
-    ) as error:  # safetensors raises an exception of its own for its format, torch others for its contents
+    except Exception as error:  # safetensors has one of its own for its format, torch others for its contents
         raise Damaged(path, first_line(error), next_step) from None
     return tensors, kept

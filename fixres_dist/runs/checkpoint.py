@@ -131,9 +131,8 @@ class Writer:
 def write(folder: Path, tensors: Tensors, progress: Progress, fingerprint: dict[str, Any]) -> None:
     """Write step_NNNNNNNN/ into `folder`, whole or not at all, then delete checkpoints that are no longer kept."""
     final = folder / f"step_{progress.step:08d}"
-    if (
-        progress.stage == "fix" and stage_of(final) == "pretrain"
-    ):  # of the same step: pretrained.safetensors can be made of it
+    # One of stage one at the same step stays: pretrained.safetensors can be made of it.
+    if progress.stage == "fix" and stage_of(final) == "pretrain":
         remove(stage_end(folder, progress.step))
         os.replace(final, stage_end(folder, progress.step))
     with whole(final) as part:

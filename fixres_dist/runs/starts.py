@@ -18,9 +18,8 @@ from fixres_dist.data.index import cache_file
 from fixres_dist.runs import snapshots
 from fixres_dist.runs.rundir import RunDir
 
-BUILDS_NETWORKS = (
-    "timm"  # another release of it may build another function from the same weights, or prepare pictures otherwise
-)
+# Another release of it may build another function from the same weights, or prepare pictures otherwise.
+BUILDS_NETWORKS = "timm"
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from fixres_dist.base.commands import command
 from fixres_dist.base.files import write_text
@@ -25,10 +24,9 @@ class Task:
     def read(cls, file: Path) -> Task | None:
         """None where there is no such file."""
         try:
-            values = read_json(file, dict[str, Any], "the command again, with --cluster")
+            return read_json(file, cls, "the command again, with --cluster")
         except FileNotFoundError:
             return None
-        return cls(**values | {"words": tuple(values["words"])})
 
     def write(self, file: Path) -> None:
         text = as_json(asdict(self), indent=1) + "\n"

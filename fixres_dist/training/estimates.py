@@ -13,9 +13,8 @@ from fixres_dist.training.stages import Stage, batch_per_device, stages
 
 # An eager EfficientNet is bound by memory traffic; 55 % of the nominal bandwidth is what published A100 timings reach.
 H200_MIB_PER_S = 0.55 * 4.8e12 / 2**20
-CORE_G_PER_S = (
-    10.0  # 1e9 multiply-adds of one CPU core: Lite0 at 224 px with its backward pass, bf16 (docs/own-data.md)
-)
+# 1e9 multiply-adds of one CPU core: Lite0 at 224 px with its backward pass, bf16 (docs/own-data.md).
+CORE_G_PER_S = 10.0
 BACKWARD = 2  # forward passes that a backward pass costs as much as
 # Of the bytes that a forward writes and reads, what a backward pass needs: tensors that autograd saves, counted on the meta
 # device for b0 at 320 px (0.49) and b4 at 380 px (0.48), fp32, timm 1.0.31; and the share of them left by checkpointing

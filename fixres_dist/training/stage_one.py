@@ -14,7 +14,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from fixres_dist.base.files import whole
 from fixres_dist.base.small_files import append, read_json, read_lines, write_json
 from fixres_dist.config import reading
 from fixres_dist.models.weights import state_digest
-from fixres_dist.runs import checkpoint
+from fixres_dist.runs import checkpoint, snapshots
 from fixres_dist.runs.rundir import RunDir
 from fixres_dist.training import results
 from fixres_dist.training.session import Session
@@ -60,15 +60,6 @@ class Trained:
     sha256: str = ""  # of the weights
 
 
-@cache
-def code_digest() -> str:
-    """Of the rooms that decide the result, as this process runs them."""
-    found, package = hashlib.sha256(), Path(__file__).parents[1]
-    for file in sorted(file for room in ROOMS for file in (package / room).rglob("*.py")):
-        found.update(f"{file.relative_to(package)}\n".encode() + file.read_bytes())
-    return found.hexdigest()[:16]
-
-
 def place_of(session: Session) -> Place | None:
     """None where nothing is shared: no cache folder can be written, or every sample of this run is to be recorded."""
     config, ranks, root = session.config, session.ranks, cache_folder(session.config.data.cache) / "stage_one"
@@ -87,7 +78,7 @@ def place_of(session: Session) -> Place | None:
         "arithmetic": [session.arithmetic.name, ranks.device.type, str(session.memory_format), ranks.world_size],
         "run": [run.optimizer, run.activation_checkpointing, run.batch_per_device, run.deterministic, run.compile],
         "versions": {name: installed[name] for name in ("torch", "timm")},
-        "code": code_digest(),
+        "code": snapshots.digest(*(Path(__file__).parents[1] / room for room in ROOMS)),
     }
     name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24]
     folder = root / name

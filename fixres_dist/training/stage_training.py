@@ -52,9 +52,8 @@ class Training:
     ema: ModelEmaV3 | None = None  # the moving average of the weights
     meter: Meter = field(default_factory=Meter)
     saved_step: int = -1  # of the newest checkpoint of this stage
-    tuned_before: tensor_files.Tensors = field(
-        default_factory=dict
-    )  # at the stage's start, where they are measured again
+    # The tuned tensors at the stage's start, where they are measured again.
+    tuned_before: tensor_files.Tensors = field(default_factory=dict)
     opened: float = field(default_factory=time.monotonic)
 
     def say(self, text: str) -> None:
