@@ -14,7 +14,6 @@ import shutil
 from pathlib import Path
 
 from fixres_dist.base.errors import EXIT_DONE, UserError, only_prints
-from fixres_dist.base.secrets import redacted
 from fixres_dist.cli import submission
 from fixres_dist.cluster import gpus, jobs
 from fixres_dist.config.schema import Config
@@ -106,9 +105,6 @@ def prepare(run: RunDir, config: Config, task: Task, passes: int) -> None:
 
 
 def dry_run(run: RunDir, config: Config) -> int:
-    text = jobs.sbatch_text(config, run)
-    said = jobs.ask_slurm(text, config.cluster) if jobs.default_cluster() == "slurm" else ""
     print(f"{run.root}: {run.root.name} on {config.cluster.nodes} node(s) x {config.cluster.gpus_per_node}")
-    print(f"\n# what sbatch would get\n{redacted(text, config.cluster.env)}")
-    print(f"\n# Slurm says: {said or 'nothing here (sbatch --test-only got no answer)'}")
+    submission.print_sbatch(config, [run])
     return EXIT_DONE

@@ -10,6 +10,7 @@ from dataclasses import replace
 
 from fixres_dist.base.errors import EXIT_DONE, UserError
 from fixres_dist.base.files import owner, write_text
+from fixres_dist.base.secrets import redacted
 from fixres_dist.cli.command_job import CommandJob
 from fixres_dist.cluster import jobs, local, node_memory, notify, slurm, status
 from fixres_dist.config import reading, recipes
@@ -69,6 +70,14 @@ def check_slurm(config: Config, *runs: RunDir, at_once: int = 0) -> None:
         notes.append(f"of this shell, sbatch does not get {' '.join(left_out)}: the run's settings count")
     for note in [*([said] if "is queued" in said else []), *notes]:
         print(f"note: {note}", file=sys.stderr)
+
+
+def print_sbatch(config: Config, runs: Sequence[RunDir], at_once: int = 0) -> None:
+    """What a job asks of memory, the text that sbatch would get, without secrets, and what Slurm says of it."""
+    text = jobs.sbatch_text(config, *runs, at_once=at_once)
+    said = jobs.ask_slurm(text, config.cluster) if jobs.default_cluster() == "slurm" else ""
+    print(f"{node_memory.note(config.cluster)}\n\n# what sbatch would get\n{redacted(text, config.cluster.env)}")
+    print(f"\n# Slurm says: {said or 'nothing here (sbatch --test-only got no answer)'}")
 
 
 def needs_no_job(run: RunDir) -> bool:

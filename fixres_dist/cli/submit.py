@@ -16,7 +16,7 @@ from fixres_dist.base.text import table
 from fixres_dist.cli import submission
 from fixres_dist.cli.arguments import add_accept_change, add_overrides, add_profile, add_runs_dir
 from fixres_dist.cli.settings import Settings, settle
-from fixres_dist.cluster import grid, jobs, node_memory
+from fixres_dist.cluster import grid, jobs
 from fixres_dist.cluster.gpus import check as check_gpus
 from fixres_dist.cluster.gpus import visible
 from fixres_dist.config import reading, recipes
@@ -104,12 +104,7 @@ def dry_run(targets: list[Target], at_once: int) -> int:
     if len(targets) > 1:
         print("\n".join(plan.several([(t.run.root, t.config, t.recipe.facts) for t in targets])))
     for group in same_job(targets):
-        text = jobs.sbatch_text(group[0].config, *(t.run for t in group), at_once=at_once)
-        said = jobs.ask_slurm(text, group[0].config.cluster) if jobs.default_cluster() == "slurm" else ""
-        print(
-            f"{node_memory.note(group[0].config.cluster)}\n\n# what sbatch would get\n{redacted(text, group[0].config.cluster.env)}"
-        )
-        print(f"\n# Slurm says: {said or 'nothing here (sbatch --test-only got no answer)'}")
+        submission.print_sbatch(group[0].config, [target.run for target in group], at_once)
     return EXIT_DONE
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -61,11 +62,9 @@ def restore(
     if odd := misfit(saved.tensors, model, names, optimizer, ema, stepped):
         raise Damaged(path, odd, way_round(path))
     parameters = dict(model.named_parameters())
-    for module, tensors in ((model, saved.tensors.head), (ema, saved.tensors.ema)):
-        state = module.state_dict() if module else {}
-        with torch.no_grad():
-            for name, value in tensors.items() if module else ():
-                state[name].copy_(value)
+    put_tensors(model, saved.tensors.head)
+    if ema:
+        put_tensors(ema, saved.tensors.ema)
     for name, value in saved.tensors.optimizer.items():
         key, _, parameter = name.partition(":")
         if parameter.startswith("#"):  # of a group: a whole number, or a tensor on the group's device (LAMB)
@@ -74,6 +73,22 @@ def restore(
         else:  # torch counts steps on the CPU
             optimizer.state[parameters[parameter]][key] = value if key == "step" else like(parameters[parameter], value)
     return saved.progress
+
+
+@torch.no_grad()
+def put_tensors(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Copy tensors into the model's of the same names, in place."""
+    state = model.state_dict()
+    for name, value in tensors.items():
+        state[name].copy_(value)
+
+
+def exchange(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The same; returns a copy of those that were there."""
+    state = model.state_dict()
+    before = {name: state[name].detach().clone() for name in tensors}
+    put_tensors(model, tensors)
+    return before
 
 
 def like(parameter: torch.Tensor, value: torch.Tensor) -> torch.Tensor:

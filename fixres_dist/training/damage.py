@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
-
-import torch
 
 from fixres_dist.base.files import sweep
 from fixres_dist.base.small_files import Damaged, put_aside
 from fixres_dist.config.schema import Config
 from fixres_dist.models import tensor_files, weights
 from fixres_dist.runs import checkpoint
+from fixres_dist.runs.restoring import put_tensors
 from fixres_dist.runs.rundir import RunDir
 from fixres_dist.training import results
 from fixres_dist.training.predictions import Predictions
@@ -73,13 +71,3 @@ def lacks_before(run: RunDir, config: Config) -> bool:
     """Whether what was measured before fixing is not there, because it was damaged."""
     wanted = [results.predictions_file(run, "before"), *([] if config.pretrain else [run.head_before])]
     return not all(file.exists() for file in wanted)
-
-
-def put_tensors(model: torch.nn.Module, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Copy tensors into the model's, in place; returns a copy of those that were there."""
-    state: dict[str, Any] = model.state_dict()
-    before = {name: state[name].detach().clone() for name in tensors}
-    with torch.no_grad():
-        for name, value in tensors.items():
-            state[name].copy_(value)
-    return before

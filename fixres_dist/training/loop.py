@@ -17,11 +17,11 @@ from fixres_dist.base.signals import Stopped
 from fixres_dist.models.parts import described, frozen_digest
 from fixres_dist.models.weights import write_tensors, write_weights
 from fixres_dist.runs import checkpoint
+from fixres_dist.runs.restoring import exchange, put_tensors
 from fixres_dist.runs.rundir import RunDir
 from fixres_dist.runs.states import Event
 from fixres_dist.training import auto_batch, class_order, compiled_code, results, samples
 from fixres_dist.training.cache.build import open_stores
-from fixres_dist.training.damage import put_tensors
 from fixres_dist.training.session import Session
 from fixres_dist.training.stage_training import END, Training, open_stage
 from fixres_dist.training.stages import Stage, stages
@@ -108,7 +108,7 @@ def measure(training: Training, startup: StartUp) -> None:
 def measure_before_again(training: Training) -> None:
     """Where head_before.safetensors or predictions/before.npz was damaged: both again, of the tuned tensors at the start."""
     work, run, model = training.work, training.run, training.work.session.model
-    now = put_tensors(model, training.tuned_before)
+    now = exchange(model, training.tuned_before)
     if training.tracker and not work.session.config.pretrain:
         write_tensors(model, run.head_before, work.parts.tuned.tensors)
     training.keep("before", work.evaluate("before, again", training.partial("before-again")))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -69,21 +69,24 @@ class Training:
         if not self.ema:
             yield
             return
-        state, mean = self.work.session.model.state_dict(), self.ema.module.state_dict()
-        kept = {name: state[name].clone() for name in self.work.parts.tuned.tensors}
-        copy_into(state, mean, kept)
+        model = self.work.session.model
+        kept = restoring.exchange(model, self.mean(self.ema))
         try:
             yield
         finally:
-            copy_into(state, kept, kept)
+            restoring.put_tensors(model, kept)
+
+    def mean(self, ema: ModelEmaV3) -> tensor_files.Tensors:
+        """The tuned tensors' moving average."""
+        found = ema.module.state_dict()
+        return {name: found[name] for name in self.work.parts.tuned.tensors}
 
     def average(self, done: int, last: bool) -> None:
         """Take the weights after `done` steps into their moving average; the `last` ones become it."""
         if self.ema:
             self.ema.update(self.work.session.model, step=done - self.work.stage.first)
             if last:
-                names = self.work.parts.tuned.tensors
-                copy_into(self.work.session.model.state_dict(), self.ema.module.state_dict(), names)
+                restoring.put_tensors(self.work.session.model, self.mean(self.ema))
 
     def evaluate(self, label: str) -> Predictions:
         """Of the validation images as the model is now; leaves the model ready to train. Raises Stopped."""
@@ -149,12 +152,6 @@ class Training:
             tensors = self.work.parts.tuned.tensors
             mean = self.ema.module if self.ema else None
             self.writer.save(self.work.session.model, tensors, self.optimizer, now, self.fingerprint, mean)
-
-
-@torch.no_grad()
-def copy_into(state: Mapping[str, torch.Tensor], values: Mapping[str, torch.Tensor], names: Iterable[str]) -> None:
-    for name in names:
-        state[name].copy_(values[name])
 
 
 def open_stage(run: RunDir, session: Session, stage: Stage, total_steps: int, writer: checkpoint.Writer) -> Training:
