@@ -36,6 +36,7 @@ ONE_HOME = {
     "onnxruntime": {"publishing.export"},
     "onnxscript": {"publishing.export"},
     "huggingface_hub": {"publishing.export", "publishing.model_card"},
+    "markdown": {"publishing.html_page"},
 }
 
 
