@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from fixres_dist.data.index import Index
 from fixres_dist.runs.results import Gain, Summary
 from fixres_dist.training import class_order
-from fixres_dist.training.predictions import Calibration, Predictions, calibration
+from fixres_dist.training.calibration import Calibration, calibration
+from fixres_dist.training.predictions import Predictions
 
 
 @dataclass(frozen=True)

@@ -161,4 +161,5 @@ def from_rows(rows: torch.Tensor, index: Index) -> Predictions:
             f"Next: {command('data', 'verify', '--data', index.folder.parent)}"
         )
     loss, confidence = t[:, 4].astype(np.float32), t[:, 5].astype(np.float32)
-    return Predictions(t[:, 1].astype(np.int32), t[:, 2] > 0, t[:, 3] > 0, loss, confidence)
+    labels = index.labels.astype(np.int32)
+    return Predictions(t[:, 1].astype(np.int32), t[:, 2] > 0, t[:, 3] > 0, loss, confidence, labels)

@@ -1,4 +1,4 @@
-"""Predictions per image, and what follows from them: accuracy, paired gain, calibration. No torch."""
+"""Predictions per image, and what follows from them: accuracy and the paired gain. No torch."""
 
 from __future__ import annotations
 
@@ -16,8 +16,6 @@ from fixres_dist.base.commands import command
 from fixres_dist.base.small_files import Damaged
 from fixres_dist.runs.results import Gain, Summary
 
-CALIBRATION_BINS = 15
-
 
 @dataclass(frozen=True)
 class Predictions:
@@ -28,6 +26,7 @@ class Predictions:
     correct5: NDArray[np.bool_]
     loss: NDArray[np.float32]  # cross-entropy without label smoothing
     confidence: NDArray[np.float32]  # softmax of the predicted class; NaN in files of older versions
+    labels: NDArray[np.int32]  # the class it is of; -1 in files of older versions, which do not say
 
     @property
     def counted(self) -> NDArray[np.bool_]:
@@ -49,8 +48,9 @@ class Predictions:
         return paired_gain(before.correct1[both], self.correct1[both], of)
 
     def of_classes(self, columns: Sequence[int]) -> Predictions:
-        """`predicted` as classes of the model, for predictions made from logits restricted to the classes `columns`."""
-        return replace(self, predicted=np.array([*columns, -1], np.int32)[self.predicted])
+        """With classes of the model, for predictions made from logits restricted to the classes `columns`."""
+        of_model = np.array([*columns, -1], np.int32)
+        return replace(self, predicted=of_model[self.predicted], labels=of_model[self.labels])
 
     def save(self, path: Path, sample_list: str) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -68,7 +68,8 @@ class Predictions:
         try:
             a, _ = load_arrays(path, accepted)
             confidence = a["confidence"] if "confidence" in a else np.full(len(a["loss"]), np.nan, np.float32)
-            found = Predictions(a["predicted"], a["correct1"], a["correct5"], a["loss"], confidence)
+            labels = a["labels"] if "labels" in a else np.full(len(a["loss"]), -1, np.int32)
+            found = Predictions(a["predicted"], a["correct1"], a["correct5"], a["loss"], confidence, labels)
             sample_list = a["sample_list"].tobytes().decode()
             if {array.shape for array in vars(found).values()} != {(len(found.loss),)}:
                 raise ValueError("its arrays are not of one length")
@@ -92,26 +93,3 @@ def paired_gain(before: NDArray[np.bool_], after: NDArray[np.bool_], of: int = 1
     errors = 1.96 if of == 1 else NormalDist().inv_cdf(1 - 0.025 / of)
     half = 100 * errors * float(difference.std(ddof=1)) / math.sqrt(len(difference))
     return Gain(round(gain, 4), (round(gain - half, 4), round(gain + half, 4)))
-
-
-@dataclass(frozen=True)
-class Calibration:
-    """Expected calibration error in percentage points, and the mean confidence in percent."""
-
-    ece: float
-    mean_confidence: float
-
-
-def calibration(predictions: Predictions) -> Calibration | None:
-    """None where the predictions have no confidence.
-
-    The error is the distance between accuracy and mean confidence within a bin, averaged over 15 equally wide bins of
-    confidence weighted by their number of images (Guo et al., arXiv 1706.04599).
-    """
-    kept = predictions.counted & np.isfinite(predictions.confidence)
-    if not kept.any():
-        return None
-    confidence, hits = predictions.confidence[kept].astype(np.float64), predictions.correct1[kept]
-    place = np.clip(np.ceil(confidence * CALIBRATION_BINS).astype(int) - 1, 0, CALIBRATION_BINS - 1)
-    gaps = np.abs(np.bincount(place, hits - confidence, CALIBRATION_BINS))
-    return Calibration(round(100 * float(gaps.sum()) / len(hits), 4), round(100 * float(confidence.mean()), 4))

@@ -22,7 +22,8 @@ def doubt(predicted: NDArray[np.integer], labels: NDArray[np.integer], classes: 
     index = Index(Path("val"), tuple(classes), b"", np.zeros(n, np.int64), labels.astype(np.int32), np.ones((n, 2), np.int32),
                   np.zeros(n, np.uint32))  # fmt: skip
     hits = predicted == labels
-    made = Predictions(predicted.astype(np.int32), hits, hits, np.zeros(n, np.float32), np.ones(n, np.float32))
+    loss, confidence = np.zeros(n, np.float32), np.ones(n, np.float32)
+    made = Predictions(predicted.astype(np.int32), hits, hits, loss, confidence, labels.astype(np.int32))
     return class_order.doubt(made, index, range(len(classes)), classes)
 
 

@@ -16,8 +16,10 @@ from fixres_dist.data.index import Index
 from fixres_dist.data.requests import Pictures, Request, every_sample, make_request, whole_batches
 from fixres_dist.evaluation.measures import top1_by_class
 from fixres_dist.runs.results import Gain
+from fixres_dist.training.calibration import Calibration, calibration
+from fixres_dist.training.confusion import macro
 from fixres_dist.training.predict import score_batches
-from fixres_dist.training.predictions import Calibration, Predictions, calibration, paired_gain
+from fixres_dist.training.predictions import Predictions, paired_gain
 from fixres_dist.training.ranks import Ranks
 
 ALONE = Ranks(0, 1, 1, ("here",), torch.device("cpu"))
@@ -68,7 +70,8 @@ def some(n: int, classes: int = 4, seed: int = 0) -> Predictions:
     predicted = rng.integers(0, classes, n).astype(np.int32)
     predicted[::10] = -1
     hits = (rng.random(n) < 0.6) & (predicted >= 0)
-    return Predictions(predicted, hits, hits, rng.random(n, np.float32), rng.random(n, np.float32))
+    labels = np.where(hits, predicted, (predicted + 1) % classes).astype(np.int32)
+    return Predictions(predicted, hits, hits, rng.random(n, np.float32), rng.random(n, np.float32), labels)
 
 
 def test_calibration_error_against_a_loop_over_bins() -> None:
@@ -89,7 +92,7 @@ def test_calibration_error_against_a_loop_over_bins() -> None:
     assert few is not None
     assert few.ece >= 0
     right = np.ones(9, bool)
-    perfect = Predictions(sure.predicted, right, right, sure.loss, right.astype(np.float32))
+    perfect = Predictions(sure.predicted, right, right, sure.loss, right.astype(np.float32), sure.predicted)
     assert calibration(perfect) == Calibration(ece=0.0, mean_confidence=100.0)
 
 
@@ -107,11 +110,12 @@ def test_accuracy_by_class_against_masks() -> None:
 
 def test_predictions_of_older_runs_are_read_and_gains_count_what_both_decoded(tmp_path: Path) -> None:
     found = some(40)
-    kept = {key: value for key, value in vars(found).items() if key != "confidence"}
+    kept = {key: value for key, value in vars(found).items() if key not in ("confidence", "labels")}
     np.savez_compressed(tmp_path / "old.npz", sample_list=np.frombuffer(b"abc", np.uint8), **kept)
     old, sample_list = Predictions.read_with_list(tmp_path / "old.npz")
     assert sample_list == "abc"
     assert calibration(old) is None
+    assert macro(old) is None
     assert old.summary() == found.summary()
     other = some(40, seed=3)
     other.predicted[5] = -1
