@@ -56,7 +56,7 @@ def tell(run: RunDir, most_s: float = LIMIT_S, log: Path | None = None) -> None:
 
 
 def variables(run: RunDir, cluster: Cluster, state: str, reason: str) -> dict[str, str]:
-    """What the command gets in its environment, as slurm/README.md has it. The reason is one line without secrets."""
+    """What the command gets in its environment, as docs/cluster.md has it. The reason is one line without secrets."""
     why = run.state().reason if state == Event.REQUEUED else reason  # the state's: with signal and step
     result, _ = status.verdict(run)
     top1 = result.after.top1 if result else status.newest_top1(run)[0]

@@ -48,7 +48,7 @@ class Model:
 class Data:
     root: str = ""  # directory with train/ and val/, a folder per class in each; or demo, the built-in example
     train_split: str = "train"  # folder below root, or its tar files: a word of their names, or train-{000..146}.tar
-    val_split: str = "val"
+    val_split: str = "val"  # the same, of the images that accuracy is measured on
     labels: str = ""  # list of `name label` lines for images that stand in no class folders; empty: one beside them
     res: int = 224  # test resolution in pixels: the model is fixed for it, and evaluated at it
     resize_rule: ResizeRule = "timm"  # how an image becomes res x res, in tests and in training (docs/method.md)
@@ -63,7 +63,7 @@ class Data:
     max_skipped: int | Literal["auto"] = "auto"
     hw_decoder_load: float = 0.65  # share of the JPEGs that the GPU's decoding engine takes (dali)
     preallocate_width: int = 0  # pixels of the largest photograph, for the GPU decoder's buffers (dali); 0: they grow
-    preallocate_height: int = 0
+    preallocate_height: int = 0  # the same, of its height
     workers: int | Literal["auto"] = "auto"  # loader processes per rank; auto: the CPUs this rank may use; 0: none
     cache: str = ""  # directory of scanned indexes and features; empty: $FIXRES_CACHE or ~/.cache/fixres_dist
 
@@ -88,16 +88,16 @@ class Tune:
     # The last BN's statistics: measured once (exact), by momentum, as they are, or half-way from those to measured ones
     bn_stats: BnStats = "exact"
     bn_stats_images: int = 50_000  # samples that exact statistics are measured on
-    epochs: int = 1
+    epochs: int = 1  # passes over the training images; 0: no step
     global_batch: int = 384  # images per optimizer step over all ranks; divides over 1-4, 6, 8, 12, 16, 24, 32 .. GPUs
     base_lr: float = 1e-3  # before lr_rule
     lr_rule: Literal["fixres", "none"] = "fixres"  # fixres: base_lr * 8 * global_batch / 512, as the original code does
     repeats: int = 1  # views of each drawn sample in an epoch (repeated augmentation); an epoch keeps n draws
     schedule: Literal["step", "cosine"] = "step"  # step: / 10 every decay_epochs; cosine: to zero at the stage's end
-    decay_epochs: int = 30
+    decay_epochs: int = 30  # of schedule=step
     warmup_epochs: float = 0.0  # linear, from zero
-    momentum: float = 0.9
-    weight_decay: float = 1e-4
+    momentum: float = 0.9  # SGD's
+    weight_decay: float = 1e-4  # L2, on what trains
     label_smoothing: float = 0.1  # training loss only; the note gives no value, 0.1 is our choice
     average_epochs: int = 0  # end with the mean of the tuned weights of the last N epochs' ends; 0: the last weights
 
@@ -133,10 +133,10 @@ RAND_AUGMENT = re.compile(r"rand(-(mmax|m|n|inc)\d+|-(mstd|p)\d+(\.\d+)?|-t(weig
 class Pretrain(Tune):
     """Stage one: ordinary training at the training resolution, before the fixing stage."""
 
-    policy: Policy = "all"
-    bn_stats: BnStats = "ema"
+    policy: Policy = "all"  # everything trains
+    bn_stats: BnStats = "ema"  # every BN by momentum
     res: int = 224  # training resolution in pixels
-    train_transform: Transform = "random_resized_crop"
+    train_transform: Transform = "random_resized_crop"  # how stage one augments an image
     # sgd: as in the fixing stage; the others are timm's, which leave norms and biases out of weight decay
     optimizer: Optimizer = "sgd"
     layer_decay: float = 1.0  # a layer's learning rate over the next one's (timm's layer-wise decay); 1: all equal
@@ -189,7 +189,7 @@ class Run:
     feature_cache: str = ""  # directory of the cached engine's files, seen by all ranks; empty: features/ in data.cache
     batch_per_device: int | Literal["auto"] = "auto"  # images per forward of a rank; auto: chosen from the resolution
     log_every: int = 10  # optimizer steps
-    save_every_s: float = 300.0
+    save_every_s: float = 300.0  # seconds between checkpoints
     # With no batch for so long the run is ended and tried again (0: never); three times that before the first step.
     watchdog_s: float = 600.0
     eval_every: int = 1  # epochs; 0: only before and after
@@ -206,14 +206,14 @@ class Run:
 class Cluster:
     nodes: str = "1"  # a number, or MIN-MAX: start with as many as are free
     gpus_per_node: int = 8  # ranks per node; on a node without GPUs: processes
-    cpus_per_task: int = 8
+    cpus_per_task: int = 8  # per rank; decoding needs them
     mem: str = "auto"  # per node, Slurm's units; 0: all of it; auto: the GPUs' share of it, where a node is shared
     time: str = "24:00:00"  # Slurm's format; the job saves, requeues and goes on, so this bounds a start, not the run
-    partition: str = ""
-    account: str = ""
-    qos: str = ""
-    constraint: str = ""
-    exclude: str = ""
+    partition: str = ""  # sbatch's, as the next four; empty: the site's default
+    account: str = ""  # whose time is used
+    qos: str = ""  # quality of service, which may bound time and jobs
+    constraint: str = ""  # features that a node must have, such as h200
+    exclude: str = ""  # nodes to avoid, such as n7,n12
     signal_delay_s: int = 120  # warning before the time limit; must cover one step and one save
     max_restarts: int = 20  # after failures; preemptions and time limits are not counted
     env: Mapping[str, str] = field(default_factory=dict)  # exported in the job, e.g. NCCL_SOCKET_IFNAME
@@ -221,7 +221,7 @@ class Cluster:
     srun_args: tuple[str, ...] = ()  # e.g. --container-image=..., --container-mounts=...
     # Any other option of sbatch by its long name, e.g. {reservation: maint, gres: "gpu:h100:8"}; true: a flag; none: not given
     sbatch: Mapping[str, str] = field(default_factory=dict)
-    # A shell command that runs when the run is done, has failed or is requeued (slurm/README.md has its variables)
+    # A shell command that runs when the run is done, has failed or is requeued (docs/cluster.md has its variables)
     on_change: str = ""
 
     def __post_init__(self) -> None:
