@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import hashlib
 import os
 import platform
 import random
@@ -170,7 +171,8 @@ def segments(scratch: Path) -> Case:
 
 
 def tars(scratch: Path) -> Case:
-    """A shard beside its index, whose time stamps are as they were (a disk) or new (a copy)."""
+    """A shard that was indexed before, beside its index or beside a list of checksums; time stamps are as they were (a disk)
+    or new (a copy)."""
     rng = np.random.default_rng(0)
     for k in range(12):
         (scratch / "data" / "val" / f"class_{k % 3}").mkdir(parents=True, exist_ok=True)
@@ -183,6 +185,14 @@ def tars(scratch: Path) -> Case:
     def case(rng: random.Random, folder: Path) -> str:
         shutil.copytree(scratch / "val", folder / "val")
         files = sorted((folder / "val").glob("*.tar"))
+        known = rng.choice(("beside", "cache", "list"))
+        if known != "beside":
+            (folder / "val" / shards.INDEX).unlink()
+        if known == "cache":
+            dataset.load(folder, "val", str(folder / "cache"), show=False)
+        if known == "list":
+            lines = [f"{hashlib.sha256(file.read_bytes()).hexdigest()}  {file.name}\n" for file in files]
+            (folder / "val" / "SHA256SUMS").write_text("".join(lines))
         changed = change(rng, files, files)
         if rng.random() < 0.5:
             for file in files:

@@ -28,6 +28,9 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
 
     p = add(sub, "index", "read the header of every image, so that jobs need not", index_command)
     p.add_argument("--fresh", action="store_true", help="read all headers again, whatever is cached")
+    p.add_argument(
+        "--checksums", action="store_true", help="read whole files (of shards, always): runs notice any change"
+    )
 
     p = add(sub, "verify", "decode every image, and list those that cannot be decoded", verify_command)
     p.add_argument("--deny-list", type=Path, help="write them here; runs leave them out with data.deny_list=FILE")
@@ -83,7 +86,8 @@ def splits(args: argparse.Namespace) -> list[str]:
 def index_command(args: argparse.Namespace) -> int:
     root = folder(args)
     for split in splits(args):
-        found = dataset.load(root, split, args.cache, labels=args.labels, on_bad="skip", fresh=args.fresh)
+        options = {"labels": args.labels, "on_bad": "skip"}
+        found = dataset.load(root, split, args.cache, **options, fresh=args.fresh, checksums=args.checksums)
         passed = dataset.survey(root, split, Data(cache=args.cache, labels=args.labels)).passed
         bad = dataset.recheck(found)[1]
         where = f"{len(found.shards)} shards" if found.shards else "folders"
@@ -103,9 +107,9 @@ def verify_command(args: argparse.Namespace) -> int:
     root, found = folder(args), {}
     check_output(args.deny_list)
     for split in splits(args):
-        samples = dataset.load(
-            root, split, args.cache, labels=args.labels, on_bad="skip", fresh=True
-        )  # it reads every file anyway
+        samples = dataset.load(root, split, args.cache, labels=args.labels, on_bad="skip")
+        if samples.checksums is None:  # nothing to compare whole files with: it reads them all anyway
+            samples = dataset.load(root, split, args.cache, labels=args.labels, on_bad="skip", fresh=True)
         reasons = dataset.recheck(samples)[1]
         with progress_bar(f"decoding {split}") as bar:
             bad = verify.verify(samples, args.workers, bar)

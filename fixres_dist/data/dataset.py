@@ -47,15 +47,16 @@ def load(
     on_bad: str = "stop",
     fresh: bool = False,
     show: bool = True,
+    checksums: bool = False,
 ) -> Index:
     """The index of one split, without the samples on the deny list; `show`: a progress bar while headers are read.
 
     `split`, `labels`: as layout.find has them. The index is cached: headers are read where files changed, or all of them
-    if `fresh`. Files whose header cannot be read are refused with `on_bad: stop`; with `skip` they stay in and are skipped
-    when their batch is decoded, so the order of the others does not depend on them. Raises UserError: no such split,
-    nothing left of it, or files that are refused.
+    if `fresh`; with `checksums` whole files. Files whose header cannot be read are refused with `on_bad: stop`; with
+    `skip` they stay in and are skipped when their batch is decoded, so the order of the others does not depend on them.
+    Raises UserError: no such split, nothing left of it, or files that are refused.
     """
-    whole_split, where = whole_index(root, split, cache, labels, fresh, show), root / split
+    whole_split, where = whole_index(root, split, cache, labels, fresh, show, checksums), root / split
     index = whole_split.without(deny_lists.names(deny_list, split, whole_split.names()).denied if deny_list else ())
     if not len(index):
         why = f"data.deny_list={deny_list} names all {len(whole_split)} of them" if len(whole_split) else "it is empty"
@@ -78,12 +79,21 @@ def verify_command(root: Path, split: str) -> str:
     return command("data", "verify", "--data", root, *named, "--deny-list", "bad.txt")
 
 
-def whole_index(root: Path, split: str, cache: str, labels: str, fresh: bool = False, show: bool = True) -> Index:
+def whole_index(
+    root: Path,
+    split: str,
+    cache: str,
+    labels: str,
+    fresh: bool = False,
+    show: bool = True,
+    checksums: bool = False,
+) -> Index:
     """The index of a split with all its samples, whether or not they can be read."""
-    place = find(root, split, labels)
-    read = shards.load if place.shards else folders.load
+    place, file = find(root, split, labels), cache_file(root / split, cache_folder(cache))
     with progress_bar(f"reading {split} headers", show) as progress:
-        return read(place, cache_file(root / split, cache_folder(cache)), progress, fresh)
+        if place.shards:
+            return shards.load(place, file, progress, fresh)
+        return folders.load(place, file, progress, fresh, checksums)
 
 
 def recheck(index: Index) -> tuple[Index, dict[int, str]]:

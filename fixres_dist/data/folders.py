@@ -136,15 +136,20 @@ def crc_of(path: Path) -> int:
     return crc
 
 
-def load(place: Place, file: Path, progress: Progress | None = None, fresh: bool = False) -> Index:
+def load(
+    place: Place, file: Path, progress: Progress | None = None, fresh: bool = False, checksums: bool = False
+) -> Index:
     """The index of a split, from the cached `file` if nothing has changed since it was written.
 
     Only the headers in changed directories are read again; with `fresh` all of them, since a file that was replaced in
     place does not change its directory. Unreadable headers have size 0, 0. Raises UserError for a folder that cannot be
-    listed, and for a list of labels that does not fit.
+    listed, and for a list of labels that does not fit. `checksums`: of whole files, which are then read whole; an index that
+    has them keeps them up.
     """
     folder = place.folder
     cached = read_cached(file) if not fresh and may_tell(file, folder) else None
+    if cached and checksums and cached.index.checksums is None:
+        cached = None
     crc = crc_of(place.labels) if place.labels and place.labels.is_file() else 0
     known = unchanged(folder, cached) if cached and cached.labels == crc else {}
     if cached and not looks_the_same(folder, cached, known):
@@ -152,7 +157,7 @@ def load(place: Place, file: Path, progress: Progress | None = None, fresh: bool
     if cached and known and len(known) == len(cached.directories) and cached.passed is not None:
         return replace(cached.index, folder=folder)
     scanned_ns, listed = time.time_ns(), listing(place)
-    index = scan(folder, listed, cached.index if cached else None, known, progress)
+    index = scan(folder, listed, cached.index if cached else None, known, progress, checksums)
     directories = tuple((one.path, one.mtime_ns, len(one.images)) for one in listed.directories)
     write_cached(CachedIndex(index, directories, scanned_ns, passed=dict(listed.passed), labels=crc), file)
     return index
@@ -206,7 +211,12 @@ def modified_ns(path: Path) -> int | None:
 
 
 def scan(
-    folder: Path, listed: Listing, cached: Index | None, known: dict[str, tuple[int, int]], progress: Progress | None
+    folder: Path,
+    listed: Listing,
+    cached: Index | None,
+    known: dict[str, tuple[int, int]],
+    progress: Progress | None,
+    whole: bool = False,
 ) -> Index:
     """The index of the listed files. Read the headers in all directories but the `known` ones, whose samples `cached` has."""
     labels: list[int] = []
@@ -220,9 +230,14 @@ def scan(
         origins.append(np.arange(start, stop) if stop - start == images else np.full(images, -1))
     ends = np.cumsum([len(name) for name in names], dtype=np.int64)
     sizes, marks = np.zeros((len(names), 2), np.int32), np.zeros(len(names), np.uint32)
+    whole = whole or (cached is not None and cached.checksums is not None)
+    checksums = np.zeros(len(names), np.uint32) if whole else None
     origin = np.concatenate(origins)
     old = origin >= 0
     if cached:
         sizes[old], marks[old] = cached.sizes[origin[old]], cached.marks[origin[old]]
-    index = Index(folder, listed.classes, b"".join(names), ends, np.array(labels, np.int32), sizes, marks)
+    if cached and cached.checksums is not None and checksums is not None:
+        checksums[old] = cached.checksums[origin[old]]
+    text, numbers = b"".join(names), np.array(labels, np.int32)
+    index = Index(folder, listed.classes, text, ends, numbers, sizes, marks, checksums=checksums)
     return read_headers(index, np.flatnonzero(~old), progress)[0]

@@ -24,6 +24,7 @@ from fixres_dist.data.progress import Progress
 PROBES = 512  # files that are read to recognise a cached index
 # Of a photograph: decoded it has 0.4 GB, and each loader process holds two copies for a moment.
 MOST_PIXELS = Image.MAX_IMAGE_PIXELS = 1 << 27
+NO_FILE = "not a regular file"  # opening a pipe would wait for a writer
 HEADER_BYTES = 16384  # nearly every JPEG has its frame header in them; for the others PIL reads on
 
 FRAMES = {0xC0, 0xC1, 0xC2}  # baseline, extended, progressive: all decoders here read them
@@ -90,16 +91,19 @@ class Seen(NamedTuple):
     size: tuple[int, int]  # height, width in pixels; 0, 0 where the header cannot be read
     mark: int  # CRC-32 of its length and first HEADER_BYTES: it tells pictures of the same name and size apart
     reason: str = ""  # why the header cannot be read
+    checksum: int = 0  # CRC-32 of all its bytes, where they were read
 
 
 def read_headers(
     index: Index, samples: NDArray[np.int64], progress: Progress | None = None
 ) -> tuple[Index, dict[int, str]]:
-    """The index with the sizes and marks of `samples` read from their files, and why headers cannot be read.
+    """The index with the sizes and marks (and checksums, if it has any) of `samples` read from their files, and why headers
+    cannot be read.
 
     In threads, because most of the time is waiting for storage. Shards are read from their start to their end.
     """
     sizes, marks, reasons = index.sizes.copy(), index.marks.copy(), {}
+    checksums = None if index.checksums is None else index.checksums.copy()
     if index.places is not None:
         samples = samples[np.lexsort((index.places[samples, 1], index.places[samples, 0]))]
     done = len(index) - len(samples)
@@ -107,22 +111,27 @@ def read_headers(
         for part in np.array_split(samples, max(1, -(-len(samples) // 1000))):  # a future per file would take gigabytes
             for sample, seen in zip(part.tolist(), pool.map(partial(look, index), part.tolist()), strict=True):
                 sizes[sample], marks[sample] = seen.size, seen.mark
+                if checksums is not None:
+                    checksums[sample] = seen.checksum
                 if seen.reason:
                     reasons[sample] = seen.reason
             done += len(part)
             if progress:
                 progress(done, len(index))
-    return replace(index, sizes=sizes, marks=marks), reasons
+    return replace(index, sizes=sizes, marks=marks, checksums=checksums), reasons
 
 
 def same_first_bytes(index: Index, samples: NDArray[np.int64]) -> bool:
     """Whether some of `samples`, spread evenly, begin with the bytes that they had when they were indexed."""
     some = samples[np.unique(np.linspace(0, len(samples) - 1, min(len(samples), PROBES)).astype(int))]
-    return np.array_equal(read_headers(index, some)[0].marks[some], index.marks[some])
+    return np.array_equal(read_headers(replace(index, checksums=None), some)[0].marks[some], index.marks[some])
 
 
 def changed(index: Index, sample: int, data: NDArray[np.uint8]) -> bool:
-    """Whether a sample's bytes are not those of the file that was indexed, as far as its length and first bytes tell."""
+    """Whether a sample's bytes are not those of the file that was indexed: by their checksum, or, where there is none, as far
+    as its length and first bytes tell."""
+    if index.checksums is not None and (checksum := int(index.checksums[sample])):
+        return zlib.crc32(data.data) != checksum
     mark = int(index.marks[sample])
     return bool(mark) and zlib.crc32(data[:HEADER_BYTES].data, len(data) & 0xFFFFFFFF) != mark
 
@@ -130,11 +139,13 @@ def changed(index: Index, sample: int, data: NDArray[np.uint8]) -> bool:
 def look(index: Index, sample: int) -> Seen:
     """Read a sample's header; an error is the reason of what it returns. Raises StorageError."""
     try:
-        if index.places is not None:
-            data = index.read(sample)
-            return look_at(io.BytesIO(data.data), len(data))
         path = index.path(sample)
-        return patiently(lambda: look_once(path), path, index.folder)
+        if index.places is None and index.checksums is None:
+            return patiently(lambda: look_once(path), path, index.folder)
+        if index.places is None and not stat.S_ISREG(os.stat(path).st_mode):
+            return Seen((0, 0), 0, NO_FILE)
+        data = index.read(sample)
+        return look_at(io.BytesIO(data.data), len(data))._replace(checksum=zlib.crc32(data.data))
     except OSError as error:
         return Seen((0, 0), 0, error.strerror or str(error) or type(error).__name__)
 
@@ -142,7 +153,7 @@ def look(index: Index, sample: int) -> Seen:
 def look_once(path: Path) -> Seen:
     """The same of a file; raises OSError."""
     if not stat.S_ISREG(os.stat(path).st_mode):
-        return Seen((0, 0), 0, "not a regular file")  # opening a pipe would wait for a writer
+        return Seen((0, 0), 0, NO_FILE)
     with open(path, "rb") as file:
         return look_at(file, os.fstat(file.fileno()).st_size)
 

@@ -47,6 +47,8 @@ class Index:
     marks: NDArray[np.uint32]  # [n] checksum of each file's length and first bytes (headers.Seen)
     shards: tuple[str, ...] = ()  # names of the tar files in `folder`; empty where every sample is a file of its own
     places: NDArray[np.int64] | None = None  # [n, 3] number of the shard, first byte in it, length in bytes
+    # [n] CRC-32 of each encoded image, 0 where it could not be read; of files only with `data index --checksums`
+    checksums: NDArray[np.uint32] | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -126,6 +128,7 @@ class Index:
             sizes=self.sizes[keep],
             marks=self.marks[keep],
             places=None if self.places is None else self.places[keep],
+            checksums=None if self.checksums is None else self.checksums[keep],
         )
 
 
@@ -204,6 +207,7 @@ def cached_index(folder: Path, meta: dict[str, Any], a: dict[str, NDArray[Any]])
         text=a["text"].tobytes(),
         shards=tuple(name for name, _ in shards),
         places=a.get("places"),
+        checksums=a.get("checksums"),
         **{name: a[name] for name in ARRAYS},
     )
     directories = tuple((path, mtime_ns, images) for path, mtime_ns, images in meta.get("directories", ()))
@@ -222,8 +226,8 @@ def write_cached(cached: CachedIndex, file: Path) -> None:
     joined = {"meta": json.dumps(meta).encode(), "text": index.text}
     arrays: dict[str, Any] = {name: np.frombuffer(data, np.uint8) for name, data in joined.items()}
     arrays |= {name: getattr(index, name) for name in ARRAYS}
-    if index.places is not None:
-        arrays["places"] = index.places
+    optional = {"places": index.places, "checksums": index.checksums}
+    arrays |= {name: found for name, found in optional.items() if found is not None}
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         save_arrays(file, arrays)

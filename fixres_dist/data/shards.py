@@ -11,25 +11,22 @@ import json
 import os
 import tarfile
 from dataclasses import replace
-from pathlib import Path, PurePosixPath
-from typing import NamedTuple
+from pathlib import Path
 
 import numpy as np
 
-from fixres_dist.base.commands import command
+from fixres_dist.base.commands import command, shell
 from fixres_dist.base.errors import UserError
 from fixres_dist.base.files import sweep, whole, write_text
-from fixres_dist.base.small_files import parsed
-from fixres_dist.data import order
+from fixres_dist.data import checksum_files, order
 from fixres_dist.data.folders import modified_ns
 from fixres_dist.data.headers import read_headers, same_first_bytes
 from fixres_dist.data.index import CachedIndex, Index, may_tell, open_shard, read_cached, write_cached
-from fixres_dist.data.layout import CLASSES, Place, class_names, hidden, is_image
+from fixres_dist.data.layout import CLASSES, Place, class_names
 from fixres_dist.data.progress import Progress
+from fixres_dist.data.tar_members import label_name, read_members
 
 INDEX = "index.npz"  # the cached index that is written beside the shards
-MOST_CLASSES = 1 << 24
-LARGEST_LABEL = 1 << 20  # bytes of a member that is read to find a label: JSON with a picture's captions fits
 
 
 def write_shards(index: Index, out: Path, samples_per_shard: int, progress: Progress | None = None) -> int:
@@ -86,30 +83,70 @@ def write_tar(index: Index, samples: list[int], shard: Path) -> None:
                 tar.addfile(entry, io.BytesIO(content))
 
 
-def label_name(name: str) -> str:
-    """WebDataset's key: the path up to the first dot of the file name; dots that it begins with are part of it."""
-    folder, slash, file = name.rpartition("/")
-    stem, dot, _ = file.lstrip(".").partition(".")
-    return f"{folder}{slash}{file[: len(file) - len(file.lstrip('.'))]}{stem}.cls" if dot else f"{name}.cls"
-
-
 def load(place: Place, file: Path, progress: Progress | None = None, fresh: bool = False) -> Index:
     """The index of a split's shards: the cached `file`, the index beside the shards, or, if neither fits the shards and the
-    class names, and always with `fresh`, a new one. Raises UserError for a shard that cannot be read."""
+    class names, and always with `fresh`, a new one, compared with those two. Raises UserError for a shard that cannot be read,
+    or has changed."""
     folder, tars = place.folder, [place.folder / name for name in place.shards]
     sizes = tuple((path.name, path.stat().st_size) for path in tars)
     written = max(modified_ns(path) or 0 for path in (*tars, folder / CLASSES))
     open_shard.cache_clear()  # a shard may have been replaced by another file
-    for candidate in () if fresh else (file, folder / INDEX):
-        cached = read_cached(candidate) if may_tell(candidate, folder) else None
-        if cached and cached.shards == sizes and (modified_ns(candidate) or 0) >= written:
+    known = {
+        path: cached
+        for path in (file, folder / INDEX)
+        if may_tell(path, folder) and (cached := read_cached(path)) and cached.index.checksums is not None
+    }
+    for path, cached in {} if fresh else known.items():
+        if cached.shards == sizes and (modified_ns(path) or 0) >= written:
             index = replace(cached.index, folder=folder)
             if same_first_bytes(index, np.arange(len(index))):
                 return index
+    for shard in tars:
+        checksum_files.compare(shard)
     index = listed(folder, tars)
     index, _ = read_headers(index, np.arange(len(index)), progress)
+    for path, cached in known.items():
+        refuse_changed(index, dict(sizes), cached, path)
     write_cached(CachedIndex(index, shards=sizes), file)
     return index
+
+
+def refuse_changed(index: Index, sizes: dict[str, int], cached: CachedIndex, source: Path) -> None:
+    """Raises UserError for a shard whose images have other bytes or labels than `source` has under the same names; and, where
+    the size is the same or `source` is the index of `data shard` beside it, for images that came or went."""
+    now, before = by_shard(index), by_shard(replace(cached.index, folder=index.folder))
+    beside = source.parent == index.folder
+    for name, size in cached.shards:
+        lost = beside and not (index.folder / name).exists()
+        if not lost and (name not in sizes or any(now[k][name] == before[k][name] for k in (0, 1))):
+            continue
+        here, there = (found[0].get(name, set()) for found in (now, before))
+        changed = {member[0] for member in here ^ there}
+        if sizes.get(name) != size and not beside:  # written again, or appended to
+            changed &= {member[0] for member in here} & {member[0] for member in there}
+        if changed:
+            images = "it is gone" if lost else f"{len(changed)} of its images have changed, such as {min(changed)!r}"
+            raise UserError(
+                f"{index.folder / name} is not what it was when {source} was written: {images}. Next: copy it again, or put "
+                f"it back; or, if it was changed on purpose, {shell('rm', source)}, and the same command again."
+            )
+
+
+Samples = dict[str, set[tuple[str, object, int]]]
+
+
+def by_shard(index: Index) -> tuple[Samples, Samples]:
+    """Of each shard the names, labels and checksums of its images; with labels as numbers, and as the classes' names, since a
+    new class may change either of them."""
+    numbers: Samples = {name: set() for name in index.shards}
+    words: Samples = {name: set() for name in index.shards}
+    assert index.places is not None
+    assert index.checksums is not None
+    rows = zip(index.names(), index.places[:, 0].tolist(), index.labels.tolist(), index.checksums.tolist(), strict=True)
+    for name, shard, label, checksum in rows:
+        numbers[index.shards[shard]].add((name, label, checksum))
+        words[index.shards[shard]].add((name, index.classes[label], checksum))
+    return numbers, words
 
 
 def listed(folder: Path, shards: list[Path]) -> Index:
@@ -146,110 +183,5 @@ def listed(folder: Path, shards: list[Path]) -> Index:
         marks=np.zeros(len(names), np.uint32),
         shards=tuple(shard.name for shard in shards),
         places=np.array([member.place for member in members], np.int64).reshape(-1, 3),
+        checksums=np.zeros(len(names), np.uint32),
     )
-
-
-class Member(NamedTuple):
-    """An image in a shard; they sort as the files of an ImageFolder do."""
-
-    label: int | str  # a number, or a class name
-    directory: str
-    file: str
-    place: tuple[int, int, int]  # number of the shard, first byte in it, length in bytes
-
-    @property
-    def name(self) -> str:
-        return f"{self.directory}/{self.file}" if self.directory else self.file
-
-
-class Entry(tarfile.TarInfo):
-    """A tar's header, which is not read where it says that its own name or settings take a gigabyte."""
-
-    def _proc_member(self, tar: tarfile.TarFile) -> tarfile.TarInfo:
-        long = (
-            tarfile.XHDTYPE,
-            tarfile.XGLTYPE,
-            tarfile.SOLARIS_XHDTYPE,
-            tarfile.GNUTYPE_LONGNAME,
-            tarfile.GNUTYPE_LONGLINK,
-        )
-        if self.type in long and self.size > LARGEST_LABEL:
-            raise UserError(
-                f"{os.fsdecode(tar.name or '')} has a header of {self.size:,} bytes. Accepted: {LARGEST_LABEL:,}."
-            )
-        return super()._proc_member(tar)  # type: ignore[misc,no-any-return]
-
-
-def read_members(shard: Path, number: int) -> list[Member]:
-    """Every image in a shard, from the tar's headers and the label files; raises UserError."""
-    images: list[tuple[str, int, int]] = []  # name, first byte, bytes
-    labels: dict[str, int | str] = {}
-    try:
-        with tarfile.open(shard, "r:", tarinfo=Entry) as tar, open(shard, "rb") as file:
-            for member in tar:
-                tar.members = []  # type: ignore[attr-defined]  # of a million members the headers are a gigabyte
-                path = PurePosixPath(member.name)
-                if path.is_absolute() or ".." in path.parts:
-                    raise UserError(
-                        f"{shard} holds {member.name!r}, which points outside. Accepted: names below the shard."
-                    )
-                if member.isdir() or any(map(hidden, path.parts[:-1])) or path.name.startswith("._"):
-                    continue  # what macOS packs beside the files
-                if not member.isreg() or member.issparse():
-                    raise UserError(
-                        f"{shard} holds {member.name!r}, a link, device or sparse file. Accepted: regular files."
-                    )
-                name = str(path)  # `tar -C folder .` writes ./class/file
-                stem, kind = os.path.splitext(name)
-                if is_image(name):
-                    images.append((name, member.offset_data, member.size))
-                elif kind in (".cls", ".json"):
-                    if member.size > LARGEST_LABEL:
-                        raise UserError(
-                            f"{shard} holds the label {name!r} of {member.size:,} bytes. Accepted: {LARGEST_LABEL:,}."
-                        )
-                    file.seek(member.offset_data)
-                    label = label_of(kind, file.read(member.size))
-                    if isinstance(label, int) and not 0 <= label < MOST_CLASSES:
-                        raise UserError(f"{shard} holds label {label} in {name!r}. Accepted: 0 to {MOST_CLASSES - 1}.")
-                    if label is not None and (kind == ".cls" or stem not in labels):
-                        labels[stem] = label
-            if len({type(label) for label in labels.values()}) > 1:
-                raise ValueError("some labels are numbers, others names")
-            file.seek(max(0, shard.stat().st_size - 1024))
-            if file.read() != bytes(1024):
-                raise tarfile.ReadError("the end mark is missing")
-    except OSError as error:
-        raise UserError(
-            f"cannot read {shard}: {error.strerror or error}. Accepted: a file this user may read."
-        ) from None
-    except (tarfile.TarError, EOFError, ValueError) as error:
-        raise UserError(
-            f"shard {shard} is torn or no tar: {error}. Next: remove it, and run the same `data shard` command again."
-        ) from None
-    return [image_of(shard, name, (number, first, size), labels) for name, first, size in images]
-
-
-def image_of(shard: Path, name: str, place: tuple[int, int, int], labels: dict[str, int | str]) -> Member:
-    """The image `name` with its label, which stands under its name without the extension, or up to the first dot."""
-    keys = (os.path.splitext(name)[0], label_name(name).removesuffix(".cls"))
-    label = next((labels[key] for key in keys if key in labels), None)
-    if label is None:
-        raise UserError(
-            f"{shard} holds {name!r} without its label {label_name(name)!r} (or a .json with `label` or `cls`). "
-            "Next: write it again with `data shard`."
-        )
-    directory, _, base = name.rpartition("/")
-    return Member(label, directory, base, place)
-
-
-def label_of(kind: str, data: bytes) -> int | str | None:
-    """The label in a member `.cls` (text) or `.json` (key label or cls): a number or a class name; None: there is none."""
-    if kind == ".json":
-        values = parsed(data.decode())
-        value = next((values[k] for k in ("label", "cls") if k in values), None) if isinstance(values, dict) else None
-    else:
-        value = data.decode().strip()
-    if isinstance(value, str):
-        return int(value) if value.lstrip("-").isdecimal() else value
-    return value if isinstance(value, int) else None

@@ -20,7 +20,7 @@ from support.folders import write_photos
 from fixres_dist.base.errors import UserError
 from fixres_dist.base.files import lines_of
 from fixres_dist.config import reading
-from fixres_dist.data import class_names, folders, headers, label_lists, shards
+from fixres_dist.data import class_names, folders, headers, label_lists, tar_members
 from fixres_dist.data.index import LARGEST_FILE
 from fixres_dist.data.layout import Place
 from fixres_dist.models import file_kinds
@@ -65,7 +65,7 @@ def header(name: str, size: int, kind: bytes = tarfile.REGTYPE) -> bytes:
 def test_a_tar_whose_label_or_header_is_gigabytes(name: str, kind: bytes, words: str, tmp_path: Path) -> None:
     shard = sparse(tmp_path / "0.tar", header(name, 3 << 30, kind), (3 << 30) + 4096)
     with pytest.raises(UserError, match=words) as refused:
-        shards.read_members(shard, 0)
+        tar_members.read_members(shard, 0)
     assert str(shard) in str(refused.value)
 
 
@@ -77,7 +77,7 @@ def test_a_tar_of_many_empty_members(tmp_path: Path) -> None:
         file.write(bytes(1024))
     tracemalloc.reset_peak()
     before = tracemalloc.get_traced_memory()[0]
-    (member,) = shards.read_members(tmp_path / "0.tar", 0)
+    (member,) = tar_members.read_members(tmp_path / "0.tar", 0)
     assert (member.name, member.label, member.place[2]) == ("a/1.jpg", 0, 4)
     assert tracemalloc.get_traced_memory()[1] - before < 512 << 10, "headers that are read are not kept"
 
@@ -90,7 +90,7 @@ def test_a_sparse_member_is_refused(tmp_path: Path) -> None:
         entry.size = len(content)
         tar.addfile(entry, io.BytesIO(content))
     with pytest.raises(UserError, match="link, device or sparse file"):
-        shards.read_members(tmp_path / "0.tar", 0)
+        tar_members.read_members(tmp_path / "0.tar", 0)
 
 
 def test_a_label_in_deeply_nested_json(tmp_path: Path) -> None:
@@ -100,7 +100,7 @@ def test_a_label_in_deeply_nested_json(tmp_path: Path) -> None:
         entry.size = len(content)
         tar.addfile(entry, io.BytesIO(content))
     with pytest.raises(UserError, match="nested too deeply"):
-        shards.read_members(tmp_path / "0.tar", 0)
+        tar_members.read_members(tmp_path / "0.tar", 0)
 
 
 def png(side: int) -> bytes:

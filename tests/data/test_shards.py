@@ -15,7 +15,7 @@ from support import pictures as p
 
 from fixres_dist.base.errors import UserError
 from fixres_dist.config.schema import Data
-from fixres_dist.data import dataset, index, order, shards
+from fixres_dist.data import dataset, index, order, shards, tar_members
 from fixres_dist.data.index import Index
 from fixres_dist.data.requests import every_sample, make_request, train_steps
 
@@ -196,7 +196,7 @@ def test_names_of_other_writers(tmp_path: Path) -> None:
         for number, name in enumerate(("./a/x.jpg", "./a/.y.b.jpg", "b/..jpg", "b/z")):
             if name != "b/z":
                 tar.addfile(*member(name, p.encode(p.photograph(20, 20, 0))))
-            tar.addfile(*member(shards.label_name(name), str(number // 2).encode()))
+            tar.addfile(*member(tar_members.label_name(name), str(number // 2).encode()))
     found = dataset.load(tmp_path, "val", str(tmp_path / "cache"))
     assert [found.name(k) for k in range(len(found))] == ["a/.y.b.jpg", "a/x.jpg", "b/..jpg"]
     assert found.labels.tolist() == [0, 0, 1]
@@ -213,7 +213,7 @@ def test_names_of_other_writers(tmp_path: Path) -> None:
     ],
 )
 def test_names_of_label_files(name: str, label: str) -> None:
-    assert shards.label_name(name) == label
+    assert tar_members.label_name(name) == label
 
 
 def test_a_tar_beside_class_folders_is_not_the_data_set(data: Path, tmp_path: Path) -> None:
