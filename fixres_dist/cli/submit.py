@@ -11,7 +11,9 @@ from typing import Any
 from fixres_dist.base.commands import command
 from fixres_dist.base.environment import shipped, slurm_file
 from fixres_dist.base.errors import EXIT_DONE, UserError, only_prints
+from fixres_dist.base.files import write_text
 from fixres_dist.base.secrets import REDACTED, redacted
+from fixres_dist.base.small_files import read_note
 from fixres_dist.base.text import table
 from fixres_dist.cli import submission
 from fixres_dist.cli.arguments import add_accept_change, add_overrides, add_profile, add_runs_dir
@@ -130,7 +132,8 @@ def start(targets: list[Target], kind: str, args: argparse.Namespace) -> int:
             typed = command("submit", *(public(word, targets[0].config) for word in args.words))
             for target in targets:
                 rundir.prepare(target.run.root, target.config, typed)
-            print("\n".join(targets[0].plan()), flush=True)
+                write_text(target.run.root / "plan.txt", "\n".join(target.plan()) + "\n")
+            print(read_note(targets[0].run.root / "plan.txt"), flush=True)
             if args.prepare:
                 script = shipped("slurm") / "train.sbatch"
                 for target in targets:

@@ -63,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
     from fixres_dist.evaluation.sweep import Crop, Limit, sweep
     from fixres_dist.models.resizing import check_resolutions
     from fixres_dist.publishing import figures
-    from fixres_dist.runs import tracking
+    from fixres_dist.runs import board
 
     crops = [Crop(data.resize_rule, data.crop_pct) for data in settings]
     limit = Limit(args.max_gmacs, args.min_images_per_second)
@@ -86,12 +86,10 @@ def run(args: argparse.Namespace) -> int:
     if args.run:
         for label, curve in swept.curves.items():
             points = {res: summary.top1 for res, summary in curve.items()}
-            tracking.write_curve(
-                RunDir(args.run), label.replace(", ", "-").replace(" ", "-"), "eval_by_res/top1", points
-            )
+            board.write_curve(RunDir(args.run), label.replace(", ", "-").replace(" ", "-"), "eval_by_res/top1", points)
         for label in dict.fromkeys(label for label, _ in inputs):
             values = {res: rows for (one, res), rows in inputs.items() if one == label}
-            tracking.write_histograms(RunDir(args.run), label, "pooled_features", values)
+            board.write_histograms(RunDir(args.run), label, "pooled_features", values)
     write_json(out / "sweep.json", record)
     print(f"curve: {out / 'sweep.png'}")
     return EXIT_DONE

@@ -30,6 +30,13 @@ class Reliability:
     confidence: NDArray[np.float64]  # mean in the bin, 0 to 1; NaN in an empty one
     accuracy: NDArray[np.float64]  # the same
 
+    def percentages(self) -> dict[int, float]:
+        """Mean confidence of each bin that has images -> accuracy, both in percent."""
+        full = self.n > 0
+        return dict(
+            zip((100 * self.confidence[full]).round().astype(int).tolist(), 100 * self.accuracy[full], strict=True)
+        )
+
     @property
     def ece(self) -> float:
         """Distance between accuracy and confidence, averaged over the images, 0 to 1."""

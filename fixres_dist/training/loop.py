@@ -90,6 +90,7 @@ def measure(training: Training, startup: StartUp) -> None:
     if work.stage.name == "fix":
         if training.tracker and not work.session.config.pretrain:
             write_tensors(work.session.model, training.run.head_before, work.parts.tuned.tensors)
+        training.draw("crops")
         training.keep("before", before := training.evaluate("before"))
         val, columns = work.session.val, work.session.columns["val"]
         if warning := class_order.doubt(before, val, columns, work.session.classes):
@@ -127,6 +128,8 @@ def loop(training: Training, startup: StartUp) -> None:
     head = distribute(work)
     meter, saved_at, started = training.meter, time.monotonic(), training.opened - training.progress.seconds
     meter.restart()
+    if tracker:
+        tracker.begin_steps()
     for step, micro_batches in work.steps(training.progress.step, meter):
         rate = stage.learning_rate(step)
         for group in optimizer.param_groups:
@@ -144,6 +147,7 @@ def loop(training: Training, startup: StartUp) -> None:
             phases = startup.stop()
             if tracker:
                 run.event("first step", **phases)
+                tracker.first(done, phases)
         if settings.record_samples:
             samples.record(run, work, step, seen)
         if logging:
@@ -185,6 +189,8 @@ def close(training: Training) -> None:
         if stage.name == "fix":
             images = sum(s.images_until(s.stop) for s in stages(session.config, stage.n))
             summary = results.write_results(run, session, training.progress.seconds, images, **work.how())
+            training.draw("results")
+            training.show_results(summary)
         weights = run.root / "export" / "model.safetensors" if stage.name == "fix" else run.pretrained
         write_weights(session.model, weights, session.config, stage.res, session.classes)
         shutil.rmtree(run.partial, ignore_errors=True)

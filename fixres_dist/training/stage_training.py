@@ -8,11 +8,12 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from timm.utils import ModelEmaV3
 
+from fixres_dist.base.errors import StorageError, UserError
 from fixres_dist.config import reading
 from fixres_dist.models import tensor_files
 from fixres_dist.models.optimizers import optimizer_of
@@ -21,16 +22,17 @@ from fixres_dist.models.precision import LossScale
 from fixres_dist.models.sizes import of_weights
 from fixres_dist.runs import checkpoint, restoring
 from fixres_dist.runs.checkpoint import Progress
-from fixres_dist.runs.results import OTHER_SIZE
+from fixres_dist.runs.results import OTHER_SIZE, Results
 from fixres_dist.runs.rundir import RunDir
-from fixres_dist.runs.tracking import Tracker
-from fixres_dist.training import auto_batch, damage, results
+from fixres_dist.runs.tracking import Left, Tracker
+from fixres_dist.training import auto_batch, damage, pictures, results
+from fixres_dist.training.calibration import reliability_of
 from fixres_dist.training.divergence import Diverged, diverged, not_finite
 from fixres_dist.training.partial import Partial
 from fixres_dist.training.predictions import Predictions
 from fixres_dist.training.session import Session
 from fixres_dist.training.stage_session import StageSession
-from fixres_dist.training.stages import Stage, evaluations_left, other_sizes, stages
+from fixres_dist.training.stages import Stage, evaluations_left, other_sizes, stages, steps_left
 from fixres_dist.training.throughput import Meter
 
 END = {"head": "head", "pretrain": "pretrained", "fix": "after"}  # the evaluation after a stage's last step
@@ -59,6 +61,28 @@ class Training:
     def say(self, text: str) -> None:
         if self.tracker:
             self.tracker.say(text)
+
+    def draw(self, what: Literal["crops", "results"]) -> None:
+        """Pictures for people, by rank 0 once; a run does not end because one cannot be drawn."""
+        if not self.tracker:
+            return
+        session = self.work.session
+        try:
+            if what == "crops":
+                pictures.draw_crops(self.run, session)
+            else:
+                pictures.draw_results(self.run, session, Predictions.read(results.predictions_file(self.run, "after")))
+        except (OSError, UserError, StorageError) as error:
+            self.say(f"pictures of {what} are not drawn: {error}")
+        else:
+            self.tracker.show_pictures()
+
+    def show_results(self, found: Results) -> None:
+        """The final numbers, and how far confidence is to be believed before and after, in TensorBoard."""
+        if self.tracker:
+            made = {when: Predictions.read(results.predictions_file(self.run, when)) for when in ("before", "after")}
+            believed = {when: reliability_of(predictions) for when, predictions in made.items()}
+            self.tracker.result(found, {when: r.percentages() for when, r in believed.items() if r}, self.progress.step)
 
     def set_modes(self) -> None:
         set_modes(self.work.parts, self.work.stage.tune.bn_stats)
@@ -182,8 +206,12 @@ def open_stage(run: RunDir, session: Session, stage: Stage, total_steps: int, wr
     main = session.ranks.is_main
     again = (progress.pending, END[stage.name]) if resumed else ("before", OTHER_SIZE)
     every = stages(session.config, len(session.train))
-    left = partial(evaluations_left, every, session.config.run.eval_every)
-    tracker = Tracker(run, session.config, progress.step, total_steps, resumed, again, left) if main else None
+    eval_every = session.config.run.eval_every
+
+    def left(step: int) -> Left:
+        return Left(steps_left(every, step), evaluations_left(every, eval_every, step))
+
+    tracker = Tracker(run, session.config, progress.step, total_steps, again, left) if main else None
     saved = progress.step if resumed else -1
     return Training(
         *(run, work, optimizer, scale, fingerprint, progress, resumed, tracker, writer, ema),

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from fixres_dist.config.schema import Config, Pretrain, Tune
+from fixres_dist.config.schema import THROUGH_ALL, Config, Pretrain, Tune
 from fixres_dist.data import order
 from fixres_dist.models.sizes import Sizes
 
@@ -95,6 +95,18 @@ def evaluations_left(found: Sequence[Stage], eval_every: int, step: int) -> int:
             left += sum(1 for epoch in range(done + 1, stage.tune.epochs) if eval_every and epoch % eval_every == 0)
             left += 1 + (stage.name == "fix" and step <= stage.first)
     return left
+
+
+def steps_left(found: Sequence[Stage], step: int) -> float:
+    """Optimizer steps that follow when `step` steps are done, counted as steps of the stage under way.
+
+    A step costs its images' pixels, and three times as much where gradients run through the whole model. What a cache of
+    features saves later is not known before it is filled.
+    """
+    costs = [s.tune.global_batch * s.res**2 * (3 if s.tune.policy in THROUGH_ALL else 1) for s in found]
+    now = next((k for k, stage in enumerate(found) if step < stage.stop), len(found) - 1)
+    left = [max(0, stage.stop - max(step, stage.first)) for stage in found]
+    return sum(steps * cost for steps, cost in zip(left, costs, strict=True)) / costs[now]
 
 
 def other_sizes(config: Config, own: Sizes) -> dict[int, str]:

@@ -45,11 +45,9 @@ class Meter:
     def read(self, ranks: Ranks, **values: float) -> dict[str, float]:
         """Scalars over all ranks since the last reading."""
         elapsed = time.monotonic() - self.since
-        sums = ranks.total(
-            torch.tensor([float(self.loss), self.images, self.wait_s / elapsed, self.skipped], dtype=torch.float64),
-        )
+        own = [float(self.loss), self.images, self.wait_s / elapsed, self.skipped, resident_gib()]
+        loss, images, wait, skipped, resident = ranks.total(torch.tensor(own, dtype=torch.float64)).tolist()
         memory = torch.cuda.max_memory_allocated() / 2**30 if ranks.device.type == "cuda" else 0.0
-        loss, images, wait, skipped = sums.tolist()
         self.restart()
         return {
             "loss": loss / max(1.0, images),
@@ -57,8 +55,28 @@ class Meter:
             "images_per_second": images / elapsed,
             "data_wait_percent": 100 * wait / ranks.world_size,
             "memory_gib": memory,
+            "cpu_memory_gib": resident,  # of all ranks, without their loader processes
             "skipped": skipped,
+            **gpu_use(ranks.device),
         }
+
+
+def resident_gib(statm: Path = Path("/proc/self/statm")) -> float:
+    """Memory of this process that is in RAM; 0 where there is no /proc."""
+    try:
+        return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**30
+    except OSError:
+        return 0.0
+
+
+def gpu_use(device: torch.device) -> dict[str, float]:
+    """How much of the last second rank 0's GPU has computed, in percent; nothing on a CPU, or where the driver does not tell."""
+    if device.type != "cuda":
+        return {}
+    try:
+        return {"gpu_utilization_percent": float(torch.cuda.utilization(device))}
+    except (RuntimeError, ModuleNotFoundError, OSError):
+        return {}
 
 
 class StartUp:
