@@ -11,10 +11,12 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import re
 import statistics
 import subprocess
 import sys
 from collections import defaultdict
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +38,7 @@ def rows() -> list[dict[str, Any]]:
 
 def measure(args: argparse.Namespace, seed: int) -> None:
     """One run, and its row."""
-    name = "-".join([args.kind, *(s.replace("/", "_") for s in args.settings), f"s{seed}"])
+    name = re.sub(r"[^\w.=-]+", "_", "-".join([args.kind, *args.settings, f"s{seed}"]))
     key = {"set": args.kind, "model": args.model, "settings": args.settings, "seed": seed}
     if any(key.items() <= row.items() for row in rows()):
         return
@@ -63,6 +65,7 @@ def measure(args: argparse.Namespace, seed: int) -> None:
         "after": results.after.top1,
         "gain": gain.delta_top1,
         "ci95": gain.delta_ci95,
+        "choice": asdict(results.choice.chosen) if results.choice else None,
         "hardware": processor(),
         "ranks": args.ranks,
         "commit": git(ROOT, "rev-parse", "HEAD"),

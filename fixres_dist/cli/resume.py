@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
 def resume(run: RunDir, args: argparse.Namespace, settings: list[str]) -> int:
     given = {"cluster.nodes": args.nodes, "cluster.gpus_per_node": args.gpus_per_node}
     where = [f"{key}={value}" for key, value in given.items() if value]
-    values = reading.merge(asdict(run.config()), reading.overrides([*where, *settings]))
+    values = reading.merge(asdict(run.submitted()), reading.overrides([*where, *settings]))
     config = reading.parse(Config, recipes.with_absolute_paths(values))
     submission.check(run, config)
     submitted = [

@@ -12,7 +12,7 @@ from fixres_dist.base.errors import UserError
 from fixres_dist.cli import submission
 from fixres_dist.config import own_data, reading, recipes
 from fixres_dist.config.recipes import Costs, Recipe
-from fixres_dist.config.schema import Config
+from fixres_dist.config.schema import Config, Tune
 from fixres_dist.data import dataset
 from fixres_dist.models import sizes
 from fixres_dist.training import estimates, plan
@@ -123,6 +123,9 @@ def with_resolutions(values: dict[str, Any], recipe: Recipe, own: bool = False) 
                 f"no --res given, and no square above {own_res} px is known that {name} takes. Next: --res {own_res}"
             )
         values = reading.merge(values, {"data": {"res": res}})
+        if own and reading.parse(Tune, {**values.get("tune", {}), "hold_out_sizes": ()}).chooses:
+            others = {sizes.enlarged(name, factor) for factor in own_data.SIZES} | {sizes.sizes(name).train, res}
+            values = reading.merge({"tune": {"hold_out_sizes": sorted(others - {0})}}, values)
     if first is not None and "res" not in first:
         train = (
             min(sizes.sizes(name).train, reading.convert(res, int, "data.res"))

@@ -35,6 +35,10 @@ def check_alone(first: Pretrain) -> None:
             first.average_epochs > 0 and first.ema_decay > 0,
             "are two averages of one stage. Next: pretrain.average_epochs=0, or pretrain.ema_decay=0",
         ),
+        "alpha and hold_out": (
+            first.alpha < 1 or first.hold_out > 0,
+            "are settings of the fixing stage. Next: tune.alpha, tune.hold_out",
+        ),
         "head_epochs": (
             first.head_epochs > 0 and first.policy == "classifier",
             "trains the classifier before all else, and policy classifier trains nothing else. Next: pretrain.head_epochs=0",
@@ -63,4 +67,22 @@ def check(config: Config, first: Pretrain) -> None:
         raise UserError(
             "pretrain.mixup and cutmix mix pairs of a forward pass, and run.batch_per_device is 1. "
             "Next: run.batch_per_device=2, or both 0"
+        )
+
+
+def check_held_out(config: Config) -> None:
+    """Raises UserError where pictures are held out of no stage one, or other settings than the classifier's are to be chosen."""
+    tune = config.tune
+    if not tune.hold_out:
+        return
+    if not config.pretrain:
+        raise UserError(
+            "tune.hold_out keeps pictures out of stage one, and there is none: published weights have seen all of train, "
+            "and stay as they are published. Next: tune.hold_out=0"
+        )
+    policy, shown = tune.policy, config.data.train_transform
+    if config.tune.chooses and (policy not in ("classifier", "classifier+bn_stats") or shown != "test"):
+        raise UserError(
+            f"tune.hold_out_use=choose tries classifiers on kept features of test pictures, and tune.policy is {policy} "
+            f"with data.train_transform={shown}. Next: tune.policy=auto, or tune.hold_out_use=train"
         )

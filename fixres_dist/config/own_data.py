@@ -16,7 +16,8 @@ from fixres_dist.config.schema import Tune
 
 FEW_STEPS = 100  # a stage of fewer has hardly begun
 EVALUATIONS = 5  # of a stage on the way, at most: more would cost a small set longer than its training
-SIZE = 1.29  # of the test pictures over those of stage one: the best of 1, 1.14, 1.29 and 1.43
+SIZE = 1.29  # of the test pictures over those of stage one: the best of SIZES
+SIZES = (1.0, 1.14, 1.29, 1.43)  # that a held-out share may choose from
 
 
 @dataclass(frozen=True)

@@ -84,7 +84,8 @@ def convert(value: Any, hint: Any, where: str) -> Any:
         return value
     if origin is tuple:
         items = read_yaml(value) if isinstance(value, str) and value.startswith("[") else value
-        return tuple(str(item) for item in (items if isinstance(items, list | tuple) else [items]))
+        items = items if isinstance(items, list | tuple) else [items]
+        return tuple(convert(item, accepted[0], where) for item in items)
     if origin is not None:  # Mapping[str, str]
         items = read_yaml(value) if isinstance(value, str) else value
         if not isinstance(items, Mapping):

@@ -100,6 +100,12 @@ class Tune:
     weight_decay: float = 1e-4  # L2, on what trains
     label_smoothing: float = 0.1  # training loss only; the note gives no value, 0.1 is our choice
     average_epochs: int = 0  # end with the mean of the tuned weights of the last N epochs' ends; 0: the last weights
+    alpha: float = 1.0  # end between the weights before fixing (0) and the trained ones (1); measured statistics stay
+    hold_out: float = 0.0  # share of train that stays out of stage one (docs/own-data.md); 0: none
+    # choose: this stage's settings on that share, after a first stage one, then all of train again; train: the share
+    # stays out, and makes half of the pictures that this stage trains on
+    hold_out_use: Literal["choose", "train"] = "choose"
+    hold_out_sizes: tuple[int, ...] = ()  # test resolutions to choose from; empty: data.res
 
     def __post_init__(self) -> None:
         at_least(self, 1, "global_batch", "bn_stats_images", "repeats", "decay_epochs")
@@ -110,6 +116,12 @@ class Tune:
             raise UserError(
                 "average_epochs needs a frozen trunk: with policy all every BN's statistics would be wrong."
             )
+        if not 0 <= self.alpha <= 1:
+            raise UserError(f"alpha is {self.alpha}; accepted: 0 to 1.")
+        if not 0 <= self.hold_out <= 0.5:
+            raise UserError(f"hold_out is {self.hold_out}; accepted: 0 to 0.5, such as 0.15.")
+        if min(self.hold_out_sizes, default=32) < 32:
+            raise UserError(f"hold_out_sizes are {list(self.hold_out_sizes)}; accepted: 32 px or more each.")
         for name in ("momentum", "label_smoothing"):
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}; accepted: 0 <= {name} < 1.")
@@ -120,6 +132,11 @@ class Tune:
         if self.policy == "all" and self.bn_stats == "exact":
             # Every BN trains, so no single layer's statistics can be measured beforehand.
             object.__setattr__(self, "bn_stats", "ema")
+
+    @property
+    def chooses(self) -> bool:
+        """Whether this stage's settings are to be chosen on a held-out share."""
+        return self.hold_out > 0 and self.hold_out_use == "choose"
 
     def peak_learning_rate(self) -> float:
         """The learning rate that the schedule starts from (the original code's: lr = 8 * base_lr * batch / 512)."""
@@ -271,6 +288,7 @@ class Config:
             )
         if self.pretrain:
             conflicts.check(self, self.pretrain)
+        conflicts.check_held_out(self)
 
     def stage_settings(self) -> tuple[Tune, ...]:
         """The settings of the stages, in order."""
@@ -279,5 +297,6 @@ class Config:
         return (*head, *first, self.tune)
 
     def resolutions(self) -> tuple[int, ...]:
-        """The resolutions of the stages, in order, in pixels."""
-        return (self.pretrain.res, self.data.res) if self.pretrain else (self.data.res,)
+        """The resolutions of the stages, in order, in pixels; and those that are to be chosen from."""
+        more = self.tune.hold_out_sizes if self.tune.chooses else ()
+        return (*((self.pretrain.res,) if self.pretrain else ()), self.data.res, *more)

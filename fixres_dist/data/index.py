@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from io import FileIO
-from itertools import compress, pairwise
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -119,16 +119,20 @@ class Index:
         """The index without the samples of these names; unknown names are ignored (a deny list may cover more)."""
         if not (dropped := set(names)):
             return self
-        keep = np.array([name not in dropped for name in self.names()], bool)
+        return self.taken(np.flatnonzero([name not in dropped for name in self.names()]))
+
+    def taken(self, samples: NDArray[np.integer]) -> Index:
+        """The index of these samples alone, in the order given; one may stand several times."""
+        names = [os.fsencode(name) for name in self.names()]
         return replace(
             self,
-            text=b"".join(os.fsencode(name) for name in compress(self.names(), keep)),
-            ends=np.cumsum(np.diff(self.ends, prepend=0)[keep]),
-            labels=self.labels[keep],
-            sizes=self.sizes[keep],
-            marks=self.marks[keep],
-            places=None if self.places is None else self.places[keep],
-            checksums=None if self.checksums is None else self.checksums[keep],
+            text=b"".join(names[sample] for sample in samples.tolist()),
+            ends=np.cumsum(np.diff(self.ends, prepend=0)[samples]),
+            labels=self.labels[samples],
+            sizes=self.sizes[samples],
+            marks=self.marks[samples],
+            places=None if self.places is None else self.places[samples],
+            checksums=None if self.checksums is None else self.checksums[samples],
         )
 
 

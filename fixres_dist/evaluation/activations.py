@@ -19,9 +19,8 @@ from fixres_dist.config import recipes
 from fixres_dist.config.schema import Config
 from fixres_dist.data import order
 from fixres_dist.data.requests import Pictures, chunks, make_request
-from fixres_dist.evaluation.extract import classifier_inputs
 from fixres_dist.models.build import preprocessing
-from fixres_dist.models.parts import Parts
+from fixres_dist.models.parts import Parts, classifier_inputs
 from fixres_dist.training.session import Session
 
 IMAGES = 2000  # spread evenly over the split; a sample is enough for distributions

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -20,8 +20,7 @@ from fixres_dist.base.files import publish
 from fixres_dist.base.small_files import Damaged, read_json, write_json
 from fixres_dist.data.index import Index
 from fixres_dist.data.requests import whole_batches
-from fixres_dist.models.build import classifiers
-from fixres_dist.models.parts import Parts
+from fixres_dist.models.parts import Parts, classifier_inputs
 from fixres_dist.training.cache.store import Loaded
 from fixres_dist.training.partial import Partial, unseen
 from fixres_dist.training.predict import from_rows, score
@@ -29,30 +28,6 @@ from fixres_dist.training.predictions import Predictions
 from fixres_dist.training.session import Session, one_ahead, to_host
 
 META = "extract.json"
-
-
-@contextlib.contextmanager
-def classifier_inputs(parts: Parts) -> Iterator[list[torch.Tensor]]:
-    """A list; every forward pass of the head within the block appends the classifier's input, fp32 [n, channels].
-
-    Of a model with two classifiers: both inputs side by side.
-    """
-    found: list[torch.Tensor] = []
-    given: list[torch.Tensor] = []
-    layers = [parts.model.get_submodule(name) for name in classifiers(parts.model)]
-
-    def note(_: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-        given.append(inputs[0].detach().float().flatten(1))
-        if len(given) == len(layers):
-            found.append(torch.cat(given, 1))
-            given.clear()
-
-    hooks = [layer.register_forward_pre_hook(note) for layer in layers]
-    try:
-        yield found
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 @torch.no_grad()

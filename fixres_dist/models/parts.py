@@ -7,8 +7,10 @@ a residual branch can be tuned as well as one right before the pooling.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +20,7 @@ from torch import fx, nn
 
 from fixres_dist.base.errors import UserError
 from fixres_dist.config.schema import THROUGH_ALL
-from fixres_dist.models.build import copied, meta_forward, own_size
+from fixres_dist.models.build import classifiers, copied, meta_forward, own_size
 from fixres_dist.models.policies import Tuned, select
 from fixres_dist.models.weights import state_digest
 
@@ -93,6 +95,30 @@ def parted(model: nn.Module, policy: str, tuned: Tuned) -> tuple[fx.GraphModule,
                 f"policy {policy!r}: {name} cannot be cut at {', '.join(tuned.modules)} ({why}). Next: {other}"
             )
         points = around
+
+
+@contextlib.contextmanager
+def classifier_inputs(parts: Parts) -> Iterator[list[torch.Tensor]]:
+    """A list; every forward pass of the head within the block appends the classifier's input, fp32 [n, channels].
+
+    Of a model with two classifiers: both inputs side by side.
+    """
+    found: list[torch.Tensor] = []
+    given: list[torch.Tensor] = []
+    layers = [parts.model.get_submodule(name) for name in classifiers(parts.model)]
+
+    def note(_: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        given.append(inputs[0].detach().float().flatten(1))
+        if len(given) == len(layers):
+            found.append(torch.cat(given, 1))
+            given.clear()
+
+    hooks = [layer.register_forward_pre_hook(note) for layer in layers]
+    try:
+        yield found
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 class TunedModulesTracer(fx.Tracer):

@@ -154,6 +154,9 @@ def markdown(runs: Sequence[RunDir], rows: Sequence[Row], others: Sequence[dict[
         "",
     ]
     text += [line for row in rows if row.verdict for line in (f"**{row.run}**: {row.verdict}.", "")]
+    for row in rows:
+        if choice := row.results.choice:
+            text += [f"## What {row.run} has chosen", "", f"{choice.sentence()}.", "", choice.table(), ""]
     robust = [
         (row.run, line.set, line.res, f"{line.before.top1:.2f}", f"{line.after.top1:.2f}", line.gain)
         for row in rows

@@ -8,6 +8,7 @@ from typing import Any
 
 from fixres_dist.base.commands import command
 from fixres_dist.base.small_files import Damaged, read_json, typed, write_json
+from fixres_dist.runs.choice import Choice
 from fixres_dist.runs.rundir import RunDir
 
 OTHER_SIZE = "before, at another size"  # in metrics.jsonl: not comparable with the evaluations at the test resolution
@@ -134,6 +135,7 @@ class Results:
     before_at: dict[int, Before] = field(default_factory=dict)  # by resolution; older runs have none
     best_before: Best | None = None  # where there is any such
     floor: tuple[Floor, ...] = ()  # of a run with a stage one on weights, at each of its sizes
+    choice: Choice | None = None  # what a held-out share has chosen, and among what
     images_seen: int
     seconds: float
     world_size: int

@@ -33,7 +33,7 @@ from fixres_dist.base.small_files import (
 )
 from fixres_dist.config import reading
 from fixres_dist.config.schema import Config
-from fixres_dist.runs import names, rebuilding, snapshots
+from fixres_dist.runs import choice, names, rebuilding, snapshots
 from fixres_dist.runs.states import Event, RunState, State
 from fixres_dist.runs.task import Task
 
@@ -60,12 +60,16 @@ class RunDir:
     root: Path
 
     checkpoints = File("checkpoints")
+    chosen = File("chosen.json")  # settings that a held-out share has chosen (choice.py)
     code = File("code")  # the snapshot that the job imports: editing the checkout never changes a queued job
     config_file = File("config.yaml")
     done = File("DONE")
     events = File("events.jsonl")
     failed = File("FAILED")  # why, and the next command
     floor = File("floor.json")  # with stage one on weights: what the untouched network already gives
+    held_out = File(
+        "held_out"
+    )  # run directory of the first stage one, without the pictures on which settings are chosen
     head_before = File("head_before.safetensors")  # without stage one: the tuned tensors before fixing
     metrics = File("metrics.jsonl")
     prepared = File("prepared.sh")  # what slurm/train.sbatch takes from the run's settings
@@ -96,6 +100,11 @@ class RunDir:
         return Task.read(self.task_file)
 
     def config(self) -> Config:
+        """What it was submitted with, and over that what it has chosen. Raises as `submitted`, and Damaged for chosen.json."""
+        found = choice.read(self.chosen, self.again)
+        return found.applied(self.submitted()) if found else self.submitted()
+
+    def submitted(self) -> Config:
         """Raises UserError where there is no config.yaml, and Damaged for one that is damaged or of a newer version."""
         again = f"{self.submit_command()}; where that has other settings, put back a copy"
         try:
@@ -282,7 +291,7 @@ def recorded(run: RunDir) -> dict[str, Any] | None:
     """The settings of the run that may not change: of its config.yaml; where that is damaged, of its newest checkpoint, or
     None where there is none either, so that nothing depends on them."""
     try:
-        return reading.identity(run.config())
+        return reading.identity(run.submitted())
     except Damaged:
         for file in sorted(run.checkpoints.glob("step_*/meta.json"), reverse=True):
             with contextlib.suppress(OSError, UserError, StorageError, KeyError):
@@ -295,7 +304,7 @@ def mend_config(run: RunDir, config: Config) -> None:
     """Write config.yaml again where it is damaged."""
     with contextlib.suppress(UserError):  # a new directory
         try:
-            run.config()
+            run.submitted()
         except Damaged as error:
             print(f"{error.why}: {run.config_file} is written again from this command")
             write_config(run, config)

@@ -135,6 +135,9 @@ def passes(config: Config, counts: Counts, pictures: int) -> float:
         first, every = config.pretrain, config.run.eval_every
         shown = (1 + BACKWARD) * first.epochs * counts.train + (-(-first.epochs // every) if every else 1) * counts.val
         found += shown * (first.res / config.data.res) ** 2
+        if config.tune.chooses:  # a first stage one, and features at every size that is tried
+            found += shown * (1 - config.tune.hold_out) * (first.res / config.data.res) ** 2
+            found += sum(counts.train * (res / config.data.res) ** 2 for res in config.tune.hold_out_sizes)
     return found
 
 

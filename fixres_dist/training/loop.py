@@ -11,11 +11,12 @@ import shutil
 import time
 from dataclasses import replace
 
+import torch
 from torch import nn
 
 from fixres_dist.base.signals import Stopped
 from fixres_dist.models.parts import described, frozen_digest
-from fixres_dist.models.weights import write_tensors, write_weights
+from fixres_dist.models.weights import read_state, write_tensors, write_weights
 from fixres_dist.runs import checkpoint
 from fixres_dist.runs.restoring import exchange, put_tensors
 from fixres_dist.runs.rundir import RunDir
@@ -24,17 +25,17 @@ from fixres_dist.training import auto_batch, class_order, compiled_code, results
 from fixres_dist.training.cache.build import open_stores
 from fixres_dist.training.session import Session
 from fixres_dist.training.stage_training import END, Training, open_stage
-from fixres_dist.training.stages import Stage, stages
+from fixres_dist.training.stages import Stage
 from fixres_dist.training.step import average_weights, backward, distribute, measure_statistics
 from fixres_dist.training.throughput import StartUp
 
 
 def train_stage(
-    run: RunDir, session: Session, stage: Stage, total_steps: int, writer: checkpoint.Writer, startup: StartUp
+    run: RunDir, session: Session, stage: Stage, todo: list[Stage], writer: checkpoint.Writer, startup: StartUp
 ) -> None:
-    """Train `stage` from its newest checkpoint, or from its start, to its end; raises Stopped, once all is saved, where a
+    """Train `stage`, one of `todo`, from its newest checkpoint, or from its start, to its end; raises Stopped, once all is saved, where a
     stop signal came before."""
-    training = open_stage(run, session, stage, total_steps, writer)
+    training = open_stage(run, session, stage, todo, writer)
     startup.mark("trunk")
     try:
         with auto_batch.naming_a_smaller_batch(training.work, in_steps=False):
@@ -173,6 +174,19 @@ def loop(training: Training, startup: StartUp) -> None:
             saved_at = time.monotonic()
 
 
+def take_back(training: Training) -> None:
+    """Leave the trained weights `alpha` of the way from those before the stage; statistics stay as they are measured."""
+    work, run = training.work, training.run
+    file = run.pretrained if work.session.config.pretrain else run.head_before
+    before, now = read_state(file), dict(work.session.model.named_parameters())
+    mixed = {
+        name: torch.lerp(before[name].to(p), p.detach(), work.stage.tune.alpha)
+        for name, p in now.items()
+        if p.requires_grad
+    }
+    put_tensors(work.session.model, mixed)
+
+
 def close(training: Training) -> None:
     """After the last step: evaluate, and write the stage's weights; after fixing also the results."""
     work, run = training.work, training.run
@@ -182,12 +196,14 @@ def close(training: Training) -> None:
         raise RuntimeError(
             "a tensor that the policy keeps frozen has changed; please report this with the run's config.yaml"
         )
+    if stage.tune.alpha < 1:
+        take_back(training)
     predictions = training.evaluate(END[stage.name])
     if stage.name != "head":
         training.keep("after" if stage.name == "fix" else f"before-{stage.res}", predictions)
     if training.tracker and stage.name != "head":
         if stage.name == "fix":
-            images = sum(s.images_until(s.stop) for s in stages(session.config, stage.n))
+            images = sum(s.images_until(s.stop) for s in training.todo)
             summary = results.write_results(run, session, training.progress.seconds, images, **work.how())
             training.draw("results")
             training.show_results(summary)

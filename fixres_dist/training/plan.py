@@ -15,7 +15,7 @@ from fixres_dist.models import nvidia_apex
 from fixres_dist.models.sizes import Sizes, of_weights
 from fixres_dist.training.cache import rule
 from fixres_dist.training.estimates import LEFT_OUT, Counts, memory_text, seconds, time_text
-from fixres_dist.training.stages import Stage, batch_per_device, other_sizes, stages
+from fixres_dist.training.stages import Stage, batch_per_device, held_out_count, other_sizes, stages
 
 IMAGENET = (1_281_167, 50_000, 1000)
 
@@ -69,6 +69,8 @@ def check(config: Config, world_size: int, dry: bool) -> None:
         class_maps.check(config)
         recipes.check_count(config.model.num_classes, len(classes(config)))
     check_weights(config)
+    if config.tune.hold_out:
+        held_out(config, count(config))
     if not any("container" in argument for argument in config.cluster.srun_args):  # a container may hold another apex
         nvidia_apex.check_apex(config)
     rule.check(config.run.engine, stages(config, 1)[-1])
@@ -142,6 +144,7 @@ def lines(
         if config.pretrain and stage.name != "head":
             section = "pretrain" if stage.name == "pretrain" else "tune"
             rows[stage.name] += own_data.few_steps(section, t, stage.stop - stage.first, counts.train)
+    rows["held out"] = held_out(config, counts)
     where = f"{cluster.nodes} node(s) x {cluster.gpus_per_node}"
     rows |= {"before": others} if others else {}
     rows["ranks"] = f"{world_size} ({where}); {size} images per forward and rank"
@@ -151,6 +154,23 @@ def lines(
         rows["time"] = time_text(config, costs, counts, pictures, world_size, on_cpu)
     rows["run"] = str(run_folder)
     return [f"{key:<11}{text}" for key, text in rows.items() if text]
+
+
+def held_out(config: Config, counts: Counts) -> str:
+    """Which pictures stay out of stage one, and why; empty for none. Raises UserError where a class would keep none."""
+    tune, n = config.tune, counts.train
+    if not tune.hold_out:
+        return ""
+    count = held_out_count(tune, n)
+    if not 0 < count <= n - counts.classes:
+        raise UserError(
+            f"tune.hold_out={tune.hold_out:g} of {n:,} images is {count:,}; accepted: 1 to {n - counts.classes:,}, so that each "
+            "class keeps one. Next: tune.hold_out=0"
+        )
+    if not tune.chooses:
+        return f"{count:,} images stay out of stage one, and are half of what the fixing stage draws"
+    listed = ", ".join(map(str, tune.hold_out_sizes or (config.data.res,)))
+    return f"{count:,} images stay out of a first stage one and choose the fixing stage's settings at {listed} px; then all again"
 
 
 def starting(config: Config, facts: Facts | None) -> Sizes:

@@ -10,6 +10,7 @@ import torch
 from fixres_dist.base.environment import processor, versions
 from fixres_dist.models import nvidia_apex
 from fixres_dist.models.sizes import of_weights
+from fixres_dist.runs.choice import read as read_choice
 from fixres_dist.runs.results import Accuracy, Before, Best, Hardware, Results, read_floors
 from fixres_dist.runs.rundir import RunDir
 from fixres_dist.training.predictions import Predictions
@@ -45,6 +46,7 @@ def write_results(run: RunDir, session: Session, seconds: float, images_seen: in
         before_at={res: Before(**asdict(accuracy(p)), why=why) for res, (p, why) in others.items()},
         best_before=best_before(after, {config.data.res: before} | {r: p for r, (p, _) in others.items()}),
         floor=read_floors(run),
+        choice=read_choice(run.chosen, run.again),
         images_seen=images_seen,
         seconds=round(seconds, 2),
         world_size=session.ranks.world_size,

@@ -28,9 +28,11 @@ from fixres_dist.config import reading
 from fixres_dist.models.weights import state_digest
 from fixres_dist.runs import checkpoint, snapshots
 from fixres_dist.runs.rundir import RunDir
-from fixres_dist.training import results
+from fixres_dist.training import damage, results
+from fixres_dist.training.loop import train_stage
 from fixres_dist.training.session import Session
 from fixres_dist.training.stages import Stage
+from fixres_dist.training.throughput import StartUp
 
 WAIT_S = 2.0  # between looks at whether another run has finished the same stage one
 ROOMS = ("config", "data", "models", "training")  # whose code decides what comes out
@@ -84,6 +86,23 @@ def place_of(session: Session) -> Place | None:
     folder = root / name
     # Weights that another user wrote, or could have written, are not believed (base/owners.py).
     return Place(owners.of_this_user(folder) if folder.exists() and not owners.believed(folder) else folder, key)
+
+
+def train(run: RunDir, session: Session, todo: list[Stage], writer: checkpoint.Writer, startup: StartUp) -> None:
+    """Stage one of `todo`, whose last one is the fixing stage, from where it stands to pretrained.safetensors; nothing where
+    that is there, or where there is none. Raises Stopped, once all is saved."""
+    ranks, first = session.ranks, todo[:-1]
+    again = partial(damage.pretrained_again, run, session, first)
+    if not first or ranks.from_main(run.pretrained.exists) or ranks.from_main(again):
+        return
+    with turn(run, session, first) as needed:
+        begun = ranks.from_main(lambda: checkpoint.newest_stage(run.checkpoints))
+        for stage in first if needed else ():
+            ranks.check_stop()
+            if stage.name == "head" and begun not in ("", "head"):
+                continue  # the checkpoint of stage one has the classifier
+            session = session.for_size(stage.res)  # with the classifier that the first one has trained
+            train_stage(run, session, stage, todo, writer, startup)
 
 
 @contextlib.contextmanager

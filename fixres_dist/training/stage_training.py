@@ -32,7 +32,7 @@ from fixres_dist.training.partial import Partial
 from fixres_dist.training.predictions import Predictions
 from fixres_dist.training.session import Session
 from fixres_dist.training.stage_session import StageSession
-from fixres_dist.training.stages import Stage, evaluations_left, other_sizes, stages, steps_left
+from fixres_dist.training.stages import Stage, evaluations_left, other_sizes, steps_left
 from fixres_dist.training.throughput import Meter
 
 END = {"head": "head", "pretrain": "pretrained", "fix": "after"}  # the evaluation after a stage's last step
@@ -44,6 +44,7 @@ class Training:
 
     run: RunDir
     work: StageSession
+    todo: list[Stage]  # all of the run
     optimizer: torch.optim.Optimizer
     scale: LossScale
     fingerprint: dict[str, Any]  # what must match between the starts of one run
@@ -178,8 +179,9 @@ class Training:
             self.writer.save(self.work.session.model, tensors, self.optimizer, now, self.fingerprint, mean)
 
 
-def open_stage(run: RunDir, session: Session, stage: Stage, total_steps: int, writer: checkpoint.Writer) -> Training:
-    """The model cut for the stage, its optimizer, and where it continues: at its newest checkpoint, or at its start."""
+def open_stage(run: RunDir, session: Session, stage: Stage, todo: list[Stage], writer: checkpoint.Writer) -> Training:
+    """The model cut for the stage, one of `todo`, its optimizer, and where it continues: at its newest checkpoint, or at its
+    start."""
     session = session.for_stage(stage)
     settings, tune = session.config.run, stage.tune
     parts = parts_of(session.model, tune.policy, settings.activation_checkpointing)
@@ -205,16 +207,15 @@ def open_stage(run: RunDir, session: Session, stage: Stage, total_steps: int, wr
     work = StageSession(auto_batch.with_batch(session, stage, parts, optimizer, scale), stage, parts)
     main = session.ranks.is_main
     again = (progress.pending, END[stage.name]) if resumed else ("before", OTHER_SIZE)
-    every = stages(session.config, len(session.train))
     eval_every = session.config.run.eval_every
 
     def left(step: int) -> Left:
-        return Left(steps_left(every, step), evaluations_left(every, eval_every, step))
+        return Left(steps_left(todo, step), evaluations_left(every, eval_todo, step))
 
-    tracker = Tracker(run, session.config, progress.step, total_steps, again, left) if main else None
+    tracker = Tracker(run, session.config, progress.step, todo[-1].stop, again, left) if main else None
     saved = progress.step if resumed else -1
     return Training(
-        *(run, work, optimizer, scale, fingerprint, progress, resumed, tracker, writer, ema),
+        *(run, work, todo, optimizer, scale, fingerprint, progress, resumed, tracker, writer, ema),
         saved_step=saved,
         tuned_before=tuned_before,
     )

@@ -71,9 +71,27 @@ class Stage:
         return peak * 0.5 * (1 + math.cos(math.pi * done))
 
 
+def held_out_count(tune: Tune, n: int) -> int:
+    """Of `n` training images, those that stay out of stage one."""
+    return round(tune.hold_out * n)
+
+
+def repeats_of_held_out(tune: Tune, n: int) -> int:
+    """How often each of them stands among the pictures of the fixing stage, so that they are about half of these."""
+    held = held_out_count(tune, n)
+    return max(1, round((n - held) / held)) if held else 0
+
+
 def stages(config: Config, n: int) -> list[Stage]:
-    """The stages of a run on `n` training images, in order; optimizer steps are counted through."""
+    """The stages of a run on `n` training images, in order; optimizer steps are counted through.
+
+    Where settings are chosen on a held-out share, those that follow the choice, on all images (training/hold_out.py).
+    """
     found: list[Stage] = []
+    of_fixing = n
+    if config.tune.hold_out and not config.tune.chooses:
+        held = held_out_count(config.tune, n)
+        n, of_fixing = n - held, n - held + held * repeats_of_held_out(config.tune, n)
     if config.pretrain:
         p, seed = config.pretrain, 2 * config.run.seed + 1
         if p.head_epochs:
@@ -82,7 +100,7 @@ def stages(config: Config, n: int) -> list[Stage]:
     first = found[-1].stop if found else 0
     return [
         *found,
-        Stage("fix", config.tune, config.data.res, config.data.train_transform, first, n, 2 * config.run.seed),
+        Stage("fix", config.tune, config.data.res, config.data.train_transform, first, of_fixing, 2 * config.run.seed),
     ]
 
 

@@ -25,7 +25,7 @@ from fixres_dist.models import weights
 from fixres_dist.models.precision import determinism
 from fixres_dist.runs import checkpoint, starts
 from fixres_dist.runs.rundir import Locked, RunDir
-from fixres_dist.training import damage, estimates, samples, stage_one
+from fixres_dist.training import damage, estimates, hold_out, samples, stage_one
 from fixres_dist.training.auto_batch import DoesNotFit
 from fixres_dist.training.divergence import Diverged
 from fixres_dist.training.floor import measure_floors
@@ -144,10 +144,12 @@ def watched(run: RunDir, config: Config, startup: StartUp) -> contextlib.Abstrac
 def train_stages(run: RunDir, config: Config, ranks: Ranks, stack: contextlib.ExitStack, startup: StartUp) -> None:
     """What is left of the run's stages; raises Stopped, once all is saved, where a stop signal has come to any rank."""
     writer = stack.enter_context(checkpoint.Writer(run.checkpoints, lambda **saved: run.event("saved", **saved)))
+    chooses = config.tune.chooses and not ranks.from_main(run.chosen.exists)
+    pretrained = ranks.from_main(run.pretrained.exists)
     session = open_session(
         config,
         ranks,
-        load_weights=not (pretrained := ranks.from_main(run.pretrained.exists)),
+        load_weights=chooses or not pretrained,
         on_skip=samples.skipping(run, ranks, config.data.max_skipped),
         kept=run.root / "choices.json",
         mark=startup.mark,
@@ -155,23 +157,17 @@ def train_stages(run: RunDir, config: Config, ranks: Ranks, stack: contextlib.Ex
     todo = stages(config, len(session.train))
     if ranks.is_main:
         begin(run, session, total_steps=todo[-1].stop)
-    *first, fix = todo
-    if first and not pretrained and config.model.weights != "none":
+    if config.pretrain and not pretrained and config.model.weights != "none":
         measure_floors(run, session, sorted({stage.res for stage in todo}))
-    again = partial(damage.pretrained_again, run, session, first)
-    if first and not pretrained and not ranks.from_main(again):
-        with stage_one.turn(run, session, first) as needed:
-            begun, sized = ranks.from_main(lambda: checkpoint.newest_stage(run.checkpoints)), session
-            for stage in first if needed else ():
-                ranks.check_stop()
-                if stage.name == "head" and begun not in ("", "head"):
-                    continue  # the checkpoint of stage one has the classifier
-                sized = sized.for_size(stage.res)  # with the classifier that the first one has trained
-                train_stage(run, sized, stage, fix.stop, writer, startup)
+    if chooses:
+        session = hold_out.choose(run, session, startup)
+        todo = stages(session.config, len(session.train))
+    stage_one.train(run, hold_out.session_of(session, "pretrain"), todo, writer, startup)
     ranks.check_stop()
-    if first:
+    if config.pretrain:
         weights.fill(session.model, weights.read_state(run.pretrained), str(run.pretrained))
-    train_stage(run, session.for_size(fix.res), fix, fix.stop, writer, startup)
+    fix = todo[-1]
+    train_stage(run, hold_out.session_of(session, "fix").for_size(fix.res), fix, todo, writer, startup)
 
 
 def claim(run: RunDir, ranks: Ranks, stack: contextlib.ExitStack) -> int | None:

@@ -91,7 +91,7 @@ def choose(setting: str, stage: Stage, streamed: int, need: Need) -> tuple[str, 
     if setting == "stream":
         return "stream", "run.engine=stream"
     saving = f"{need.pictures:,} pictures through the trunk instead of {streamed:,}"
-    if stage.name == "floor":
+    if stage.name in ("floor", "choice"):
         return "cached" if need.fits else "stream", f"{need}"
     if setting == "cached" and stage.name == "fix":
         if not need.fits:
