@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from fixres_dist.base.errors import UserError
 
 if TYPE_CHECKING:
-    from fixres_dist.config.schema import Config, Pretrain
+    from fixres_dist.config.schema import Config, Pretrain, Tune
 
 
 def check_alone(first: Pretrain) -> None:
@@ -68,6 +68,15 @@ def check(config: Config, first: Pretrain) -> None:
             "pretrain.mixup and cutmix mix pairs of a forward pass, and run.batch_per_device is 1. "
             "Next: run.batch_per_device=2, or both 0"
         )
+
+
+def check_shares(tune: Tune) -> None:
+    """Raises UserError for a share out of range, or a size that no model takes."""
+    for name, high in (("alpha", 1), ("hold_out", 0.5)):
+        if not 0 <= getattr(tune, name) <= high:
+            raise UserError(f"{name} is {getattr(tune, name)}; accepted: 0 to {high}.")
+    if min(tune.hold_out_sizes, default=32) < 32:
+        raise UserError(f"hold_out_sizes are {list(tune.hold_out_sizes)}; accepted: 32 px or more each.")
 
 
 def check_held_out(config: Config) -> None:

@@ -116,12 +116,7 @@ class Tune:
             raise UserError(
                 "average_epochs needs a frozen trunk: with policy all every BN's statistics would be wrong."
             )
-        if not 0 <= self.alpha <= 1:
-            raise UserError(f"alpha is {self.alpha}; accepted: 0 to 1.")
-        if not 0 <= self.hold_out <= 0.5:
-            raise UserError(f"hold_out is {self.hold_out}; accepted: 0 to 0.5, such as 0.15.")
-        if min(self.hold_out_sizes, default=32) < 32:
-            raise UserError(f"hold_out_sizes are {list(self.hold_out_sizes)}; accepted: 32 px or more each.")
+        conflicts.check_shares(self)
         for name in ("momentum", "label_smoothing"):
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}; accepted: 0 <= {name} < 1.")

@@ -210,7 +210,7 @@ def open_stage(run: RunDir, session: Session, stage: Stage, todo: list[Stage], w
     eval_every = session.config.run.eval_every
 
     def left(step: int) -> Left:
-        return Left(steps_left(todo, step), evaluations_left(every, eval_todo, step))
+        return Left(steps_left(todo, step), evaluations_left(todo, eval_every, step))
 
     tracker = Tracker(run, session.config, progress.step, todo[-1].stop, again, left) if main else None
     saved = progress.step if resumed else -1

@@ -37,7 +37,7 @@ def prepared(root: Path, photos: Path, *more: str) -> RunDir:
         ),
         *("tune.policy=classifier", "tune.bn_stats=kept", "tune.epochs=4", "tune.global_batch=14", "tune.lr_rule=none"),
         *("tune.base_lr=0.1", "run.precision=fp32", "run.log_every=1", "run.memory_format=channels_last"),
-        *("pretrain.res=64", "pretrain.epochs=2", "pretrain.global_batch=14", "pretrain.lr_rule=none"),
+        *("pretrain.res=64", "pretrain.epochs=1", "pretrain.global_batch=14", "pretrain.lr_rule=none"),
         *("tune.hold_out=0.2", "tune.hold_out_sizes=[64, 96]", "run.eval_every=0", "pretrain.base_lr=0.05"),
     )
     return rundir.prepare(root, reading.parse(Config, reading.overrides([*items, *more])), "submit")
@@ -72,6 +72,16 @@ def test_a_temperature_does_not_choose_and_a_better_order_does() -> None:
     assert hold_out.held_out_loss(z + torch.eye(4)[labels], labels, folds) < plain - 0.1
 
 
+def stopping(steps: Steps) -> Any:
+    real = hold_out.candidates
+
+    def candidates(*given: Any) -> Any:
+        steps.flag.signal = 15
+        return real(*given)
+
+    return candidates
+
+
 def test_chosen_settings_are_used_and_a_stop_in_either_stage_one_changes_nothing(
     tmp_path: Path, photos: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -80,9 +90,7 @@ def test_chosen_settings_are_used_and_a_stop_in_either_stage_one_changes_nothing
     code, count = steps.train(calm)
     n = sum(1 for _ in photos.glob("train/*/*"))
     held = round(0.2 * n)
-    assert (code, count) == (0, 2 * -(-(n - held) // 14) + 2 * -(-n // 14)), (
-        "a first stage one on the rest, then on all"
-    )
+    assert (code, count) == (0, -(-(n - held) // 14) + -(-n // 14)), "a first stage one on the rest, then on all"
     found = Results.read(calm).choice
     assert found
     assert (found.n, len(found.tried)) == (held, 2 * 3 * 7)
@@ -92,9 +100,17 @@ def test_chosen_settings_are_used_and_a_stop_in_either_stage_one_changes_nothing
     assert (config.data.res, config.tune.bn_stats) == (found.chosen.res, found.chosen.bn_stats)
     assert Results.read(calm).res == found.chosen.res
     assert calm.submitted().data.res == 64
-    for stop in (1, 4):
-        assert steps.train(stopped, stop=stop)[0] == 1
-    assert not stopped.chosen.exists() or stopped.pretrained.exists() is False
+    assert steps.train(stopped, stop=1)[0] == 1
+    assert RunDir(stopped.held_out).saved_step() == 2, "in the first stage one"
+    assert not stopped.chosen.exists()
+    monkeypatch.setattr(hold_out, "candidates", stopping(steps))
+    assert steps.train(stopped)[0] == 1, "while candidates are tried"
+    assert RunDir(stopped.held_out).pretrained.exists()
+    assert not stopped.chosen.exists()
+    monkeypatch.undo()
+    steps = Steps(monkeypatch)
+    assert steps.train(stopped, stop=1)[0] == 1, "in the second one"
+    assert (stopped.chosen.exists(), stopped.pretrained.exists()) == (True, False)
     assert steps.train(stopped)[0] == 0
     assert json.loads(stopped.chosen.read_text()) == json.loads(calm.chosen.read_text())
     weights = [load_file(run.root / "export" / "model.safetensors") for run in (calm, stopped)]
@@ -113,7 +129,7 @@ def test_the_held_out_share_trains_the_head_and_half_of_its_pictures_are_its(
     code, count = steps.train(run)
     n = sum(1 for _ in photos.glob("train/*/*"))
     held = round(0.2 * n)
-    assert (code, count) == (0, 2 * -(-(n - held) // 14))
+    assert (code, count) == (0, -(-(n - held) // 14))
     lines: list[dict[str, Any]] = [
         json.loads(x) for x in (run.root / "samples" / "rank_0.jsonl").read_text().splitlines()
     ]
