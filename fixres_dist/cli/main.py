@@ -35,7 +35,8 @@ GROUPS = {
         "compare": "the gain between two runs or two files of predictions, paired image by image",
         "extract": "softmax and embeddings of every image, in the data set's order, to .npy",
     },
-    "Publish": {
+    "Use and publish": {
+        "predict": "the classes of pictures without labels, by a run or an export: table, CSV or JSON",
         "report": "runs beside the published numbers: table and plots",
         "export": "a run's whole model for timm, ONNX Runtime or the hub, with its model card",
     },

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import nn
 from fixres_dist.base.errors import UserError, first_line
 from fixres_dist.base.files import publish, whole
 from fixres_dist.config.schema import Config
+from fixres_dist.evaluation.exported import KEY, Export
 from fixres_dist.models.build import CROP_MODES, preprocessing, pretrained_cfg
 
 ONNX_TOLERANCE = 1e-4  # relative to the largest logit; rounding alone stays below 1e-5
@@ -38,9 +40,12 @@ def timm_transform(config: Config, res: int) -> tuple[dict[str, Any], bool]:
     return settings, resize.side != "height"
 
 
-def write_config(model: nn.Module, file: Path, config: Config, res: int, classes: list[str]) -> None:
+def write_config(
+    model: nn.Module, file: Path, config: Config, res: int, classes: list[str], temperature: float = 1.0
+) -> None:  # fmt: skip
     """config.json in timm's hub form: `timm.create_model("local-dir:FOLDER", pretrained=True)` builds the model from it,
-    and `timm.data.resolve_data_config` finds this evaluation's transform."""
+    and `timm.data.resolve_data_config` finds this evaluation's transform; `fixres predict` reads what timm's keys cannot say.
+    """
     from timm.models._hub import save_config_for_hf
 
     own: Any = model
@@ -49,8 +54,16 @@ def write_config(model: nn.Module, file: Path, config: Config, res: int, classes
     settings |= {"test_input_size": settings["input_size"], "test_crop_pct": settings["crop_pct"]}
     own.pretrained_cfg = {**own.pretrained_cfg, **dict.fromkeys(stale), **settings, "num_classes": len(classes)}
     own.pretrained_cfg["license"] = licence(config)
+    here = Export(
+        res=res,
+        resize_rule=config.data.resize_rule,
+        crop_pct=config.data.crop_pct,
+        policy=config.tune.policy,
+        precision="fp32" if config.run.precision == "fp32" else "auto",
+        temperature=temperature,
+    )
     with whole(file) as part:
-        save_config_for_hf(own, part, model_config={"label_names": classes})
+        save_config_for_hf(own, part, model_config={"label_names": classes, KEY: asdict(here)})
 
 
 def licence(config: Config) -> str | None:

@@ -1,0 +1,258 @@
+"""`fixres predict` and `fixres_dist.load`: pictures without labels, by a run and by its export; and what is refused."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from support.commands import ROOT
+from support.in_process import SETTINGS, called
+
+import fixres_dist
+from fixres_dist.base.errors import UserError
+from fixres_dist.cli.main import main
+from fixres_dist.evaluation.classifier import Classifier
+from fixres_dist.runs.rundir import RunDir
+from fixres_dist.training.predictions import Predictions
+
+CLASSES = ["ash", "birch", "cedar"]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory, photos: Path) -> RunDir:
+    """A finished run with its export; one learning rate for all, so that classes differ."""
+    runs = tmp_path_factory.mktemp("predict")
+    words = (
+        "--data",
+        photos,
+        "--runs-dir",
+        runs,
+        "tune.epochs=1",
+        "tune.base_lr=0.5",
+        "data.resize_rule=fixres_height",
+    )
+    assert called("submit", *SETTINGS, *words)[0] == 0
+    assert called("export", "--run", runs / "r")[0] == 0
+    return RunDir(runs / "r")
+
+
+@pytest.fixture(scope="module")
+def evaluated(run: RunDir) -> dict[str, tuple[str, float]]:
+    """By file below val/: class and confidence after fixing, as evaluations have it."""
+    made = Predictions.read(run.root / "predictions" / "after.npz")
+    val = Path(run.config().data.root) / "val"
+    names = [str(path) for name in CLASSES for path in sorted((val / name).iterdir())]
+    assert len({*made.predicted.tolist()}) > 1
+    pairs = zip(made.predicted.tolist(), made.confidence.tolist(), strict=True)
+    return {name: (CLASSES[k], confidence) for name, (k, confidence) in zip(names, pairs, strict=True)}
+
+
+@pytest.fixture(scope="module")
+def model(run: RunDir) -> Classifier:
+    return fixres_dist.load(run.root)
+
+
+def predicted(capsys: pytest.CaptureFixture[str], *words: object) -> tuple[list[dict[str, str]], str]:
+    """(rows of the CSV, stderr)"""
+    capsys.readouterr()
+    assert main(["predict", *map(str, words), "--csv"]) == 0
+    said = capsys.readouterr()
+    return list(csv.DictReader(io.StringIO(said.out))), said.err
+
+
+def check(rows: list[dict[str, str]], expected: dict[str, tuple[str, float]]) -> None:
+    assert [row["file"] for row in rows] == list(expected)
+    assert [row["class_1"] for row in rows] == [name for name, _ in expected.values()]
+    assert [float(row["confidence_1"]) for row in rows] == pytest.approx([c for _, c in expected.values()], abs=1e-5)
+
+
+@pytest.mark.parametrize("source", ["", "export", "export/model.safetensors"])
+def test_a_folder_has_the_classes_that_evaluate_found(
+    run: RunDir, evaluated: dict[str, tuple[str, float]], capsys: pytest.CaptureFixture[str], source: str
+) -> None:
+    """Also by a resize rule that timm's keys in config.json cannot say."""
+    rows, said = predicted(capsys, run.root / source, Path(run.config().data.root) / "val")
+    check(rows, evaluated)
+    assert list(rows[0]) == ["file", *(f"{what}_{k}" for k in (1, 2, 3) for what in ("class", "confidence"))]
+    assert sum(float(rows[0][f"confidence_{k}"]) for k in (1, 2, 3)) == pytest.approx(1, abs=1e-4)
+    assert "33 pictures in " in said
+
+
+def test_lists_and_stdin_with_blank_lines_and_comments(
+    run: RunDir,
+    evaluated: dict[str, tuple[str, float]],
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    first, *others = list(evaluated)[::5]
+    (tmp_path / "beside.jpg").symlink_to(others[0])
+    text = f"\ufeff# mine\r\n\r\n{first}\r\n  \nbeside.jpg\n#{others[1]}\n{others[1]}"
+    (tmp_path / "list.txt").write_text(text, encoding="utf-8")
+    expected = {name: evaluated[name] for name in (first, others[1])}
+    for words, given in (([tmp_path / "list.txt"], b""), (["-"], text.replace("beside.jpg\n", "").encode())):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(given)))
+        rows, _ = predicted(capsys, run.root, *words, "--top", "1")
+        check([row for row in rows if not row["file"].endswith("beside.jpg")], expected)
+        assert len(rows) == (2 if given else 3), "a list's paths may lie beside it"
+        assert "class_2" not in rows[0]
+
+
+def test_a_thousand_files_with_a_broken_one(
+    run: RunDir, capsys: pytest.CaptureFixture[str], tmp_path: Path, evaluated: dict[str, tuple[str, float]]
+) -> None:
+    files = list(evaluated)
+    for k in range(1000):
+        (tmp_path / f"{k:04d}.jpg").symlink_to(files[k % len(files)])
+    (tmp_path / "0500.jpg").unlink()
+    (tmp_path / "0500.jpg").write_bytes(Path(files[0]).read_bytes()[:700])
+    rows, said = predicted(capsys, run.root, tmp_path, "data.workers=0")
+    assert len(rows) == 999
+    assert [row["class_1"] for row in rows[:500]] == [evaluated[files[k % len(files)]][0] for k in range(500)]
+    assert f"cannot read {tmp_path}/0500.jpg: " in said
+    assert said.splitlines()[-1].endswith(f"; 1 cannot be read: {tmp_path}/0500.jpg")
+
+
+def test_json_and_the_table(
+    run: RunDir, evaluated: dict[str, tuple[str, float]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    name, (label, confidence) = next(iter(evaluated.items()))
+    assert main(["predict", str(run.root), name, "nothing.jpg", "--json"]) == 0
+    said = capsys.readouterr()
+    (found,) = json.loads(said.out)
+    assert (found["file"], found["predictions"][0]["class"], len(found["predictions"])) == (name, label, 3)
+    assert "cannot read nothing.jpg: No such file or directory" in said.err
+    assert main(["predict", str(run.root), name, name]) == 0
+    line, again = capsys.readouterr().out.splitlines()
+    assert line == again
+    assert line.split()[:4] == [f"{100 * confidence:.1f}", "%", label, name]
+
+
+def test_python_opens_it_takes_pictures_and_measures(
+    model: Classifier, run: RunDir, evaluated: dict[str, tuple[str, float]]
+) -> None:
+    name = next(iter(evaluated))
+    with Image.open(name) as picture:
+        picture.load()
+        wide = Image.fromarray(np.full((90, 80), 30000, np.uint16))
+        found = model.predict([picture, name, "nothing.jpg", picture.convert("RGBA"), wide], top=2)
+    assert [one.image for one in found] == ["picture 0", name, "nothing.jpg", "picture 3", "picture 4"]
+    assert found[0].classes == found[1].classes == found[3].classes
+    assert found[0].confidences == pytest.approx(found[1].confidences, abs=1e-5)
+    assert (found[2].classes, found[2].error) == ((), "No such file or directory")
+    assert model.predict(name)[0].classes[0] == evaluated[name][0]
+    embedded = model.embed([name, "nothing.jpg", name])
+    assert embedded.shape == (3, 256)
+    assert np.isnan(embedded[1]).all()
+    assert embedded[0] == pytest.approx(embedded[2], abs=1e-5)
+    results, data = json.loads(run.results.read_text()), Path(run.config().data.root)
+    for place in (data, data / "val"):
+        measured = model.evaluate(place)
+        assert (measured["top1"], measured["n"]) == (results["after"]["top1"], 33)
+        assert measured["loss"] == pytest.approx(results["after"]["loss"], abs=1e-5)
+    with pytest.raises(UserError, match="no picture was given"):
+        model.predict([])
+
+
+def test_a_temperature_changes_confidence_and_no_class(
+    model: Classifier, run: RunDir, tmp_path: Path, evaluated: dict[str, tuple[str, float]]
+) -> None:
+    out = copied(run, tmp_path / "hot", temperature=2.5)
+    warm, names = fixres_dist.load(out), list(evaluated)[:5]
+    for cold, hot in zip(model.predict(names, 3), warm.predict(names, 3), strict=True):
+        assert hot.classes == cold.classes
+        scores = np.array(cold.confidences) ** (1 / 2.5)
+        assert hot.confidences == pytest.approx(scores / scores.sum(), abs=1e-5)
+    data = run.config().data.root
+    assert warm.evaluate(data)["top1"] == model.evaluate(data)["top1"]
+    assert warm.evaluate(data)["mean_confidence"] < model.evaluate(data)["mean_confidence"]
+
+
+def copied(run: RunDir, out: Path, **changes: Any) -> Path:
+    """The export with `changes` of what config.json says to this program; None takes a key out of the file."""
+    out.mkdir()
+    (out / "model.safetensors").symlink_to(run.root / "export" / "model.safetensors")
+    config = json.loads((run.root / "export" / "config.json").read_text())
+    for key, value in changes.items():
+        config["fixres" if key in config["fixres"] else key] = (
+            config["fixres"] | {key: value} if key in config["fixres"] else value
+        )
+    (out / "config.json").write_text(json.dumps(config))
+    return out
+
+
+def test_what_is_no_model_or_no_picture_is_refused_with_the_next_command(
+    run: RunDir, photos: Path, tmp_path: Path
+) -> None:
+    picture = photos / "val" / "ash" / "000.jpg"
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "a.heic").write_text("")
+    (tmp_path / "blank.txt").write_text("\n# nothing\n")
+    (tmp_path / "torn.jpg").write_bytes(b"\xff\xd8\xff")
+    bare, onnx = tmp_path / "bare", tmp_path / "onnx"
+    for folder, file in ((bare, "model.safetensors"), (onnx, "model_64.onnx")):
+        folder.mkdir()
+        (folder / file).symlink_to(run.root / "export" / "model.safetensors")
+    others = copied(run, tmp_path / "others", label_names=["ash", "birch", "elm"])
+    fewer = copied(run, tmp_path / "fewer", label_names=["ash", "birch"])
+    damaged = copied(run, tmp_path / "damaged", temperature=-1)
+    cases: list[tuple[list[object], str]] = [
+        ([run.root, tmp_path / "empty"], "empty holds no image; passed over: nothing. Accepted: image files"),
+        ([run.root, tmp_path / "notes"], "passed over: 1 .heic"),
+        ([run.root, tmp_path / "blank.txt"], "has no path of an image in 2 lines. Accepted: a path on each line"),
+        ([run.root, tmp_path / "gone.txt"], "gone.txt cannot be read: No such file"),
+        ([run.root, tmp_path / "torn.jpg", "gone.jpg"], "none of the 2 pictures can be read"),
+        ([run.root, picture, "--top", "0"], "top is 0; accepted: 1 or more"),
+        ([run.root, picture, "--res", "20"], "--res 20 is below 32 px"),
+        ([run.root, "data.workers=0"], "Next: fixres predict"),
+        ([picture, picture], f"is a picture; the model stands before it. Next: fixres predict RUN {picture}"),
+        ([tmp_path / "gone", picture], "Accepted: a run directory, a folder that `fixres export` wrote"),
+        ([photos, picture], "is no run and holds no weights (in it: train, val)"),
+        ([onnx, picture], "model_64.onnx is for ONNX Runtime"),
+        ([bare, picture], "has no config.json beside it"),
+        ([others, picture], "is of other classes than"),
+        ([fewer, picture], "is of other classes than"),
+        ([damaged, picture], "temperature is -1.0; accepted: above 0"),
+    ]
+    for words, expected in cases:
+        code, said = called("predict", *words)
+        assert code == 2, said
+        assert expected in said
+        assert "Next: " in said or "ccepted: " in said
+
+
+def test_a_size_that_the_model_cannot_take_is_refused(tmp_path: Path, photos: Path) -> None:
+    import torch
+    from safetensors.torch import save_file
+
+    from fixres_dist.models.build import build_model
+
+    torch.manual_seed(0)
+    model = build_model("test_vit", 3)
+    save_file(model.state_dict(), tmp_path / "model.safetensors")
+    cfg = {"architecture": "test_vit", "num_classes": 3, "pretrained_cfg": {**model.pretrained_cfg, "num_classes": 3}}
+    cfg["pretrained_cfg"] = {k: v for k, v in cfg["pretrained_cfg"].items() if not k.startswith("hf_hub")}
+    (tmp_path / "config.json").write_text(json.dumps(cfg))
+    picture = photos / "val" / "ash" / "000.jpg"
+    code, said = called("predict", tmp_path, picture, "--res", "163")
+    assert code == 2
+    assert "cannot take 163 px" in said
+    assert "Next: --res 16" in said
+    code, said = called("predict", tmp_path, picture, "--csv")
+    assert code == 0, "timm's own form, without classes' names"
+    assert "class_" in said
+
+
+def test_importing_the_package_loads_no_torch() -> None:
+    code = "import sys, fixres_dist; fixres_dist.load; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=os.environ, check=False).returncode == 0
