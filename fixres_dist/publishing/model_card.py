@@ -143,7 +143,8 @@ def notes(run: RunDir, results: Results, alpha: float) -> list[str]:
     """What the table does not say: accuracy before fixing at other sizes, the gain over the best of all, and its verdict."""
     before = [f"{one.top1:.2f} at {res} px ({one.why})" for res, one in results.before_at.items()]
     found = [f"Top-1 before fixing at other sizes: {', '.join(before)}."] if before else []
-    told = (results.over_the_best(), results.verdict(run)) if alpha == 1 else ()
+    chosen = results.choice.sentence() if results.choice else ""
+    told = (results.over_the_best(), chosen, results.verdict(run)) if alpha == 1 else ()
     return found + [f"{one[0].upper()}{one[1:]}." for one in told if one]
 
 

@@ -289,11 +289,11 @@ def check(root: Path, config: Config) -> None:
 
 def recorded(run: RunDir) -> dict[str, Any] | None:
     """The settings of the run that may not change: of its config.yaml; where that is damaged, of its newest checkpoint, or
-    None where there is none either, so that nothing depends on them."""
+    None where there is none either, so that nothing depends on them, and where they are those that it has chosen."""
     try:
         return reading.identity(run.submitted())
     except Damaged:
-        for file in sorted(run.checkpoints.glob("step_*/meta.json"), reverse=True):
+        for file in () if run.chosen.exists() else sorted(run.checkpoints.glob("step_*/meta.json"), reverse=True):
             with contextlib.suppress(OSError, UserError, StorageError, KeyError):
                 kept = read_json(file, dict[str, Any], "")["fingerprint"]
                 return reading.identity(reading.parse(Config, kept.get("configuration", {})))
