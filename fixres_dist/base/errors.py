@@ -30,6 +30,8 @@ class UserError(Exception):
 
 def printable(text: str) -> str:
     """`text` with characters that do not print as their escapes, such as a terminal's; ends of lines stay."""
+    if text.replace("\n", "").isprintable():
+        return text
     return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode("ascii") for c in text)
 
 

@@ -67,6 +67,6 @@ def markdown_table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str
     """The same in markdown; a bar inside a cell is escaped."""
 
     def line(row: Sequence[object]) -> str:
-        return f"| {' | '.join('' if cell is None else str(cell).replace('|', BAR) for cell in row)} |"
+        return f"| {' | '.join(one_line(cell).replace('|', BAR) for cell in row)} |"
 
     return "\n".join([line(head), f"|{'-|' * len(head)}", *map(line, rows)])

@@ -15,6 +15,7 @@ from typing import Any
 
 from fixres_dist.base.commands import FORM, command
 from fixres_dist.base.errors import EXIT_DONE, EXIT_FAILED, EXIT_USER, exit_code, unknown
+from fixres_dist.base.terminal import escaping
 
 GROUPS = {
     "Train": {
@@ -76,7 +77,8 @@ def main(argv: Sequence[str] | None = None, form: str = "fixres") -> int:
     else:
         os.environ[FORM] = form
     try:
-        return exit_code(lambda: call(name, words))
+        with escaping():
+            return exit_code(lambda: call(name, words))
     except KeyboardInterrupt:
         return EXIT_FAILED
 

@@ -9,6 +9,7 @@ from dataclasses import asdict
 
 from fixres_dist.base.errors import EXIT_DONE, only_prints
 from fixres_dist.base.small_files import as_json
+from fixres_dist.base.terminal import CLEAR
 from fixres_dist.cli.arguments import add_runs_dir
 from fixres_dist.cluster import grid, status
 from fixres_dist.runs.states import UNFINISHED
@@ -35,10 +36,11 @@ def show(args: argparse.Namespace) -> int:
         if args.json:
             print(as_json([asdict(row) for row in rows], indent=1), flush=True)
         else:
-            clear = "\033[2J\033[H" if args.watch and sys.stdout.isatty() else ""
+            if args.watch and sys.stdout.isatty():
+                print(CLEAR, end="")
             closing = grid.closing_table(runs, rows) if args.names else ""
             text = "\n\n".join(filter(None, (status.as_table(rows), closing)))
-            print(clear + text if rows else f"no runs in {args.runs_dir}", flush=True)
+            print(text if rows else f"no runs in {args.runs_dir}", flush=True)
         if not args.watch or not any(row.state in UNFINISHED for row in rows):
             return EXIT_DONE
         time.sleep(max(1.0, args.every))

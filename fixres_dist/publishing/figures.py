@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fixres_dist.base.errors import printable
 from fixres_dist.base.files import whole
 from fixres_dist.config.schema import Config
 from fixres_dist.publishing.report import Row
@@ -24,6 +25,11 @@ TOP1 = "top-1 (%)"
 # A resolution's name along its line, three points to the left.
 MARK: dict[str, Any] = {"xycoords": ("data", "axes fraction"), "xytext": (-3, 0), "textcoords": "offset points"}
 MARK |= {"rotation": 90, "va": "bottom", "ha": "right", "fontsize": 8}
+
+
+def as_text(name: str) -> str:
+    """`name` as it is written: matplotlib reads what stands between two dollars as a formula, and fails where it is none."""
+    return printable(name).replace("$", r"\$")
 
 
 @contextlib.contextmanager
@@ -44,9 +50,9 @@ def figure(
         if one.get_legend_handles_labels()[0] and not drawn:
             one.legend(fontsize="medium" if panels == 1 else 8)
     if panels == 1:
-        axes[0][0].set_title(title)
+        axes[0][0].set_title(as_text(title))
     elif title:
-        drawing.suptitle(title)
+        drawing.suptitle(as_text(title))
     drawing.tight_layout()
     with whole(file) as part:
         drawing.savefig(part, format=file.suffix[1:])
@@ -129,6 +135,6 @@ def published_plot(curves: Mapping[str, Sequence[tuple[float, float, float]]], r
                 before, after = ((cost, accuracy.top1) for accuracy in (row.results.before, row.results.after))
                 axes[k].annotate("", after, before, arrowprops={"arrowstyle": "->", "color": colour})
                 axes[k].plot(*before, "s", mfc="white", color=colour, ms=5)
-                axes[k].plot(*after, "s", color=colour, ms=6, label=f"{row.run} ({row.data})")
+                axes[k].plot(*after, "s", color=colour, ms=6, label=as_text(f"{row.run} ({row.data})"))
             axes[k].set(xscale="log", xlabel=cost_label)
         axes[0].set_ylabel(TOP1)

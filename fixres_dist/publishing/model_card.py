@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fixres_dist.base.commands import command, shell
+from fixres_dist.base.errors import printable
 from fixres_dist.base.secrets import redacted
 from fixres_dist.base.small_files import Damaged, read_json
 from fixres_dist.base.text import markdown_table
@@ -182,7 +183,8 @@ def text(run: RunDir, files: list[str], licence: str | None, alpha: float = 1.0)
         command=without_places(run.typed),
         licence="which timm gives as " + licence if licence else "and of the data they were trained on",
     )
-    return f"---\n{front_matter(name, data_name(config), licence, exported.after if exported else None)}\n---\n{body}"
+    front = front_matter(name, data_name(config), licence, exported.after if exported else None)
+    return printable(f"---\n{front}\n---\n{body}")
 
 
 def front_matter(name: str, data: str, licence: str | None, exported: Accuracy | None) -> str:

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from fixres_dist.base.errors import StorageError, UserError
+from fixres_dist.base.errors import StorageError, UserError, printable
 from fixres_dist.base.text import duration, markdown_table
 from fixres_dist.cluster import status
 from fixres_dist.config import recipes
@@ -173,4 +173,4 @@ def markdown(runs: Sequence[RunDir], rows: Sequence[Row], others: Sequence[dict[
     if others:
         lines = [(w["name"], w["state"], f"{w['step']} of {w['total_steps'] or '?'}", w["reason"]) for w in others]
         text += ["## Not finished, or damaged", "", markdown_table(("run", "state", "step", "why"), lines), ""]
-    return "\n".join(text)
+    return printable("\n".join(text))

@@ -18,7 +18,7 @@ from typing import Any
 from fixres_dist.base import locks
 from fixres_dist.base.commands import command, shell
 from fixres_dist.base.environment import environment
-from fixres_dist.base.errors import StorageError, UserError
+from fixres_dist.base.errors import StorageError, UserError, printable
 from fixres_dist.base.files import create, remove, write_text
 from fixres_dist.base.secrets import REDACTED, redacted, without_secrets
 from fixres_dist.base.small_files import (
@@ -196,7 +196,7 @@ class RunDir:
         if self.state().after(Event.FAILED) is None:
             return
         try:
-            create(self.failed, redacted(f"{why}\nNext: {next_command}\n"))
+            create(self.failed, printable(redacted(f"{why}\nNext: {next_command}\n")))
         except FileExistsError:
             return
         self.update_state(Event.FAILED, reason=f"{why.rstrip('.')}. Next: {next_command}", final=final, eta_s=None)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from fixres_dist.base import log_times
 from fixres_dist.base.signals import StopFlag
+from fixres_dist.base.terminal import escaping
 from fixres_dist.cluster import slurm
 
 if TYPE_CHECKING:
@@ -22,7 +23,8 @@ class TrainJob:
     def __call__(self) -> int:
         flag = StopFlag().install()  # over submitit's handlers
         log_times.note()  # what the start before has left
-        code = self.work(flag)
+        with escaping():
+            code = self.work(flag)
         if slurm.own_job():
             # No Exception: submitit then writes no result, where a stopped rank's would read as a success or an error.
             raise SystemExit(code)
