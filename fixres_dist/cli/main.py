@@ -13,6 +13,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from fixres_dist.base.collector import collect_seldom
 from fixres_dist.base.commands import FORM, command
 from fixres_dist.base.errors import EXIT_DONE, EXIT_FAILED, EXIT_USER, exit_code, unknown
 from fixres_dist.base.terminal import escaping
@@ -71,6 +72,7 @@ def add_command(p: argparse.ArgumentParser, name: str) -> argparse.ArgumentParse
 
 def main(argv: Sequence[str] | None = None, form: str = "fixres") -> int:
     """Run a command, by default that of this process; returns its exit code. `form`: how messages name commands."""
+    collect_seldom()
     name, *words = (sys.argv[1:] if argv is None else argv) or [""]
     if name == "train":  # runs in jobs: the environment holds the form of the user who submitted the run
         os.environ.setdefault(FORM, form)

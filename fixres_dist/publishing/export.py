@@ -94,10 +94,14 @@ def write_onnx(model: nn.Module, file: Path, res: int) -> float:
         raise UserError(f"the model does not take {res} px: {first_line(error)}") from None
     with whole(file) as part, tempfile.TemporaryDirectory(prefix=f".{file.name}.", dir=file.parent) as folder:
         made, batch = Path(folder) / file.name, ({0: "batch"},)
-        torch.onnx.export(
-            model, (images,), made, input_names=["images"], output_names=["logits"], dynamic_shapes=batch,
-            dynamo=True, external_data=False, verbose=False,
+        program = torch.onnx.export(
+            model, (images,), input_names=["images"], output_names=["logits"], dynamic_shapes=batch,
+            dynamo=True, verbose=False,
         )  # fmt: skip
+        assert program is not None
+        for node in program.model.graph.all_nodes():
+            node.metadata_props.clear()  # the stack that made each: paths of this machine
+        program.save(made, external_data=False)
         session = onnxruntime.InferenceSession(made, providers=["CPUExecutionProvider"])
         worst = 0.0
         for n in (3, 1):

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fixres_dist.base import log_times
+from fixres_dist.base.collector import collect_seldom
 from fixres_dist.base.signals import StopFlag
 from fixres_dist.base.terminal import escaping
 from fixres_dist.cluster import slurm
@@ -22,6 +23,7 @@ class TrainJob:
 
     def __call__(self) -> int:
         flag = StopFlag().install()  # over submitit's handlers
+        collect_seldom()
         log_times.note()  # what the start before has left
         with escaping():
             code = self.work(flag)
