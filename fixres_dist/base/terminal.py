@@ -9,8 +9,6 @@ from typing import Any, TextIO
 
 from fixres_dist.base.errors import printable
 
-CLEAR = "\033[2J\033[H"  # the one sequence that this program prints, by itself: status --watch
-
 
 class Escaped:
     """A stream in which signs that do not print are their escapes, and so are those that its encoding does not have.
@@ -22,14 +20,12 @@ class Escaped:
         self.stream = stream
 
     def write(self, text: str) -> int:
-        if text != CLEAR:
-            inner = text.strip("\r")
-            start = text[: len(text) - len(text.lstrip("\r"))]
-            end = text[len(start) + len(inner) :]
-            encoding = getattr(self.stream, "encoding", None) or "utf-8"
-            kept = "\t".join(map(printable, inner.split("\t")))
-            text = start + kept.encode(encoding, "backslashreplace").decode(encoding) + end
-        return self.stream.write(text)
+        inner = text.strip("\r")
+        start = text[: len(text) - len(text.lstrip("\r"))]
+        end = text[len(start) + len(inner) :]
+        encoding = getattr(self.stream, "encoding", None) or "utf-8"
+        kept = "\t".join(map(printable, inner.split("\t")))
+        return self.stream.write(start + kept.encode(encoding, "backslashreplace").decode(encoding) + end)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.stream, name)
@@ -41,3 +37,8 @@ def escaping() -> Iterator[None]:
     streams = [stream if isinstance(stream, Escaped) else Escaped(stream) for stream in (sys.stdout, sys.stderr)]
     with redirect_stdout(streams[0]), redirect_stderr(streams[1]):
         yield
+
+
+def raw(stream: TextIO) -> TextIO:
+    """The stream itself, for what steers the terminal on purpose, such as a table in place; its caller escapes names."""
+    return stream.stream if isinstance(stream, Escaped) else stream

@@ -28,7 +28,13 @@ def add_job(p: argparse.ArgumentParser) -> None:
     where.add_argument("--nodes", metavar="N", help="of the job; default: 1")
     where.add_argument("--gpus-per-node", metavar="G", help="ranks per node; default: the profile's, or the run's")
     where.add_argument("--dry-run", action="store_true", help="check, print the job's sbatch text; write nothing")
+    add_show(where)
     p.set_defaults(job=None)  # in a job: evaluation/inputs.py's Job
+
+
+def add_show(p: argparse._ActionsContainer) -> None:
+    text = "with --dry-run: also what sbatch would get; shown anyway for a job of Slurm"
+    p.add_argument("--show", choices=("sbatch",), help=text)
 
 
 def add_accept_change(p: argparse._ActionsContainer) -> None:

@@ -44,7 +44,7 @@ def start(args: argparse.Namespace, config: Config, result: str, passes: int) ->
     folder, task = jobs_folder(args), Task(args.command, tuple(args.words), os.getcwd(), result)
     names.check(folder / args.command)
     if args.dry_run:
-        return only_prints(lambda: dry_run(RunDir(place(folder, task)), config))
+        return only_prints(lambda: dry_run(RunDir(place(folder, task)), config, submission.shows_sbatch(args)))
     folder.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as owned:
         with RunDir(folder).lock(".jobs.lock", wait_s=60):
@@ -104,7 +104,8 @@ def prepare(run: RunDir, config: Config, task: Task, passes: int) -> None:
     run.update_state(total_steps=passes)
 
 
-def dry_run(run: RunDir, config: Config) -> int:
+def dry_run(run: RunDir, config: Config, with_sbatch: bool) -> int:
     print(f"{run.root}: {run.root.name} on {config.cluster.nodes} node(s) x {config.cluster.gpus_per_node}")
-    submission.print_sbatch(config, [run])
+    if with_sbatch:
+        submission.print_sbatch(config, [run])
     return EXIT_DONE

@@ -80,6 +80,7 @@ def run(args: argparse.Namespace) -> int:
         if args.job:
             args.job.ranks.check_stop()
         if args.format == "onnx":
+            print(f"writing {out / file}, then comparing its logits with torch's", flush=True)
             off = export.write_onnx(model, out / file, size)
             print(f"{out / file}: logits equal torch's to {off:.0e} of the largest")
             if export.data_file(out / file).exists():

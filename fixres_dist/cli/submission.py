@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import os
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import lru_cache
 
 from fixres_dist.base.errors import EXIT_DONE, UserError
 from fixres_dist.base.files import owner, write_text
@@ -15,7 +17,7 @@ from fixres_dist.cli.command_job import CommandJob
 from fixres_dist.cluster import jobs, local, node_memory, notify, slurm, status
 from fixres_dist.config import reading, recipes
 from fixres_dist.config.recipes import Recipe
-from fixres_dist.config.schema import Config
+from fixres_dist.config.schema import Cluster, Config
 from fixres_dist.runs import rundir, snapshots
 from fixres_dist.runs.rundir import START_LOCK, RunDir
 from fixres_dist.training import plan
@@ -37,11 +39,19 @@ def check_model(config: Config, recipe: Recipe) -> None:
 
     Also one whose batch is set to more than `auto` takes, which any GPU can index.
     """
-    batch, resolutions = config.run.batch_per_device, config.resolutions()
-    large = batch != "auto" and batch > min(batch_by_pixels(res) for res in resolutions)
+    batch = config.run.batch_per_device
+    large = batch != "auto" and batch > min(batch_by_pixels(res) for res in config.resolutions())
     attention = any(stage.policy == "attention" for stage in config.stage_settings())  # recipes' networks have none
     if config.model.weights in recipes.WEIGHTS and recipe.facts and not attention and not large:
         return
+    build_on_paper(reading.dump(replace(config, cluster=Cluster())), plan.classes(config))
+
+
+@lru_cache(maxsize=4)
+def build_on_paper(settings: str, classes: tuple[str, ...]) -> None:
+    """`settings`: config.yaml's text; of equal ones the model is built once. Raises UserError."""
+    config = reading.load(settings)
+    batch = config.run.batch_per_device
     import torch
 
     from fixres_dist.models.build import preprocessing
@@ -51,11 +61,11 @@ def check_model(config: Config, recipe: Recipe) -> None:
 
     preprocessing(config.model.timm_name)  # refuses pictures that are not made here
     with torch.device("meta"):
-        model = open_model(config, plan.classes(config))
+        model = open_model(config, classes)
     for stage in config.stage_settings():
         parts_of(model, stage.policy)
     if batch != "auto":
-        check_batch(model, batch, resolutions)
+        check_batch(model, batch, config.resolutions())
 
 
 def check_slurm(config: Config, *runs: RunDir, at_once: int = 0) -> None:
@@ -70,6 +80,14 @@ def check_slurm(config: Config, *runs: RunDir, at_once: int = 0) -> None:
         notes.append(f"of this shell, sbatch does not get {' '.join(left_out)}: the run's settings count")
     for note in [*([said] if "is queued" in said else []), *notes]:
         print(f"note: {note}", file=sys.stderr)
+
+
+def shows_sbatch(args: argparse.Namespace) -> bool:
+    """Whether a dry run shows what sbatch would get: where Slurm is meant, or asked for by `--show sbatch`."""
+    if args.show or args.cluster == "slurm":
+        return True
+    here = jobs.default_cluster() == "slurm" or bool(args.nodes or args.profile)
+    return here and (args.cluster is None or (args.command != "submit" and args.cluster == "inline"))
 
 
 def print_sbatch(config: Config, runs: Sequence[RunDir], at_once: int = 0) -> None:

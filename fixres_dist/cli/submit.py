@@ -16,7 +16,7 @@ from fixres_dist.base.secrets import REDACTED, redacted
 from fixres_dist.base.small_files import read_note
 from fixres_dist.base.text import table
 from fixres_dist.cli import submission
-from fixres_dist.cli.arguments import add_accept_change, add_overrides, add_profile, add_runs_dir
+from fixres_dist.cli.arguments import add_accept_change, add_overrides, add_profile, add_runs_dir, add_show
 from fixres_dist.cli.settings import Settings, settle
 from fixres_dist.cluster import grid, jobs
 from fixres_dist.cluster.gpus import check as check_gpus
@@ -67,8 +67,9 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     several.add_argument("--at-once", type=int, default=0, metavar="N", help="runs at the same time; default: all")
     only = p.add_argument_group("without a start")
     only.add_argument("--list", action="store_true", help="show the recipes with starting and published accuracy")
-    text = "print the plan, the sbatch text and what Slurm says; write nothing"
+    text = "print the plan, on Slurm also the sbatch text and what Slurm says; write nothing"
     only.add_argument("--dry-run", action="store_true", help=text)
+    add_show(only)
     text = f"only make the run directory, for {slurm_file('train.sbatch')}"
     only.add_argument("--prepare", action="store_true", help=text)
     add_overrides(p, "tune.epochs=3")
@@ -84,7 +85,7 @@ def run(args: argparse.Namespace) -> int:
     for target in targets:
         submission.check(target.run, target.config, dry=args.dry_run)
     if args.dry_run:
-        return only_prints(lambda: dry_run(targets, args.at_once))
+        return only_prints(lambda: dry_run(targets, args.at_once, submission.shows_sbatch(args)))
     every = [target.run for target in targets]
     for target in targets:
         rundir.mend_config(target.run, target.config)
@@ -101,11 +102,11 @@ def run(args: argparse.Namespace) -> int:
     return code
 
 
-def dry_run(targets: list[Target], at_once: int) -> int:
+def dry_run(targets: list[Target], at_once: int, with_sbatch: bool) -> int:
     print("\n".join(targets[0].plan()))
     if len(targets) > 1:
         print("\n".join(plan.several([(t.run.root, t.config, t.recipe.facts) for t in targets])))
-    for group in same_job(targets):
+    for group in same_job(targets) if with_sbatch else ():
         submission.print_sbatch(group[0].config, [target.run for target in group], at_once)
     return EXIT_DONE
 

@@ -13,7 +13,7 @@ from fixres_dist.base.commands import command
 from fixres_dist.base.errors import StorageError, UserError, printable, unknown
 from fixres_dist.base.files import owner
 from fixres_dist.base.small_files import lines_of, read_lines
-from fixres_dist.base.text import duration, table
+from fixres_dist.base.text import duration, one_line, table
 from fixres_dist.cluster import logs, slurm, words
 from fixres_dist.config import recipes
 from fixres_dist.runs.results import OTHER_SIZE, Results
@@ -237,24 +237,32 @@ def log_age(run: RunDir) -> float | None:
     return round(time.time() - max(times), 1) if times else None
 
 
+HEAD = ("NAME", "STATE", "STEP", "%", "ETA", "IMG/S", "TOP-1", "RESTARTS", "NODES", "LOG")
+
+
+def cells(r: Row) -> tuple[str, ...]:
+    """Under HEAD, on one line."""
+    return tuple(
+        map(
+            one_line,
+            (
+                r.name,
+                r.state,
+                f"{r.step}/{r.total_steps or '?'}",
+                "" if r.percent is None else f"{r.percent:.0f}",
+                "" if r.eta_s is None else duration(r.eta_s),
+                "" if r.images_per_second is None else f"{r.images_per_second:,.0f}",
+                "" if r.top1 is None else f"{r.top1:.2f}{'' if r.top1_of == 'after' else f' {r.top1_of}'}",
+                " ".join(f"{count} {reason}" for reason, count in r.restarts.items() if count) or "0",
+                ",".join(r.nodes),
+                "" if r.last_log_age_s is None else f"{duration(r.last_log_age_s)} ago",
+            ),
+        )
+    )
+
+
 def as_table(listed: list[Row]) -> str:
     """One line per run, and its reason in words below it."""
-    head = ("NAME", "STATE", "STEP", "%", "ETA", "IMG/S", "TOP-1", "RESTARTS", "NODES", "LOG")
-    cells = [
-        (
-            r.name,
-            r.state,
-            f"{r.step}/{r.total_steps or '?'}",
-            "" if r.percent is None else f"{r.percent:.0f}",
-            "" if r.eta_s is None else duration(r.eta_s),
-            "" if r.images_per_second is None else f"{r.images_per_second:,.0f}",
-            "" if r.top1 is None else f"{r.top1:.2f}{'' if r.top1_of == 'after' else f' {r.top1_of}'}",
-            " ".join(f"{count} {reason}" for reason, count in r.restarts.items() if count) or "0",
-            ",".join(r.nodes),
-            "" if r.last_log_age_s is None else f"{duration(r.last_log_age_s)} ago",
-        )
-        for r in listed
-    ]
-    first, *lines = table(head, cells).splitlines()
+    first, *lines = table(HEAD, map(cells, listed)).splitlines()
     below = zip(lines, listed, strict=True)
     return "\n".join([first, *(line + (f"\n  {printable(r.reason)}" if r.reason else "") for line, r in below)])

@@ -12,13 +12,13 @@ from typing import IO, Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from tqdm import tqdm
 
 from fixres_dist.base.commands import command
 from fixres_dist.base.errors import UserError
 from fixres_dist.base.files import publish
 from fixres_dist.base.small_files import Damaged, read_json, write_json
 from fixres_dist.data.index import Index
+from fixres_dist.data.progress import progress_bar
 from fixres_dist.data.requests import whole_batches
 from fixres_dist.models.parts import Parts, classifier_inputs
 from fixres_dist.training.cache.store import Loaded
@@ -67,8 +67,7 @@ def extract(session: Session, parts: Parts, split: str, out: Path, dtype: str) -
         requests = unseen(session.requests(whole_batches, index, res), done > 0)
         every_s = partial.every_s if partial else math.inf
         batches = ranks.together(session.batches(index, requests, res), keep, every_s)
-        own_rows, hidden = len(index) // ranks.world_size, None if ranks.is_main else True
-        bar = stack.enter_context(tqdm(total=own_rows, desc="extracting", unit="img", leave=False, disable=hidden))
+        report = stack.enter_context(progress_bar("extracting", ranks.is_main))
         logits = ((b, session.logits(parts, parts.head, session.inputs(parts, b.images))) for b in batches)
         computed = ((batch, to_host((values.softmax(1), embeddings.pop()))) for batch, values in logits)
         for batch, wait in one_ahead(computed):
@@ -76,7 +75,7 @@ def extract(session: Session, parts: Parts, split: str, out: Path, dtype: str) -
                 write_rows(files[name], starts[name], batch, values.numpy().astype(dtype))
             seen[batch.samples] += 1
             seen[[bad.sample for bad in batch.skipped]] += 1
-            bar.update(len(batch.labels) + len(batch.skipped))
+            report(int(seen.sum()), len(index) // ranks.world_size)
         written = keep()
     if not bool((written == 1).all()):
         raise RuntimeError(f"{int(written.sum())} rows were written of {len(index)}, each should be written once")

@@ -154,12 +154,17 @@ def seconds(
     return passes(config, counts, pictures) / each / world_size, each
 
 
+def roughly(seconds: float) -> str:
+    """As far as an estimate of a run's time can be believed: starting alone takes some seconds."""
+    return f"about {duration(seconds)}" if seconds >= 10 else "less than 10s"
+
+
 def time_text(config: Config, costs: Costs, counts: Counts, pictures: int, world_size: int, on_cpu: bool) -> str:
     eta_s, each = seconds(config, costs, counts, pictures, world_size, on_cpu)
     if on_cpu:
         cores = len(os.sched_getaffinity(0))
-        return f"about {duration(eta_s)} on the {cores} CPUs of this machine (an estimate from multiply-adds, a third to three times)"
+        return f"{roughly(eta_s)} on the {cores} CPUs of this machine (an estimate from multiply-adds, a third to three times)"
     return (
-        f"about {duration(eta_s)} on {world_size} H200 ({each:,.0f} images/s each; an estimate from memory traffic, +-40 %, "
+        f"{roughly(eta_s)} on {world_size} H200 ({each:,.0f} images/s each; an estimate from memory traffic, +-40 %, "
         f"{LEFT_OUT})"
     )

@@ -67,6 +67,9 @@ def on_features(run: RunDir, session: Session, res: int) -> StageSession:
 def of_features(run: RunDir, work: StageSession) -> str:
     """Add the classifier's accuracy on val to floor.json, with the penalty that is chosen inside train; returns why not."""
     classes, res = len(work.session.classes), work.stage.res
+    print(
+        f"first result at {res} px: fitting a logistic classifier with each of {len(PENALTIES)} penalties", flush=True
+    )
     x, labels = features(work, "train")
     if x.dim() != 2 or x.numel() * classes > LARGEST:
         return f"{classes} classes on features {list(x.shape)} would take too long"

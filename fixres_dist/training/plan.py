@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fixres_dist.base.errors import UserError
-from fixres_dist.base.text import duration
 from fixres_dist.config import own_data, recipes
 from fixres_dist.config.recipes import Costs, Facts
 from fixres_dist.config.schema import Config
@@ -14,7 +13,7 @@ from fixres_dist.data import class_maps, dataset, demo, deny_lists
 from fixres_dist.models import nvidia_apex
 from fixres_dist.models.sizes import Sizes, of_weights
 from fixres_dist.training.cache import rule
-from fixres_dist.training.estimates import LEFT_OUT, Counts, memory_text, seconds, time_text
+from fixres_dist.training.estimates import LEFT_OUT, Counts, memory_text, roughly, seconds, time_text
 from fixres_dist.training.stages import Stage, batch_per_device, held_out_count, other_sizes, stages
 
 IMAGENET = (1_281_167, 50_000, 1000)
@@ -198,11 +197,9 @@ def several(runs: list[tuple[Path, Config, Facts | None]]) -> list[str]:
         )
         total, gpu_s = total + (estimate or (0,))[0], gpu_s + (estimate or (0,))[0] * ranks
         unknown += estimate is None
-        lines.append(
-            f"run        {root}: {f'about {duration(estimate[0])} on {ranks}' if estimate else 'not estimated'}"
-        )
+        lines.append(f"run        {root}: {f'{roughly(estimate[0])} on {ranks}' if estimate else 'not estimated'}")
     rest = f"; {unknown} of them not estimated" if unknown else ""
-    what = f"about {duration(total)} one after another, {gpu_s / 3600:,.1f} hours of one H200 (+-40 %, {LEFT_OUT})"
+    what = f"{roughly(total)} one after another, {gpu_s / 3600:,.1f} hours of one H200 (+-40 %, {LEFT_OUT})"
     return [*lines, f"{'all':<11}{len(runs)} runs: {what}{rest}"]
 
 

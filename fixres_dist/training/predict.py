@@ -10,12 +10,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from tqdm import tqdm
 
 from fixres_dist.base.commands import command
 from fixres_dist.base.errors import UserError
 from fixres_dist.data import order
 from fixres_dist.data.index import Index
+from fixres_dist.data.progress import progress_bar
 from fixres_dist.data.requests import every_sample
 from fixres_dist.models.parts import Parts, frozen_digest
 from fixres_dist.training.cache.store import Loaded, Store
@@ -106,13 +106,14 @@ def score_batches(
             partial.write(rows.numpy())
         return rows
 
-    start, stop = order.rank_part(0, n, ranks.rank, ranks.world_size)
+    (start, stop), passed = order.rank_part(0, n, ranks.rank, ranks.world_size), 0
     batches = ranks.together(iter(batches), keep, partial.every_s if partial else math.inf)
-    with tqdm(total=stop - start, desc=note, unit="img", leave=False, disable=None if ranks.is_main else True) as bar:
+    with progress_bar(note, ranks.is_main) as report:
         for batch in batches:
             labels = batch.labels.to(ranks.device, non_blocking=True)
             own.add(batch, [score(values, labels) for values in logits(batch)])
-            bar.update(len(batch.labels) + len(batch.skipped))
+            passed += len(batch.labels) + len(batch.skipped)
+            report(passed, stop - start)
     rows = keep()
     if not bool((rows[:, :, 0] == 1).all()):
         raise RuntimeError(f"evaluation saw {int(rows[0, :, 0].sum())} images of {n}, each should be seen once")

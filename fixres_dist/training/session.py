@@ -121,7 +121,7 @@ class Session:
         value = decide() if together else self.ranks.from_main(decide)
         if self.kept and self.ranks.is_main:
             write_json(self.kept, {**self.choices(), name: value}, sealed=True)
-            print(f"{name}: {', '.join(f'{key} {v}' for key, v in value.items())}", flush=True)
+            print(f"{name}: {', '.join(f'{key} {listed(v)}' for key, v in value.items())}", flush=True)
         return value
 
     def choices(self) -> dict[str, dict[str, Any]]:
@@ -208,6 +208,11 @@ class Session:
         return which(
             index, self.pictures_of("test", res), self.batch_per_device(res), self.ranks.rank, self.ranks.world_size
         )
+
+
+def listed(value: Any) -> str:
+    """A decided value as a line of the log has it."""
+    return f"({', '.join(f'{k} {v}' for k, v in value.items())})" if isinstance(value, dict) else str(value)
 
 
 def to_host(tensors: Iterable[torch.Tensor]) -> Callable[[], tuple[torch.Tensor, ...]]:

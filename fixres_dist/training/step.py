@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from fixres_dist.data.order import keyed
+from fixres_dist.data.progress import progress_bar
 from fixres_dist.models import batchnorm
 from fixres_dist.models.pooled_head import pooled_head
 from fixres_dist.models.precision import LossScale
@@ -117,9 +118,13 @@ def measure_statistics(work: StageSession, partial: Partial | None = None) -> in
         if partial and ranks.is_main:
             partial.write(found.numpy())
 
-    for batch in ranks.together(work.statistics_batches(count), keep, partial.every_s if partial else math.inf):
-        work.logits(work.parts.head, work.inputs(batch.images))
-        count += 1
+    every_s, size = partial.every_s if partial else math.inf, work.batch_per_device
+    total = -(-min(work.stage.tune.bn_stats_images, len(work.session.train)) // ranks.world_size)
+    with progress_bar(f"statistics of {', '.join(work.parts.tuned.last_bns)}", ranks.is_main) as report:
+        for batch in ranks.together(work.statistics_batches(count), keep, every_s):
+            work.logits(work.parts.head, work.inputs(batch.images))
+            count += 1
+            report(min(total, count * size), total)
     for bn, hook in zip(bns, hooks, strict=True):
         hook.remove()
         moments[bn].sums = ranks.total(moments[bn].sums.cpu())

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import getpass
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
 
 from fixres_dist.base.files import write_text
-from fixres_dist.cli import submission
+from fixres_dist.cli import board, submission
+from fixres_dist.cli import status as status_command
 from fixres_dist.cli.main import main
 from fixres_dist.config import reading
 from fixres_dist.config.schema import Config
@@ -48,6 +52,25 @@ def test_status_lists_runs_with_their_reasons_and_as_json(tmp_path: Path, capsys
     assert main(["status", "done", "--runs-dir", str(tmp_path), "--json"]) == 0
     (row,) = json.loads(capsys.readouterr().out)
     assert (row["name"], row["state"], row["percent"]) == ("done", "done", 100.0)
+
+
+def test_watch_is_a_table_in_place_that_ends_with_the_last_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "160")
+    make(tmp_path, "done", total_steps=40, step=40).finish()
+    broken = make(tmp_path, "broken", total_steps=1200, step=30)
+
+    def passes(seconds: float) -> None:
+        assert seconds == 1.0
+        broken.fail("no [bold]space", "make room")
+
+    monkeypatch.setattr(status_command.time, "sleep", passes)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    assert main(["status", "--watch", "--every", "0", "--runs-dir", str(tmp_path)]) == 0
+    told = capsys.readouterr().out
+    for text in ("RESTARTS", "40/40", "30/1200", "━", "no [bold]space. Next: make room"):
+        assert text in told
 
 
 def test_status_of_an_empty_folder_and_of_a_wrong_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -126,25 +149,37 @@ def test_board_shows_the_runs_under_their_names(
                 name: tmp_path / name / "tb" for name in ("a", "b")
             }
             started.append(arguments)
+            self.folder = folder
 
         def terminate(self) -> None:
             self.stopped = True
 
         def wait(self) -> int:
+            make(tmp_path, "later")
+            deadline = time.monotonic() + 30
+            while not (self.folder / "later").is_symlink():  # as TensorBoard looks again and again
+                assert time.monotonic() < deadline
+                time.sleep(0.01)
             os.kill(os.getpid(), signal.SIGTERM)  # as a user stops the command; the handler ends the server
             assert self.stopped
             return -signal.SIGTERM
 
     assert threading.current_thread() is threading.main_thread()
     monkeypatch.setattr(subprocess, "Popen", Server)
+    monkeypatch.setattr(board, "LOOK_EVERY_S", 0.01)
     kept = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         assert main(["board", "--runs-dir", str(tmp_path), "--port", "6007"]) == 0
     finally:
         for number, handler in kept.items():
             signal.signal(number, handler)
-    assert started[0][-2:] == ["--port", "6007"]
-    assert "TensorBoard of a, b; Ctrl-C ends it" in capsys.readouterr().out
+    assert started[0][-4:] == ["--host", "localhost", "--port", "6007"]
+    told = capsys.readouterr().out
+    assert "TensorBoard of a, b; Ctrl-C ends it" in told
+    assert (
+        f"ssh -N -L 6007:localhost:6007 {getpass.getuser()}@{socket.gethostname()}, then http://localhost:6007" in told
+    )
+    assert "open http://10.0.0.1:6006" in board.address("10.0.0.1", "6006", "me")
 
 
 def test_a_snapshot_of_an_earlier_version_is_replaced_before_a_resume(

@@ -13,7 +13,7 @@ from support.folders import write_photos
 from support.in_process import SETTINGS, called
 
 from fixres_dist.base.errors import EXIT_DONE, EXIT_FAILED
-from fixres_dist.base.terminal import CLEAR, Escaped
+from fixres_dist.base.terminal import Escaped
 from fixres_dist.base.text import markdown_table, table
 
 CLASSES = ("\x1b[2Jash", "bir\nch | x", "elm\u202etxt", "<img src=x>", "$\\frac{", "z" * 240)
@@ -59,9 +59,9 @@ def test_commands_print_them_escaped(root: Path) -> None:
 def test_what_is_printed_is_escaped_and_bars_and_pasted_lines_stay() -> None:
     said = io.StringIO()
     stream = Escaped(said)
-    for text in ("\r 50%|#####\r", "a\tb\n", CLEAR, "x\ry\x1b]0;t\x07", "\u202egnp.exe", "\udcff"):
+    for text in ("\r 50%|#####\r", "a\tb\n", "x\ry\x1b]0;t\x07", "\u202egnp.exe", "\udcff"):
         stream.write(text)
-    assert said.getvalue() == "\r 50%|#####\r" + "a\tb\n" + CLEAR + r"x\ry\x1b]0;t\x07" + r"\u202egnp.exe" + r"\udcff"
+    assert said.getvalue() == "\r 50%|#####\r" + "a\tb\n" + r"x\ry\x1b]0;t\x07" + r"\u202egnp.exe" + r"\udcff"
     plain = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     Escaped(plain).write("café\n")
     plain.flush()

@@ -17,8 +17,10 @@ import torch
 
 from fixres_dist.base.environment import versions, writable
 from fixres_dist.base.errors import UserError, unknown
+from fixres_dist.base.text import duration
 from fixres_dist.data import order
 from fixres_dist.data.index import Index
+from fixres_dist.data.progress import progress_bar
 from fixres_dist.data.requests import make_request
 from fixres_dist.models.fast_trunk import FastTrunk
 from fixres_dist.models.weights import state_digest
@@ -164,18 +166,22 @@ def write_missing(
         requests = (make_request(index, pictures, np.arange(a, b), 0) for a, b in spans)
         loaded = ranks.together(session.pictures(index, requests, work.stage.res), lambda: None, math.inf)
 
+        report = stack.enter_context(progress_bar(f"features of {index.folder.name}", ranks.is_main))
+        passed, total = itertools.count(1), sum(b - a for a, b in own)
+
         def computed(span: Span) -> Iterator[tuple[torch.Tensor, list[Callable[[], tuple[torch.Tensor, ...]]]]]:
             for _ in range(-(-(span[1] - span[0]) // size)):
                 batch = next(loaded)
                 views = [batch.images, batch.images.flip(-1)][: store.views]
+                report(min(total, size * next(passed)), total)
                 yield batch.samples, [to_host(session.trunk_features(trunk, images)) for images in views]
 
-        for k, span in enumerate(own):
+        for span in own:
             made = one_ahead(computed(span))
             store.write(span, ((samples.numpy(), [wait() for wait in views]) for samples, views in made))
-            if ranks.is_main and (k + 1) * 10 // len(own) > k * 10 // len(own):
-                text = f"features of {index.folder.name}: {100 * (k + 1) // len(own)} % written to {store.folder}"
-                print(f"{text}, {time.monotonic() - started:.0f} s", flush=True)
+        if ranks.is_main:
+            took = duration(time.monotonic() - started)
+            print(f"features of {index.folder.name} are written to {store.folder} in {took}", flush=True)
         for _ in loaded:  # nothing is left of this rank's; the others may have batches yet
             pass
         ranks.barrier()
