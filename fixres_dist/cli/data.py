@@ -12,6 +12,7 @@ from fixres_dist.base.errors import EXIT_DONE, EXIT_FAILED, UserError, check_out
 from fixres_dist.config import reading, recipes
 from fixres_dist.config.schema import Data, ResizeRule, Transform
 from fixres_dist.data import dataset, deny_lists, shards
+from fixres_dist.data.index import Limits
 from fixres_dist.data.progress import progress_bar
 from fixres_dist.data.requests import Pictures
 
@@ -66,6 +67,7 @@ def add(sub: Any, name: str, text: str, function: Any, splits: str = "train,val"
     p: argparse.ArgumentParser = sub.add_parser(name, help=text, description=text)
     p.add_argument("--data", required=True, help="directory with train/ and val/, or demo")
     p.add_argument("--split", default=splits, help=f"default: {splits}")
+    p.add_argument("--max-pixels", type=int, default=Data.max_pixels, metavar="N", help="data.max_pixels of the runs")
     p.add_argument("--labels", default="", metavar="FILE", help="list of labels of images without class folders")
     p.add_argument("--cache", default="", help="where indexes are kept; default: $FIXRES_CACHE or ~/.cache/fixres_dist")
     p.set_defaults(part=function)
@@ -83,11 +85,16 @@ def splits(args: argparse.Namespace) -> list[str]:
     return [name for name in args.split.split(",") if name]
 
 
+def how(args: argparse.Namespace) -> dict[str, Any]:
+    """Arguments of dataset.load that all of these commands have."""
+    data = reading.parse(Data, {"max_pixels": args.max_pixels}, "data")
+    return {"cache": args.cache, "labels": args.labels, "limits": Limits.of(data)}
+
+
 def index_command(args: argparse.Namespace) -> int:
     root = folder(args)
     for split in splits(args):
-        options = {"labels": args.labels, "on_bad": "skip"}
-        found = dataset.load(root, split, args.cache, **options, fresh=args.fresh, checksums=args.checksums)
+        found = dataset.load(root, split, **how(args), on_bad="skip", fresh=args.fresh, checksums=args.checksums)
         passed = dataset.survey(root, split, Data(cache=args.cache, labels=args.labels)).passed
         bad = dataset.recheck(found)[1]
         where = f"{len(found.shards)} shards" if found.shards else "folders"
@@ -107,9 +114,9 @@ def verify_command(args: argparse.Namespace) -> int:
     root, found = folder(args), {}
     check_output(args.deny_list)
     for split in splits(args):
-        samples = dataset.load(root, split, args.cache, labels=args.labels, on_bad="skip")
+        samples = dataset.load(root, split, **how(args), on_bad="skip")
         if samples.checksums is None:  # nothing to compare whole files with: it reads them all anyway
-            samples = dataset.load(root, split, args.cache, labels=args.labels, on_bad="skip", fresh=True)
+            samples = dataset.load(root, split, **how(args), on_bad="skip", fresh=True)
         reasons = dataset.recheck(samples)[1]
         with progress_bar(f"decoding {split}") as bar:
             bad = verify.verify(samples, args.workers, bar)
@@ -131,7 +138,7 @@ def shard_command(args: argparse.Namespace) -> int:
         raise UserError(f"--samples-per-shard is {args.samples_per_shard}; accepted: 1 or more.")
     root = folder(args)
     for split in splits(args):
-        samples = dataset.load(root, split, args.cache, deny_list=args.deny_list, labels=args.labels)
+        samples = dataset.load(root, split, **how(args), deny_list=args.deny_list)
         if samples.shards:
             raise UserError(f"{root / split} is sharded already. Accepted: folders of images.")
         with progress_bar(f"writing {split} shards") as bar:
@@ -161,7 +168,7 @@ def show_command(args: argparse.Namespace) -> int:
         if value not in accepted:
             raise unknown(kind, value, accepted)
     root = folder(args)
-    samples = dataset.load(root, args.split, args.cache, labels=args.labels, on_bad="skip")
+    samples = dataset.load(root, args.split, **how(args), on_bad="skip")
     chosen = positions(args.samples, len(samples), args.split)
     from fixres_dist.data import show
     from fixres_dist.models.build import preprocessing

@@ -43,7 +43,7 @@ OPERATIONAL = {
             "max_skipped",
             "deny_list",
         ),
-        *("hw_decoder_load", "preallocate_width", "preallocate_height"),
+        *("max_pixels", "max_file_mib", "hw_decoder_load", "preallocate_width", "preallocate_height"),
     },
     "run": {
         *("optimizer", "activation_checkpointing", "batch_per_device", "memory_format", "compile"),

@@ -61,6 +61,8 @@ class Data:
     deny_list: str = ""  # file of images to leave out, as `data verify --deny-list` writes it
     # With on_bad=skip: images that a run may do without; more end it. auto: 1 in 100 of the data set, at least 10
     max_skipped: int | Literal["auto"] = "auto"
+    max_pixels: int = 2**27  # of a picture: one with more counts as undecodable; the default takes 0.4 GB when decoded
+    max_file_mib: int = 1024  # of a picture's file or tar member: the same
     hw_decoder_load: float = 0.65  # share of the JPEGs that the GPU's decoding engine takes (dali)
     preallocate_width: int = 0  # pixels of the largest photograph, for the GPU decoder's buffers (dali); 0: they grow
     preallocate_height: int = 0  # the same, of its height
@@ -72,6 +74,7 @@ class Data:
             raise UserError(f"train_split and val_split are both {self.val_split!r}; accepted: two different names.")
         at_least(self, 32, "res")
         at_least(self, 0, "workers", "max_skipped", "preallocate_width", "preallocate_height")
+        at_least(self, 1, "max_pixels", "max_file_mib")
         if self.crop_pct != "auto" and not 0.25 <= self.crop_pct <= 2:
             raise UserError(f"crop_pct is {self.crop_pct}; accepted: auto, or 0.25 to 2, such as 0.875 (1: no margin).")
         if not 0 <= self.hw_decoder_load <= 1:

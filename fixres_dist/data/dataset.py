@@ -13,8 +13,8 @@ from fixres_dist.base.errors import UserError
 from fixres_dist.base.files import no_room
 from fixres_dist.config.schema import Data
 from fixres_dist.data import demo, deny_lists, folders, shards
-from fixres_dist.data.headers import read_headers
-from fixres_dist.data.index import Index, cache_file
+from fixres_dist.data.headers import read_headers, within
+from fixres_dist.data.index import USUAL, Index, Limits, cache_file
 from fixres_dist.data.layout import CLASSES, EXTENSIONS, class_folders, class_names, counted, find
 from fixres_dist.data.progress import progress_bar
 
@@ -48,20 +48,21 @@ def load(
     fresh: bool = False,
     show: bool = True,
     checksums: bool = False,
+    limits: Limits = USUAL,
 ) -> Index:
     """The index of one split, without the samples on the deny list; `show`: a progress bar while headers are read.
 
     `split`, `labels`: as layout.find has them. The index is cached: headers are read where files changed, or all of them
-    if `fresh`; with `checksums` whole files. Files whose header cannot be read are refused with `on_bad: stop`; with
-    `skip` they stay in and are skipped when their batch is decoded, so the order of the others does not depend on them.
-    Raises UserError: no such split, nothing left of it, or files that are refused.
+    if `fresh`; with `checksums` whole files. `limits`: of a picture. Files whose header cannot be read are refused with
+    `on_bad: stop`; with `skip` they stay in and are skipped when their batch is decoded, so the order of the others does
+    not depend on them. Raises UserError: no such split, nothing left of it, or files that are refused.
     """
     whole_split, where = whole_index(root, split, cache, labels, fresh, show, checksums), root / split
     index = whole_split.without(deny_lists.names(deny_list, split, whole_split.names()).denied if deny_list else ())
     if not len(index):
         why = f"data.deny_list={deny_list} names all {len(whole_split)} of them" if len(whole_split) else "it is empty"
         raise UserError(f"no image is left in {where}: {why}. Accepted: one image or more.")
-    index, bad = recheck(index)
+    index, bad = recheck(within(index, limits))
     if bad and on_bad == "stop":
         listed = "\n  ".join(f"{index.where(sample)}: {reason}" for sample, reason in list(bad.items())[:5])
         more = f"\n  and {len(bad) - 5} more" if len(bad) > 5 else ""

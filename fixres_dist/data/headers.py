@@ -18,12 +18,10 @@ from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
 from fixres_dist.base.storage import patiently
-from fixres_dist.data.index import Index
+from fixres_dist.data.index import Index, Limits
 from fixres_dist.data.progress import Progress
 
 PROBES = 512  # files that are read to recognise a cached index
-# Of a photograph: decoded it has 0.4 GB, and each loader process holds two copies for a moment.
-MOST_PIXELS = Image.MAX_IMAGE_PIXELS = 1 << 27
 NO_FILE = "not a regular file"  # opening a pipe would wait for a writer
 HEADER_BYTES = 16384  # nearly every JPEG has its frame header in them; for the others PIL reads on
 
@@ -121,6 +119,14 @@ def read_headers(
     return replace(index, sizes=sizes, marks=marks, checksums=checksums), reasons
 
 
+def within(index: Index, limits: Limits) -> Index:
+    """The index under `limits`: the size of a picture with more pixels is unknown, and so is read again."""
+    # What PIL itself refuses, at twice as many: pictures whose header claims fewer than their pixels are.
+    Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS or 0, limits.pixels)
+    large = index.sizes.astype(np.int64).prod(axis=1) > limits.pixels
+    return replace(index, sizes=np.where(large[:, None], np.int32(0), index.sizes), limits=limits)
+
+
 def same_first_bytes(index: Index, samples: NDArray[np.int64]) -> bool:
     """Whether some of `samples`, spread evenly, begin with the bytes that they had when they were indexed."""
     some = samples[np.unique(np.linspace(0, len(samples) - 1, min(len(samples), PROBES)).astype(int))]
@@ -141,37 +147,37 @@ def look(index: Index, sample: int) -> Seen:
     try:
         path = index.path(sample)
         if index.places is None and index.checksums is None:
-            return patiently(lambda: look_once(path), path, index.folder)
+            return patiently(lambda: look_once(path, index.limits.pixels), path, index.folder)
         if index.places is None and not stat.S_ISREG(os.stat(path).st_mode):
             return Seen((0, 0), 0, NO_FILE)
         data = index.read(sample)
-        return look_at(io.BytesIO(data.data), len(data))._replace(checksum=zlib.crc32(data.data))
+        return look_at(io.BytesIO(data.data), len(data), index.limits.pixels)._replace(checksum=zlib.crc32(data.data))
     except OSError as error:
         return Seen((0, 0), 0, error.strerror or str(error) or type(error).__name__)
 
 
-def look_once(path: Path) -> Seen:
+def look_once(path: Path, most_pixels: int) -> Seen:
     """The same of a file; raises OSError."""
     if not stat.S_ISREG(os.stat(path).st_mode):
         return Seen((0, 0), 0, NO_FILE)
     with open(path, "rb") as file:
-        return look_at(file, os.fstat(file.fileno()).st_size)
+        return look_at(file, os.fstat(file.fileno()).st_size, most_pixels)
 
 
-def look_at(file: BinaryIO, length: int) -> Seen:
+def look_at(file: BinaryIO, length: int, most_pixels: int) -> Seen:
     """Read the header of an open file of `length` bytes; raises OSError where its first bytes cannot be read."""
     found = header(data := file.read(HEADER_BYTES))
     mark = zlib.crc32(data, length & 0xFFFFFFFF)
-    if found and 0 < found.height * found.width <= MOST_PIXELS:
+    if found and 0 < found.height * found.width <= most_pixels:
         return Seen((found.height, found.width), mark)
     try:
         file.seek(0)
         with Image.open(file) as image:
-            if image.height * image.width <= MOST_PIXELS:
+            if image.height * image.width <= most_pixels:
                 return Seen((image.height, image.width), mark)
-            reason = f"{image.height}x{image.width} pixels; accepted: {MOST_PIXELS:,}, such as 11585x11585"
+            reason = f"{image.height}x{image.width} pixels; accepted: {most_pixels:,} (data.max_pixels)"
     except Image.DecompressionBombError:
-        reason = f"more than {2 * MOST_PIXELS:,} pixels; accepted: {MOST_PIXELS:,}, such as 11585x11585"
+        reason = f"more than twice the pixels that are accepted: {most_pixels:,} (data.max_pixels)"
     except UnidentifiedImageError:
         reason = "not an image" if data else "empty file"
     except Exception as error:  # Pillow's plugins raise many types

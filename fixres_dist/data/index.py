@@ -16,7 +16,7 @@ from functools import cached_property, lru_cache
 from io import FileIO
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,12 +26,26 @@ from fixres_dist.base.checksums import load_arrays, save_arrays
 from fixres_dist.base.errors import StorageError
 from fixres_dist.base.small_files import Damaged, parsed
 from fixres_dist.base.storage import fill, patiently
+from fixres_dist.config.schema import Data
 
 FORMAT = 4  # of the cached file
 FORMATS = (3, FORMAT)  # that are read; 3 has no checksum
 ARRAYS = ("ends", "labels", "sizes", "marks")  # those of an Index that are cached as they are
-LARGEST_FILE = 1 << 30  # bytes: a picture of the most pixels that are decoded, uncompressed in 16 bits, has fewer
 OPEN_SHARDS = 128  # tar files kept open per process: an open is a round trip to the metadata server
+
+
+class Limits(NamedTuple):
+    """Of a picture; one beyond them cannot be decoded. Each loader process holds two decoded copies for a moment."""
+
+    pixels: int = Data.max_pixels
+    file_bytes: int = Data.max_file_mib << 20
+
+    @staticmethod
+    def of(data: Data) -> Limits:
+        return Limits(data.max_pixels, data.max_file_mib << 20)
+
+
+USUAL = Limits()
 
 
 @dataclass(frozen=True)
@@ -49,6 +63,7 @@ class Index:
     places: NDArray[np.int64] | None = None  # [n, 3] number of the shard, first byte in it, length in bytes
     # [n] CRC-32 of each encoded image, 0 where it could not be read; of files only with `data index --checksums`
     checksums: NDArray[np.uint32] | None = None
+    limits: Limits = USUAL
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -79,10 +94,10 @@ class Index:
     def read_once(self, sample: int, path: Path) -> NDArray[np.uint8]:
         if self.places is None:
             with FileIO(path) as file:
-                data = np.empty(check_length(os.fstat(file.fileno()).st_size), np.uint8)
+                data = np.empty(self.check_length(os.fstat(file.fileno()).st_size), np.uint8)
                 return data[: fill(file.fileno(), data.data)]
         _, offset, size = (int(v) for v in self.places[sample])
-        data = np.empty(check_length(size), np.uint8)
+        data = np.empty(self.check_length(size), np.uint8)
         try:
             shard = open_shard(str(path))  # this reference keeps it open if another thread evicts it
             got = fill(shard.fileno(), data.data, offset)
@@ -92,6 +107,12 @@ class Index:
         if got < size:
             raise OSError(f"the shard ends after {got} of its {size} bytes")
         return data
+
+    def check_length(self, size: int) -> int:
+        """`size` in bytes of an encoded picture; raises OSError for one above the limit, before memory is taken for it."""
+        if size > self.limits.file_bytes:
+            raise OSError(f"it has {size:,} bytes; accepted: {self.limits.file_bytes:,} (data.max_file_mib)")
+        return size
 
     @cached_property
     def fingerprint(self) -> str:
@@ -134,13 +155,6 @@ class Index:
             places=None if self.places is None else self.places[samples],
             checksums=None if self.checksums is None else self.checksums[samples],
         )
-
-
-def check_length(size: int) -> int:
-    """`size` in bytes of an encoded picture; raises OSError for one above LARGEST_FILE, before memory is taken for it."""
-    if size > LARGEST_FILE:
-        raise OSError(f"it has {size:,} bytes; accepted: {LARGEST_FILE:,}")
-    return size
 
 
 @lru_cache(OPEN_SHARDS)
@@ -205,6 +219,7 @@ def read_cached(file: Path) -> CachedIndex | None:
 def cached_index(folder: Path, meta: dict[str, Any], a: dict[str, NDArray[Any]]) -> CachedIndex:
     """Raises KeyError, ValueError or TypeError for what is no index."""
     shards = tuple((name, size) for name, size in meta.get("shards", ()))
+    columns: Any = {name: a[name] for name in ARRAYS}
     index = Index(
         folder=folder,
         classes=tuple(meta["classes"]),
@@ -212,7 +227,7 @@ def cached_index(folder: Path, meta: dict[str, Any], a: dict[str, NDArray[Any]])
         shards=tuple(name for name, _ in shards),
         places=a.get("places"),
         checksums=a.get("checksums"),
-        **{name: a[name] for name in ARRAYS},
+        **columns,
     )
     directories = tuple((path, mtime_ns, images) for path, mtime_ns, images in meta.get("directories", ()))
     scanned_ns, labels = meta.get("scanned_ns", 0), meta.get("labels", 0)

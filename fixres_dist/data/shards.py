@@ -20,7 +20,7 @@ from fixres_dist.base.errors import UserError
 from fixres_dist.base.files import sweep, whole, write_text
 from fixres_dist.data import checksum_files, order
 from fixres_dist.data.folders import modified_ns
-from fixres_dist.data.headers import read_headers, same_first_bytes
+from fixres_dist.data.headers import read_headers, same_first_bytes, within
 from fixres_dist.data.index import CachedIndex, Index, may_tell, open_shard, read_cached, write_cached
 from fixres_dist.data.layout import CLASSES, Place, class_names
 from fixres_dist.data.progress import Progress
@@ -58,7 +58,8 @@ def write_shards(index: Index, out: Path, samples_per_shard: int, progress: Prog
         if progress:
             progress(stop, n)
     tars = tuple(sorted(path.name for path in out.glob("*.tar")))
-    if load(Place(out, tars), out / INDEX, fresh=True).fingerprint != index.fingerprint:
+    written = within(load(Place(out, tars), out / INDEX, fresh=True), index.limits)
+    if read_headers(written, np.flatnonzero(written.sizes[:, 0] == 0))[0].fingerprint != index.fingerprint:
         raise UserError(
             f"{out} does not hold the samples of {index.folder}: a file has changed since it was indexed. "
             f"Next: remove {out}, {command('data', 'index', '--data', index.folder.parent, '--fresh')}, "

@@ -17,8 +17,8 @@ from PIL import Image
 from fixres_dist.base.commands import command
 from fixres_dist.base.errors import UserError
 from fixres_dist.data import folders
-from fixres_dist.data.headers import MOST_PIXELS, read_headers
-from fixres_dist.data.index import Index
+from fixres_dist.data.headers import read_headers, within
+from fixres_dist.data.index import USUAL, Index, Limits
 from fixres_dist.data.layout import EXTENSIONS, counted
 from fixres_dist.data.progress import progress_bar
 
@@ -40,7 +40,7 @@ class Pictures(Index):
         return self.encoded[sample] if sample in self.encoded else super().read(sample)
 
 
-def index_of(given: Sequence[Given], show: bool = True) -> tuple[Pictures, dict[int, str]]:
+def index_of(given: Sequence[Given], show: bool = True, limits: Limits = USUAL) -> tuple[Pictures, dict[int, str]]:
     """Index of the pictures in the order given, and of every one whose header cannot be read why.
 
     Folders are taken with all below them, in the order of their names. Raises UserError where there is no picture.
@@ -59,14 +59,14 @@ def index_of(given: Sequence[Given], show: bool = True) -> tuple[Pictures, dict[
     n = len(names)
     table = np.zeros((n, 2), np.int32)
     for sample, size in sizes.items():
-        table[sample] = size if size[0] * size[1] <= MOST_PIXELS else (0, 0)
+        table[sample] = size
     ends, zeros = np.cumsum([len(name) for name in names], dtype=np.int64), np.zeros(n, np.int32)
     index = Pictures(Path(), ("",), b"".join(names), ends, zeros, table, np.zeros(n, np.uint32), encoded=encoded)
     on_disk = np.array([sample for sample in range(n) if sample not in encoded], np.int64)
     with progress_bar("reading headers", show) as progress:
-        read, bad = read_headers(index, on_disk, progress)
+        read, bad = read_headers(within(index, limits), on_disk, progress)
     assert isinstance(read, Pictures)
-    large = f"more than {MOST_PIXELS:,} pixels"
+    large = f"more than {limits.pixels:,} pixels (data.max_pixels)"
     return read, bad | {sample: large for sample in encoded if not read.sizes[sample, 0]}
 
 

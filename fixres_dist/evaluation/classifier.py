@@ -27,6 +27,7 @@ from fixres_dist.base.errors import UserError
 from fixres_dist.config import recipes
 from fixres_dist.data import class_maps, dataset, unlabelled
 from fixres_dist.data.requests import every_sample
+from fixres_dist.data.index import Limits
 from fixres_dist.data.unlabelled import Given, Pictures
 from fixres_dist.evaluation.exported import CONFIG, Trained, find
 from fixres_dist.evaluation.measures import measure
@@ -102,7 +103,7 @@ class Classifier:
         """The same one by one, as they are made; `show`: with a progress bar on a terminal."""
         if top < 1:
             raise UserError(f"top is {top}; accepted: 1 or more classes.")
-        index, unreadable = unlabelled.index_of(images, show)
+        index, unreadable = unlabelled.index_of(images, show, Limits.of(self.session.config.data))
         count = min(top, len(self.classes))
 
         def best(logits: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
@@ -118,7 +119,7 @@ class Classifier:
 
     def embed(self, images: Given | Sequence[Given]) -> NDArray[np.float32]:
         """[n, channels]: what enters the classifier, for pictures as `predict` takes them; NaN for one that cannot be read."""
-        index, unreadable = unlabelled.index_of(several(images), show=False)
+        index, unreadable = unlabelled.index_of(several(images), False, Limits.of(self.session.config.data))
         found = [values for _, values, _ in self.rows(index, unreadable, lambda _, embeddings: embeddings)]
         width = next((len(row) for row in found if row is not None), 0)
         return np.stack([np.full(width, np.nan, np.float32) if row is None else row for row in found])

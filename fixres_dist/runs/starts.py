@@ -14,7 +14,7 @@ from fixres_dist.base.errors import UserError
 from fixres_dist.base.small_files import Damaged, put_aside, read_json, write_json
 from fixres_dist.config.schema import Data
 from fixres_dist.data import dataset
-from fixres_dist.data.index import cache_file
+from fixres_dist.data.index import Limits, cache_file
 from fixres_dist.runs import snapshots
 from fixres_dist.runs.rundir import RunDir
 
@@ -92,6 +92,7 @@ def indexed(data: Data) -> dict[str, str]:
                 deny_list=data.deny_list,
                 labels=data.labels,
                 on_bad="skip",
+                limits=Limits.of(data),
                 show=False,
             )
             found[split] = index.contents

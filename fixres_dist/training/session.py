@@ -15,7 +15,7 @@ from fixres_dist.base.small_files import Damaged, put_aside, read_json, write_js
 from fixres_dist.config import recipes
 from fixres_dist.config.schema import Config
 from fixres_dist.data import backends, class_maps, dataset, decoding, geometry
-from fixres_dist.data.index import Index
+from fixres_dist.data.index import Index, Limits
 from fixres_dist.data.requests import Pictures, Request
 from fixres_dist.models import fast_trunk, precision
 from fixres_dist.models.build import Preprocessing
@@ -283,6 +283,7 @@ def open_session(
                     deny_list=data.deny_list,
                     labels=data.labels,
                     on_bad=data.on_bad,
+                    limits=Limits.of(data),
                     show=ranks.is_main,
                 )
         ranks.barrier()

@@ -5,12 +5,14 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import struct
 import tarfile
 import tracemalloc
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,9 +21,11 @@ from support.folders import write_photos
 
 from fixres_dist.base.errors import UserError
 from fixres_dist.base.files import lines_of
+from fixres_dist.cli.main import main
 from fixres_dist.config import reading
-from fixres_dist.data import class_names, folders, headers, label_lists, tar_members
-from fixres_dist.data.index import LARGEST_FILE
+from fixres_dist.config.schema import Data
+from fixres_dist.data import class_names, dataset, folders, headers, label_lists, tar_members
+from fixres_dist.data.index import Limits
 from fixres_dist.data.layout import Place
 from fixres_dist.models import file_kinds
 
@@ -116,20 +120,39 @@ def png(side: int) -> bytes:
 @pytest.mark.parametrize("side", [13_000, 20_000, 60_000])
 def test_a_picture_of_more_pixels_than_are_decoded(side: int) -> None:
     data = png(side)
-    seen = headers.look_at(io.BytesIO(data), len(data))
+    seen = headers.look_at(io.BytesIO(data), len(data), Limits().pixels)
     assert seen.size == (0, 0)
-    assert "pixels; accepted: 134,217,728" in seen.reason
+    assert re.search(r"pixels.* accepted: 134,217,728 \(data.max_pixels\)", seen.reason)
 
 
 def test_the_largest_pictures_are_taken() -> None:
-    assert headers.look_at(io.BytesIO(data := png(11_585)), len(data)).size == (11_585, 11_585)
+    assert headers.look_at(io.BytesIO(data := png(11_585)), len(data), Limits().pixels).size == (11_585, 11_585)
+
+
+def test_the_limit_of_pixels_is_a_setting(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Lower than the default and higher: also for what was indexed under another one, on each side of it."""
+    root, cache = write_photos(tmp_path / "photos", 2, 2), str(tmp_path / "cache")
+    (root / "val" / "ash" / "large.png").write_bytes(png(12_000))
+    args = ["data", "index", "--data", str(root), "--split", "val", "--cache", cache]
+    assert main(args) == 0
+    assert "large.png: 12000x12000 pixels; accepted: 134,217,728 (data.max_pixels)" in capsys.readouterr().out
+    assert main([*args, "--max-pixels", "200000000"]) == 0
+    assert "cannot be read" not in capsys.readouterr().out
+    higher = dataset.load(root, "val", cache, limits=Limits.of(Data(max_pixels=2 * 10**8)))
+    assert [12_000, 12_000] in higher.sizes.tolist()
+    with pytest.raises(UserError, match=r"(?s)7 of 7 files .*accepted: 1,000 \(data\.max_pixels\)"):
+        dataset.load(root, "val", cache, limits=Limits(pixels=1_000))
+    with pytest.raises(OSError, match=r"accepted: 1,048,576 \(data\.max_file_mib\)"):
+        replace(higher, limits=Limits.of(Data(max_file_mib=1))).check_length(1 << 21)
+    assert main([*args, "--max-pixels", "0"]) == 2
+    assert "max_pixels is 0; accepted: 1 or more" in capsys.readouterr().err
 
 
 def test_a_picture_file_of_gigabytes_is_not_read(tmp_path: Path) -> None:
     data = write_photos(tmp_path / "photos", 1, 1)
     folder = data / "train"
     large = next(folder.rglob("*.jpg"))
-    sparse(large, large.read_bytes(), LARGEST_FILE + 1)
+    sparse(large, large.read_bytes(), Limits().file_bytes + 1)
     index = folders.load(Place(folder), tmp_path / "index.npz")
     sample = list(index.names()).index(str(large.relative_to(folder)))
     with pytest.raises(OSError, match=r"it has 1,073,741,825 bytes; accepted: 1,073,741,824"):
