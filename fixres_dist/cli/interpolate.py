@@ -40,6 +40,7 @@ def run(args: argparse.Namespace) -> int:
         return as_job.start(args, config, str(out / "alpha.json"), 1 + len(sets))
     from fixres_dist.evaluation import interpolation
     from fixres_dist.publishing import figures
+    from fixres_dist.runs import board
     from fixres_dist.training.results import hardware
 
     with opened(config, [before], args.run, sets=sets, job=args.job) as session:
@@ -60,6 +61,8 @@ def run(args: argparse.Namespace) -> int:
     records = {split: [mixture.record() for mixture in mixtures] for split, mixtures in curves.items()}
     record = {"model": config.model.name, **data, "curves": records, "hardware": asdict(device), "versions": versions()}
     write_json(out / "alpha.json", record, sealed=True)
+    for split, mixtures in curves.items():
+        board.write_curve(run, f"alpha-{split}", "alpha/top1", {round(100 * m.alpha): m.summary.top1 for m in mixtures})
     figures.alpha_plot(curves, config, out / "alpha.png")
     print(f"curve: {out / 'alpha.png'}")
     return EXIT_DONE

@@ -86,7 +86,7 @@ def run(args: argparse.Namespace) -> int:
     if args.run:
         for label, curve in swept.curves.items():
             points = {res: summary.top1 for res, summary in curve.items()}
-            board.write_curve(RunDir(args.run), label.replace(", ", "-").replace(" ", "-"), "eval_by_res/top1", points)
+            board.write_curve(RunDir(args.run), label, "eval_by_res/top1", points)
         for label in dict.fromkeys(label for label, _ in inputs):
             values = {res: rows for (one, res), rows in inputs.items() if one == label}
             board.write_histograms(RunDir(args.run), label, "pooled_features", values)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -55,9 +54,9 @@ def style(label: str, k: int) -> dict[str, Any]:
     return plain.get(label) or {"color": OTHERS[k % 8], "ls": ":", "marker": SIGNS[k % 8]}
 
 
-def interval(summary: Summary) -> tuple[float, float]:
-    """How far the 95 % interval of top-1 goes below and above it, in percentage points (Wilson, 1927)."""
-    p, n, z = summary.top1 / 100, max(1, summary.n), 1.96
+def interval(percent: float, n: int) -> tuple[float, float]:
+    """How far the 95 % interval of a share of `n` images goes below and above it, in percentage points (Wilson, 1927)."""
+    p, n, z = percent / 100, max(1, n), 1.96
     middle, half = p + z * z / (2 * n), z * (p * (1 - p) / n + (z / (2 * n)) ** 2) ** 0.5
     low, high = ((middle + sign * half) / (1 + z * z / n) for sign in (-1, 1))
     return 100 * max(0.0, p - low), 100 * max(0.0, high - p)
@@ -102,7 +101,7 @@ def sweep_plot(curves: Mapping[str, Mapping[int, Summary]], config: Config, file
         for k, (label, curve) in enumerate(curves.items()):
             model, _, crop = label.partition(", ")
             look = {**style(model, k), **({"color": OTHERS[crops.index(crop) % 8]} if crop else {})}
-            bars = np.array([interval(s) for s in curve.values()]).T
+            bars = np.array([interval(s.top1, s.n) for s in curve.values()]).T
             axes.errorbar(
                 list(curve), [s.top1 for s in curve.values()], bars, label=label, capsize=2, elinewidth=1, **look
             )
@@ -170,7 +169,7 @@ def alpha_plot(curves: Mapping[str, Sequence[Mixture]], config: Config, file: Pa
                 **look,
             )
         axes.set_xlabel(
-            "alpha: 0 the starting head, 1 the fixed one; bars: 95 % interval of the gain over alpha 0, paired",
+            "alpha: 0 the starting head, 1 the fixed one\nbars: 95 % interval of the gain over alpha 0, paired",
             fontsize=9,
         )
         axes.set_ylabel(TOP1)
@@ -182,7 +181,10 @@ def training_plot(lines: Sequence[Mapping[str, Any]], file: Path) -> None:
         stages = dict.fromkeys(line["stage"] for line in lines if "stage" in line)
         for k, stage in enumerate(stages):
             found = [(line["step"], line["loss"]) for line in lines if line.get("stage") == stage]
-            left.plot(*zip(*found, strict=True), color=BLUE if stage == "fix" else OTHERS[k], lw=1.2, label=stage)
+            sign = "." if len(found) < 30 else ""
+            left.plot(
+                *zip(*found, strict=True), color=BLUE if stage == "fix" else OTHERS[k], lw=1.2, label=stage, marker=sign
+            )
         points: dict[str, list[tuple[int, float]]] = {}
         for line in lines:
             if "evaluation" in line and line["evaluation"] != OTHER_SIZE:
@@ -201,17 +203,22 @@ def reliability_plot(found: Mapping[str, Reliability], file: Path) -> None:
         for k, (label, one) in enumerate(found.items()):
             full = one.n > 0
             text = f"{label} (calibration error {100 * one.ece:.1f} points)"
-            axes.plot(100 * one.confidence[full], 100 * one.accuracy[full], label=text, **style(label, k))
-        axes.set(xlabel="confidence (%)", ylabel="right (%)", xlim=(0, 100), ylim=(0, 100))
+            right = 100 * one.accuracy[full]
+            bars = np.array([interval(p, n) for p, n in zip(right, one.n[full].tolist(), strict=True)]).T
+            axes.errorbar(
+                100 * one.confidence[full], right, bars, label=text, capsize=2, elinewidth=1, **style(label, k)
+            )
+        axes.set(ylabel="right (%)", xlim=(0, 100), ylim=(0, 100))
+        axes.set_xlabel("confidence (%); bars: 95 % interval of each bin", fontsize=9)
 
 
 def gain_plot(rows: Sequence[Row], file: Path) -> None:
     """Top-1 of each run before and after fixing at its test resolution, an arrow between them, with 95 % intervals."""
-    with figure(file, "top-1 before and after fixing", (6.3, 1.3 + 0.42 * len(rows))) as (axes,):
+    with figure(file, size=(6.3, 1.2 + 0.42 * len(rows))) as (axes,):
         for k, row in enumerate(rows):
             y, r = len(rows) - 1 - k, row.results
             for accuracy, look, label in ((r.before, BEFORE, "before"), (r.after, AFTER, "after")):
-                bars = np.array([interval(Summary(**asdict(accuracy), n=r.n, skipped=0))]).T
+                bars = np.array([interval(accuracy.top1, r.n)]).T
                 look = {**look, "ls": ""}
                 axes.errorbar(
                     accuracy.top1, y, xerr=bars, label=label if not k else None, capsize=2, elinewidth=1, **look
@@ -223,7 +230,8 @@ def gain_plot(rows: Sequence[Row], file: Path) -> None:
         axes.set_yticklabels(
             [as_text(f"{row.run} ({row.data}, {row.results.res} px)") for row in reversed(rows)], fontsize=8
         )
-        axes.set_xlabel("top-1 (%); bars: 95 % interval of each; numbers: the gain in points", fontsize=9)
+        axes.set_xlabel("top-1 (%), each with its 95 % interval", fontsize=9)
+        axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, fontsize=8)
 
 
 def published_plot(curves: Mapping[str, Sequence[tuple[float, float, float]]], rows: Sequence[Row], file: Path) -> None:
@@ -246,5 +254,6 @@ def published_plot(curves: Mapping[str, Sequence[tuple[float, float, float]]], r
                 axes[k].annotate("", after, before, arrowprops={"arrowstyle": "->", "color": colour})
                 axes[k].plot(*before, "s", mfc="white", color=colour, ms=5)
                 axes[k].plot(*after, "s", color=colour, ms=6, label=as_text(f"{row.run} ({row.data})"))
-            axes[k].set(xscale="log", xlabel=cost_label)
+            costs = [value for line in axes[k].get_lines() for value in line.get_xdata()]
+            axes[k].set(xscale="log" if max(costs) > 10 * min(costs) else "linear", xlabel=cost_label)
         axes[0].set_ylabel(TOP1)

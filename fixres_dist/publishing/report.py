@@ -18,6 +18,7 @@ from fixres_dist.publishing.model_card import data_name, evaluations, of_sets
 from fixres_dist.runs.results import BeforeAfter, Results
 from fixres_dist.runs.rundir import RunDir
 
+IMAGENET_CLASSES = 1000
 HEAD = (
     *("run", "model", "data", "M parameters", "G multiply-adds", "trained at", "tested at", "before", "after"),
     *("gain (paired 95 %)", "n", "published top-1", "time", "hardware"),
@@ -128,6 +129,11 @@ def rows(runs: Iterable[RunDir]) -> tuple[list[Row], list[dict[str, Any]]]:
     return found, told
 
 
+def of_imagenet(rows: Iterable[Row]) -> bool:
+    """Whether a run may be compared with the published numbers: of one of their models, on as many classes."""
+    return any(row.published and row.classes == IMAGENET_CLASSES for row in rows)
+
+
 def published_curves() -> dict[str, list[tuple[float, float, float]]]:
     """(parameters in millions, 1e9 multiply-adds, top-1 in percent on ImageNet) of each published model.
 
@@ -148,11 +154,12 @@ def published_curves() -> dict[str, list[tuple[float, float, float]]]:
 def markdown(runs: Sequence[RunDir], rows: Sequence[Row], others: Sequence[dict[str, Any]], out: Path) -> str:
     """report.md of what `rows` has found; its links to the runs' figures start from the folder `out`."""
     text = ["# Runs", "", markdown_table(HEAD, (row.cells() for row in rows)), ""]
-    text += ["![top-1 against parameters and multiply-adds](report.png)", ""]
-    text += [
-        "Published: arXiv 2003.08237, on ImageNet. before and after are at the test resolution, and before also at others.",
-        "",
-    ]
+    if rows:
+        text += ["![top-1 of each run before and after fixing](gains.png)", ""]
+        text += ["![top-1 against parameters and multiply-adds](report.png)", ""]
+        text += ["before and after are at the test resolution, and before also at others.", ""]
+    if of_imagenet(rows):
+        text += ["Published: arXiv 2003.08237, on ImageNet.", ""]
     text += [line for row in rows if row.verdict for line in (f"**{row.run}**: {row.verdict}.", "")]
     for row in rows:
         if choice := row.results.choice:

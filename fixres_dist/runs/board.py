@@ -224,7 +224,7 @@ def write_histograms(run: RunDir, label: str, tag: str, values: Mapping[int, NDA
 
 def sub_run(run: RunDir, label: str, tag: str) -> SummaryWriter:
     """A sub-run has one tag's points, so a second measurement leaves nothing of the first."""
-    folder = run.root / "tb" / label
+    folder = run.root / "tb" / re.sub(r"[^\w.=-]+", "-", label)
     suffix = f".{re.sub(r'[^a-z0-9]', '_', tag)}"
     for old in folder.glob(f"events.out.tfevents.*{suffix}"):
         remove(old)

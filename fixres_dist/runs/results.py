@@ -113,6 +113,8 @@ class Hardware:
     device: str  # the GPU's name, or the processor's
     devices: int
     nodes: list[str]
+    gpu: bool = False
+    cpus: int = 0  # that a rank may count on; older runs do not say
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,12 +11,13 @@ from pathlib import Path
 
 from fixres_dist.base.environment import cache_folder, versions
 from fixres_dist.base.errors import UserError
-from fixres_dist.base.small_files import Damaged, put_aside, read_json, write_json
+from fixres_dist.base.small_files import Damaged, put_aside, read_json, read_lines, write_json
 from fixres_dist.config.schema import Data
 from fixres_dist.data import dataset
 from fixres_dist.data.index import Limits, cache_file
 from fixres_dist.runs import snapshots
 from fixres_dist.runs.rundir import RunDir
+from fixres_dist.runs.states import Event
 
 # Another release of it may build another function from the same weights, or prepare pictures otherwise.
 BUILDS_NETWORKS = "timm"
@@ -113,6 +114,19 @@ def begin(run: RunDir, pictures: Mapping[str, str]) -> None:
     if before != now:
         write_json(run.start_file, asdict(now), sealed=True)
     run.event("made of", **asdict(replace(now, versions={k: v for k, v in now.versions.items() if v})))
+
+
+def device_seconds(run: RunDir) -> float:
+    """Seconds that all starts together have held their devices, ranks times time; a start ends with the last line that it wrote."""
+    total, began, ranks, last = 0.0, 0.0, 0, 0.0
+    lines = [*read_lines(run.events, event=str, time=float), *read_lines(run.metrics, step=int, time=float)]
+    for line in sorted(lines, key=lambda line: float(line["time"])):
+        if line.get("event") in (Event.STARTED, Event.SUBMITTED, Event.LOST):
+            total, ranks = total + ranks * (last - began), 0
+        if line.get("event") == Event.STARTED:
+            began, ranks = line["time"], int(line.get("world_size") or 1)
+        last = line["time"]
+    return total + ranks * (last - began)
 
 
 def refuse(run: RunDir, refused: list[str]) -> None:

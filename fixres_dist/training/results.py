@@ -90,4 +90,5 @@ def accuracy(predictions: Predictions) -> Accuracy:
 def hardware(session: Session) -> Hardware:
     device = session.ranks.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
-    return Hardware(name, session.ranks.world_size, list(session.ranks.nodes))
+    ranks = session.ranks
+    return Hardware(name, ranks.world_size, list(ranks.nodes), device.type == "cuda", ranks.cpus)

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from numpy.typing import NDArray
 from PIL import Image
 
+from fixres_dist.base.small_files import append
 from fixres_dist.cli.main import main
 from fixres_dist.cluster import status
 from fixres_dist.config import reading, recipes
@@ -16,7 +21,9 @@ from fixres_dist.config.schema import Config
 from fixres_dist.publishing import model_card, report
 from fixres_dist.runs.results import Results
 from fixres_dist.runs.rundir import RunDir
+from fixres_dist.runs.starts import device_seconds
 from fixres_dist.runs.states import Event
+from fixres_dist.training.predictions import Predictions
 
 RESULTS: dict[str, Any] = {
     "policy": "classifier+bn",
@@ -90,7 +97,7 @@ def test_a_run_stands_beside_its_published_numbers(tmp_path: Path, capsys: pytes
     assert text.count("| b0-320 | val") == 1, "results.json says it already"
     assert "](../runs/b0-320/sweep.png)" in text
     assert "alpha.png" not in text
-    assert Image.open(out / "report.png").size == (1560, 600)
+    assert {Image.open(out / name).width for name in ("report.png", "gains.png")} == {1360, 1008}, "of a page's text"
     capsys.readouterr()
     assert main(["report", str(run.root), "--json"]) == 0
     (found,) = json.loads(capsys.readouterr().out)["runs"]
@@ -99,6 +106,72 @@ def test_a_run_stands_beside_its_published_numbers(tmp_path: Path, capsys: pytes
         [1.1, 1.7],
         -1.0,
     )
+
+
+def predictions(file: Path, right: NDArray[np.bool_], confidence: float) -> None:
+    labels = np.arange(len(right), dtype=np.int32) % 3
+    made = np.where(right, labels, (labels + 1) % 3).astype(np.int32)
+    same = np.full(len(right), confidence, np.float32)
+    Predictions(made, right, right, same, same, labels).save(file, "list")
+
+
+def test_a_page_holds_all_of_a_run_and_nothing_from_elsewhere(tmp_path: Path) -> None:
+    """Curves, pictures, confidence, settings, events and cost; no secret, and no address that a browser would load."""
+    secret = "s3cr3tvalue"
+    hardware = {"device": "EPYC", "devices": 8, "nodes": ["a"], "cpus": 4}
+    run = made(tmp_path / "runs" / "own [x]", "b0", 320, hardware=hardware)
+    config = run.config()
+    env = replace(config.cluster, env={"HF_TOKEN": secret})
+    (run.root / "config.yaml").write_text(reading.dump(replace(config, cluster=env)))
+    (run.root / "plan.txt").write_text(f"model      b0, HF_TOKEN={secret}\n")
+    for name in ("sweep.png", "pictures/crops.png", "pictures/confusion.png"):
+        (run.root / name).parent.mkdir(exist_ok=True)
+        Image.new("RGB", (3, 2)).save(run.root / name)
+    hits = np.arange(30) % 3 > 0
+    predictions(run.root / "predictions" / "before.npz", hits, 0.5)
+    predictions(run.root / "predictions" / "after.npz", hits, 0.9)
+    for line in (
+        {"step": 5, "stage": "fix", "loss": 1.0},
+        {"step": 5, "evaluation": "after", "res": 320, "top1": 80.1},
+    ):
+        append(run.metrics, {**line, "time": 2700.0})
+    for event in (
+        {"time": 1000.0, "event": "started", "world_size": 2, "step": -1},
+        {"time": 2800.0, "event": "stop requested", "signal": "<b>SIGTERM</b>"},
+        {"time": 9000.0, "event": "started", "world_size": 1, "step": 3},
+        {"time": 10800.0, "event": "done"},
+    ):
+        append(run.events, event)
+    out = tmp_path / "out"
+    assert main(["report", str(run.root), "--html", "--out", str(out)]) == 0
+    page = (out / "report.html").read_text()
+    pictures = re.findall(r'<img alt="([^"]*)" src="data:image/png;base64,', page)
+    assert len(pictures) == 7, "gains, report, training, sweep, crops, confusion, reliability"
+    assert not re.findall(r'(?:src|href)="(?!data:)', page)
+    for text in (
+        *(
+            "top-1 78.70 before, 80.10 after fixing",
+            "macro F1",
+            ">6 core-hours<",
+            "Not drawn: the mistakes",
+            "resize_rule",
+        ),
+        *("interpolate --run", "stop requested", "&lt;b&gt;SIGTERM", "8 x EPYC on 1 node(s)"),
+    ):
+        assert text in page, text
+    assert secret not in page
+    assert "<b>SIGTERM" not in page
+
+
+def test_the_time_of_all_starts_counts(tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    assert device_seconds(run) == 0
+    happened = ((10, "started", 4), (20, "requeued", 0), (500, "started", 2), (560, "lost", 0), (570, "started", 2))
+    for time, event, ranks in happened:
+        append(run.events, {"time": float(time), "event": event} | ({"world_size": ranks} if ranks else {}))
+    append(run.metrics, {"step": 3, "time": 530.0})
+    append(run.metrics, {"step": 4, "time": 600.0})
+    assert device_seconds(run) == 4 * 10 + 2 * 30 + 2 * 30, "waits between the starts do not"
 
 
 def test_a_run_that_has_not_finished_is_listed_with_its_state(tmp_path: Path) -> None:
