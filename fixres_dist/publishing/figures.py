@@ -254,6 +254,7 @@ def published_plot(curves: Mapping[str, Sequence[tuple[float, float, float]]], r
                 axes[k].annotate("", after, before, arrowprops={"arrowstyle": "->", "color": colour})
                 axes[k].plot(*before, "s", mfc="white", color=colour, ms=5)
                 axes[k].plot(*after, "s", color=colour, ms=6, label=as_text(f"{row.run} ({row.data})"))
-            costs = [value for line in axes[k].get_lines() for value in line.get_xdata()]
+            costs = [(row.parameters_m, row.multiply_adds_g)[k] for row in rows]
+            costs += [point[k] for points in curves.values() for point in points]
             axes[k].set(xscale="log" if max(costs) > 10 * min(costs) else "linear", xlabel=cost_label)
         axes[0].set_ylabel(TOP1)
