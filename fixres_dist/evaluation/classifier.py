@@ -26,8 +26,8 @@ from fixres_dist.base.environment import scratch_folder
 from fixres_dist.base.errors import UserError
 from fixres_dist.config import recipes
 from fixres_dist.data import class_maps, dataset, unlabelled
-from fixres_dist.data.requests import every_sample
 from fixres_dist.data.index import Limits
+from fixres_dist.data.requests import every_sample
 from fixres_dist.data.unlabelled import Given, Pictures
 from fixres_dist.evaluation.exported import CONFIG, Trained, find
 from fixres_dist.evaluation.measures import measure
