@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import configparser
 import importlib.util
 import re
 import shlex
+import shutil
+import subprocess
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -14,6 +17,8 @@ import pytest
 from mkdocs.commands import build
 from mkdocs.config import load_config
 from support.commands import ROOT
+from support.folders import write_photos
+from support.in_process import SETTINGS, called
 
 from fixres_dist.base.commands import FORM, command
 from fixres_dist.cli import main as cli
@@ -77,13 +82,124 @@ def commands(page: Path) -> list[str]:
     return [line for line in ours if line.startswith("fixres ")]
 
 
-SHOWN = [pytest.param(page, line, id=f"{page.stem}: {line[:60]}") for page in PAGES for line in commands(page)]
+SHOWN = [pytest.param(line, id=f"{page.stem}: {line[:70]}") for page in PAGES for line in commands(page)]
+RUN = (
+    "evaluate",
+    "sweep",
+    "interpolate",
+    "extract",
+    "export",
+    "compare",
+    "report",
+    "status",
+    "cancel",
+    "resume",
+    "data",
+)
+# What a test of seconds cannot do: weights from the network, uploads, labels of ImageNet's 50,000 images, a job's files,
+# ONNX (tests/publishing/test_export.py).
+PARSED_ONLY = re.compile(r"--push|--checkpoint|\.pth|real\.json|/jobs/|onnx|\.npz")
 
 
-@pytest.mark.parametrize(("page", "line"), SHOWN)
-def test_a_command_on_a_page_is_one(page: Path, line: str) -> None:
+@pytest.mark.parametrize("line", SHOWN)
+def test_a_command_on_a_page_is_one(line: str) -> None:
     _, name, *rest = words(line)
-    if name.startswith("-"):
-        return
-    args = cli.parse(cli.add_command(argparse.ArgumentParser(prog=command(name)), name), rest)
-    assert args.func
+    if not name.startswith("-"):
+        assert cli.parse(cli.add_command(argparse.ArgumentParser(prog=command(name)), name), rest).func
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder as the pages have it: the data set DIR, a site's profile, and a finished run of the smallest model."""
+    folder = tmp_path_factory.mktemp("world")
+    write_photos(folder / "DIR", 8, 3)
+    shutil.copy(ROOT / "slurm" / "profiles" / "generic.yaml", folder / "mysite.yaml")
+    (folder / "slurm").symlink_to(ROOT / "slurm")
+    where = ("--data", folder / "DIR", "--runs-dir", folder / "runs", "--name", "finished")
+    code, said = called("submit", *SETTINGS, *where, "pretrain.epochs=1", "pretrain.res=48", "pretrain.global_batch=8")
+    assert code == 0, said
+    return folder
+
+
+def here(line: str) -> list[str]:
+    """The words of a command for the world: its data set, a plan instead of a run, the sbatch text instead of a job."""
+    folder = "DIR/val" if "--eval-set" in line else "DIR"
+    found = [re.sub(r"(^|=)/data/imagenet[\w-]*", rf"\1{folder}", word) for word in words(line)[1:]]
+    if found[0] == "submit":
+        found += ["--runs-dir", "planned"]
+    job = found[0] == "submit" or "--cluster" in found
+    return [*found, *(["--dry-run"] if job and not {"--dry-run", "--list"} & {*found} else [])]
+
+
+def runs_of(given: list[str]) -> list[str]:
+    """The names of the runs that a command speaks of."""
+    names = [word.partition("runs/")[2] for word in given if "runs/" in word]
+    shown = given[1:] if given[0] in ("status", "cancel", "resume") else []
+    return names + [word for word in shown if re.fullmatch(r"[\w]+-[\w-]+", word)]
+
+
+@pytest.fixture(scope="module")
+def done() -> list[list[str]]:
+    return []  # what other pages have shown already
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page.stem != "commands"], ids=lambda page: str(page.stem))
+def test_the_commands_of_a_page_do_what_it_says(
+    page: Path, done: list[list[str]], world: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In their order. What starts a run or a job is planned. commands.md has the examples of --help, parsed above."""
+    monkeypatch.chdir(world)
+    for line in commands(page):
+        given = here(line)
+        if given in done or given[0] not in (*RUN, "submit") or PARSED_ONLY.search(line):
+            continue
+        done.append(given)
+        for name in runs_of(given):
+            if not (world / "runs" / name).exists():
+                shutil.copytree(world / "runs" / "finished", world / "runs" / name)
+        code, said = called(*given)
+        assert code == 0, f"{line}\n{said}"
+
+
+def test_the_exported_model_is_read_by_the_lines_on_the_page(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(world)
+    code, said = called("export", "--run", "runs/finished", "--format", "hub")
+    assert code == 0, said
+    (lines,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "publish.md").read_text(), re.S)
+    names: dict[str, Any] = {}
+    exec(lines.replace("b0-320", "finished"), names)
+    assert names["model"].num_classes == 3
+    assert names["transform"]
+
+
+def test_a_symptom_on_the_page_of_recovery_is_what_the_product_says() -> None:
+    """Texts that are divided over lines of code are joined; values in braces are the `...` of the page."""
+    code = "\n".join(path.read_text() for path in (ROOT / "fixres_dist").rglob("*.py"))
+    code = re.sub(r"\"\s*\n\s*f?\"", "", code)
+    rows = (ROOT / "docs" / "recover.md").read_text().partition("| symptom")[2].splitlines()
+    symptoms = [
+        found for line in rows if line.startswith("| `") for found in re.findall(r"`([^`]+)`", line.split("|")[1])
+    ]
+    assert len(symptoms) > 15
+    for symptom in symptoms:
+        said = r"\{[^}]*\}".join(re.escape(part) for part in symptom.split("..."))
+        assert re.search(said, code), symptom
+
+
+def test_the_containers_have_what_the_package_needs() -> None:
+    """There is no builder here: hadolint reads the Dockerfile, and Apptainer's definition says the same as it."""
+    dockerfile, definition = ((ROOT / "container" / name).read_text() for name in ("Dockerfile", "fixres.def"))
+    done = subprocess.run(["hadolint", "-"], input=dockerfile, text=True, capture_output=True, check=False)
+    assert done.returncode == 0, done.stdout
+    (image,) = re.findall(r"^FROM (\S+)", dockerfile, re.M)
+    assert f"From: {image}" in definition
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    oldest = setup["options"]["python_requires"].removeprefix(">=")
+    numbers = [tuple(map(int, text.split("."))) for text in (re.findall(r"python:([\d.]+)", image)[0], oldest)]
+    assert numbers[0] >= numbers[1]
+    for text in (dockerfile, definition):
+        (extra,) = re.findall(r"pip install .*\[(\w+)\]", text)
+        assert extra in setup["options.extras_require"]
+    (packages,) = re.findall(r"^RUN (apt-get .*)$", dockerfile, re.M)
+    assert packages in definition

@@ -33,6 +33,7 @@ LEAKING = re.compile(
     r"(LOCAL_|GROUP_|ROLE_|NODE_)?(RANK|WORLD_SIZE)$"
 )
 GPUS = "gpus-per-node"
+HERE = shlex.quote(sys.executable)
 # Options of cluster.sbatch that say in other words what a job asks anyway.
 REPLACED = {"gpus-per-task": GPUS, "mem-per-gpu": "mem", "mem-per-cpu": "mem", "cpus-per-gpu": "cpus-per-task"}
 
@@ -124,8 +125,8 @@ def shell_lines(config: Config) -> list[str]:
 def write_prepared(run: RunDir, config: Config) -> None:
     """The part of slurm/train.sbatch that is the run's own: its shell lines, interpreter and srun arguments."""
     srun_args = " ".join(map(shlex.quote, requested(config.cluster)[1]))
-    python = f"python=${{PYTHON:-{shlex.quote(sys.executable)}}}"
-    text = "\n".join([python, f"srun_args=({srun_args})", *shell_lines(config)]) + "\n"
+    python = [f"python=${{PYTHON:-{HERE}}}", "rank_python=(" + (config.cluster.python or '"$python"') + ")"]
+    text = "\n".join([*python, f"srun_args=({srun_args})", *shell_lines(config)]) + "\n"
     write_text(run.prepared, text, private=reading.has_secrets(config))
 
 
@@ -151,7 +152,7 @@ def slurm_parameters(config: Config, runs: Sequence[RunDir], at_once: int = 0) -
             *shell_lines(config),
         ],
         # The job's exit code is srun's, not the last line's; cluster/requeue.py retries ranks that died.
-        "teardown": ["rc=$?", f'{shlex.quote(sys.executable)} -m fixres_dist.cluster.requeue "$run" $rc', "exit $rc"],
+        "teardown": ["rc=$?", f'{HERE} -m fixres_dist.cluster.requeue "$run" $rc', "exit $rc"],
         "additional_parameters": {
             **{name: True if str(value).lower() == "true" else value for name, value in asked.items()},
             "requeue": True,  # sites with JobRequeue=0 cancel preempted jobs otherwise
@@ -171,7 +172,7 @@ def sbatch_text(config: Config, *runs: RunDir, at_once: int = 0) -> str:
     from submitit.slurm import slurm as submitit_slurm
 
     folder = submission_folder(runs)
-    command = f"{shlex.quote(sys.executable)} -u -m submitit.core._submit {shlex.quote(str(folder))}"
+    command = f"{config.cluster.python or HERE} -u -m submitit.core._submit {shlex.quote(str(folder))}"
     parameters = slurm_parameters(config, runs, at_once)
     count = len(runs) if len(runs) > 1 else None
     return str(submitit_slurm._make_sbatch_string(command=command, folder=folder, map_count=count, **parameters))
@@ -263,7 +264,10 @@ def submit_slurm(config: Config, runs: Sequence[RunDir], task: Job, at_once: int
         # A person has submitted it again, so failures are counted anew.
         fresh = {"final": False, "last_failure_step": -1, "restarts": {**run.state().restarts, "failure": 0}}
         run.update_state(Event.SUBMITTED, reason=None, job_id=None, **fresh)
-    executor = submitit.SlurmExecutor(submission_folder(runs), max_num_timeout=10**6)  # requeues are ours to count
+    # Requeues are ours to count.
+    executor = submitit.SlurmExecutor(
+        submission_folder(runs), max_num_timeout=10**6, python=config.cluster.python or HERE
+    )
     executor.update_parameters(**slurm_parameters(config, runs, at_once))
     try:
         with clean_environment(), private_files(private), executor.batch():

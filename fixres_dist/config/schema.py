@@ -233,6 +233,8 @@ class Cluster:
     max_restarts: int = 20  # after failures; preemptions and time limits are not counted
     env: Mapping[str, str] = field(default_factory=dict)  # exported in the job, e.g. NCCL_SOCKET_IFNAME
     setup: tuple[str, ...] = ()  # shell lines before srun, e.g. module load
+    # What starts Python in the ranks, such as: apptainer exec --nv fixres.sif python3; empty: the Python that submits
+    python: str = ""
     srun_args: tuple[str, ...] = ()  # e.g. --container-image=..., --container-mounts=...
     # Any other option of sbatch by its long name, e.g. {reservation: maint, gres: "gpu:h100:8"}; true: a flag; none: not given
     sbatch: Mapping[str, str] = field(default_factory=dict)
@@ -241,8 +243,9 @@ class Cluster:
 
     def __post_init__(self) -> None:
         self.node_range()
-        for name in ("mem", "time", "partition", "account", "qos", "constraint", "exclude"):
+        for name in ("mem", "time", "partition", "account", "qos", "constraint", "exclude", "python"):
             shell_values.one_line(f"cluster.{name}", getattr(self, name))
+        shell_values.words("cluster.python", self.python)
         for argument in self.srun_args:
             shell_values.one_line("cluster.srun_args", argument)
         shell_values.variables("cluster.env", self.env)

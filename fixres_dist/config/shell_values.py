@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Iterable, Mapping
 
 from fixres_dist.base.commands import command
@@ -36,6 +37,14 @@ def one_line(where: str, text: str) -> str:
     if not text.isprintable():
         raise UserError(f"{where} is {text!r}; accepted: one line of printable characters.")
     return text
+
+
+def words(where: str, text: str) -> None:
+    """Raises UserError for text that a shell cannot divide into words."""
+    try:
+        shlex.split(text)
+    except ValueError as error:
+        raise UserError(f"{where} is {text!r}: {error}. Accepted: words of a shell, such as python3.") from None
 
 
 def variables(where: str, values: Mapping[str, str]) -> Mapping[str, str]:

@@ -70,7 +70,8 @@ def check(config: Config, world_size: int, dry: bool) -> None:
     check_weights(config)
     if config.tune.hold_out:
         held_out(config, count(config))
-    if not any("container" in argument for argument in config.cluster.srun_args):  # a container may hold another apex
+    containers = [config.cluster.python, *(word for word in config.cluster.srun_args if "container" in word)]
+    if not any(containers):  # a container may hold another apex
         nvidia_apex.check_apex(config)
     rule.check(config.run.engine, stages(config, 1)[-1])
     for stage in stages(config, 1):

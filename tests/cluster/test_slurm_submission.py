@@ -232,8 +232,9 @@ def test_a_dry_run_of_a_table_sums_its_runs(capsys: pytest.CaptureFixture[str]) 
     assert "without decoding, start-up, compiling and the wait in a queue" in total
 
 
+@pytest.mark.parametrize("in_image", [False, True])
 def test_the_printed_sbatch_command_carries_all_settings_and_works_in_any_folder(
-    tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    in_image: bool, tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """train.sbatch is run as the shell script that it is, with an srun that shows what it got."""
     shows = 'echo "$NCCL_IB_TIMEOUT|$GREETING|$FIXRES_JOB|$LOADED" > "$0.env"; for a in "$@"; do echo "$a"; done > "$0.args"'
@@ -242,6 +243,7 @@ def test_the_printed_sbatch_command_carries_all_settings_and_works_in_any_folder
     home.mkdir()
     keys = ["cluster.env={NCCL_IB_TIMEOUT: 22, GREETING: it's here}", "cluster.setup=[export LOADED=cuda]"]
     keys += ["cluster.srun_args=[--container-image=/images/a b.sqsh]", "cluster.sbatch={comment: two words}"]
+    keys += ["cluster.python=apptainer exec 'a b.sif' $GREETING python3"] * in_image
     assert submit(home, data, "--nodes", "1-2", "--prepare", *keys) == 0
     words = shlex.split(capsys.readouterr().out.strip().splitlines()[-1].removeprefix("Next: "))
     assert {"--comment=two words", "--nodes=1-2", "--cpus-per-task=16", "--signal=USR2@120"} <= set(words)
@@ -253,9 +255,9 @@ def test_the_printed_sbatch_command_carries_all_settings_and_works_in_any_folder
     assert done.returncode == 0, done.stderr
     assert (folder / "srun.env").read_text() == "22|it's here|5|cuda\n"
     passed = (folder / "srun.args").read_text().splitlines()
-    assert {"--kill-on-bad-exit=1", "--container-image=/images/a b.sqsh", "--ntasks-per-node=2", sys.executable} <= set(
-        passed
-    )
+    assert {"--kill-on-bad-exit=1", "--container-image=/images/a b.sqsh", "--ntasks-per-node=2"} <= set(passed)
+    started = ["apptainer", "exec", "a b.sif", "it's", "here", "python3"] if in_image else [sys.executable]
+    assert passed[passed.index(started[0]) :][: len(started) + 1] == [*started, "-m"]
 
 
 # Two values of each setting of the cluster.
@@ -270,6 +272,7 @@ UNUSUAL: dict[str, tuple[object, object]] = {
     "max_restarts": (3, 4),
     "env": ({"A": "it's"}, {"A": "it's", "B": "2"}),
     "setup": (("module load x",), ("module load 'y z'", "ulimit -n 9")),
+    "python": ("", "apptainer exec --nv a.sif python3"),
     "srun_args": (("--container-image=/a b",), ("--mpi=none",)),
     "sbatch": ({"comment": "two words"}, {"wckey": "paper", "gres": "gpu:h100:3", "mem-per-gpu": "9G"}),
     "on_change": ("echo $FIXRES_RUN", "true"),
