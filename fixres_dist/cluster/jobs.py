@@ -125,8 +125,8 @@ def shell_lines(config: Config) -> list[str]:
 def write_prepared(run: RunDir, config: Config) -> None:
     """The part of slurm/train.sbatch that is the run's own: its shell lines, interpreter and srun arguments."""
     srun_args = " ".join(map(shlex.quote, requested(config.cluster)[1]))
-    python = [f"python=${{PYTHON:-{HERE}}}", "rank_python=(" + (config.cluster.python or '"$python"') + ")"]
-    text = "\n".join([*python, f"srun_args=({srun_args})", *shell_lines(config)]) + "\n"
+    lines = [f"python=${{PYTHON:-{HERE}}}", f"srun_args=({srun_args})", *shell_lines(config)]
+    text = "\n".join([*lines, "rank_python=(" + (config.cluster.python or '"$python"') + ")\n"])
     write_text(run.prepared, text, private=reading.has_secrets(config))
 
 
