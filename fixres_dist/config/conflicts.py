@@ -80,7 +80,10 @@ def check_shares(tune: Tune) -> None:
 
 
 def check_held_out(config: Config) -> None:
-    """Raises UserError where pictures are held out of no stage one, or other settings than the classifier's are to be chosen."""
+    """Raises UserError where pictures are held out of no stage one, or other settings than the classifier's are to be chosen.
+
+    At submission, since stage one and tune.policy=auto are decided after a configuration is first read.
+    """
     tune = config.tune
     if not tune.hold_out:
         return

@@ -289,7 +289,6 @@ class Config:
             )
         if self.pretrain:
             conflicts.check(self, self.pretrain)
-        conflicts.check_held_out(self)
 
     def stage_settings(self) -> tuple[Tune, ...]:
         """The settings of the stages, in order."""

@@ -133,7 +133,7 @@ def one_linear_layer(model: nn.Module) -> nn.Linear:
 
 
 def candidates(run: RunDir, session: Session, res: int, fix: Stage) -> list[Candidate]:
-    """What each head and each kind of statistics gives at `res` px on the held-out pictures. Only rank 0 has them."""
+    """What each head and each kind of statistics gives at `res` px on the held-out pictures; rank 0 trains the heads."""
     samples, held = parted(session.train, session.config.tune, session.config.run.seed)
     index, columns = session.train, session.columns["train"]
     session = replace(
@@ -154,7 +154,8 @@ def candidates(run: RunDir, session: Session, res: int, fix: Stage) -> list[Cand
             f"no room for the features at {res} px on which settings are to be chosen. Accepted: run.feature_cache=DIR with more "
             "room, or tune.hold_out=0"
         )
-    return session.ranks.from_main(lambda: list(of_features(work)))
+    found = session.ranks.from_main(lambda: [asdict(one) for one in of_features(work)])
+    return [Candidate(**one) for one in found]
 
 
 def of_features(work: StageSession) -> Iterator[Candidate]:

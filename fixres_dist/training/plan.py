@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
 from fixres_dist.base.errors import UserError
-from fixres_dist.config import own_data, recipes
+from fixres_dist.config import conflicts, own_data, recipes
 from fixres_dist.config.recipes import Costs, Facts
 from fixres_dist.config.schema import Config
 from fixres_dist.data import class_maps, dataset, demo, deny_lists
@@ -16,6 +17,7 @@ from fixres_dist.training.cache import rule
 from fixres_dist.training.estimates import LEFT_OUT, Counts, memory_text, roughly, seconds, time_text
 from fixres_dist.training.stages import Stage, batch_per_device, held_out_count, other_sizes, stages
 
+FEWEST = 20  # held-out images on which settings are chosen
 IMAGENET = (1_281_167, 50_000, 1000)
 
 
@@ -68,6 +70,7 @@ def check(config: Config, world_size: int, dry: bool) -> None:
         class_maps.check(config)
         recipes.check_count(config.model.num_classes, len(classes(config)))
     check_weights(config)
+    conflicts.check_held_out(config)
     if config.tune.hold_out:
         held_out(config, count(config))
     containers = [config.cluster.python, *(word for word in config.cluster.srun_args if "container" in word)]
@@ -166,6 +169,13 @@ def held_out(config: Config, counts: Counts) -> str:
         raise UserError(
             f"tune.hold_out={tune.hold_out:g} of {n:,} images is {count:,}; accepted: 1 to {n - counts.classes:,}, so that each "
             "class keeps one. Next: tune.hold_out=0"
+        )
+    if tune.chooses and count < FEWEST:
+        raise UserError(
+            f"tune.hold_out={tune.hold_out:g} of {n:,} images is {count:,}: too few to choose on. Accepted: {FEWEST} or more. "
+            f"Next: tune.hold_out={math.ceil(100 * FEWEST / n) / 100:g}, or 0"
+            if n >= 2 * FEWEST
+            else f"{n:,} images are too few to hold some out and choose on them. Next: tune.hold_out=0"
         )
     if not tune.chooses:
         return f"{count:,} images stay out of stage one, and are half of what the fixing stage draws"

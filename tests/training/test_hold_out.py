@@ -14,13 +14,14 @@ from training.test_shared_stage_one import Steps
 from training.test_step import made as index_of
 
 from fixres_dist.base.errors import UserError
-from fixres_dist.config import reading
+from fixres_dist.config import conflicts, reading
 from fixres_dist.config.schema import Config, Tune
 from fixres_dist.publishing import report
 from fixres_dist.runs import rundir
 from fixres_dist.runs.results import Results
 from fixres_dist.runs.rundir import RunDir
 from fixres_dist.training import hold_out, stages
+from fixres_dist.training.ranks import Ranks, packed, unpacked
 
 torch.set_num_threads(1)
 
@@ -86,6 +87,12 @@ def test_chosen_settings_are_used_and_a_stop_in_either_stage_one_changes_nothing
     tmp_path: Path, photos: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     steps = Steps(monkeypatch)
+    alone = Ranks.from_main
+
+    def as_on_other_ranks(self: Ranks, compute: Any) -> Any:
+        return alone(self, lambda: unpacked(packed(compute())))
+
+    monkeypatch.setattr(Ranks, "from_main", as_on_other_ranks)
     calm, stopped = prepared(tmp_path / "calm", photos), prepared(tmp_path / "stopped", photos)
     code, count = steps.train(calm)
     n = sum(1 for _ in photos.glob("train/*/*"))
@@ -143,7 +150,9 @@ def test_the_held_out_share_trains_the_head_and_half_of_its_pictures_are_its(
 
 def test_what_it_does_not_go_with_is_refused() -> None:
     def config(*items: str) -> Config:
-        return reading.parse(Config, reading.overrides(["tune.hold_out=0.2", *items]))
+        found = reading.parse(Config, reading.overrides(["tune.hold_out=0.2", *items]))
+        conflicts.check_held_out(found)
+        return found
 
     with pytest.raises(UserError, match=r"stay as they are published\. Next: tune\.hold_out=0"):
         config()
