@@ -37,11 +37,10 @@ def settle(recipe: Recipe, presets: Sequence[str], given: dict[str, Any], on_cpu
     asks for no preset. `on_cpu`: the ranks are to be processes on this machine's CPU.
     """
     chosen, why = tuple(name for name in presets if name != "none"), ""
-    # Held-out pictures need a stage one, which is not there yet.
-    tune = {key: value for key, value in given.get("tune", {}).items() if not key.startswith("hold_out")}
-    if not presets and (why := other_classes(merged(recipe, (), {**given, "tune": tune}), given, recipe)):
-        chosen = (OWN,)
     config = merged(recipe, chosen, given)
+    if not presets and (why := other_classes(config, given, recipe)):
+        chosen = (OWN,)
+        config = merged(recipe, chosen, given)
     costs = None
     if OWN in chosen and not recipe.facts and config.data.root:
         from fixres_dist.models import costs as counted
