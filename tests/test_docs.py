@@ -63,11 +63,12 @@ def test_a_reference_is_what_the_code_says(name: str, pages: Any) -> None:
 
 
 def blocks(page: Path) -> str:
-    """The code on a page: indented lines, and fences of `sh`."""
+    """The code on a page: indented lines, fences of `sh`, and what peers.md names."""
     text = page.read_text()
     fenced = re.findall(r"^```sh\n(.*?)^```", text, re.M | re.S)
     plain = re.sub(r"^```.*?^```", "", text, flags=re.M | re.S)
-    return "\n".join([*fenced, *(line[4:] for line in plain.splitlines() if line.startswith("    "))])
+    shown = re.findall(r"`(fixres [^`]+)`", text) if page.stem == "peers" else []
+    return "\n".join([*fenced, *shown, *(line[4:] for line in plain.splitlines() if line.startswith("    "))])
 
 
 def words(line: str) -> list[str]:
