@@ -93,7 +93,7 @@ def table() -> None:
         if (start := plain.get(without_hold_out(row))) is not None:
             groups[row["set"], row["model"], " ".join(row["settings"])].append({**row, "gain": row["after"] - start})
     print(
-        "| set | settings | train / val | seeds | stage one | same, test size | after | gain over plain stage one | worst | 95 % of the mean |"
+        "| set | settings | train / val | seeds | stage one | same, test size | after | over plain stage one | worst | 95 % of the mean |"
     )
     print("|-|-|-|-|-|-|-|-|-|-|")
     for (kind, _, settings), found in groups.items():

@@ -52,7 +52,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "ema_decay": 0.99,
         "mixup": 0.2,
         "cutmix": 1.0,
-        "rand_augment": "rand-m9-mstd0.5-inc1",
+        "rand_augment": "rand-m7-mstd0.5-inc1",
         "drop_path": 0.1,
     },
 }

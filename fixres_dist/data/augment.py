@@ -10,6 +10,7 @@ from functools import cache
 import numpy as np
 import torch
 from PIL import Image
+from timm.data import auto_augment
 from timm.data.auto_augment import RandAugment, rand_augment_transform
 
 from fixres_dist.data.geometry import Augment
@@ -31,7 +32,16 @@ def seeded(seed: int) -> Iterator[None]:
 @cache
 def transform(config: str, fill: tuple[int, int, int], res: int) -> RandAugment:
     """As timm's create_transform makes it for pictures of `res` px."""
-    return rand_augment_transform(config, {"translate_const": int(res * 0.45), "img_mean": fill})
+    made = rand_augment_transform(config, {"translate_const": int(res * 0.45), "img_mean": fill})
+    for operation in made.ops:
+        if operation.aug_fn is auto_augment.posterize:
+            operation.aug_fn = posterize
+    return made
+
+
+def posterize(image: Image.Image, bits: int, **_: object) -> Image.Image:
+    """timm's, which asks for 0 bits at its highest strength: black, as Pillow drew it before a version that refuses that."""
+    return auto_augment.posterize(image, bits) if bits else Image.new(image.mode, image.size)
 
 
 def apply(canvas: torch.Tensor, how: Augment) -> None:

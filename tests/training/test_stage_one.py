@@ -168,6 +168,21 @@ def test_pairs_stay_on_one_rank_in_one_forward_pass(world_size: int, batch: int)
         assert all(len(part) % 2 == 0 for part in parts if part and part[-1] != whole[-1])
 
 
+def test_rand_augment_at_its_highest_strength_draws_black_where_no_bit_is_left() -> None:
+    """timm asks Pillow for 0 bits there, which Pillow 13 refuses."""
+    fill = (124, 116, 104)
+    for operation in augment.transform("rand-m10-inc1", fill, 32).ops:
+        operation.prob = 1.0
+        image = operation(Image.new("RGB", (32, 32), (200, 100, 50)))
+        if operation.name == "PosterizeIncreasing":
+            assert image.getextrema() == ((0, 0), (0, 0), (0, 0))
+    for seed in range(60):
+        augment.apply(
+            torch.zeros(32, 32, 3, dtype=torch.uint8).permute(2, 0, 1),
+            geometry.Augment("rand-m9-mstd9-inc1", fill, seed),
+        )
+
+
 def test_rand_augment_is_timms_for_each_picture_and_epoch() -> None:
     config, fill = "rand-m9-n2-mstd0.5-inc1", (124, 116, 104)
     resize = geometry.resize_of("fixefficientnet", 32, 1.0, "bicubic")
