@@ -47,7 +47,16 @@ OPERATIONAL = {
     },
     "run": {
         *("optimizer", "activation_checkpointing", "batch_per_device", "memory_format", "compile"),
-        *("deterministic", "engine", "feature_cache", "log_every", "save_every_s", "watchdog_s", "record_samples"),
+        *(
+            "deterministic",
+            "engine",
+            "feature_cache",
+            "log_every",
+            "save_every_s",
+            "watchdog_s",
+            "record_samples",
+            "profile",
+        ),
     },
 }
 

@@ -27,7 +27,7 @@ def at_least(section: object, low: float, *names: str) -> None:
     """Raises UserError for a field of `names` below `low`."""
     for name in names:
         value = getattr(section, name)
-        if value != "auto" and value < low:
+        if not isinstance(value, str) and value < low:
             raise UserError(f"{name} is {value}; accepted: {low} or more.")
 
 
@@ -199,8 +199,9 @@ class Run:
     memory_format: Literal["auto", "channels_last", "contiguous"] = "auto"  # auto: a short probe of the frozen trunk
     compile: bool | Literal["auto"] = "auto"  # torch.compile the frozen trunk; auto: on a GPU, if the probe says so
     deterministic: bool = False  # only algorithms that repeat to the bit on the same kind of GPU; no probes by time
-    # stream: decode and run the trunk in every epoch; cached: once (training/cache/rule.py)
-    engine: Literal["auto", "stream", "cached"] = "auto"
+    engine: Literal["auto", "stream", "cached"] = (
+        "auto"  # stream: the trunk runs in every epoch; cached: once (cache/rule.py)
+    )
     feature_cache: str = ""  # directory of the cached engine's files, seen by all ranks; empty: features/ in data.cache
     batch_per_device: int | Literal["auto"] = "auto"  # images per forward of a rank; auto: chosen from the resolution
     log_every: int = 10  # optimizer steps
@@ -208,11 +209,12 @@ class Run:
     # With no batch for so long the run is ended and tried again (0: never); three times that before the first step.
     watchdog_s: float = 600.0
     eval_every: int = 1  # epochs; 0: only before and after
+    profile: int | Literal["steps"] = 0  # optimizer steps that are traced once, into tb/profile/; steps: 5 of them
     record_samples: bool = False  # samples/rank_K.jsonl: which sample, in which view, at which step
 
     def __post_init__(self) -> None:
         at_least(self, 1, "log_every", "batch_per_device")
-        at_least(self, 0, "save_every_s", "watchdog_s", "eval_every")
+        at_least(self, 0, "save_every_s", "watchdog_s", "eval_every", "profile")
         if not 0 <= self.seed < 2**63:
             raise UserError(f"seed is {self.seed}; accepted: 0 .. 2**63 - 1.")
 

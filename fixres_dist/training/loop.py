@@ -23,6 +23,7 @@ from fixres_dist.runs.rundir import RunDir
 from fixres_dist.runs.states import Event
 from fixres_dist.training import auto_batch, class_order, compiled_code, results, samples
 from fixres_dist.training.cache.build import open_stores
+from fixres_dist.training.profiling import traced
 from fixres_dist.training.session import Session
 from fixres_dist.training.stage_training import END, Training, open_stage
 from fixres_dist.training.stages import Stage
@@ -131,7 +132,7 @@ def loop(training: Training, startup: StartUp) -> None:
     meter.restart()
     if tracker:
         tracker.begin_steps()
-    for step, micro_batches in work.steps(training.progress.step, meter):
+    for step, micro_batches in traced(work.steps(training.progress.step, meter), run, settings.profile, ranks.is_main):
         rate = stage.learning_rate(step)
         for group in optimizer.param_groups:
             group["lr"] = rate * group.get("lr_scale", 1.0)
