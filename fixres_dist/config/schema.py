@@ -199,9 +199,7 @@ class Run:
     memory_format: Literal["auto", "channels_last", "contiguous"] = "auto"  # auto: a short probe of the frozen trunk
     compile: bool | Literal["auto"] = "auto"  # torch.compile the frozen trunk; auto: on a GPU, if the probe says so
     deterministic: bool = False  # only algorithms that repeat to the bit on the same kind of GPU; no probes by time
-    engine: Literal["auto", "stream", "cached"] = (
-        "auto"  # stream: the trunk runs in every epoch; cached: once (cache/rule.py)
-    )
+    engine: Literal["auto", "stream", "cached"] = "auto"  # stream: the trunk runs in every epoch; cached: once
     feature_cache: str = ""  # directory of the cached engine's files, seen by all ranks; empty: features/ in data.cache
     batch_per_device: int | Literal["auto"] = "auto"  # images per forward of a rank; auto: chosen from the resolution
     log_every: int = 10  # optimizer steps
