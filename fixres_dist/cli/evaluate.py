@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from fixres_dist.base.errors import EXIT_DONE, UserError, check_output
 from fixres_dist.base.small_files import write_json
@@ -16,6 +18,9 @@ from fixres_dist.data.index import Limits
 from fixres_dist.evaluation.inputs import check, data_config, model_config, opened, subjects
 from fixres_dist.evaluation.measures import Evaluation
 from fixres_dist.runs.rundir import RunDir
+
+if TYPE_CHECKING:
+    from fixres_dist.training.predictions import Predictions
 
 EXAMPLES = (
     "--run runs/b0-320",
@@ -33,6 +38,8 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument("--labels", type=Path, metavar="real.json", help="also top-1 by these ReaL labels of the split")
     p.add_argument("--only", choices=("before", "after"), help="of a run; default: both, and the gain")
     p.add_argument("--predictions", type=Path, metavar="FILE.npz", help="keep the predictions per image, for compare")
+    text = "keep which class is taken for which, and FILE.png of it"
+    p.add_argument("--confusion", type=Path, metavar="FILE.csv", help=text)
     text = "score what extract wrote; several: their mean"
     p.add_argument("--softmax", type=Path, action="append", metavar="FILE.npy", help=text)
     add_json(p)
@@ -42,6 +49,9 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """A run before and after, or a checkpoint, on the split and every named set; a run keeps the results."""
     check_output(args.json)
+    check_output(args.confusion)
+    if args.confusion and args.confusion.suffix != ".csv":
+        raise UserError(f"--confusion is {args.confusion}; accepted: FILE.csv, beside which FILE.png is written.")
     if args.softmax:
         if as_job.asked(args):
             raise UserError("--softmax takes seconds and no GPU, so it is no job. Next: leave out --cluster.")
@@ -55,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"no file --labels {args.labels}. Accepted: real.json, a list of lists of class numbers.")
     if as_job.asked(args):
         check(config, args.run, args.split, sets)
-        kept = (args.json, args.predictions, args.run and args.run / "evaluations")
+        kept = (args.json, args.predictions, args.confusion, args.run and args.run / "evaluations")
         return as_job.start(args, config, ", ".join([*map(str, filter(None, kept)), "its log"]), 1 + len(sets))
     from fixres_dist.evaluation.evaluate import evaluate, keep
 
@@ -69,9 +79,11 @@ def run(args: argparse.Namespace) -> int:
             show(config.model.name, evaluation)
             if evaluation.gain and not (args.data and is_split):
                 keep(RunDir(args.run), config, evaluation, predictions, sample_list)
+            of_set, last = "" if is_split else f"-{evaluation.set}", predictions[chosen[-1].label]
             if args.predictions:
-                name = args.predictions.stem + ("" if is_split else f"-{evaluation.set}")
-                predictions[chosen[-1].label].save(args.predictions.with_stem(name), sample_list)
+                last.save(args.predictions.with_stem(args.predictions.stem + of_set), sample_list)
+            if args.confusion:
+                write_confusion(last, session.classes, args.confusion.with_stem(args.confusion.stem + of_set))
     if args.json and records:
         main = records[args.split]
         summary = {"model": config.model.name, "split": args.split, **main[chosen[-1].label], **main, "sets": records}
@@ -96,10 +108,25 @@ def evaluate_softmax(args: argparse.Namespace) -> int:
     show(str(args.softmax[0]), evaluation)
     if args.predictions:
         predictions.save(args.predictions, index.fingerprint)
+    if args.confusion:
+        write_confusion(predictions, classes, args.confusion)
     if args.json:
         record = evaluation.record()
         write_json(args.json, {**record["softmax"], **record})
     return EXIT_DONE
+
+
+def write_confusion(predictions: Predictions, classes: Sequence[str], file: Path) -> None:
+    from fixres_dist.training import confusion, pictures
+
+    if len(classes) > confusion.MOST_CLASSES:
+        raise UserError(
+            f"--confusion of {len(classes)} classes; accepted: {confusion.MOST_CLASSES}. Next: --predictions FILE.npz"
+        )
+    matrix = confusion.matrix_of(predictions, len(classes))
+    confusion.write_csv(matrix, classes, file)
+    pictures.save(pictures.confusion_sheet(matrix, classes), file.with_suffix(".png"))
+    print(f"confusion: {file}, {file.with_suffix('.png')}")
 
 
 def show(model: str, evaluation: Evaluation) -> None:
@@ -114,10 +141,10 @@ def evaluation_text(model: str, evaluation: Evaluation) -> str:
     lines = [] if known == total else [f"{evaluation.set}: logits restricted to its {known} of {total} classes"]
     where = f" at {evaluation.res} px" if evaluation.res else ""
     for label, s in evaluation.summaries.items():
-        calibration = evaluation.calibrations.get(label)
-        ece = f"ECE {calibration.ece:.2f} | " if calibration else ""
+        more = evaluation.measures.get(label)
+        means = f"macro F1 {more.macro_f1:.2f} | ECE {more.ece:.2f} | " if more else ""
         who = f", {label}" if label in ("before", "after") else ""
-        accuracy = f"top-1 {s.top1:.2f} | top-5 {s.top5:.2f} | loss {s.loss:.4f} | {ece}n {s.n}"
+        accuracy = f"top-1 {s.top1:.2f} | top-5 {s.top5:.2f} | loss {s.loss:.4f} | {means}n {s.n}"
         lines.append(f"{model}{where} on {evaluation.set}{who}: {accuracy}")
     if evaluation.gain:
         lines.append(f"  gain {evaluation.gain.phrase()}")

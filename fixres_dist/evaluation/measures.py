@@ -1,4 +1,4 @@
-"""What is measured on a set: accuracy, calibration, paired gain, accuracy by ReaL labels and by class. No torch."""
+"""What is measured on a set: accuracy, macro means, calibration, paired gain, by ReaL labels and by class. No torch."""
 
 from __future__ import annotations
 
@@ -7,12 +7,11 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from fixres_dist.data.index import Index
-from fixres_dist.runs.results import Gain, Summary
+from fixres_dist.runs.results import Gain, Measures, Summary
 from fixres_dist.training import class_order
-from fixres_dist.training.calibration import Calibration, calibration
+from fixres_dist.training.confusion import by_class, measures
 from fixres_dist.training.predictions import Predictions
 
 
@@ -34,18 +33,18 @@ class Evaluation:
     classes_of_set: int
     classes_of_model: int
     summaries: dict[str, Summary]
-    calibrations: dict[str, Calibration]  # without those whose predictions have no confidence
+    measures: dict[str, Measures]
     gain: Gain | None  # of after over before, where both were evaluated
     real: Real | None
     doubt: str  # a warning where the class order of weights and folders seems to differ
-    by_class: dict[str, dict[str, float | None]]  # class name -> row of `top1_by_class`
+    by_class: dict[str, dict[str, Any]]  # class name -> row of `scores_by_class`
 
     def record(self) -> dict[str, Any]:
         """As evaluations/SET-RES.json holds it; docs/method.md has the keys."""
         found: dict[str, Any] = {"set": self.set, "res": self.res}
         found["classes"] = {"of_set": self.classes_of_set, "of_model": self.classes_of_model}
         for label, summary in self.summaries.items():
-            found[label] = asdict(summary) | (asdict(self.calibrations[label]) if label in self.calibrations else {})
+            found[label] = asdict(summary) | (asdict(self.measures[label]) if label in self.measures else {})
         found |= asdict(self.gain) if self.gain else {}
         if self.real:
             gain = asdict(self.real.gain) if self.real.gain else {}
@@ -67,19 +66,18 @@ def measure(
     `columns`: the model's class of each folder of `index`. `classes`: the model's class names. `real`: the classes that
     are right for each image (`class_maps.real_labels`).
     """
-    calibrations = {label: calibration(made) for label, made in predictions.items()}
-    rows = top1_by_class(index.labels, predictions, len(columns))
+    rows = scores_by_class(predictions, len(classes))
     return Evaluation(
         set=name,
         res=res,
         classes_of_set=len(columns),
         classes_of_model=len(classes),
         summaries={label: made.summary() for label, made in predictions.items()},
-        calibrations={label: found for label, found in calibrations.items() if found},
+        measures={label: found for label, made in predictions.items() if (found := measures(made))},
         gain=gain_of_fixing(predictions),
         real=None if real is None else real_accuracy(real, predictions),
         doubt=class_order.doubt(next(iter(predictions.values())), index, columns, classes),
-        by_class={classes[column]: row for column, row in zip(columns, rows, strict=True)},
+        by_class={classes[column]: rows[column] for column in columns},
     )
 
 
@@ -104,15 +102,16 @@ def real_accuracy(lists: list[list[int]], predictions: Mapping[str, Predictions]
     return Real(n, {label: summary.top1 for label, summary in summaries.items()}, gain_of_fixing(judged))
 
 
-def top1_by_class(
-    labels: NDArray[np.integer], predictions: Mapping[str, Predictions], classes: int
-) -> list[dict[str, float | None]]:
-    """A row per class of `labels` [n]: {"n": images, LABEL: top-1 in percent, or None without images}."""
-    rows: list[dict[str, float | None]] = [{"n": 0} for _ in range(classes)]
+def scores_by_class(predictions: Mapping[str, Predictions], classes: int) -> list[dict[str, Any]]:
+    """A row per class of the model: {"n": images, LABEL: top-1 in percent (None without images), "precision": {LABEL: ..},
+    "f1": {LABEL: ..}} for predictions by label, with labels. Top-1 of a class is its recall."""
+    rows: list[dict[str, Any]] = [{"n": 0, "precision": {}, "f1": {}} for _ in range(classes)]
     for label, made in predictions.items():
-        kept = labels[made.counted]
-        counts = np.bincount(kept, minlength=classes)
-        hits = np.bincount(kept, made.correct1[made.counted], classes)
-        for row, n, hit in zip(rows, counts.tolist(), hits.tolist(), strict=True):
-            row |= {"n": n, label: round(100 * hit / n, 4) if n else None}
+        kept = made.counted
+        found = by_class(made.labels[kept], made.predicted[kept], classes)
+        for k, row in enumerate(rows):
+            n = int(found.images[k])
+            row |= {"n": n, label: round(100 * float(found.recall[k]), 4) if n else None}
+            row["precision"][label] = round(100 * float(found.precision[k]), 4)
+            row["f1"][label] = round(100 * float(found.f1[k]), 4)
     return rows

@@ -23,10 +23,12 @@ HEAD = (
     *("run", "model", "data", "M parameters", "G multiply-adds", "trained at", "tested at", "before", "after"),
     *("gain (paired 95 %)", "n", "published top-1", "time", "hardware"),
 )
+MEASURES = ("run", "", "precision", "recall", "F1", "calibration error", "mean confidence")
 FIGURES = {
     "sweep.png": "accuracy against test resolution",
     "activations.png": "activation statistics at train and test resolution",
     "alpha.png": "between the starting head (0) and the fixed one (1)",
+    "pictures/confusion.png": "which class is taken for which after fixing",
 }
 
 
@@ -173,6 +175,17 @@ def markdown(runs: Sequence[RunDir], rows: Sequence[Row], others: Sequence[dict[
     if robust:
         head = ("run", "set", "px", "before", "after", "gain (paired 95 %)")
         text += ["## Gain and robustness", "", markdown_table(head, robust), ""]
+    measured = [
+        (row.run, when, *(f"{value:.2f}" for value in asdict(one).values()))
+        for row in rows
+        for when, one in row.results.measures.items()
+    ]
+    if measured:
+        text += ["## Measures on the validation split (%)", "", markdown_table(MEASURES, measured), ""]
+        text += [
+            "Means over the classes, as scikit-learn's `macro`. A calibrated model is as often right as it is sure.",
+            "",
+        ]
     for run in runs:
         found = {note: run.root / file for file, note in FIGURES.items() if (run.root / file).exists()}
         links = [f"![{note}]({os.path.relpath(file, out)})" for note, file in found.items()]

@@ -24,6 +24,18 @@ class Accuracy:
 
 
 @dataclass(frozen=True)
+class Measures:
+    """What top-1 does not say, in percent: means over the classes as scikit-learn has them (training/confusion.py), expected
+    calibration error and mean confidence (training/calibration.py)."""
+
+    macro_precision: float
+    macro_recall: float
+    macro_f1: float
+    ece: float
+    mean_confidence: float
+
+
+@dataclass(frozen=True)
 class Before(Accuracy):
     """Accuracy before fixing at another resolution than the test's."""
 
@@ -136,6 +148,7 @@ class Results:
     delta_ci95: tuple[float, float]
     before_at: dict[int, Before] = field(default_factory=dict)  # by resolution; older runs have none
     best_before: Best | None = None  # where there is any such
+    measures: dict[str, Measures] = field(default_factory=dict)  # before and after; older runs have none
     floor: tuple[Floor, ...] = ()  # of a run with a stage one on weights, at each of its sizes
     choice: Choice | None = None  # what a held-out share has chosen, and among what
     images_seen: int

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import csv
+import io
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from fixres_dist.base.errors import printable
+from fixres_dist.base.files import write_text
+from fixres_dist.runs.results import Measures
+from fixres_dist.training.calibration import calibration
 from fixres_dist.training.predictions import Predictions
+
+MOST_CLASSES = 2000  # of a confusion matrix: its numbers grow with their square
 
 
 @dataclass(frozen=True)
@@ -55,6 +65,12 @@ def confusion_matrix(
     return np.bincount(cells, minlength=classes**2).reshape(classes, classes)
 
 
+def matrix_of(predictions: Predictions, classes: int) -> NDArray[np.int64]:
+    """`confusion_matrix` of predictions that have labels, over the images with a prediction."""
+    kept = predictions.counted
+    return confusion_matrix(predictions.labels[kept], predictions.predicted[kept], classes)
+
+
 def counted(predictions: Predictions) -> tuple[NDArray[np.int32], NDArray[np.int32]] | None:
     """(labels, predicted classes) of the images that have a prediction; None for files of older versions, without labels."""
     labels, predicted = predictions.labels[predictions.counted], predictions.predicted[predictions.counted]
@@ -66,3 +82,18 @@ def macro(predictions: Predictions) -> Macro | None:
     if (found := counted(predictions)) is None:
         return None
     return by_class(*found, classes=1 + int(max(map(np.max, found)))).macro()
+
+
+def measures(predictions: Predictions) -> Measures | None:
+    """None for files of older versions, which lack labels or confidence."""
+    means, believed = macro(predictions), calibration(predictions)
+    return Measures(**asdict(means), **asdict(believed)) if means and believed else None
+
+
+def write_csv(matrix: NDArray[np.int64], names: Sequence[str], file: Path) -> None:
+    """A row for each class, with the images of it that are taken for each class in a column; all classes in `names`."""
+    text, named = io.StringIO(), [printable(name) for name in names]
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["is \\ taken for", *named])
+    writer.writerows([name, *row] for name, row in zip(named, matrix.tolist(), strict=True))
+    write_text(file, text.getvalue())

@@ -21,14 +21,14 @@ from fixres_dist.data.geometry import View
 from fixres_dist.data.index import Index
 from fixres_dist.data.requests import Pictures, make_request
 from fixres_dist.runs.rundir import RunDir
-from fixres_dist.training.confusion import confusion_matrix, counted
+from fixres_dist.training.confusion import MOST_CLASSES, confusion_matrix, counted, write_csv
 from fixres_dist.training.predictions import Predictions
 from fixres_dist.training.session import Session
 from fixres_dist.training.stages import stages
 
 PHOTOGRAPHS, MISTAKES = 4, 12
 LARGEST = 256  # pixels of a picture's side; all pictures of a sheet are scaled alike
-MOST_CLASSES = 40  # that a confusion matrix shows: those with the most mistakes
+MOST_SHOWN = 40  # classes that the picture of a confusion matrix shows: those with the most mistakes
 GAP, LINE = 8, 16  # pixels
 Pixels = NDArray[np.uint8]
 
@@ -68,11 +68,14 @@ def magnification(view: View) -> float:
 
 
 def draw_results(run: RunDir, session: Session, predictions: Predictions) -> None:
-    """pictures/mistakes.png and confusion.png of the predictions after fixing."""
+    """pictures/mistakes.png, confusion.png and confusion.csv of the predictions after fixing."""
     if (known := counted(predictions)) is None:
         return
     names, index = session.classes, session.val
-    write(run, "confusion", confusion_sheet(confusion_matrix(*known, classes=len(names)), names))
+    if len(names) <= MOST_CLASSES:
+        matrix = confusion_matrix(*known, classes=len(names))
+        write(run, "confusion", confusion_sheet(matrix, names))
+        write_csv(matrix, names, run.root / "pictures" / "confusion.csv")
     wrong = np.flatnonzero(predictions.counted & (predictions.predicted != predictions.labels))
     chosen = wrong[np.argsort(-predictions.confidence[wrong], kind="stable")][:MISTAKES].astype(np.int64)
     found = decoded(session, index, session.pictures_of("test", session.config.data.res), np.sort(chosen))
@@ -135,7 +138,7 @@ def fitting(text: str, width: float, font: ImageFont.FreeTypeFont | ImageFont.Im
 def confusion_sheet(matrix: NDArray[np.int64], names: Sequence[str]) -> Image.Image:
     """Rows: the class it is; columns: the class it is taken for. A cell's shade is its share of the row's images."""
     mistakes = matrix.sum(1) + matrix.sum(0) - 2 * np.diag(matrix)
-    shown = np.sort(np.argsort(-mistakes, kind="stable")[:MOST_CLASSES])
+    shown = np.sort(np.argsort(-mistakes, kind="stable")[:MOST_SHOWN])
     part = matrix[np.ix_(shown, shown)]
     share = part / np.maximum(matrix[shown].sum(1, keepdims=True), 1)
     cell, font, n = (36 if len(shown) <= 12 else 22), ImageFont.load_default(12), len(shown)
@@ -170,7 +173,10 @@ def confusion_sheet(matrix: NDArray[np.int64], names: Sequence[str]) -> Image.Im
 
 
 def write(run: RunDir, name: str, sheet: Image.Image) -> None:
-    file = Path(run.root / "pictures" / f"{name}.png")
-    file.parent.mkdir(exist_ok=True)
+    (run.root / "pictures").mkdir(exist_ok=True)
+    save(sheet, run.root / "pictures" / f"{name}.png")
+
+
+def save(sheet: Image.Image, file: Path) -> None:
     with whole(file) as part:
         sheet.save(part, "png")

@@ -13,6 +13,7 @@ from fixres_dist.models.sizes import of_weights
 from fixres_dist.runs.choice import read as read_choice
 from fixres_dist.runs.results import Accuracy, Before, Best, Hardware, Results, read_floors
 from fixres_dist.runs.rundir import RunDir
+from fixres_dist.training.confusion import measures
 from fixres_dist.training.predictions import Predictions
 from fixres_dist.training.session import Session
 from fixres_dist.training.stages import other_sizes
@@ -45,6 +46,7 @@ def write_results(run: RunDir, session: Session, seconds: float, images_seen: in
         delta_ci95=gain.delta_ci95,
         before_at={res: Before(**asdict(accuracy(p)), why=why) for res, (p, why) in others.items()},
         best_before=best_before(after, {config.data.res: before} | {r: p for r, (p, _) in others.items()}),
+        measures={when: found for when, p in (("before", before), ("after", after)) if (found := measures(p))},
         floor=read_floors(run),
         choice=read_choice(run.chosen, run.again),
         images_seen=images_seen,

@@ -102,25 +102,34 @@ def links(root: Path, **folders: Path) -> Path:
 
 
 def test_a_run_is_evaluated_before_and_after_with_the_paired_gain(finished: Path, photos: Path, tmp_path: Path) -> None:
-    found = result(tmp_path, "--run", finished, "--predictions", tmp_path / "p.npz")
+    found = result(tmp_path, "--run", finished, "--predictions", tmp_path / "p.npz", "--confusion", tmp_path / "c.csv")
     before, after = (Predictions.read(finished / "evaluations" / f"val-64-{k}.npz") for k in ("before", "after"))
     assert 0 < before.correct1.sum() < 33
     gain = paired_gain(before.correct1, after.correct1)
     assert (found["delta_top1"], found["delta_ci95"]) == (gain.delta_top1, list(gain.delta_ci95))
     assert found["before"]["top1"] == before.summary().top1 != found["after"]["top1"] == found["top1"]
     assert found["classes"] == {"of_set": 3, "of_model": 3}
-    assert set(found["after"]) == {"top1", "top5", "loss", "n", "skipped", "ece", "mean_confidence"}
+    macro = {f"macro_{name}" for name in ("precision", "recall", "f1")}
+    assert set(found["after"]) == {"top1", "top5", "loss", "n", "skipped", "ece", "mean_confidence"} | macro
+    assert found["after"]["macro_recall"] == pytest.approx(found["top1"], abs=1e-3), "of classes of one size"
     kept = json.loads((finished / "evaluations" / "val-64.json").read_text())
     assert kept.pop("crc32")
     assert kept == found["sets"]["val"]
     assert np.array_equal(Predictions.read(tmp_path / "p.npz").loss, after.loss)
     for k, name in enumerate(CLASSES):
         rows = slice(11 * k, 11 * k + 11)
+        shares = {key: kept["by_class"][name].pop(key) for key in ("precision", "f1")}
+        assert all(set(share) == {"before", "after"} for share in shares.values())
         assert kept["by_class"][name] == {
             "n": 11,
             "before": pytest.approx(100 * before.correct1[rows].mean(), abs=1e-3),
             "after": pytest.approx(100 * after.correct1[rows].mean(), abs=1e-3),
         }
+    table = [line.split(",") for line in (tmp_path / "c.csv").read_text().splitlines()]
+    assert ([row[0] for row in table[1:]], table[0][1:]) == (list(CLASSES), list(CLASSES))
+    taken = [[int(n) for n in row[1:]] for row in table[1:]]
+    assert taken == [np.bincount(after.predicted[11 * k : 11 * k + 11], minlength=3).tolist() for k in range(3)]
+    assert Image.open(tmp_path / "c.png").size[0] > 100
     (finished / "evaluations" / "val-64.json").unlink()
     result(tmp_path, "--run", finished, "data.resize_rule=fixres")
     result(tmp_path, "--run", finished, "--data", photos)

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from sklearn import metrics
 from support.commands import ROOT
 from support.in_process import SETTINGS, called
 
@@ -251,6 +252,20 @@ def test_a_size_that_the_model_cannot_take_is_refused(tmp_path: Path, photos: Pa
     code, said = called("predict", tmp_path, picture, "--csv")
     assert code == 0, "timm's own form, without classes' names"
     assert "class_" in said
+
+
+def test_results_and_report_have_more_than_top1(run: RunDir, tmp_path: Path) -> None:
+    after, found = Predictions.read(run.root / "predictions" / "after.npz"), json.loads(run.results.read_text())
+    mean = metrics.f1_score(after.labels, after.predicted, average="macro", zero_division=0)
+    assert found["measures"]["after"]["macro_f1"] == pytest.approx(100 * mean, abs=1e-3)
+    assert set(found["measures"]["before"]) == {"macro_precision", "macro_recall", "macro_f1", "ece", "mean_confidence"}
+    assert (run.root / "pictures" / "confusion.csv").read_text().count("\n") == 4
+    assert main(["report", str(run.root), "--out", str(tmp_path)]) == 0
+    text = (tmp_path / "report.md").read_text()
+    assert f"| r | after | {found['measures']['after']['macro_precision']:.2f} |" in text
+    assert "pictures/confusion.png" in text
+    assert "](reliability.png)" in text
+    assert (tmp_path / "reliability.png").stat().st_size > 5000
 
 
 def test_importing_the_package_loads_no_torch() -> None:

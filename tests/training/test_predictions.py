@@ -14,7 +14,7 @@ from fixres_dist.data.decoding import Bad, Batch
 from fixres_dist.data.geometry import resize_of
 from fixres_dist.data.index import Index
 from fixres_dist.data.requests import Pictures, Request, every_sample, make_request, whole_batches
-from fixres_dist.evaluation.measures import top1_by_class
+from fixres_dist.evaluation.measures import scores_by_class
 from fixres_dist.runs.results import Gain
 from fixres_dist.training.calibration import Calibration, calibration
 from fixres_dist.training.confusion import macro
@@ -96,16 +96,19 @@ def test_calibration_error_against_a_loop_over_bins() -> None:
     assert calibration(perfect) == Calibration(ece=0.0, mean_confidence=100.0)
 
 
-def test_accuracy_by_class_against_masks() -> None:
+def test_scores_by_class_against_masks() -> None:
     before, after = some(200, seed=1), some(200, seed=2)
-    labels = np.arange(200) % 3
-    rows = top1_by_class(labels, {"before": before, "after": after}, 4)
-    for k in range(3):
+    rows = scores_by_class({"before": before, "after": after}, 5)
+    for k in range(4):
         for label, p in (("before", before), ("after", after)):
-            kept = (labels == k) & p.counted
-            assert rows[k][label] == pytest.approx(100 * p.correct1[kept].mean(), abs=1e-3)
-        assert rows[k]["n"] == kept.sum()
-    assert rows[3] == {"n": 0, "before": None, "after": None}
+            of_it, taken = (p.labels == k) & p.counted, p.predicted == k
+            assert rows[k][label] == pytest.approx(100 * p.correct1[of_it].mean(), abs=1e-3)
+            assert rows[k]["precision"][label] == pytest.approx(100 * p.correct1[taken].mean(), abs=1e-3)
+            f1 = 200 * p.correct1[of_it].sum() / (of_it.sum() + taken.sum())
+            assert rows[k]["f1"][label] == pytest.approx(f1, abs=1e-3)
+        assert rows[k]["n"] == of_it.sum()
+    nothing = {"before": 0.0, "after": 0.0}
+    assert rows[4] == {"n": 0, "before": None, "after": None, "precision": nothing, "f1": nothing}
 
 
 def test_predictions_of_older_runs_are_read_and_gains_count_what_both_decoded(tmp_path: Path) -> None:
