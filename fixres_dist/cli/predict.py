@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fixres_dist.base.commands import command
-from fixres_dist.base.errors import EXIT_DONE, EXIT_FAILED, UserError, only_prints, printable
-from fixres_dist.base.text import duration, one_line, parse_size
+from fixres_dist.base.errors import EXIT_DONE, EXIT_FAILED, UserError, only_prints
+from fixres_dist.base.text import duration, parse_size
 
 if TYPE_CHECKING:
     from fixres_dist.evaluation.classifier import Prediction
@@ -61,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
             for one in model.predictions(images, args.top, show=not sys.stdout.isatty()):
                 if one.error:
                     bad.append(one)
-                    print(f"cannot read {one_line(one.image)}: {one.error}", file=sys.stderr, flush=True)
+                    print(f"cannot read {one.image}: {one.error}", file=sys.stderr, flush=True)
                 else:
                     good += 1
                     yield one
@@ -90,7 +90,7 @@ def write_csv(predictions: Iterable[Prediction], top: int) -> None:
     writer.writerow(["file", *(name for k in range(1, top + 1) for name in (f"class_{k}", f"confidence_{k}"))])
     for one in predictions:
         pairs = zip(one.classes, one.confidences, strict=True)
-        writer.writerow([printable(one.image), *(cell for name, share in pairs for cell in (name, f"{share:.6f}"))])
+        writer.writerow([one.image, *(cell for name, share in pairs for cell in (name, f"{share:.6f}"))])
 
 
 def write_json(predictions: Iterable[Prediction]) -> None:
@@ -108,19 +108,15 @@ def write_table(predictions: Iterable[Prediction], classes: Sequence[str]) -> No
     """Lines of the best class with its confidence, the file, and the classes after it."""
     width = min(WIDEST, max(map(len, classes)))
     for one in predictions:
-        cells = [
-            f"{one_line(name)} {100 * share:.1f} %" for name, share in zip(one.classes, one.confidences, strict=True)
-        ]
-        first = f"{100 * one.confidences[0]:5.1f} %  {one_line(one.classes[0]):<{width}}"
-        print(
-            "  ".join([first, one_line(one.image), *([f"({', '.join(cells[1:])})"] if cells[1:] else [])]), flush=True
-        )
+        cells = [f"{name} {100 * share:.1f} %" for name, share in zip(one.classes, one.confidences, strict=True)]
+        first = f"{100 * one.confidences[0]:5.1f} %  {one.classes[0]:<{width}}"
+        print("  ".join([first, one.image, *([f"({', '.join(cells[1:])})"] if cells[1:] else [])]), flush=True)
 
 
 def last_line(good: int, bad: Sequence[Prediction], seconds: float) -> str:
     text = f"{good:,} pictures in {duration(seconds)} ({good / seconds:,.0f} img/s)"
     if bad:
-        names = ", ".join(one_line(one.image) for one in bad[:SHOWN])
+        names = ", ".join(one.image for one in bad[:SHOWN])
         text += f"; {len(bad):,} cannot be read: {names}" + (
             f" and {len(bad) - SHOWN:,} more" if len(bad) > SHOWN else ""
         )

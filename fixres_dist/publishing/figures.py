@@ -235,25 +235,6 @@ def gain_plot(rows: Sequence[Row], file: Path) -> None:
         axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, fontsize=8)
 
 
-def reliability_plot(curves: Mapping[str, Reliability], file: Path) -> None:
-    """Accuracy against confidence in equally wide bins, a curve for each model; on the diagonal it is as often right as sure."""
-    with figure(file, "accuracy against confidence") as (axes,):
-        axes.plot([0, 100], [0, 100], color="tab:gray", lw=0.8, ls=":")
-        for k, (label, found) in enumerate(curves.items()):
-            full = found.n > 0
-            style = "o--" if label.endswith("before") else "o-"
-            text = f"{label} (error {100 * found.ece:.1f})"
-            axes.plot(
-                100 * found.confidence[full],
-                100 * found.accuracy[full],
-                style,
-                color=f"C{k // 2 % 10}",
-                ms=4,
-                label=text,
-            )
-        axes.set(xlabel="confidence (%)", ylabel=TOP1)
-
-
 def published_plot(curves: Mapping[str, Sequence[tuple[float, float, float]]], rows: Sequence[Row], file: Path) -> None:
     """Top-1 against parameters (as Figure 1 of arXiv 2003.08237) and against multiply-adds.
 

@@ -264,8 +264,6 @@ def test_results_and_report_have_more_than_top1(run: RunDir, tmp_path: Path) -> 
     text = (tmp_path / "report.md").read_text()
     assert f"| r | after | {found['measures']['after']['macro_precision']:.2f} |" in text
     assert "pictures/confusion.png" in text
-    assert "](reliability.png)" in text
-    assert (tmp_path / "reliability.png").stat().st_size > 5000
 
 
 def test_importing_the_package_loads_no_torch() -> None:
