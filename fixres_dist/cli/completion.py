@@ -1,11 +1,27 @@
-"""`fixres completion`"""
+"""`fixres completion`: of commands, options, paths, and the names of runs (in runs/) and models."""
 
 from __future__ import annotations
 
 import argparse
+import shlex
 from pathlib import Path
 
+from fixres_dist.base.environment import shipped
 from fixres_dist.base.errors import EXIT_DONE
+
+# Functions of the shell, given the word so far where the shell is bash. A run's jobs are left out: their names are paths.
+RUNS = "ls -1 runs 2> /dev/null"
+MODELS = "echo demo r50; cut -d, -f2 {published} | sort -u; cut -d, -f1 {timm}"
+PREAMBLE = {
+    "bash": """
+_fixres_runs() {{ compgen -W "$({runs})" -- "$1"; }}
+_fixres_models() {{ compgen -W "$({models})" -- "$1"; }}
+""",
+    "zsh": """
+_fixres_runs() {{ compadd -- ${{(f)"$({runs})"}} }}
+_fixres_models() {{ compadd -- ${{(f)"$({models})"}} }}
+""",
+}
 
 EXAMPLES = ("bash > ~/.local/share/bash-completion/completions/fixres", 'zsh > "${fpath[1]}/_fixres"')
 
@@ -19,11 +35,21 @@ def run(args: argparse.Namespace) -> int:
 
     from fixres_dist.cli.main import COMMANDS, add_command
 
+    models = MODELS.format(published=quoted("published.csv"), timm=quoted("timm_sizes.csv"))
     p = argparse.ArgumentParser(prog="fixres")
     commands = p.add_subparsers()
     for name, text in COMMANDS.items():
         for action in add_command(commands.add_parser(name, help=text), name)._actions:
             if action.type is Path:
                 action.complete = shtab.FILE  # type: ignore[attr-defined]
-    print(shtab.complete(p, shell=args.shell))
+            elif action.dest in ("name", "names") and not action.option_strings:
+                action.complete = dict.fromkeys(PREAMBLE, "_fixres_runs")  # type: ignore[attr-defined]
+            elif "--model" in action.option_strings:
+                action.complete = dict.fromkeys(PREAMBLE, "_fixres_models")  # type: ignore[attr-defined]
+    preamble = {shell: text.format(runs=RUNS, models=models) for shell, text in PREAMBLE.items()}
+    print(shtab.complete(p, shell=args.shell, preamble=preamble))
     return EXIT_DONE
+
+
+def quoted(name: str) -> str:
+    return shlex.quote(str(shipped("configs") / name))

@@ -45,7 +45,7 @@ GROUPS = {
     "Prepare": {
         "data": "index, verify, shard or show a data set; write the built-in example",
         "fetch": "put pretrained weights where nodes without network find them",
-        "completion": "completion of commands and options in bash or zsh",
+        "completion": "completion of commands, options, runs and models in bash or zsh",
     },
     "Measure": {"bench": "speed and memory of decoding, trunk, step and whole runs"},
 }

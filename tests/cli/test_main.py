@@ -109,13 +109,29 @@ def test_every_file_of_launch_is_its_command(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh"])
-def test_completion_knows_every_command(shell: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_completion_knows_commands_options_runs_and_models(
+    shell: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["completion", shell]) == 0
     script = capsys.readouterr().out
     for name in COMMANDS:
         assert name in script
     for option in ("--dry-run", "--follow", "--eval-set", "--samples-per-shard"):
         assert option in script
-    if shell == "bash":
-        done = subprocess.run(["bash", "-n"], input=script, text=True, capture_output=True, check=False)
+    if shell == "zsh":
+        return
+    (tmp_path / "runs" / "b0-320").mkdir(parents=True)
+    for typed, expected in (
+        (["fixres", "status", "b0"], ["b0-320"]),
+        (["fixres", "submit", "--model", "l"], ["l2", "lambda_resnet26rpt_256.c1_in1k"]),
+        (["fixres", "evaluate", "--model", "dem"], ["demo"]),
+    ):
+        words = " ".join(map(shlex.quote, typed))
+        asked = (
+            f"COMP_WORDS=({words}); COMP_CWORD={len(typed) - 1}; _shtab_fixres; printf '%s\\n' \"${{COMPREPLY[@]}}\""
+        )
+        done = subprocess.run(
+            ["bash"], input=f"{script}\n{asked}", text=True, capture_output=True, cwd=tmp_path, check=False
+        )
         assert done.returncode == 0, done.stderr
+        assert set(expected) <= set(done.stdout.split()), typed
