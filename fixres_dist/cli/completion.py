@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
                 action.complete = dict.fromkeys(PREAMBLE, "_fixres_runs")  # type: ignore[attr-defined]
             elif "--model" in action.option_strings:
                 action.complete = dict.fromkeys(PREAMBLE, "_fixres_models")  # type: ignore[attr-defined]
-    preamble = {shell: text.format(runs=RUNS, models=models) for shell, text in PREAMBLE.items()}
+    preamble = PREAMBLE[args.shell].format(runs=RUNS, models=models)
     print(shtab.complete(p, shell=args.shell, preamble=preamble))
     return EXIT_DONE
 
