@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -8,7 +9,9 @@ from typing import Any
 
 from support.commands import ROOT, environment
 
-# The others start whole runs of the product, which have tests of their own.
+from fixres_dist.base.environment import git
+
+RUNS = ["resume", "loss_scale", "cached", "bad_file", "end_to_end"]
 QUICK = ["nccl", "speed", "memory", "compiled", "apex"]
 
 
@@ -38,20 +41,32 @@ def test_sections_run_without_a_gpu(tmp_path: Path) -> None:
     assert {"amp", "fused_optimizers", "installed"} <= set(found["apex"])
 
 
+def sampled() -> set[str]:
+    """Two of RUNS, by the commit: each starts runs of the product, which have tests of their own, and takes half a minute."""
+    return set(random.Random(git(ROOT, "rev-parse", "HEAD")).sample(RUNS, 2))
+
+
 def test_runs_train_and_resume_without_a_gpu(tmp_path: Path) -> None:
-    code, result, said = start("checks", tmp_path, "--sections", "train,resume,loss_scale,cached,bad_file,end_to_end")
+    sample = sampled()
+    code, result, said = start("checks", tmp_path, "--sections", ",".join(["train", *sorted(sample)]))
     assert code == 0, said
     found = result["sections"]
+    assert set(found) == {"train", *sample}
     assert set(found["train"]["before"]) == set(found["train"]["after"]) >= {"top1", "loss"}
     assert found["train"]["first_step"]["time_to_first_step_s"] > 0
     assert min(found["train"]["images_per_second"]) > 0
-    assert found["resume"]["stopped_at"] > 0
-    assert found["resume"]["again_equals_straight"]
-    assert found["resume"]["stopped_equals_straight"]
-    assert found["loss_scale"]["loss_scale"][0] > 1
-    assert found["cached"]["largest_relative_difference"] < 1e-3
-    assert found["bad_file"]["skipped"] == found["bad_file"]["expected"]
-    assert "data_wait_percent" in found["end_to_end"]["rows_vs"]
+    if "resume" in sample:
+        assert found["resume"]["stopped_at"] > 0
+        assert found["resume"]["again_equals_straight"]
+        assert found["resume"]["stopped_equals_straight"]
+    if "loss_scale" in sample:
+        assert found["loss_scale"]["loss_scale"][0] > 1
+    if "cached" in sample:
+        assert found["cached"]["largest_relative_difference"] < 1e-3
+    if "bad_file" in sample:
+        assert found["bad_file"]["skipped"] == found["bad_file"]["expected"]
+    if "end_to_end" in sample:
+        assert "data_wait_percent" in found["end_to_end"]["rows_vs"]
 
 
 def test_a_section_that_fails_costs_only_itself(tmp_path: Path) -> None:
