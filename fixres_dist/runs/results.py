@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -193,14 +194,15 @@ class Results:
         return f"over the best before, at {best.res} px: {best.phrase()}" if best and best.res != self.res else ""
 
     def verdict(self, run: RunDir) -> str:
-        """Of a run that has made its weights worse, by an interval below zero: that, and what to try; else empty.
+        """Of a run that has made its weights worse, or ends below its first result, by an interval below zero: that, and
+        what to try; else empty.
 
         The last line, `status`, the report and the model card say it in these words.
         """
         found = {self.res: self.gain} | ({self.best_before.res: self.best_before} if self.best_before else {})
         worse = {res: gain for res, gain in found.items() if gain.delta_ci95[1] < 0}
         if not worse:
-            return ""
+            return self.below_the_floor(run)
         res, gain = min(worse.items(), key=lambda one: one[1].delta_top1)
         tune = run.config().tune
         tries = [f"tune.base_lr={tune.base_lr / 10:g}"]
@@ -210,6 +212,22 @@ class Results:
             f"`{command('export', '--run', run.root, '--alpha', 0)}` writes the one before, "
             f"`{command('interpolate', '--run', run.root)}` measures the way between. "
             f"Try under another --name: {', or '.join(tries)}"
+        )
+
+    def below_the_floor(self, run: RunDir) -> str:
+        """As `verdict`, of a run that ends below its first result; that has no predictions, so the interval is unpaired."""
+        best, first = max(self.floor, key=lambda floor: floor.top1, default=None), run.config().pretrain
+        if not best or not first:
+            return ""
+        shares = (best.top1 / 100, self.after.top1 / 100)
+        error = 100 * math.sqrt(sum(share * (1 - share) for share in shares) / self.n)
+        if best.top1 - self.after.top1 <= 1.96 * error:
+            return ""
+        return (
+            f"WORSE than its first result, {best.top1:.2f} by a logistic classifier on the untouched network at {best.res} px "
+            f"(95 % interval of the difference, unpaired: {self.after.top1 - best.top1:+.2f} +- {1.96 * error:.2f} points). Try "
+            f"under another --name: pretrain.base_lr={first.base_lr / 10:g}, or pretrain.policy=classifier, which leaves the "
+            "network as it is"
         )
 
 

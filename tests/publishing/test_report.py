@@ -17,8 +17,9 @@ from fixres_dist.base.small_files import append
 from fixres_dist.cli.main import main
 from fixres_dist.cluster import status
 from fixres_dist.config import reading, recipes
-from fixres_dist.config.schema import Config
+from fixres_dist.config.schema import Config, Pretrain
 from fixres_dist.publishing import model_card, report
+from fixres_dist.runs import rundir
 from fixres_dist.runs.results import Results
 from fixres_dist.runs.rundir import RunDir
 from fixres_dist.runs.starts import device_seconds
@@ -222,6 +223,24 @@ def test_a_report_among_the_runs_is_left_out_of_the_next_one(
 def test_what_is_no_run_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["report", str(tmp_path)]) == 2
     assert "is no run directory" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("top1", "n", "said"), [(84.0, 1000, True), (84.0, 200, False), (79.0, 1000, False)])
+def test_a_run_that_ends_below_its_first_result_says_so(tmp_path: Path, top1: float, n: int, said: bool) -> None:
+    first = {"top1": top1, "top5": 95.0, "loss": 0.5, "res": 224, "penalty": 0.1, "fold_loss": 0.5}
+    run = made(tmp_path / "b0-320", "b0", 320, floor=[first], n=n)
+    config = run.config()
+    rundir.write_config(run, replace(config, pretrain=Pretrain(base_lr=0.02)))
+    verdict = Results.read(run).verdict(run)
+    assert bool(verdict) == said
+    if said:
+        assert verdict.startswith(
+            "WORSE than its first result, 84.00 by a logistic classifier on the untouched network at 224 px"
+        )
+        assert "unpaired: -3.90 +- 3.36 points" in verdict
+        assert verdict.endswith(
+            "pretrain.base_lr=0.002, or pretrain.policy=classifier, which leaves the network as it is"
+        )
 
 
 def test_a_run_that_lost_says_so_in_report_card_and_status(tmp_path: Path) -> None:
