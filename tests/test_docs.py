@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import configparser
 import importlib.util
+import json
 import re
 import shlex
 import shutil
@@ -109,6 +110,10 @@ def test_a_command_on_a_page_is_one(line: str) -> None:
         assert cli.parse(cli.add_command(argparse.ArgumentParser(prog=command(name)), name), rest).func
 
 
+STAGE_ONE = ("pretrain.epochs=1", "pretrain.res=48", "pretrain.global_batch=8")
+THE_RUN = (*SETTINGS, "--data", "DIR", "--name", "finished", *STAGE_ONE)
+
+
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder as the pages have it: the data set DIR, a site's profile, and a finished run of the smallest model."""
@@ -116,8 +121,9 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_photos(folder / "DIR", 8, 3)
     shutil.copy(ROOT / "slurm" / "profiles" / "generic.yaml", folder / "mysite.yaml")
     (folder / "slurm").symlink_to(ROOT / "slurm")
-    where = ("--data", folder / "DIR", "--runs-dir", folder / "runs", "--name", "finished")
-    code, said = called("submit", *SETTINGS, *where, "pretrain.epochs=1", "pretrain.res=48", "pretrain.global_batch=8")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        code, said = called("submit", *THE_RUN)
     assert code == 0, said
     return folder
 
@@ -171,6 +177,25 @@ def test_the_exported_model_is_read_by_the_lines_on_the_page(world: Path, monkey
     exec(lines.replace("b0-320", "finished"), names)
     assert names["model"].num_classes == 3
     assert names["transform"]
+
+
+def test_the_notebook_runs_from_its_first_cell_to_its_last(
+    world: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its code in one process, as a kernel runs it, on the run of this world."""
+    monkeypatch.chdir(world)
+    monkeypatch.setenv("EXAMPLE", shlex.join(THE_RUN))
+    monkeypatch.setenv("RUN", "runs/finished")
+    monkeypatch.setenv("SIZES", "64,96")
+    cells = json.loads((ROOT / "docs" / "example.ipynb").read_text())["cells"]
+    names: dict[str, Any] = {}
+    for cell in cells:
+        if cell["cell_type"] == "code":
+            exec("".join(cell["source"]), names)
+    said = capsys.readouterr().out
+    timm, ours = re.findall(r": timm ([\d.]+), fixres_dist ([\d.]+)", said)[0]
+    assert timm == ours
+    assert "best after fixing" in said
 
 
 def test_a_symptom_on_the_page_of_recovery_is_what_the_product_says() -> None:
