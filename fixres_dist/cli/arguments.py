@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import re
+from collections.abc import Sequence
 from pathlib import Path
+from typing import get_type_hints
 
 from fixres_dist.base.environment import slurm_file
+from fixres_dist.config.schema import Config
+
+SETTING = re.compile(rf"pretrain=none$|({'|'.join(get_type_hints(Config))})\.\w+=")
 
 
 def add_runs_dir(p: argparse._ActionsContainer) -> None:
@@ -47,6 +53,12 @@ def add_overrides(p: argparse.ArgumentParser, example: str) -> None:
     p.add_argument(
         "overrides", nargs="*", default=[], metavar="section.key=value", help=f"any setting, such as {example}"
     )
+
+
+def settings_and_names(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Of the words after the options: settings (`section.key=value`, `pretrain=none`), and names of runs."""
+    settings = [word for word in words if SETTING.match(word)]
+    return settings, [word for word in words if word not in settings]
 
 
 def add_source(p: argparse.ArgumentParser, required: str = "", models: bool = True) -> None:

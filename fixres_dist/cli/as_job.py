@@ -11,6 +11,8 @@ import contextlib
 import itertools
 import os
 import shutil
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from fixres_dist.base.errors import EXIT_DONE, UserError, only_prints
@@ -30,33 +32,38 @@ def asked(args: argparse.Namespace) -> bool:
     return args.job is None and (args.cluster != "inline" or args.dry_run)
 
 
-def start(args: argparse.Namespace, config: Config, result: str, passes: int) -> int:
+def start(
+    args: argparse.Namespace, config: Config, result: str, passes: int, first: Path | None = None, after: Sequence[str] = ()
+) -> int:  # fmt: skip
     """Submit the command as a job, or follow it in processes of this machine; returns the exit code.
 
     `config`: what the command will compute, and how its job is asked for; checked. `result`: where that will be, in words.
-    `passes`: over images, for `status`. The same command again finds its job, or begins anew where that is finished.
+    `passes`: over images, for `status`. `first`: the job's directory, if it is free; by default that of the command's name.
+    `after`: ids of Slurm jobs that have to end before. The same command again finds its job, or begins anew where that
+    is finished.
     """
     if args.cluster == "local":
         if config.cluster.nodes != "1":
             raise UserError(f"--nodes {config.cluster.nodes} needs a cluster. Next: --cluster slurm")
         gpus.check(config.cluster.gpus_per_node, "--gpus-per-node ")
     jobs.requested(config.cluster)
-    folder, task = jobs_folder(args), Task(args.command, tuple(args.words), os.getcwd(), result)
-    names.check(folder / args.command)
+    first, task = first or jobs_folder(args) / args.command, Task(args.command, tuple(args.words), os.getcwd(), result)
+    names.check(first)
+    queued = in_turn(config, after)
     if args.dry_run:
-        return only_prints(lambda: dry_run(RunDir(place(folder, task)), config, submission.shows_sbatch(args)))
-    folder.mkdir(parents=True, exist_ok=True)
+        return only_prints(lambda: dry_run(RunDir(place(first, task)), queued, submission.shows_sbatch(args)))
+    first.parent.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as owned:
-        with RunDir(folder).lock(".jobs.lock", wait_s=60):
-            run = RunDir(place(folder, task))
+        with RunDir(first.parent).lock(".jobs.lock", wait_s=60):
+            run = RunDir(place(first, task))
             if run.config_file.exists() and not run.done.exists() and submission.needs_no_job(run):
                 return EXIT_DONE
             if args.cluster == "slurm":
-                submission.check_slurm(config, run)
+                submission.check_slurm(queued, run)
             prepare(run, config, task, passes)
             run.event(Event.SUBMITTED, cluster=args.cluster, command=run.typed)
             if args.cluster == "slurm":
-                submission.start_slurm([run], config)
+                submission.start_slurm([run], queued)
                 submission.print_next([run])
                 print(f"its result: {result}")
                 return EXIT_DONE
@@ -68,10 +75,18 @@ def jobs_folder(args: argparse.Namespace) -> Path:
     return Path(args.run) / JOBS if args.run else Path("runs")
 
 
-def place(folder: Path, task: Task) -> Path:
+def in_turn(config: Config, after: Sequence[str]) -> Config:
+    """`config` for a job that waits for others to end, whatever came of them; `resume` of it waits for none of them."""
+    if not after:
+        return config
+    waits = {"dependency": f"afterany:{':'.join(after)}"}
+    return replace(config, cluster=replace(config.cluster, sbatch={**config.cluster.sbatch, **waits}))
+
+
+def place(first: Path, task: Task) -> Path:
     """The directory of the job of this command: the one that it has, or the first that is free, such as `sweep-2`."""
     for k in itertools.count(1):
-        root = folder / (task.command if k == 1 else f"{task.command}-{k}")
+        root = first if k == 1 else first.with_name(f"{first.name}-{k}")
         if not root.exists() or same(RunDir(root).task, task):
             return root
     raise AssertionError

@@ -33,6 +33,7 @@ GROUPS = {
     "Evaluate": {
         "evaluate": "accuracy of a run before and after fixing, or of a weights file",
         "sweep": "accuracy against test resolution: table, JSON and PNG",
+        "study": "models at several resolutions, and which is best at each cost: report and plots",
         "interpolate": "accuracy between a run's starting weights and its fixed ones: table, JSON and PNG",
         "compare": "the gain between two runs or two files of predictions, paired image by image",
         "extract": "softmax and embeddings of every image, in the data set's order, to .npy",

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import re
 from dataclasses import asdict
-from typing import get_type_hints
 
 from fixres_dist.base.errors import EXIT_DONE
 from fixres_dist.base.small_files import read_lines
 from fixres_dist.cli import submission
-from fixres_dist.cli.arguments import add_accept_change, add_overrides, add_runs_dir
+from fixres_dist.cli.arguments import add_accept_change, add_overrides, add_runs_dir, settings_and_names
 from fixres_dist.cluster import gpus, grid, jobs, status
 from fixres_dist.config import reading, recipes
 from fixres_dist.config.schema import Config
@@ -20,7 +18,6 @@ from fixres_dist.runs.rundir import START_LOCK, RunDir
 from fixres_dist.runs.states import UNFINISHED, Event, State
 
 KINDS = ("slurm", "local", "inline")
-SETTING = re.compile(rf"pretrain=none$|({'|'.join(get_type_hints(Config))})\.\w+=")
 EXAMPLES = ("b0-320", "b0-320 cluster.exclude=n7", "b0-320 --nodes 1-4 --gpus-per-node 4 --runs-dir /scratch/runs")
 
 
@@ -35,8 +32,8 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    settings = [word for word in args.overrides if SETTING.match(word)]
-    names = [args.name, *(word for word in args.overrides if not SETTING.match(word))]
+    settings, others = settings_and_names(args.overrides)
+    names = [args.name, *others]
     runs, codes = status.named(names, args.runs_dir), []
     for run in runs:
         codes.append(resume(run, args, settings))

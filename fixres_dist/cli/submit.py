@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import contextlib
 import itertools
+import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +16,7 @@ from fixres_dist.base.errors import EXIT_DONE, UserError, only_prints
 from fixres_dist.base.files import write_text
 from fixres_dist.base.secrets import REDACTED, redacted
 from fixres_dist.base.small_files import read_note
-from fixres_dist.base.text import table
+from fixres_dist.base.text import duration, table
 from fixres_dist.cli import submission
 from fixres_dist.cli.arguments import add_accept_change, add_overrides, add_profile, add_runs_dir, add_show
 from fixres_dist.cli.settings import Settings, settle
@@ -86,7 +88,14 @@ def run(args: argparse.Namespace) -> int:
         submission.check(target.run, target.config, dry=args.dry_run)
     if args.dry_run:
         return only_prints(lambda: dry_run(targets, args.at_once, submission.shows_sbatch(args)))
-    every = [target.run for target in targets]
+    code = work(targets, kind, args)
+    if closing := grid.closing_table([target.run for target in targets]):
+        print(f"\n{closing}")
+    return code
+
+
+def work(targets: list[Target], kind: str, args: argparse.Namespace) -> int:
+    """Start the checked runs that need it, on this machine to their end; returns the exit code."""
     for target in targets:
         rundir.mend_config(target.run, target.config)
     targets = [target for target in targets if not submission.needs_no_job(target.run)]
@@ -96,10 +105,7 @@ def run(args: argparse.Namespace) -> int:
     if kind == "slurm" and not args.prepare:
         for group in same_job(targets):
             submission.check_slurm(group[0].config, *(t.run for t in group), at_once=args.at_once)
-    code = start(targets, kind, args) if targets else EXIT_DONE
-    if (kind != "slurm" or not targets) and (closing := grid.closing_table(every)):
-        print(f"\n{closing}")
-    return code
+    return start(targets, kind, args) if targets else EXIT_DONE
 
 
 def dry_run(targets: list[Target], at_once: int, with_sbatch: bool) -> int:
@@ -130,7 +136,7 @@ def start(targets: list[Target], kind: str, args: argparse.Namespace) -> int:
             targets = [target for target in targets if not submission.needs_no_job(target.run)]
             if not targets:
                 return EXIT_DONE
-            typed = command("submit", *(public(word, targets[0].config) for word in args.words))
+            typed = command(args.command, *(public(word, targets[0].config) for word in args.words))
             for target in targets:
                 rundir.prepare(target.run.root, target.config, typed)
                 write_text(target.run.root / "plan.txt", "\n".join(target.plan()) + "\n")
@@ -152,12 +158,19 @@ def start(targets: list[Target], kind: str, args: argparse.Namespace) -> int:
                 names = {target.grid for target in targets}
                 submission.print_next([target.run for target in targets], names.pop() if len(names) == 1 else "")
                 return EXIT_DONE
-        codes = []
-        for target in targets:
-            codes.append(submission.start_here(target.run, target.config, kind))
-            if target.run.state().state == State.CANCELLED:  # a stop is meant for the runs after it too
-                break
-        return max(codes)
+        return max(start_in_turn(targets, kind))
+
+
+def start_in_turn(targets: list[Target], kind: str) -> Iterator[int]:
+    """Work on one run after another on this machine; yields their exit codes."""
+    costs, started = [target.config.data.res**2 for target in targets], time.monotonic()
+    for k, target in enumerate(targets, 1):
+        yield submission.start_here(target.run, target.config, kind)
+        if target.run.state().state == State.CANCELLED:  # a stop is meant for the runs after it too
+            return
+        if k < len(targets):
+            eta_s = (time.monotonic() - started) * sum(costs[k:]) / sum(costs[:k])
+            print(f"{k} of {len(targets)} runs have ended | eta {duration(eta_s)}", flush=True)
 
 
 def public(word: str, config: Config) -> str:

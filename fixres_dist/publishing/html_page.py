@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 
 STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; color: #222; max-width: 60rem; margin: 2rem auto; padding: 0 1rem }
+body { font: 16px/1.5 system-ui, sans-serif; color: #222; max-width: 70rem; margin: 2rem auto; padding: 0 1rem }
 h1, h2, h3 { font-weight: 600; line-height: 1.25; margin-top: 2rem }
 table { border-collapse: collapse; display: block; overflow-x: auto; margin: 1rem 0 }
 table { font-size: 0.9rem; font-variant-numeric: tabular-nums }
