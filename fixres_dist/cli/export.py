@@ -89,7 +89,7 @@ def run(args: argparse.Namespace) -> int:
             weights.write_weights(model, out / file, config, size, classes)
     export.write_config(model, out / "config.json", config, res, classes)
     there = sorted(file.name for file in out.glob("model*"))  # other formats too
-    write_text(out / "README.md", model_card.text(run, there, export.licence(config), args.alpha))
+    write_text(out / "README.md", model_card.text(run, there, export.licence(config), args.alpha, args.push or ""))
     if not export.timm_transform(config, res)[1]:
         note = f"timm cannot express data.resize_rule={config.data.resize_rule}: its own evaluation will differ"
         print(f"warning: {note}; README.md says so.", file=sys.stderr)

@@ -139,7 +139,9 @@ def start(targets: list[Target], kind: str, args: argparse.Namespace) -> int:
             typed = command(args.command, *(public(word, targets[0].config) for word in args.words))
             for target in targets:
                 rundir.prepare(target.run.root, target.config, typed)
-                write_text(target.run.root / "plan.txt", "\n".join(target.plan()) + "\n")
+                write_text(
+                    target.run.root / "plan.txt", redacted("\n".join(target.plan()), target.config.cluster.env) + "\n"
+                )
             print(read_note(targets[0].run.root / "plan.txt"), flush=True)
             if args.prepare:
                 script = shipped("slurm") / "train.sbatch"

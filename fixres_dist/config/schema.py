@@ -26,8 +26,7 @@ THROUGH_ALL = ("attention", "all")  # policies whose gradients run through every
 def at_least(section: object, low: float, *names: str) -> None:
     """Raises UserError for a field of `names` below `low`."""
     for name in names:
-        value = getattr(section, name)
-        if not isinstance(value, str) and value < low:
+        if not isinstance(value := getattr(section, name), str) and value < low:
             raise UserError(f"{name} is {value}; accepted: {low} or more.")
 
 
@@ -204,8 +203,7 @@ class Run:
     batch_per_device: int | Literal["auto"] = "auto"  # images per forward of a rank; auto: chosen from the resolution
     log_every: int = 10  # optimizer steps
     save_every_s: float = 300.0  # seconds between checkpoints
-    # With no batch for so long the run is ended and tried again (0: never); three times that before the first step.
-    watchdog_s: float = 600.0
+    watchdog_s: float = 600.0  # without a batch the run is ended and tried again (0: never); thrice before step one
     eval_every: int = 1  # epochs; 0: only before and after
     profile: int | Literal["steps"] = 0  # optimizer steps that are traced once, into tb/profile/; steps: 5 of them
     record_samples: bool = False  # samples/rank_K.jsonl: which sample, in which view, at which step

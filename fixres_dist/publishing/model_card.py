@@ -14,7 +14,7 @@ from fixres_dist.base.errors import printable
 from fixres_dist.base.secrets import redacted
 from fixres_dist.base.small_files import Damaged, read_json
 from fixres_dist.base.text import markdown_table
-from fixres_dist.config.schema import Config
+from fixres_dist.config.schema import THROUGH_ALL, Config, Tune
 from fixres_dist.data import class_maps
 from fixres_dist.runs.results import Accuracy, BeforeAfter, Results
 from fixres_dist.runs.rundir import RunDir
@@ -91,25 +91,72 @@ Files: {files}.
 ## How it was made
     {command}
 
-Training transform `{results.transform}`; {results.images_seen:,} images seen in {results.seconds:,.0f} s on
-{results.world_size} x {results.hardware.device}, {results.precision}; torch {results.versions[torch]}, timm {results.versions[timm]}.
+{stages}
+
+{arithmetic} {results.images_seen:,} images seen in {results.seconds:,.0f} s on {results.world_size} x {results.hardware.device};
+torch {results.versions[torch]}, timm {results.versions[timm]}.
 
 ## Licence
-The licence of these weights is that of the weights they start from, {licence}. The original FixRes code and weights (CC BY-NC 4.0)
-are no part of them.
+- Weights: {licence}
+- Data: {data_licence}
+
+The original FixRes code and weights (CC BY-NC 4.0) are no part of these.
 """
 USE = """\
 ```python
 import timm
 
-model = timm.create_model("local-dir:FOLDER", pretrained=True).eval()  # from the hub: "hf-hub:OWNER/NAME"
-# or: timm.create_model("{timm_name}", num_classes={classes}, checkpoint_path="FOLDER/{file}")
+model = timm.create_model("{place}", pretrained=True).eval(){where}
+# or, in that folder: timm.create_model("{timm_name}", num_classes={classes}, checkpoint_path="{file}")
 settings = timm.data.resolve_data_config({{}}, model=model)
 transform = timm.data.create_transform(**settings, is_training=False)
 ```"""
 USE_ONNX = """\
 Input `images`: [n, 3, px, px] in fp32, px as in the file's name, normalised with `mean` and `std` of `config.json`. Output `logits`:
 [n, {classes}]. A file `.onnx.data` holds the weights of the `.onnx` of its name, and stays beside it."""
+
+
+def stage_lines(config: Config, results: Results) -> str:
+    """What each stage trained, on which pictures, how long and at which rate."""
+    whole = {"attention": "the attention layers", "all": "all layers"}
+    lines, data = [], config.data
+    if one := config.pretrain:
+        if one.head_epochs:
+            lines.append(f"The new classifier alone, on test crops of {one.res} px: {one.head_epochs} epochs.")
+        lines.append(
+            f"Stage one: {whole.get(one.policy, f'`{one.policy}`')} on `{one.train_transform}` of {one.res} px: {how_long(one)}, "
+            f"{one.optimizer}."
+        )
+    trained = results.trained or whole.get(config.tune.policy, f"`{config.tune.policy}`")
+    lines.append(
+        f"Fixing: {trained} on `{data.train_transform}` of {data.res} px: {how_long(config.tune)}, {results.optimizer}; "
+        f"BatchNorm statistics `{config.tune.bn_stats}`."
+    )
+    return "\n".join(f"{k}. {line}" for k, line in enumerate(lines, 1))
+
+
+def how_long(tune: Tune) -> str:
+    rate = f"learning rate {tune.peak_learning_rate():.3g} ({tune.schedule})"
+    return f"{tune.epochs} epochs, batches of {tune.global_batch}, {rate}"
+
+
+def arithmetic(config: Config, results: Results) -> str:
+    """The formats of numbers: of a frozen trunk and of what trains."""
+    if config.tune.policy in ("last_block", *THROUGH_ALL):
+        return f"All layers in {results.precision}."
+    return f"The frozen layers in {results.precision}, those that fixing trains in fp32."
+
+
+def licences(config: Config, licence: str | None) -> tuple[str, str]:
+    """(of the weights, of the data), as far as they are known; nothing is made up."""
+    weights = "that of the weights they start from, which is not known here."
+    if licence:
+        weights = f"that of the weights they start from, which timm gives as {licence}."
+    elif config.model.weights == "none":
+        weights = "they start from no weights of others; who publishes them chooses."
+    if config.data.root == "demo":
+        return weights, "pictures that this project's program draws (Apache-2.0)."
+    return weights, f"`{data_name(config)}`, whose terms hold beside the weights'; the run does not know them."
 
 
 PLACES = ("--profile", "--runs-dir", "--cluster", "--at-once")  # options about the site, each with a value
@@ -149,8 +196,9 @@ def notes(run: RunDir, results: Results, alpha: float) -> list[str]:
     return found + [f"{one[0].upper()}{one[1:]}." for one in told if one]
 
 
-def text(run: RunDir, files: list[str], licence: str | None, alpha: float = 1.0) -> str:
-    """The card for a finished run's exported `files`; `licence` is that of the starting weights, where timm knows it."""
+def text(run: RunDir, files: list[str], licence: str | None, alpha: float = 1.0, repo: str = "") -> str:
+    """The card for a finished run's exported `files`; `licence` is that of the starting weights, where timm knows it. `repo`:
+    where on the hub they will be."""
     config, results = run.config(), Results.read(run)
     from fixres_dist.models.build import preprocessing
 
@@ -164,6 +212,7 @@ def text(run: RunDir, files: list[str], licence: str | None, alpha: float = 1.0)
         table = markdown_table(head, map(row, [exported, *others]))
         table += "".join(f"\n\n{note}" for note in notes(run, results, alpha))
     weights = next((file for file in files if file.startswith("model.")), "")
+    of_weights, of_data = licences(config, licence)
     start = "new weights" if config.model.weights == "none" else f"weights `{Path(config.model.weights).name}`"
     if config.pretrain:
         start += f" trained at {config.pretrain.res} px for {config.pretrain.epochs} epochs"
@@ -177,11 +226,18 @@ def text(run: RunDir, files: list[str], licence: str | None, alpha: float = 1.0)
         table=table,
         rule=resize.described(results.res) + (BY_HEIGHT if resize.side == "height" else ""),
         use=(USE if weights else USE_ONNX).format(
-            timm_name=file_name(results.timm_name), classes=classes, file=weights
+            timm_name=file_name(results.timm_name),
+            classes=classes,
+            file=weights,
+            place=f"hf-hub:{repo}" if repo else "local-dir:.",
+            where="" if repo else "  # in the folder of this file",
         ),
         files=", ".join(f"`{file}`" for file in files),
         command=without_places(run.typed),
-        licence="which timm gives as " + licence if licence else "and of the data they were trained on",
+        stages=stage_lines(config, results),
+        arithmetic=arithmetic(config, results),
+        licence=of_weights,
+        data_licence=of_data,
     )
     front = front_matter(name, data_name(config), licence, exported.after if exported else None)
     return printable(f"---\n{front}\n---\n{body}")

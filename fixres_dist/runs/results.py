@@ -159,6 +159,7 @@ class Results:
     optimizer: str
     apex: str | None = None  # its version, where the run used it
     engine: str = ""  # of the fixing stage: stream or cached; older runs do not say
+    trained: str = ""  # of the fixing stage, in words; older runs do not say
     trunk: str = ""  # memory format and compilation of the frozen trunk
     hardware: Hardware
     versions: dict[str, str | None]

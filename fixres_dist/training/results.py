@@ -24,7 +24,9 @@ def predictions_file(run: RunDir, when: str) -> Path:
     return run.root / "predictions" / f"{when}.npz"
 
 
-def write_results(run: RunDir, session: Session, seconds: float, images_seen: int, engine: str, trunk: str) -> Results:
+def write_results(
+    run: RunDir, session: Session, seconds: float, images_seen: int, engine: str, trunk: str, trained: str
+) -> Results:
     """results.json of a run that has saved its predictions before and after; `trunk` says how the frozen one ran."""
     config = session.config
     before, after = (Predictions.read(predictions_file(run, when)) for when in ("before", "after"))
@@ -57,6 +59,7 @@ def write_results(run: RunDir, session: Session, seconds: float, images_seen: in
         apex=nvidia_apex.find().version if uses_apex else None,
         engine=engine,
         trunk=trunk,
+        trained=trained,
         hardware=hardware(session),
         versions=versions(),
     )

@@ -13,7 +13,7 @@ from torch import nn
 from fixres_dist.data.geometry import Augment
 from fixres_dist.data.requests import Pictures, Request, first_samples, micro_batches, train_steps
 from fixres_dist.models.fast_trunk import FastTrunk
-from fixres_dist.models.parts import Parts
+from fixres_dist.models.parts import Parts, described
 from fixres_dist.models.resizing import takes
 from fixres_dist.training.cache.store import Loaded, Store
 from fixres_dist.training.partial import Partial
@@ -52,9 +52,10 @@ class StageSession:
         return replace(made, augment=Augment(config.rand_augment, fill))
 
     def how(self) -> dict[str, str]:
-        """What results.json and the events say of it: the engine, and how the frozen trunk is arranged."""
+        """What results.json and the events say of it: the engine, how the frozen trunk is arranged, and what trains."""
         trunk = str(getattr(self.parts.trunk, "how", "trained"))
-        return {"engine": "cached" if self.stores else "stream", "trunk": trunk}
+        trained = described(self.parts).removeprefix("training ")
+        return {"engine": "cached" if self.stores else "stream", "trunk": trunk, "trained": trained}
 
     def requests(self, first: int, stop: int, batch_per_device: int) -> Iterator[list[Request]]:
         """This rank's requests of the optimizer steps `first` .. `stop - 1`, counted as the run counts them."""

@@ -175,6 +175,15 @@ def test_the_card_says_what_results_json_says(run: RunDir, tmp_path: Path) -> No
     scores = f"{before['top1']:.2f} / {before['top5']:.2f} | {after['top1']:.2f} / {after['top5']:.2f}"
     assert f"| photos | 64 | 120 | {scores} | {found['delta_top1']:+.2f} ({low:+.2f} to {high:+.2f}) |" in text
     assert "submit.py --model test_efficientnet --res 64 --weights none --data photos --name r" in text
+    assert 'timm.create_model("local-dir:.", pretrained=True)' in text
+    assert 'timm.create_model("hf-hub:me/birds", pretrained=True)' in model_card.text(
+        run, ["model.safetensors"], None, repo="me/birds"
+    )
+    assert f"1. Fixing: bn2, classifier (1,283 parameters) on `{found['transform']}` of 64 px" in text
+    assert "those that fixing trains in fp32" in text
+    assert "Weights: they start from no weights of others" in text
+    assert "Data: `photos`" in text
+    assert not [word for word in ("FOLDER", "OWNER", "NAME") if word in text], "nothing to be filled in"
     data = huggingface_hub.ModelCard(text).data
     assert data.to_dict()["library_name"] == "timm"
     assert data.license is None, "new weights: no licence is made up"
