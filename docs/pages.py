@@ -33,6 +33,14 @@ Generated from the commands' parsers by `python docs/pages.py`. `fixres COMMAND 
 neighbours are `fixres submit` and so on. Exit codes: 0 done or submitted; 2 a mistake that was found before anything started, with
 the value, what is accepted and the next command; 1 anything else.
 """
+PLAIN = {  # annotations in words
+    r"Mapping\[str, str\]": "{name: value}",
+    r"tuple\[str, \.\.\.\]": "list of texts",
+    r"tuple\[int, \.\.\.\]": "list of numbers",
+    r"\bstr\b": "text",
+    r"\b(int|float)\b": "number",
+    r"\bbool\b": "true, false",
+}
 LINK = re.compile(r"\]\((?!https?:|#)([^)#]+)")
 
 
@@ -73,8 +81,11 @@ def settings_page() -> str:
             if isinstance(field, ast.AnnAssign) and field.value:
                 kind, default = ast.unparse(field.annotation), ast.unparse(field.value)
                 kind = re.sub(r"Literal\[(.*?)\]", lambda found: found[1].replace("'", ""), named.get(kind, kind))
-                kind = kind.replace("Mapping[str, str]", "{name: value}").replace("tuple[str, ...]", "list of texts")
-                default = {"''": "empty", "()": "[]", "field(default_factory=dict)": "{}"}.get(default, default)
+                for word, plain in PLAIN.items():
+                    kind = re.sub(word, plain, kind)
+                default = {"''": "empty", "()": "[]", "field(default_factory=dict)": "{}", "False": "false"}.get(
+                    default, default
+                )
                 key = f"`{section.name.lower()}.{ast.unparse(field.target)}`"
                 page.append(row(key, kind, default.strip("'"), comment(lines, field)))
         page.append("")
