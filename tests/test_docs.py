@@ -97,6 +97,7 @@ RUN = (
     "cancel",
     "resume",
     "data",
+    "study",
 )
 # What a test of seconds cannot do: weights from the network, uploads, labels of ImageNet's 50,000 images, a job's files,
 # ONNX (tests/publishing/test_export.py).
@@ -132,9 +133,10 @@ def here(line: str) -> list[str]:
     """The words of a command for the world: its data set, a plan instead of a run, the sbatch text instead of a job."""
     folder = "DIR/val" if "--eval-set" in line else "DIR"
     found = [re.sub(r"(^|=)/data/imagenet[\w-]*", rf"\1{folder}", word) for word in words(line)[1:]]
-    if found[0] == "submit":
+    trains = found[0] == "submit" or (found[0] == "study" and not any(word.startswith("runs/") for word in found))
+    if trains:
         found += ["--runs-dir", "planned"]
-    job = found[0] == "submit" or "--cluster" in found
+    job = trains or "--cluster" in found
     return [*found, *(["--dry-run"] if job and not {"--dry-run", "--list"} & {*found} else [])]
 
 

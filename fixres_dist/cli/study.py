@@ -175,16 +175,20 @@ def costs_of(target: Target) -> Costs:
     """What a picture costs the point's network; raises UserError for a resolution that it does not take."""
     if target.recipe.facts:
         return target.recipe.facts
-    import torch
-
     from fixres_dist.models import costs
-    from fixres_dist.models.build import build_model
-    from fixres_dist.models.resizing import check_resolutions
 
     name, res, classes = target.config.model.timm_name, target.config.data.res, len(plan.classes(target.config))
-    with torch.device("meta"):
-        check_resolutions(build_model(name, classes), [res])
-    return costs.costs(name, classes, res)
+    try:
+        return costs.costs(name, classes, res)
+    except UserError:
+        import torch
+
+        from fixres_dist.models.build import build_model
+        from fixres_dist.models.resizing import check_resolutions
+
+        with torch.device("meta"):
+            check_resolutions(build_model(name, classes), [res])  # which says what it takes near that
+        raise
 
 
 def plan_text(targets: list[Target], known: list[Costs]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ def layer_traffic(model: nn.Module, res: int) -> tuple[float, float]:
     return traffic / 2**20, peak / 2**20
 
 
+@cache
 def costs(timm_name: str, num_classes: int, res: int) -> Costs:
     """Of any timm model with `num_classes` classes at `res` px; raises UserError for a size that it does not take."""
     with torch.device("meta"):

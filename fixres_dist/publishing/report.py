@@ -104,14 +104,11 @@ def costs(config: Config, classes: int) -> tuple[int, float, int]:
         if recipe.facts and recipe.values["model"]["timm_name"] == model.timm_name:
             multiply_adds_g = recipe.facts.multiply_adds_g * (res / recipe.facts.res) ** 2
             return recipe.facts.total(classes), multiply_adds_g, recipe.facts.train_res
-    import torch
+    from fixres_dist.models import costs as counted
+    from fixres_dist.models.build import preprocessing
 
-    from fixres_dist.models.build import build_model, preprocessing
-    from fixres_dist.models.resizing import gmacs
-
-    with torch.device("meta"):
-        built = build_model(model.timm_name, classes)
-    return sum(p.numel() for p in built.parameters()), gmacs(built, res), preprocessing(model.timm_name).train_res
+    found = counted.costs(model.timm_name, classes, res)
+    return found.parameters, found.multiply_adds_g, preprocessing(model.timm_name).train_res
 
 
 def rows(runs: Iterable[RunDir]) -> tuple[list[Row], list[dict[str, Any]]]:

@@ -137,14 +137,6 @@ def test_a_killed_study_goes_on_and_ends_as_the_undisturbed_one(data: Path, stud
             assert np.array_equal(calm.loss, own.loss)
 
 
-def test_finished_runs_alone_make_a_report(studied: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    one = str(run_of(studied, "test_vit", 48).root)
-    assert main(["study", one, "study-model=test_efficientnet", "--runs-dir", str(studied), "--name", "two"]) == 0
-    found = json.loads((studied / "two" / "study.json").read_text())
-    assert len(found["points"]) == 7, "3 runs, and the vit at stage one's size"
-    assert "report.html" in capsys.readouterr().out
-
-
 def test_a_cluster_gets_an_array_and_a_last_job_that_reports(
     data: Path, studied: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -172,17 +164,21 @@ def test_a_cluster_gets_an_array_and_a_last_job_that_reports(
     assert len([c for c in calls(slurm, "sbatch") if "--test-only" not in c]) == 2
 
 
-def test_points_that_failed_are_named_in_the_report(
+def test_finished_runs_alone_make_a_report_that_names_the_failed(
     data: Path, studied: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    broken = RunDir(studied / "study-model=broken-res=64")
+    one = run_of(studied, "test_vit", 48)
+    broken = RunDir(studied / "g-epochs=3")
     broken.root.mkdir()
-    broken.config_file.write_text(run_of(studied, "test_vit", 48).config_file.read_text())
+    broken.config_file.write_text(one.config_file.read_text())
     broken.update_state(Event.STARTED)
     broken.fail("disk full", "make room")
-    assert main(["study", "study", "--runs-dir", str(studied), "--name", "all"]) == 1
-    assert "study-model=broken-res=64 is failed: disk full. Next: make room" in capsys.readouterr().out
-    assert "| study-model=broken-res=64 | failed |" in (studied / "all" / "report.md").read_text()
+    asked = ["study", str(one.root), "study-model=test_efficientnet", "g", "--runs-dir", str(studied), "--name", "two"]
+    assert main(asked) == 1
+    found = json.loads((studied / "two" / "study.json").read_text())
+    assert len(found["points"]) == 7, "3 runs, and the vit at stage one's size"
+    assert "g-epochs=3 is failed: disk full. Next: make room" in capsys.readouterr().out
+    assert "| g-epochs=3 | failed |" in (studied / "two" / "report.md").read_text()
 
 
 @pytest.mark.parametrize(
