@@ -79,7 +79,7 @@ def run(args: argparse.Namespace) -> int:
     if args.job or not args.model:
         return report(args, [*points(args), *others])
     kind = args.cluster or jobs.default_cluster()
-    targets = targets_of(args, "slurm" if args.dry_run and args.cluster is None else kind)
+    targets = targets_of(args, kind)
     for target in targets:
         submission.check(target.run, target.config, dry=args.dry_run)
     known = [costs_of(target) for target in targets]

@@ -53,10 +53,10 @@ def markdown(name: str, study: Study, limit: Limit, how_measured: str) -> str:
         text += [f"**{verbatim(line)}**\n" for line in within(study, limit)]
     text += [f"![{PICTURES['resolution.png']}](resolution.png)", ""]
     text += ["## Best at each number of multiply-adds", "", f"![{PICTURES['gmacs.png']}](gmacs.png)", ""]
-    text += [markdown_table(*best_table(study.points, multiply_adds)), ""]
+    text += [best_markdown(study.points, multiply_adds), ""]
     if study.measured:
         text += ["## Best at each speed", "", f"![{PICTURES['speed.png']}](speed.png)", ""]
-        text += [markdown_table(*best_table(study.points, seconds_per_image)), "", how_measured, ""]
+        text += [best_markdown(study.points, seconds_per_image), "", how_measured, ""]
     text += ["## Every point", "", point_table(study), "", *reading_it(study)]
     return "\n".join(text)
 
@@ -77,9 +77,14 @@ def best_table(points: Sequence[Point], cost: Cost) -> tuple[tuple[str, ...], li
     rows: list[tuple[object, ...]] = []
     for choice in choices([p for p in points if cost(p) < math.inf], cost):
         best = choice.best
-        others = (choice.over_cheaper, verbatim(choice.as_good or ""))
-        rows.append((speed(best) if by_speed else f"{best.gmacs:.3g}", verbatim(best), accuracy(best), *others))
+        cells = (best, accuracy(best), choice.over_cheaper, choice.as_good)
+        rows.append((speed(best) if by_speed else f"{best.gmacs:.3g}", *cells))
     return (head, "best", "top-1 (95 %)", "over the line above (paired 95 %)", "cheaper, not told apart"), rows
+
+
+def best_markdown(points: Sequence[Point], cost: Cost) -> str:
+    head, rows = best_table(points, cost)
+    return markdown_table(head, [["" if cell is None else verbatim(cell) for cell in row] for row in rows])
 
 
 def console(study: Study, limit: Limit) -> str:
