@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -44,26 +43,6 @@ class Before(Accuracy):
 
 
 @dataclass(frozen=True)
-class Floor(Accuracy):
-    """Of a logistic classifier on the features of the network as it is given, which nothing has trained yet."""
-
-    res: int
-    penalty: float  # L2, chosen by folds inside train
-    fold_loss: float  # cross-entropy there
-
-    def sentence(self) -> str:
-        return f"first result: a logistic classifier on the untouched network at {self.res} px: top-1 {self.top1:.2f}"
-
-
-@dataclass(frozen=True)
-class Summary(Accuracy):
-    """Accuracy with the images that it counts, and those skipped because they could not be decoded."""
-
-    n: int
-    skipped: int
-
-
-@dataclass(frozen=True)
 class Gain:
     """One model's top-1 minus another's on the same images, in percentage points, and its paired 95 % interval."""
 
@@ -85,6 +64,27 @@ class Gain:
     def corrected(self) -> str:
         """What the interval allows for, in words."""
         return ""
+
+
+@dataclass(frozen=True)
+class Floor(Accuracy):
+    """Of a logistic classifier on the features of the network as it is given, which nothing has trained yet."""
+
+    res: int
+    penalty: float  # L2, chosen by folds inside train
+    fold_loss: float  # cross-entropy there
+    after: Gain | None = None  # of the run's result over it; in results.json
+
+    def sentence(self) -> str:
+        return f"first result: a logistic classifier on the untouched network at {self.res} px: top-1 {self.top1:.2f}"
+
+
+@dataclass(frozen=True)
+class Summary(Accuracy):
+    """Accuracy with the images that it counts, and those skipped because they could not be decoded."""
+
+    n: int
+    skipped: int
 
 
 @dataclass(frozen=True)
@@ -216,19 +216,14 @@ class Results:
         )
 
     def below_the_floor(self, run: RunDir) -> str:
-        """As `verdict`, of a run that ends below its first result; that has no predictions, so the interval is unpaired."""
+        """As `verdict`, of a run that ends below its first result."""
         best, first = max(self.floor, key=lambda floor: floor.top1, default=None), run.config().pretrain
-        if not best or not first:
-            return ""
-        shares = (best.top1 / 100, self.after.top1 / 100)
-        error = 100 * math.sqrt(sum(share * (1 - share) for share in shares) / self.n)
-        if best.top1 - self.after.top1 <= 1.96 * error:
+        if not best or not best.after or not first or best.after.delta_ci95[1] >= 0:
             return ""
         return (
-            f"WORSE than its first result, {best.top1:.2f} by a logistic classifier on the untouched network at {best.res} px "
-            f"(95 % interval of the difference, unpaired: {self.after.top1 - best.top1:+.2f} +- {1.96 * error:.2f} points). Try "
-            f"under another --name: pretrain.base_lr={first.base_lr / 10:g}, or pretrain.policy=classifier, which leaves the "
-            "network as it is"
+            f"WORSE than its first result, {best.top1:.2f} by a logistic classifier on the untouched network at {best.res} px, "
+            f"by {best.after.phrase(self.n)}. Try under another --name: pretrain.base_lr={first.base_lr / 10:g}, or "
+            "pretrain.policy=classifier, which leaves the network as it is"
         )
 
 

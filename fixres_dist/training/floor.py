@@ -23,7 +23,9 @@ from fixres_dist.data.requests import every_sample
 from fixres_dist.models.parts import parts_of
 from fixres_dist.runs.results import Floor, read_floors
 from fixres_dist.runs.rundir import RunDir
+from fixres_dist.training import results
 from fixres_dist.training.cache.build import open_stores
+from fixres_dist.training.predict import from_rows, score
 from fixres_dist.training.session import Session
 from fixres_dist.training.stage_session import StageSession
 from fixres_dist.training.stages import Stage
@@ -70,7 +72,7 @@ def of_features(run: RunDir, work: StageSession) -> str:
     print(
         f"first result at {res} px: fitting a logistic classifier with each of {len(PENALTIES)} penalties", flush=True
     )
-    x, labels = features(work, "train")
+    x, labels, _ = features(work, "train")
     if x.dim() != 2 or x.numel() * classes > LARGEST:
         return f"{classes} classes on features {list(x.shape)} would take too long"
     mean, scale = x.mean(0), x.std(0).clamp(min=1e-6)
@@ -80,10 +82,15 @@ def of_features(run: RunDir, work: StageSession) -> str:
         losses[penalty] = fold_loss(x, labels, folds, classes, penalty)
         watchdog.beat()
     chosen = min(losses, key=losses.__getitem__)
-    scores, wanted = features(work, "val")
+    scores, wanted, samples = features(work, "val")
     found = logits(fit(x, labels, classes, chosen), (scores - mean) / scale)
-    top1, top5, loss = percent(found, wanted, 1), percent(found, wanted, 5), float(F.cross_entropy(found, wanted))
-    floor = Floor(top1, top5, loss, res, chosen, losses[chosen])
+    rows = torch.zeros(len(work.session.val), 6, dtype=torch.float64)
+    rows[:, 1] = -1  # a picture that could not be decoded has no prediction
+    rows[samples] = score(found, wanted).double()
+    predictions = from_rows(rows, work.session.val)
+    predictions.save(results.predictions_file(run, f"floor-{res}"), work.session.val.fingerprint)
+    val = predictions.summary()
+    floor = Floor(val.top1, val.top5, val.loss, res, chosen, losses[chosen])
     write_json(run.floor, [asdict(one) for one in (*read_floors(run), floor)])
     print(floor.sentence(), flush=True)
     return ""
@@ -100,18 +107,19 @@ def fold_loss(x: torch.Tensor, labels: torch.Tensor, folds: torch.Tensor, classe
     return total / len(labels)
 
 
-def features(work: StageSession, split: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """(pooled features [n, width], the model's classes [n]) of the pictures that could be decoded."""
+def features(work: StageSession, split: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(pooled features [n, width], the model's classes [n], samples [n]) of the pictures that could be decoded."""
     session = work.session
     index, store = session.splits[split], work.stores[split]
     requests = every_sample(index, session.pictures_of("test", work.stage.res), 256, 0, 1)
-    found, labels = [], []
+    found, labels, samples = [], [], []
     for rows in store.batches(index, requests):
         (values, *_) = session.inputs(work.parts, rows.images)
         found.append(values.cpu())
         labels.append(rows.labels)
+        samples.append(rows.samples)
     columns = torch.tensor(session.columns[split])
-    return torch.cat(found), columns[torch.cat(labels)]
+    return torch.cat(found), columns[torch.cat(labels)], torch.cat(samples)
 
 
 def stratified(labels: torch.Tensor, folds: int, seed: int) -> torch.Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -11,7 +11,7 @@ from fixres_dist.base.environment import processor, versions
 from fixres_dist.models import nvidia_apex
 from fixres_dist.models.sizes import of_weights
 from fixres_dist.runs.choice import read as read_choice
-from fixres_dist.runs.results import Accuracy, Before, Best, Hardware, Results, read_floors
+from fixres_dist.runs.results import Accuracy, Before, Best, Floor, Hardware, Results, read_floors
 from fixres_dist.runs.rundir import RunDir
 from fixres_dist.training.confusion import measures
 from fixres_dist.training.predictions import Predictions
@@ -49,7 +49,7 @@ def write_results(
         before_at={res: Before(**asdict(accuracy(p)), why=why) for res, (p, why) in others.items()},
         best_before=best_before(after, {config.data.res: before} | {r: p for r, (p, _) in others.items()}),
         measures={when: found for when, p in (("before", before), ("after", after)) if (found := measures(p))},
-        floor=read_floors(run),
+        floor=floors(run, after),
         choice=read_choice(run.chosen, run.again),
         images_seen=images_seen,
         seconds=round(seconds, 2),
@@ -85,6 +85,16 @@ def best_before(after: Predictions, before: dict[int, Predictions]) -> Best | No
         return None
     res = max(before, key=lambda res: before[res].summary().top1)
     return Best(**asdict(after.gain_over(before[res], of=len(before))), res=res, of=len(before))
+
+
+def floors(run: RunDir, after: Predictions) -> tuple[Floor, ...]:
+    """The first results with the gain over them, one of as many; without it where their predictions are not kept."""
+    found = read_floors(run)
+    files = {floor: predictions_file(run, f"floor-{floor.res}") for floor in found}
+    kept = {floor: Predictions.read(file) for floor, file in files.items() if file.exists()}
+    return tuple(
+        replace(floor, after=after.gain_over(kept[floor], of=len(found)) if floor in kept else None) for floor in found
+    )
 
 
 def accuracy(predictions: Predictions) -> Accuracy:

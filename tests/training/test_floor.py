@@ -94,6 +94,9 @@ def test_a_later_start_finds_the_floor_and_stage_one_is_as_without_it(
         assert worker.train(tmp_path / "without", StopFlag()) == 0
     results = [json.loads((tmp_path / name / "results.json").read_text()) for name in ("run", "without")]
     assert [len(one["floor"]) for one in results] == [2, 0]
+    for one in results[0]["floor"]:
+        gain = results[0]["after"]["top1"] - one["top1"]
+        assert one["after"]["delta_top1"] == pytest.approx(gain, abs=1e-3), "of the result over the first one, paired"
     assert results[0]["before"] == results[1]["before"]
     assert results[0]["after"] == results[1]["after"]
     assert json.loads((tmp_path / "run" / "floor.json").read_text()) == made
@@ -102,8 +105,8 @@ def test_a_later_start_finds_the_floor_and_stage_one_is_as_without_it(
 def test_five_thousand_classes_on_ten_thousand_pictures_are_left_out_with_the_reason(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def features(work: Any, split: str) -> tuple[torch.Tensor, torch.Tensor]:
-        return torch.empty(10_000, 1280, device="meta"), torch.arange(10_000) // 2
+    def features(work: Any, split: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        return torch.empty(10_000, 1280, device="meta"), torch.arange(10_000) // 2, torch.arange(10_000)
 
     monkeypatch.setattr(floor, "features", features)
     work: Any = SimpleNamespace(
