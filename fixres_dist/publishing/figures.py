@@ -273,8 +273,8 @@ def study_plot(
     for point in points:
         curves.setdefault((point.model, point.when), []).append(point)
     models = list(dict.fromkeys(model for model, _ in curves))
-    beside = len(curves) > 6
-    with figure(file, size=(8.5, 4.0) if beside else INCHES) as (axes,):
+    beside = len(curves) > 4  # the legend
+    with figure(file, f"top-1 against {x_label}", (8.5, 4.0) if beside else INCHES) as (axes,):
         if best:
             rises = x(best[0]) <= x(best[-1])  # a cost; a speed falls along the front
             band: dict[str, Any] = {"color": GREY, "lw": 5, "alpha": 0.4, "label": "Pareto front"}
@@ -282,7 +282,7 @@ def study_plot(
         for i, ((model, when), curve) in enumerate(curves.items()):
             k, curve = models.index(model), sorted(curve, key=x)
             # Beside each other on the axis of resolutions, where the bars of all curves would stand on each other.
-            aside = 0 if best else (i - (len(curves) - 1) / 2) * 0.006 * max(map(x, points))
+            aside = 0 if best else (i - (len(curves) - 1) / 2) * 0.004 * max(map(x, points))
             bars = np.array([interval(p.top1, int(p.predictions.counted.sum())) for p in curve]).T
             colour = (BLUE, *OTHERS)[k % (1 + len(OTHERS))]
             look: dict[str, Any] = {"color": colour, "marker": f"o{SIGNS}"[k % 9], "capsize": 2, "elinewidth": 0.8}
@@ -308,6 +308,6 @@ def spread(axes: Axes, values: Sequence[float]) -> None:
         from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
         axes.set_xscale("log")
-        axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 3.0, 5.0)))
         axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
         axes.xaxis.set_minor_formatter(NullFormatter())

@@ -162,13 +162,13 @@ def test_a_study_is_an_array_and_a_last_job_that_reports(devcluster: Service) ->
     command = [sys.executable, "-m", "fixres_dist", "study", *model, *where, *grid, "--runs-dir", devcluster.runs]
     env = devcluster.env | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(
-        [*map(str, command)], env=env, cwd="/", capture_output=True, text=True, timeout=120, check=False
+        [*map(str, command)], env=env, cwd="/", capture_output=True, text=True, timeout=300, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
     points, last = [f"study-model=test_efficientnet-res={res}" for res in (48, 64)], "study-job=report"
     array = str(devcluster.state(points[0])["job_id"]).partition("_")[0]
     assert f"dependency=afterany:{array}" in (devcluster.runs / last / "submission.sh").read_text()
-    devcluster.until_state(last, "done", 240)
+    devcluster.until_state(last, "done", 400)
     assert [devcluster.state(name)["state"] for name in points] == ["done", "done"], "it has waited for both"
     report = (devcluster.runs / "study" / "report.md").read_text()
     assert "4 points on 12 validation images" in report
