@@ -15,6 +15,7 @@ from fixres_dist.base.secrets import redacted
 EXIT_DONE, EXIT_FAILED, EXIT_USER = 0, 1, 2
 AWAY = (errno.EIO, errno.ESTALE, errno.ENODEV, errno.ENXIO, errno.ETIMEDOUT, errno.EREMOTEIO)
 REFUSED = (PermissionError, NotADirectoryError, IsADirectoryError, FileExistsError)  # places that were given
+IMPOSSIBLE = (errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP)  # the same
 
 
 class UserError(Exception):
@@ -62,7 +63,7 @@ def exit_code(work: Callable[[], int]) -> int:
         if error.filename and (error.errno in AWAY or vanished):
             print(f"error: {said}. Next: the same command, when its file system is back.", file=sys.stderr)
             return EXIT_FAILED
-        if not (error.filename and (isinstance(error, REFUSED) or error.errno == errno.EROFS)):
+        if not (error.filename and (isinstance(error, REFUSED) or error.errno in IMPOSSIBLE)):
             raise
         print(f"error: {said}. Accepted: a place that this user may read and write.", file=sys.stderr)
         return EXIT_USER

@@ -208,3 +208,19 @@ def empty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The current folder: paths that are made up are files in it."""
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        ["submit", "--model", "b0", "--res", "64", "--dry-run", "--profile", "9" * 400],
+        ["submit", "--model", "b0", "--res", "64", "--dry-run", "--data", "9" * 400],
+        ["status", "--runs-dir", "9" * 400],
+        ["report", "9" * 400],
+        ["evaluate", "--run", "loop"],
+    ],
+)
+def test_a_path_that_no_file_system_takes(line: list[str], empty: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (empty / "loop").symlink_to("loop")
+    assert main(line) == EXIT_USER
+    assert "Traceback" not in capsys.readouterr().err
