@@ -127,6 +127,16 @@ def full(error: BaseException | None) -> int:
     return 0
 
 
+@contextmanager
+def named(path: Path) -> Iterator[None]:
+    """Errors of writes within name `path`, which those of a file that is open already do not."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
+
+
 def no_room(error: BaseException) -> str:
     """`no space is left on the disk: PATH` if `error` is about a full disk or quota, else an empty text."""
     number, path = full(error), getattr(error, "filename", None)
@@ -159,6 +169,6 @@ def create(path: Path, text: str) -> None:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
-        except OSError:
+        except OSError as error:
             path.unlink(missing_ok=True)
-            raise
+            raise OSError(error.errno, error.strerror, str(path)) from None

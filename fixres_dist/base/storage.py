@@ -32,6 +32,7 @@ def patiently(act: Callable[[], T], path: Path, root: Path, done: str = "read") 
             return act()
         except OSError as error:
             if error.errno is None or (error.errno in OF_THE_FILE and os.access(root, os.R_OK | os.X_OK)):
+                error.filename = error.filename or str(path)  # a write to an open file does not know its name
                 raise
             if pause is None:
                 raise StorageError(

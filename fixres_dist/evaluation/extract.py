@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from fixres_dist.base.commands import command
 from fixres_dist.base.errors import UserError
-from fixres_dist.base.files import publish
+from fixres_dist.base.files import named, publish
 from fixres_dist.base.small_files import Damaged, read_json, write_json
 from fixres_dist.data.index import Index
 from fixres_dist.data.progress import progress_bar
@@ -42,7 +42,7 @@ def extract(session: Session, parts: Parts, split: str, out: Path, dtype: str) -
     parts.model.eval()
     parts.head.eval()
     unfinished = out.with_name(f".{out.name}.part")
-    with classifier_inputs(parts) as embeddings, contextlib.ExitStack() as stack:
+    with named(out), classifier_inputs(parts) as embeddings, contextlib.ExitStack() as stack:
         blank = torch.zeros(1, 3, res, res, dtype=torch.uint8)
         session.logits(parts, parts.head, session.inputs(parts, blank))
         widths = {"softmax": len(session.classes), "embeddings": embeddings.pop().shape[1]}

@@ -1,0 +1,126 @@
+"""Disks that are really full, read-only or away: a tmpfs of a few KiB. Where this user may not mount one, these tests are left out."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import zipfile
+from collections.abc import Iterator
+from os import statvfs
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+from support.in_process import SETTINGS, called
+
+from fixres_dist.base import storage
+from fixres_dist.base.errors import EXIT_DONE, EXIT_FAILED, EXIT_USER
+from fixres_dist.runs.rundir import RunDir
+from fixres_dist.runs.states import State
+
+FULL = "no space is left on the disk"
+
+
+def mount(*words: object) -> None:
+    done = subprocess.run(["mount", *map(str, words)], capture_output=True, text=True, check=False)
+    if done.returncode:
+        pytest.skip(f"no mounts here: {done.stderr.strip()}")
+
+
+@pytest.fixture
+def disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A disk of 64 MiB; no write waits before it is tried again."""
+    monkeypatch.setattr(storage, "PAUSES_S", (0.0, 0.0))
+    place = tmp_path / "disk"
+    place.mkdir()
+    mount("-t", "tmpfs", "-o", "size=64m", "none", place)
+    (place / "others").write_bytes(bytes(65536))  # a size of 0 would be none
+    yield place
+    subprocess.run(["umount", "-l", str(place)], check=True)
+
+
+def leave(disk: Path, free_kib: int) -> None:
+    """Room for so much more."""
+    found = statvfs(disk)
+    used = (found.f_blocks - found.f_bfree) * found.f_frsize // 1024
+    mount("-o", f"remount,size={used + free_kib}k", disk)
+
+
+def check_whole(folder: Path) -> None:
+    """Nothing lies half-written under its name, and nothing under a temporary one."""
+    for path in folder.rglob("*"):
+        assert not path.name.endswith(".part") or path.name == ".out.part", path  # where extract goes on
+        if path.suffix == ".json":
+            json.loads(path.read_text())
+        elif path.suffix == ".safetensors":
+            load_file(path)
+        elif path.suffix == ".npz":
+            assert zipfile.ZipFile(path).testzip() is None
+
+
+def test_a_run_on_a_disk_that_fills_up(disk: Path, runs: Path) -> None:
+    """It ends at other files each time: settings, a checkpoint, measurements, the export. With room it goes on to the same bits."""
+    shutil.copytree(runs / "half", disk / "half", symlinks=True)
+    run, named = RunDir(disk / "half" / "r"), set()
+    resume = ("resume", "r", "--runs-dir", run.root.parent, "--cluster", "inline")
+    for free_kib in (0, 4, 20, 100):
+        leave(disk, free_kib)
+        code, text = called(*resume)
+        assert (code, FULL in text, "Traceback" in text) == (EXIT_FAILED, True, False), text
+        assert "Next: make room, then" in text
+        named.add(text.rpartition(FULL)[2].partition(". Next")[0].removeprefix(f": {run.root}/"))
+        check_whole(run.root)
+    assert len(named) >= 3, named
+    leave(disk, 60_000)
+    code, text = called(*resume)
+    assert code == EXIT_DONE, text
+    undisturbed = load_file(runs / "runs" / "r" / "export" / "model.safetensors")
+    found = load_file(run.root / "export" / "model.safetensors")
+    assert all(found[name].equal(undisturbed[name]) for name in undisturbed)
+    assert run.state().state == State.DONE
+
+
+def test_a_run_on_a_disk_that_cannot_be_written(disk: Path, runs: Path) -> None:
+    shutil.copytree(runs / "half", disk / "half", symlinks=True)
+    mount("-o", "remount,ro", disk)
+    code, text = called("resume", "r", "--runs-dir", disk / "half", "--cluster", "inline")
+    assert (code, "Read-only file system" in text, "Traceback" in text) == (EXIT_USER, True, False), text
+    assert str(disk / "half" / "r") in text
+
+
+def test_features_and_index_on_a_disk_that_is_full(disk: Path, runs: Path, tmp_path: Path) -> None:
+    """The index is done without; features are refused before the trunk runs, with the room they need."""
+    leave(disk, 0)
+    settings = [word for word in SETTINGS if not word.startswith(("run.engine", "tune.epochs"))]
+    cached = ["run.engine=cached", "data.train_transform=test", "tune.epochs=1", f"data.cache={disk}"]
+    submit = ("submit", "--data", runs / "data", "--runs-dir", tmp_path / "runs", *settings, *cached)
+    code, text = called(*submit)
+    assert (code, "Traceback" in text) == (EXIT_USER, False), text
+    assert f"{disk}/index: No space left on device" in text
+    assert f"MiB in {disk}/features" in text
+    check_whole(disk)
+    leave(disk, 60_000)
+    code, text = called(*submit)
+    assert code == EXIT_DONE, text
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("export", "--run", "{run}", "--out", "{disk}/out"),
+        ("report", "{run}", "--out", "{disk}/out"),
+        ("data", "shard", "--data", "{data}", "--split", "val", "--out", "{disk}/out"),
+        ("extract", "--run", "{run}", "--out", "{disk}/out"),
+        ("evaluate", "--run", "{run}", "--json", "{disk}/out.json"),
+    ],
+    ids=lambda words: words[0],
+)
+def test_results_on_a_disk_that_is_full(words: tuple[str, ...], disk: Path, runs: Path) -> None:
+    leave(disk, 0)
+    places = {"run": runs / "runs" / "r", "disk": disk, "data": runs / "data"}
+    code, text = called(*(word.format(**places) for word in words))
+    assert (code, "Traceback" in text) == (EXIT_FAILED, False), text
+    assert f"{FULL}: {disk}/out" in text
+    assert "Next: make room, then the same command" in text
+    check_whole(disk)
