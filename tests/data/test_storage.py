@@ -142,7 +142,7 @@ def test_a_stale_shard_is_opened_anew(photos: Path, tmp_path: Path, monkeypatch:
 def test_a_header_that_cannot_be_read_now_is_no_bad_image(found: Index, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
 
-    def broken(path: Path) -> headers.Seen:
+    def broken(path: Path, most_pixels: int) -> headers.Seen:
         calls.append(path)
         raise OSError(errno.EIO, "Input/output error")
 
