@@ -43,6 +43,13 @@ def gib(size: float) -> str:
     return f"{size / 2**30:,.1f} GiB" if size >= 2**30 else f"{size / 2**20:,.1f} MiB"
 
 
+def listed(value: object) -> str:
+    """A decided value as a line of the log has it."""
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {listed(one)}" for key, one in value.items())
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
 def one_line(cell: object) -> str:
     """What a cell of a table says: names and reasons from damaged files may hold ends of lines, and signs for terminals."""
     return "" if cell is None else printable(str(cell)).replace("\n", " ")

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
@@ -42,7 +43,7 @@ MARKS = {
 # The stage of an evaluation by its label; others are called `fix epoch 3`.
 STAGE_OF = {"head": "head", "pretrained": "pretrain", "before": "fix", "after": "fix"}
 RESULT = ("top1_before", "top1_after", "gain", "gain_over_best_before", "hours")  # tags result/..., of every run
-FIRST = ("model.name", "data.res", "tune.base_lr", "tune.epochs", "tune.policy")  # TensorBoard shows the first five
+GIVEN = re.compile(r"(\w+\.\w+)=")  # settings in a command
 
 
 class Board:
@@ -78,10 +79,20 @@ class Board:
         for name, (kind, text) in texts.items():
             if text:
                 self.writer.add_text(name, f"```{kind}\n{text.rstrip()}\n```", 0)
+        found = settings(self.config)
         metrics = {f"result/{name}": 0 for name in RESULT}
-        experiment, start, self.end = hparams(settings(self.config), metrics)  # type: ignore[no-untyped-call]
-        for summary in (experiment, start):
-            self.summary(summary)
+        experiment, start, self.end = hparams(found, metrics)  # type: ignore[no-untyped-call]
+        # TensorBoard shows those columns first that differ: of one run, those that somebody has set.
+        plugin, given = (
+            experiment.value[0].metadata.plugin_data,
+            GIVEN.findall(f"model.name= data.res= {self.run.typed}"),
+        )
+        content = HParamsPluginData.FromString(plugin.content)
+        for column in content.experiment.hparam_infos:
+            column.differs = column.name in given
+        plugin.content = content.SerializeToString()
+        self.summary(experiment)
+        self.summary(start)
 
     def line(self, line: Mapping[str, Any], drawn: bool = True) -> None:
         """A line of metrics.jsonl; one of training that is not `drawn` counts in its epoch's mean alone."""
@@ -199,13 +210,12 @@ def first_epoch(config: Config) -> dict[str, int]:
 
 
 def settings(config: Config) -> dict[str, Any]:
-    """`section.key` -> value of all settings that decide a result; those that people vary most come first."""
-    found = {
+    """`section.key` -> value of all settings that decide a result."""
+    return {
         f"{section}.{key}": value if isinstance(value, bool | int | float) else redacted(str(value))
         for section, values in reading.identity(config).items()
         for key, value in (values or {}).items()
     }
-    return {key: found[key] for key in (*FIRST, *(key for key in found if key not in FIRST))}
 
 
 def write_curve(run: RunDir, label: str, tag: str, points: Mapping[int, float]) -> None:

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from fixres_dist.base.small_files import Damaged, put_aside, read_json, write_json
+from fixres_dist.base.text import listed
 from fixres_dist.config import recipes
 from fixres_dist.config.schema import Config
 from fixres_dist.data import backends, class_maps, dataset, decoding, geometry
@@ -121,7 +122,8 @@ class Session:
         value = decide() if together else self.ranks.from_main(decide)
         if self.kept and self.ranks.is_main:
             write_json(self.kept, {**self.choices(), name: value}, sealed=True)
-            print(f"{name}: {', '.join(f'{key} {listed(v)}' for key, v in value.items())}", flush=True)
+            told = ", ".join(f"{key} {listed(v)}".replace("_", " ", key.count("_")) for key, v in value.items())
+            print(f"{name.partition(' (')[0]}: {told}", flush=True)
         return value
 
     def choices(self) -> dict[str, dict[str, Any]]:
@@ -208,11 +210,6 @@ class Session:
         return which(
             index, self.pictures_of("test", res), self.batch_per_device(res), self.ranks.rank, self.ranks.world_size
         )
-
-
-def listed(value: Any) -> str:
-    """A decided value as a line of the log has it."""
-    return f"({', '.join(f'{k} {v}' for k, v in value.items())})" if isinstance(value, dict) else str(value)
 
 
 def to_host(tensors: Iterable[torch.Tensor]) -> Callable[[], tuple[torch.Tensor, ...]]:

@@ -160,7 +160,10 @@ def test_pictures_stand_there_once(board: Board) -> None:
 
 
 def test_settings_and_results_of_two_runs_stand_side_by_side(board: Board, runs: Path) -> None:
-    metrics = [info["name"] for info in board.post("plugin/hparams/experiment", {"experimentName": ""})["metricInfos"]]
+    experiment = board.post("plugin/hparams/experiment", {"experimentName": ""})
+    first = {info["name"] for info in experiment["hparamInfos"][:9] if info.get("differs")}
+    assert {"data.res", "model.name", "tune.base_lr", "tune.epochs"} <= first, "what was given by hand"
+    metrics = [info["name"] for info in experiment["metricInfos"]]
     asked = {"experimentName": "", "allowedStatuses": STATUSES, "colParams": [{"metric": name} for name in metrics]}
     groups = board.post("plugin/hparams/session_groups", {**asked, "startIndex": 0, "sliceSize": 9})["sessionGroups"]
     found = {group["name"]: group for group in groups}
