@@ -15,6 +15,7 @@ from fixres_dist.cli import as_job
 from fixres_dist.cli.arguments import add_eval_sets, add_job, add_json, add_source
 from fixres_dist.data import class_maps, dataset
 from fixres_dist.data.index import Limits
+from fixres_dist.evaluation import robustness
 from fixres_dist.evaluation.inputs import check, data_config, model_config, opened, subjects
 from fixres_dist.evaluation.measures import Evaluation
 from fixres_dist.runs.rundir import RunDir
@@ -84,6 +85,9 @@ def run(args: argparse.Namespace) -> int:
                 last.save(args.predictions.with_stem(args.predictions.stem + of_set), sample_list)
             if args.confusion:
                 write_confusion(last, session.classes, args.confusion.with_stem(args.confusion.stem + of_set))
+    measured = [robustness.line(record) for name, record in records.items() if name != args.split]
+    if args.run and (lost := robustness.warning(RunDir(args.run), filter(None, measured))):
+        print(f"warning: {lost}", file=sys.stderr)
     if args.json and records:
         main = records[args.split]
         summary = {"model": config.model.name, "split": args.split, **main[chosen[-1].label], **main, "sets": records}

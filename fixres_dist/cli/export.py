@@ -9,12 +9,14 @@ from pathlib import Path
 
 from fixres_dist.base.errors import EXIT_DONE, UserError
 from fixres_dist.base.files import write_text
+from fixres_dist.base.small_files import write_json
 from fixres_dist.base.text import parse_sizes
 from fixres_dist.cli import as_job
 from fixres_dist.cli.arguments import add_job, add_overrides
 from fixres_dist.config import reading
 from fixres_dist.config.schema import Cluster, Config
 from fixres_dist.data import class_maps
+from fixres_dist.evaluation import exported
 from fixres_dist.evaluation.inputs import weights_after, weights_before, with_cluster
 from fixres_dist.publishing import model_card
 from fixres_dist.runs.results import Results
@@ -31,6 +33,7 @@ FORMATS = {
 EXAMPLES = (
     "--run runs/b0-320",
     "--run runs/b0-320 --format onnx --res 288,320",
+    "--run runs/b0-320 --temperature-from val",
     "--run runs/b0-320 --format hub --push me/fixefficientnet_b0",
 )
 
@@ -42,6 +45,8 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument("--res", metavar="A,B,...", help="onnx: a file for each resolution; default: the run's")
     p.add_argument("--alpha", type=float, default=1.0, help="0: the starting weights, 1: the fixed ones (default)")
     p.add_argument("--push", metavar="OWNER/NAME", help="hub: upload the folder; nothing is uploaded without it")
+    text = "fit the temperature on a split that nothing was trained on, or on a folder of class folders"
+    p.add_argument("--temperature-from", metavar="SPLIT|DIR", help=text)
     add_job(p)
     add_overrides(p, "cluster.time=1:00:00, of its job")
 
@@ -49,11 +54,7 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     run = RunDir(args.run)
     config, res = run.config(), Results.read(run).res
-    parse_alphas(str(args.alpha))
-    if args.res and args.format != "onnx":
-        raise UserError(f"--res goes with --format onnx: {args.format} holds for every resolution. Next: leave it out.")
-    if args.push and args.format != "hub":
-        raise UserError("--push goes with --format hub. Next: --format hub --push " + args.push)
+    check(args, config)
     own = run.root / "export"
     out = args.out or (own if args.alpha == 1 else run.root / f"export_alpha_{args.alpha:g}")
     if args.alpha != 1 and out.resolve() == own.resolve():
@@ -88,8 +89,11 @@ def run(args: argparse.Namespace) -> int:
         else:
             weights.write_weights(model, out / file, config, size, classes)
     export.write_config(model, out / "config.json", config, res, classes)
+    if fitted := fit_temperature(out, args.temperature_from, config):
+        export.write_config(model, out / "config.json", config, res, classes, fitted.temperature)
     there = sorted(file.name for file in out.glob("model*"))  # other formats too
-    write_text(out / "README.md", model_card.text(run, there, export.licence(config), args.alpha, args.push or ""))
+    card = model_card.text(run, there, export.licence(config), args.alpha, args.push or "", fitted)
+    write_text(out / "README.md", card)
     if not export.timm_transform(config, res)[1]:
         note = f"timm cannot express data.resize_rule={config.data.resize_rule}: its own evaluation will differ"
         print(f"warning: {note}; README.md says so.", file=sys.stderr)
@@ -97,6 +101,33 @@ def run(args: argparse.Namespace) -> int:
     if args.push:
         print(f"pushed: {export.push(out, args.push)}")
     return EXIT_DONE
+
+
+def check(args: argparse.Namespace, config: Config) -> None:
+    """Refuse options that do not go together."""
+    parse_alphas(str(args.alpha))
+    if args.res and args.format != "onnx":
+        raise UserError(f"--res goes with --format onnx: {args.format} holds for every resolution. Next: leave it out.")
+    if args.push and args.format != "hub":
+        raise UserError("--push goes with --format hub. Next: --format hub --push " + args.push)
+    if args.temperature_from and args.format == "onnx":
+        raise UserError("--temperature-from goes with weights that predict reads. Next: --format safetensors")
+    if args.temperature_from:
+        exported.place(args.temperature_from, config.data)
+
+
+def fit_temperature(out: Path, place: str | None, config: Config) -> exported.Fitted | None:
+    """Of the model that is in `out`, on the split or folder `place`; kept beside it. Without `place` none, nor of an earlier export."""
+    (out / exported.TEMPERATURE).unlink(missing_ok=True)
+    if not place:
+        return None
+    from fixres_dist.evaluation.classifier import load
+    from fixres_dist.evaluation.temperature import fit
+
+    fitted = fit(load(out, settings=[f"data.workers={config.data.workers}"]), place, config.data)
+    write_json(out / exported.TEMPERATURE, asdict(fitted), sealed=True)
+    print(fitted.sentence())
+    return fitted
 
 
 def job_config(args: argparse.Namespace, config: Config) -> Config:

@@ -14,6 +14,7 @@ from fixres_dist.cli import as_job
 from fixres_dist.cli.arguments import add_eval_sets, add_job, add_source
 from fixres_dist.cli.export import parse_alphas
 from fixres_dist.data import class_maps
+from fixres_dist.evaluation import robustness
 from fixres_dist.evaluation.inputs import check, model_config, opened, subjects, weights_after
 from fixres_dist.runs.rundir import RunDir
 
@@ -51,6 +52,10 @@ def run(args: argparse.Namespace) -> int:
         rows = [(f"{m.alpha:g}", f"{m.summary.top1:.2f}", f"{m.summary.top5:.2f}", m.gain) for m in mixtures]
         print(f"{split}, n {mixtures[0].summary.n}")
         print(table(["alpha", "top-1", "top-5", "gain over alpha 0 (paired 95 %)"], rows))
+    if len(curves) > 1:
+        best = robustness.without_losing({name: [(m.alpha, m.gain) for m in line] for name, line in curves.items()})
+        found = f"alpha {best[0]:g} gains most on val, {best[1]}, of those that lose on no set" if best else ""
+        print(found or "no alpha gains on val and loses on no set (intervals above zero, and not below)")
     out.mkdir(parents=True, exist_ok=True)
     data = {
         "data": config.data.root,

@@ -21,14 +21,15 @@ from PIL import Image
 from torch import nn
 from tqdm import tqdm
 
+from fixres_dist.base import watchdog
 from fixres_dist.base.commands import command
 from fixres_dist.base.environment import scratch_folder
 from fixres_dist.base.errors import UserError
 from fixres_dist.config import recipes
 from fixres_dist.data import class_maps, dataset, unlabelled
-from fixres_dist.data.index import Limits
+from fixres_dist.data.index import Index, Limits
 from fixres_dist.data.requests import every_sample
-from fixres_dist.data.unlabelled import Given, Pictures
+from fixres_dist.data.unlabelled import Given
 from fixres_dist.evaluation.exported import CONFIG, Trained, find
 from fixres_dist.evaluation.measures import measure
 from fixres_dist.models import sources, state_dicts
@@ -139,7 +140,7 @@ class Classifier:
         return {**record.pop("model"), **record}
 
     @torch.no_grad()
-    def rows(self, index: Pictures, unreadable: dict[int, str], of: Of, show: bool = False) -> Iterator[Row]:
+    def rows(self, index: Index, unreadable: dict[int, str], of: Of, show: bool = False) -> Iterator[Row]:
         """A row per picture, in order: `of(logits, embeddings)` [n, ..] of a batch; `show`: a progress bar."""
         parts, session = self.parts, one_off(self.session, index)
         requests = session.requests(every_sample, index, self.res)
@@ -155,6 +156,7 @@ class Classifier:
             hidden = None if show else True
             with tqdm(total=len(index), desc="predicting", unit="img", leave=False, disable=hidden) as bar:
                 for batch, wait in one_ahead(computed()):
+                    watchdog.beat()
                     values = dict(zip(batch.samples.tolist(), wait()[0].numpy(), strict=True))
                     bad = {one.sample: unreadable.get(one.sample, one.reason) for one in batch.skipped}
                     for sample in sorted(values | bad):
@@ -166,7 +168,7 @@ def several(images: Given | Iterable[Given]) -> list[Given]:
     return [images] if isinstance(images, str | os.PathLike | Image.Image) else list(images)
 
 
-def one_off(session: Session, index: Pictures) -> Session:
+def one_off(session: Session, index: Index) -> Session:
     """For pictures without labels: bad ones are left out; loader processes start where there is more than one batch."""
     data = replace(session.config.data, on_bad="skip")
     if len(index) <= session.batch_per_device(data.res):

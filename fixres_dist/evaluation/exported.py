@@ -12,15 +12,16 @@ from fixres_dist.base.commands import command
 from fixres_dist.base.errors import UserError
 from fixres_dist.base.small_files import Damaged, read_json
 from fixres_dist.config import reading
-from fixres_dist.config.schema import Config, Policy, ResizeRule
+from fixres_dist.config.schema import Config, Data, Policy, ResizeRule
 from fixres_dist.config.timm_names import FOLDER
-from fixres_dist.data import class_maps, class_names
+from fixres_dist.data import class_maps, class_names, dataset
 from fixres_dist.data.layout import is_image
 from fixres_dist.evaluation.inputs import weights_after
 from fixres_dist.runs.rundir import RunDir
 
 FILES = ("model.safetensors", "model.pth", "pytorch_model.bin")  # weights in a folder, the first that is there
 CONFIG = "config.json"
+TEMPERATURE = "temperature.json"
 KEY = "fixres"  # in config.json: an Export
 
 
@@ -148,3 +149,44 @@ def names(config: dict[str, Any], folder: Path) -> tuple[str, ...]:
             f"{folder / CONFIG} has no {class_names.NAMES} and no num_classes. Accepted: a model that classifies."
         )
     return class_names.imagenet().names if count == 1000 else tuple(map(class_names.nameless, range(count)))
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """A temperature, and the expected calibration error in percentage points without it and with it."""
+
+    temperature: float
+    fitted_on: str
+    n: int
+    measured_on: str
+    ece_before: float
+    ece_after: float
+
+    def sentence(self) -> str:
+        same = ", the same pictures" if self.fitted_on == self.measured_on else ""
+        return (
+            f"temperature {self.temperature:.4f}, fitted on {self.fitted_on} ({self.n:,} images); expected calibration error on "
+            f"{self.measured_on}{same}: {self.ece_before:.2f} points without it, {self.ece_after:.2f} with it"
+        )
+
+
+def fitted_temperature(folder: Path) -> Fitted | None:
+    """Of the export in `folder`; None where it has none. Raises Damaged."""
+    try:
+        return read_json(folder / TEMPERATURE, Fitted, command("export", "--run", "RUN", "--temperature-from", "SPLIT"))
+    except FileNotFoundError:
+        return None
+
+
+def place(given: str, data: Data) -> Path:
+    """The folder that `--temperature-from` names: a split of the data set, or a folder of class folders. Raises UserError."""
+    root = dataset.folder(data.root, data.cache).absolute()
+    split, other = root / data.split_name(given), Path(given).absolute()
+    if root / data.train_split in (split, other):
+        raise UserError(
+            f"--temperature-from {given} is what the model was trained on, where it is surer than on other pictures. Accepted: "
+            "val, or a folder of class folders with pictures of its own. Next: --temperature-from val"
+        )
+    folder = other if "/" in given or (other.is_dir() and not split.is_dir()) else split
+    dataset.survey(folder.parent, folder.name, data)  # refuses one that is not there
+    return folder

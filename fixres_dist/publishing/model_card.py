@@ -16,6 +16,8 @@ from fixres_dist.base.small_files import Damaged, read_json
 from fixres_dist.base.text import markdown_table
 from fixres_dist.config.schema import THROUGH_ALL, Config, Tune
 from fixres_dist.data import class_maps
+from fixres_dist.evaluation import robustness
+from fixres_dist.evaluation.exported import Fitted
 from fixres_dist.runs.results import Accuracy, BeforeAfter, Results
 from fixres_dist.runs.rundir import RunDir
 
@@ -192,13 +194,22 @@ def notes(run: RunDir, results: Results, alpha: float) -> list[str]:
     before = [f"{one.top1:.2f} at {res} px ({one.why})" for res, one in results.before_at.items()]
     found = [f"Top-1 before fixing at other sizes: {', '.join(before)}."] if before else []
     chosen = results.choice.sentence() if results.choice else ""
-    told = (results.over_the_best(), chosen, results.verdict(run)) if alpha == 1 else ()
+    lost = robustness.warning(run, of_sets(evaluations(run))) if alpha == 1 else ""
+    lost = lost.replace(str(run.root), run.name)  # a path of this machine
+    told = (results.over_the_best(), chosen, results.verdict(run), lost) if alpha == 1 else ()
     return found + [f"{one[0].upper()}{one[1:]}." for one in told if one]
 
 
-def text(run: RunDir, files: list[str], licence: str | None, alpha: float = 1.0, repo: str = "") -> str:
+def text(
+    run: RunDir,
+    files: list[str],
+    licence: str | None,
+    alpha: float = 1.0,
+    repo: str = "",
+    fitted: Fitted | None = None,
+) -> str:
     """The card for a finished run's exported `files`; `licence` is that of the starting weights, where timm knows it. `repo`:
-    where on the hub they will be."""
+    where on the hub they will be. `fitted`: their temperature."""
     config, results = run.config(), Results.read(run)
     from fixres_dist.models.build import preprocessing
 
@@ -211,6 +222,11 @@ def text(run: RunDir, files: list[str], licence: str | None, alpha: float = 1.0,
         others = of_sets(evaluations(run)) if alpha == 1 else []
         table = markdown_table(head, map(row, [exported, *others]))
         table += "".join(f"\n\n{note}" for note in notes(run, results, alpha))
+    if fitted:
+        said = fitted.sentence()
+        table += (
+            f"\n\n{said[0].upper()}{said[1:]}. Divide the logits by it before the softmax, as `fixres predict` does."
+        )
     weights = next((file for file in files if file.startswith("model.")), "")
     of_weights, of_data = licences(config, licence)
     start = "new weights" if config.model.weights == "none" else f"weights `{Path(config.model.weights).name}`"

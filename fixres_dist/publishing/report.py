@@ -14,6 +14,8 @@ from fixres_dist.cluster import status
 from fixres_dist.config import recipes
 from fixres_dist.config.schema import Config
 from fixres_dist.data import class_maps
+from fixres_dist.evaluation import robustness
+from fixres_dist.evaluation.exported import fitted_temperature
 from fixres_dist.publishing.model_card import data_name, evaluations, of_sets
 from fixres_dist.runs.results import BeforeAfter, Results
 from fixres_dist.runs.rundir import RunDir
@@ -46,6 +48,8 @@ class Row:
     published: dict[str, Any] | None  # a row of configs/published.csv
     evaluations: list[dict[str, Any]]  # records of the other sets
     verdict: str  # of a run that made its weights worse, as Results.verdict has it
+    robustness: str  # of a run that lost on one of the sets, as robustness.warning has it
+    temperature: str  # of its export, in a sentence; empty: none
 
     @property
     def hardware(self) -> str:
@@ -93,6 +97,8 @@ def row(run: RunDir) -> Row:
         published=recipes.published().get((config.model.name, config.model.weights)),
         evaluations=evaluations(run),
         verdict=Results.read(run).verdict(run),
+        robustness=robustness.warning(run, of_sets(evaluations(run))),
+        temperature=fitted.sentence() if (fitted := fitted_temperature(run.root / "export")) else "",
     )
 
 
@@ -172,6 +178,7 @@ def markdown(runs: Sequence[RunDir], rows: Sequence[Row], others: Sequence[dict[
     if robust:
         head = ("run", "set", "px", "before", "after", "gain (paired 95 %)")
         text += ["## Gain and robustness", "", markdown_table(head, robust), ""]
+        text += [line for row in rows if row.robustness for line in (f"**{row.run}**: {row.robustness}.", "")]
     measured = [
         (row.run, when, *(f"{value:.2f}" for value in asdict(one).values()))
         for row in rows
@@ -179,6 +186,7 @@ def markdown(runs: Sequence[RunDir], rows: Sequence[Row], others: Sequence[dict[
     ]
     if measured:
         text += ["## Measures on the validation split (%)", "", markdown_table(MEASURES, measured), ""]
+        text += [line for row in rows if row.temperature for line in (f"{row.run}: {row.temperature}.", "")]
         text += [
             "Means over the classes, as scikit-learn's `macro`. A calibrated model is as often right as it is sure.",
             "",

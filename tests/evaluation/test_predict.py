@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from scipy.optimize import minimize_scalar
+from scipy.special import log_softmax, softmax
 from sklearn import metrics
 from support.commands import ROOT
 from support.in_process import SETTINGS, called
@@ -23,6 +25,7 @@ from fixres_dist.base.errors import UserError
 from fixres_dist.cli.main import main
 from fixres_dist.evaluation.classifier import Classifier
 from fixres_dist.runs.rundir import RunDir
+from fixres_dist.training.calibration import HOTTEST, reliability
 from fixres_dist.training.predictions import Predictions
 
 CLASSES = ["ash", "birch", "cedar"]
@@ -176,6 +179,53 @@ def test_a_temperature_changes_confidence_and_no_class(
     data = run.config().data.root
     assert warm.evaluate(data)["top1"] == model.evaluate(data)["top1"]
     assert warm.evaluate(data)["mean_confidence"] < model.evaluate(data)["mean_confidence"]
+
+
+def test_a_temperature_is_fitted_written_and_applied(
+    run: RunDir,
+    photos: Path,
+    tmp_path: Path,
+    evaluated: dict[str, tuple[str, float]],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Against a search by scipy on the logits that `extract` writes."""
+    other = tmp_path / "mine"
+    other.mkdir()
+    for name in CLASSES[:2]:
+        (other / name).symlink_to(photos / "val" / name)
+    assert called("extract", "--run", run.root, "--out", tmp_path / "x", "data.workers=0")[0] == 0
+    z = np.log(np.load(tmp_path / "x" / "softmax.npy").astype(np.float64))
+    labels, rows = np.load(tmp_path / "x" / "labels.npy"), np.arange(33)
+    for place, part in (("val", rows), (str(other), rows[:22])):
+        loss = lambda t, part=part: -log_softmax(z[part] / t, 1)[np.arange(len(part)), labels[part]].mean()  # noqa: E731
+        best = minimize_scalar(loss, bounds=(1 / HOTTEST, HOTTEST), method="bounded", options={"xatol": 1e-9}).x
+        assert main(["export", "--run", str(run.root), "--temperature-from", place]) == 0
+        said = capsys.readouterr().out
+        fitted = json.loads((run.root / "export" / "temperature.json").read_text())
+        assert fitted["temperature"] == pytest.approx(best, rel=1e-3)
+        assert (fitted["fitted_on"], fitted["n"], fitted["measured_on"]) == (Path(place).name, len(part), "val")
+        after = softmax(z / fitted["temperature"], 1)
+        assert fitted["ece_after"] == pytest.approx(
+            100 * reliability(after.max(1), after.argmax(1) == labels).ece, abs=0.01
+        )
+        assert f"temperature {fitted['temperature']:.4f}, fitted on {Path(place).name} ({len(part)} images)" in said
+        assert f"Temperature {fitted['temperature']:.4f}, fitted on" in (run.root / "export" / "README.md").read_text()
+        for model in (fixres_dist.load(run.root), fixres_dist.load(run.root / "export")):
+            assert model.temperature == fitted["temperature"]
+            assert model.predict(next(iter(evaluated)))[0].confidences[0] == pytest.approx(after[0].max(), abs=1e-4)
+    assert main(["report", str(run.root), "--out", str(tmp_path)]) == 0
+    assert "r: temperature " in (tmp_path / "report.md").read_text()
+    assert called("export", "--run", run.root)[0] == 0
+    assert not (run.root / "export" / "temperature.json").exists(), "an export without one has none"
+    for place, expected in (
+        ("train", "is what the model was trained on"),
+        (str(photos / "train"), "is what the model was trained on"),
+        ("test", "no split 'test'"),
+        (str(tmp_path / "nothing"), "nothing"),
+    ):
+        code, said = called("export", "--run", run.root, "--out", tmp_path / "no", "--temperature-from", place)
+        assert (code, (tmp_path / "no").exists()) == (2, False), said
+        assert expected in said
 
 
 def copied(run: RunDir, out: Path, **changes: Any) -> Path:

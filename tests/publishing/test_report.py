@@ -268,3 +268,42 @@ def test_a_run_that_lost_says_so_in_report_card_and_status(tmp_path: Path) -> No
     unfinished.metrics.write_text(run.metrics.read_text())
     (row,) = status.rows([unfinished])
     assert (row.top1, row.top1_of) == (90.0, "fix epoch 1, 128 px")
+
+
+def test_a_set_that_lost_is_said_with_the_alpha_that_does_not(tmp_path: Path) -> None:
+    """In report and card; without alpha.json, or without the set in it, the command that looks for one."""
+    run = made(tmp_path / "b0-320", "b0", 320, versions={"torch": "2.11", "timm": "1.0"})
+    (run.root / "evaluations").mkdir()
+    for name, delta, interval in (("a", -1.0, [-1.4, -0.6]), ("v2", 0.3, [-0.1, 0.7])):
+        record = {"set": name, "res": 320, "delta_top1": delta, "delta_ci95": interval}
+        record |= {when: {"top1": 50.0, "top5": 70.0, "loss": 2.0, "n": 900} for when in ("before", "after")}
+        (run.root / "evaluations" / f"{name}-320.json").write_text(json.dumps(record))
+    start = "LOST by fixing: a at 320 px -1.00 (-1.40 to -0.60). "
+    looked_for = f"{start}Next: fixres interpolate --run {run.root} --eval-set a=DIR looks for a weight between"
+
+    def told(curves: dict[str, list[tuple[float, float]]] | None = None) -> str:
+        if curves is not None:
+            rows = {
+                name: [{"alpha": a, "delta_top1": gain, "delta_ci95": [gain - 0.3, gain + 0.3]} for a, gain in line]
+                for name, line in curves.items()
+            }
+            (run.root / "alpha.json").write_text(json.dumps({"curves": rows}))
+        ((row,), _) = report.rows([run])
+        assert row.robustness in report.markdown([run], [row], [], tmp_path)
+        card = model_card.text(run, ["model.safetensors"], None)
+        assert row.robustness.replace(str(run.root), run.name) in card
+        assert str(run.root) not in card
+        return row.robustness
+
+    assert told().startswith(looked_for)
+    val = [(0.0, 0.0), (0.25, 0.5), (0.5, 0.9), (1.0, 1.4)]
+    assert told({"val": val}).startswith(looked_for)
+    steep = {"val": val, "a": [(0.0, 0.0), (0.25, -0.2), (0.5, -0.5), (1.0, -1.0)]}
+    gained = "alpha 0.25 gains +0.50 (+0.20 to +0.80) on val and loses on none of the sets: "
+    assert told(steep) == f"{start}{gained}fixres export --run {run.root} --alpha 0.25"
+    steeper = {"val": val, "a": [(0.0, 0.0), (0.25, -0.9), (0.5, -0.9), (1.0, -1.0)]}
+    assert told(steeper) == f"{start}No alpha of alpha.json gains on val without losing there"
+    (run.root / "alpha.json").write_text("{")
+    run.done.touch()
+    ((), (other,)) = report.rows([run])
+    assert "alpha.json" in other["reason"], "a damaged file spoils no other run's report"
