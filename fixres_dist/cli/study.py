@@ -33,7 +33,7 @@ EXAMPLES = (
     "--models b0,resnet50.a1_in1k --data DIR --cluster slurm --profile site.yaml --speed",
     "runs/b0-320 runs/b0-384 --name b0            # the report alone, of runs that there are",
 )
-STEPS = (1, 8 / 7, 9 / 7, 10 / 7)  # default resolutions over the weights' own: 224, 256, 288, 320
+STEPS = (8 / 7, 9 / 7, 10 / 7)  # default resolutions over the weights' own: 224, 256, 288, 320
 
 
 def add_arguments(p: argparse.ArgumentParser) -> None:
@@ -136,8 +136,11 @@ def resolutions(args: argparse.Namespace, model: str) -> list[int]:
     if args.res:
         return sorted(set(parse_sizes(args.res)))
     recipe = recipes.find(model, args.weights)
-    own = recipe.facts.train_res if recipe.facts else sizes.sizes(recipe.values["model"]["timm_name"]).train
-    return sorted({own if step == 1 else round(own * step / 32) * 32 for step in STEPS})
+    if recipe.facts:
+        own = recipe.facts.train_res
+        return sorted({own, *(round(own * step / 32) * 32 for step in STEPS)})
+    name = recipe.values["model"]["timm_name"]
+    return sorted({sizes.sizes(name).train, *(sizes.enlarged(name, step) for step in STEPS)} - {0})
 
 
 def name_of(args: argparse.Namespace, model: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 import signal
@@ -19,6 +20,7 @@ from support.in_process import called
 from fixres_dist.base.signals import SIGNALS
 from fixres_dist.base.small_files import read_lines
 from fixres_dist.bench import forward
+from fixres_dist.cli import study
 from fixres_dist.cli.command_job import CommandJob
 from fixres_dist.cli.main import main
 from fixres_dist.runs.rundir import RunDir
@@ -181,6 +183,16 @@ def test_finished_runs_alone_make_a_report_that_names_the_failed(
     assert "| g-epochs=3 | failed |" in (studied / "two" / "report.md").read_text()
 
 
+def test_the_sizes_of_a_model_by_default(tmp_path: Path) -> None:
+    """Four from the weights' own size on, in steps that the network takes."""
+    for model, sizes in (
+        ("b0", [224, 256, 288, 320]),
+        ("demo", [128, 160, 192]),
+        ("vit_small_patch14_dinov2", [518, 588, 672, 742]),
+    ):
+        assert study.resolutions(argparse.Namespace(res=None, weights=""), model) == sizes
+
+
 @pytest.mark.parametrize(
     ("asked", "says"),
     [
@@ -198,7 +210,7 @@ def test_finished_runs_alone_make_a_report_that_names_the_failed(
         ("--model test_vit --data DIR --at-once -1", "--at-once is -1; accepted: 0 (all) or more"),
         ("--model test_vit --data DIR --name a/b", "--name is 'a/b'; accepted: a name without slashes"),
         ("--model test_vit --data DIR --name ..", "--name is '..'; accepted"),
-        ("--model test_vit --data DIR tune.epoch=3", "Did you mean 'epochs'?"),
+        ("--model test_vit --data DIR tune.epoch=3", "Did you mean 'tune.epochs'?"),
         ("--model test_vit --data DIR nothing-here", "unknown run 'nothing-here'"),
         ("RUN --res 64", "--res 64 is for points to train, and no --model is given"),
         ("RUN tune.epochs=3", "tune.epochs=3 is for points to train"),
