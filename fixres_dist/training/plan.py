@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -170,17 +169,15 @@ def held_out(config: Config, counts: Counts) -> str:
             f"tune.hold_out={tune.hold_out:g} of {n:,} images is {count:,}; accepted: 1 to {n - counts.classes:,}, so that each "
             "class keeps one. Next: tune.hold_out=0"
         )
-    if tune.chooses and count < FEWEST:
-        raise UserError(
-            f"tune.hold_out={tune.hold_out:g} of {n:,} images is {count:,}: too few to choose on. Accepted: {FEWEST} or more. "
-            f"Next: tune.hold_out={math.ceil(100 * FEWEST / n) / 100:g}, or 0"
-            if n >= 2 * FEWEST
-            else f"{n:,} images are too few to hold some out and choose on them. Next: tune.hold_out=0"
-        )
     if not tune.chooses:
         return f"{count:,} images stay out of stage one, and are half of what the fixing stage draws"
     listed = ", ".join(map(str, tune.hold_out_sizes or (config.data.res,)))
-    return f"{count:,} images stay out of a first stage one and choose the fixing stage's settings at {listed} px; then all again"
+    few = (
+        f"; warning: few to choose on. Next: tune.hold_out=0, where {FEWEST} are not to be had"
+        if count < FEWEST
+        else ""
+    )
+    return f"{count:,} images stay out of a first stage one and choose the fixing stage's settings at {listed} px; then all again{few}"
 
 
 def starting(config: Config, facts: Facts | None) -> Sizes:
