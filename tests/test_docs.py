@@ -100,8 +100,8 @@ RUN = (
     "study",
 )
 # What a test of seconds cannot do: weights from the network, uploads, labels of ImageNet's 50,000 images, a job's files,
-# ONNX (tests/publishing/test_export.py).
-PARSED_ONLY = re.compile(r"--push|--checkpoint|\.pth|real\.json|/jobs/|onnx|\.npz")
+# ONNX, hundreds of pictures.
+PARSED_ONLY = re.compile(r"--push|--checkpoint|\.pth|real\.json|/jobs/|onnx|\.npz|hold_out")
 
 
 @pytest.mark.parametrize("line", SHOWN)
@@ -152,11 +152,13 @@ def done() -> list[list[str]]:
     return []  # what other pages have shown already
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if page.stem != "commands"], ids=lambda page: str(page.stem))
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if page.stem not in ("commands", "peers")], ids=lambda page: str(page.stem)
+)
 def test_the_commands_of_a_page_do_what_it_says(
     page: Path, done: list[list[str]], world: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In their order. What starts a run or a job is planned. commands.md has the examples of --help, parsed above."""
+    """In their order. What starts a run or a job is planned. commands.md and peers.md name what is on other pages."""
     monkeypatch.chdir(world)
     for line in commands(page):
         given = here(line)
