@@ -8,8 +8,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from fixres_dist.base.errors import UserError
 from fixres_dist.base.small_files import read_lines
 from fixres_dist.cluster.grid import differing
@@ -62,7 +60,7 @@ class Point:
 
 
 Cost = Callable[[Point], float]
-ROUNDING = 0.01  # share of images at most that one network predicts otherwise in another memory format or batch
+END = 2**16  # bytes at the end of a file of weights, of which another training leaves none as they are
 
 
 def multiply_adds(point: Point) -> float:
@@ -165,7 +163,7 @@ def read(runs: Iterable[RunDir]) -> Study:
     for run in finished:
         points += points_of(run, names[run.root])
     check_same_images(points)
-    kept, notes = merged(points)
+    kept, notes = merged(points), several_networks(finished, names)
     order = list(dict.fromkeys(names.values()))
     kept.sort(key=lambda p: (order.index(p.model), p.when == "after", p.res))
     data = data_name(finished[0].config()) if finished else ""
@@ -230,18 +228,22 @@ def check_same_images(points: Sequence[Point]) -> None:
             )
 
 
-def merged(points: Sequence[Point]) -> tuple[list[Point], list[str]]:
-    """(each point once, notes): all runs of a curve measure its network before fixing, some at the same resolution.
-
-    Where stage one was trained more than once, those are different networks; a run's own is kept at its resolution.
-    """
+def merged(points: Sequence[Point]) -> list[Point]:
+    """Each point once: all runs of a curve measure its network before fixing, some at the same resolution, where a run's
+    own counts."""
     found: dict[tuple[str, str, int], Point] = {}
-    several: dict[str, None] = {}
     for point in sorted(points, key=lambda p: p.file.stem not in ("before", "after")):
-        first = found.setdefault((point.model, point.when, point.res), point)
-        if np.mean(first.predictions.predicted != point.predictions.predicted) > ROUNDING:
-            several[point.model] = None
-    text = (
-        "{} before fixing is not one network: its runs did not share stage one. Each gain compares a run with itself."
-    )
-    return list(found.values()), [text.format(model) for model in several]
+        found.setdefault((point.model, point.when, point.res), point)
+    return list(found.values())
+
+
+def several_networks(runs: Sequence[RunDir], names: Mapping[Path, str]) -> list[str]:
+    """A note for each curve whose runs have trained stage one more than once."""
+    ends: dict[str, set[bytes]] = {}
+    for run in runs:
+        if run.pretrained.exists():
+            with run.pretrained.open("rb") as file:
+                file.seek(max(0, run.pretrained.stat().st_size - END))
+                ends.setdefault(names[run.root], set()).add(file.read())
+    text = "{} before fixing is {} networks: its runs did not share stage one. Each gain compares a run with itself."
+    return [text.format(model, len(found)) for model, found in ends.items() if len(found) > 1]

@@ -165,4 +165,9 @@ def test_runs_given_by_hand_are_curves_by_their_settings(tmp_path: Path) -> None
     with pytest.raises(UserError, match=r"foreign was measured on another validation set than .*b0-320"):
         study.read([*plain, foreign])
     apart = run_with(tmp_path / "apart", 256, ~hits)
-    assert "not one network" in study.read([plain[0], apart]).notes[0]
+    assert study.read([plain[0], apart]).notes == []
+    plain[0].pretrained.write_bytes(b"header" + bytes(2 * study.END))
+    plain[1].pretrained.write_bytes(b"HEADER" + bytes(2 * study.END))
+    apart.pretrained.write_bytes(b"header" + bytes(2 * study.END - 1) + b"1")
+    assert study.read(plain).notes == []
+    assert "is 2 networks" in study.read([*plain, apart]).notes[0]
