@@ -1,4 +1,5 @@
-"""Damaged files: seeded damage to checkpoints, index files, feature segments and tar shards, and what the readers make of it.
+"""Damaged files: seeded damage to checkpoints, index files, feature segments, tar shards, partial passes, exports and .pth files,
+and what the readers make of it.
 
     python benchmarks/fuzz_files.py --count checkpoints=2000,indexes=1000,segments=1000,tars=1000
 
@@ -20,6 +21,7 @@ import tempfile
 import traceback
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -31,11 +33,22 @@ from fixres_dist.base.errors import UserError
 from fixres_dist.base.small_files import Damaged
 from fixres_dist.data import dataset, shards
 from fixres_dist.data.index import CachedIndex, Index, read_cached, write_cached
+from fixres_dist.models import tensor_files
+from fixres_dist.models.weights import read_state
 from fixres_dist.runs import checkpoint, restoring
 from fixres_dist.training.cache.store import Store, begin_writing, open_store
+from fixres_dist.training.partial import Partial
 
 Case = Callable[[random.Random, Path], str]
-COUNTS = {"checkpoints": 2000, "indexes": 1000, "segments": 1000, "tars": 1000}
+COUNTS = {
+    "checkpoints": 2000,
+    "indexes": 1000,
+    "segments": 1000,
+    "tars": 1000,
+    "partials": 1000,
+    "exports": 1000,
+    "pth": 1000,
+}
 
 
 def damage(rng: random.Random, data: bytes, others: list[bytes]) -> bytes:
@@ -211,7 +224,53 @@ def tars(scratch: Path) -> Case:
     return case
 
 
+def partials(scratch: Path) -> Case:
+    """Of a pass: rows that were kept, or none."""
+    whole = Partial(scratch / "0.npz", "key", 1.0)
+    whole.write(rows := np.random.default_rng(0).random((40, 6)))
+    other = Partial(scratch / "1.npz", "another key", 1.0)
+    other.write(rows + 1)
+
+    def case(rng: random.Random, folder: Path) -> str:
+        folder.mkdir()
+        shutil.copy(whole.path, folder)
+        change(rng, [folder / "0.npz"], [whole.path, other.path])
+        found = replace(whole, path=folder / "0.npz").read()
+        if found is None:
+            return "rebuilt"
+        return "right" if np.array_equal(found, rows) else "wrong"
+
+    return case
+
+
+def weights_files(scratch: Path, name: str, write: Callable[[dict[str, torch.Tensor], Path], object]) -> Case:
+    generator = torch.Generator().manual_seed(0)
+    state = {f"layer{k}.weight": torch.randn(40, 8, generator=generator) for k in range(4)}
+    write(state, scratch / name)
+
+    def case(rng: random.Random, folder: Path) -> str:
+        folder.mkdir()
+        shutil.copy(scratch / name, folder)
+        change(rng, [folder / name], [scratch / name])
+        found = read_state(folder / name)
+        same_values = found.keys() == state.keys() and all(map(torch.equal, found.values(), state.values()))
+        return "right" if same_values else "wrong"
+
+    return case
+
+
+def exports(scratch: Path) -> Case:
+    return weights_files(scratch, "model.safetensors", tensor_files.save)
+
+
+def pth(scratch: Path) -> Case:
+    return weights_files(scratch, "model.pth", torch.save)
+
+
 KINDS: dict[str, Callable[[Path], Case]] = {
+    "partials": partials,
+    "exports": exports,
+    "pth": pth,
     "checkpoints": checkpoints,
     "indexes": indexes,
     "segments": segments,
