@@ -172,6 +172,14 @@ def test_the_commands_of_a_page_do_what_it_says(
         assert code == 0, f"{line}\n{said}"
 
 
+def test_a_run_of_this_shell_says_where_its_log_is(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """logs said `no log yet` of a run that had ended."""
+    monkeypatch.chdir(world)
+    code, said = called("logs", "finished")
+    assert code == 2
+    assert "has no log: the command that ran it (--cluster inline) printed it. Next: fixres status finished" in said
+
+
 def test_the_exported_model_is_read_by_the_lines_on_the_page(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(world)
     code, said = called("export", "--run", "runs/finished", "--format", "hub")

@@ -32,7 +32,13 @@ STAGES = {
     "runs with and without the feature cache",
     "gpu": "trunk, step and end-to-end at a GPU's sizes",
 }
-EXAMPLES = ("data --data /data/imagenet", "step --model tf_efficientnet_b4 --res 380", "gpu --json gpu.json")
+EXAMPLES = (
+    "data --data /data/imagenet",
+    "trunk --model resnet50 --res 224",
+    "step --model tf_efficientnet_b4 --res 380",
+    "end-to-end --images 512",
+    "gpu --json gpu.json",
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

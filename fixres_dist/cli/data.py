@@ -20,6 +20,7 @@ EXAMPLES = (
     "index --data /data/imagenet",
     "verify --data /data/imagenet --deny-list bad.txt",
     "shard --data /data/imagenet --out /data/imagenet-shards",
+    "demo --out pictures",
     "show --data /data/imagenet --res 320 --samples 0,5,9 --out pictures",
 )
 

@@ -64,11 +64,19 @@ def add_command(p: argparse.ArgumentParser, name: str) -> argparse.ArgumentParse
     """Give the parser `p` the description, arguments, examples and run function of the command `name`."""
     module: Any = importlib.import_module(f"fixres_dist.cli.{name}")
     p.description = COMMANDS[name][0].upper() + COMMANDS[name][1:] + "."
-    p.formatter_class = lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=30)
-    p.epilog = "\n".join(["examples:", *(f"  {command(name)} {words}".rstrip() for words in module.EXAMPLES)])
     p.set_defaults(func=module.run)
     module.add_arguments(p)
+    ends_in_examples(p, name, module.EXAMPLES)
+    for action in p._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for part, sub in action.choices.items():
+                ends_in_examples(sub, name, [words for words in module.EXAMPLES if words.split()[0] == part])
     return p
+
+
+def ends_in_examples(p: argparse.ArgumentParser, name: str, examples: Sequence[str]) -> None:
+    p.formatter_class = lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=30)
+    p.epilog = "\n".join(["examples:", *(f"  {command(name)} {words}".rstrip() for words in examples)])
 
 
 def main(argv: Sequence[str] | None = None, form: str = "fixres") -> int:

@@ -141,6 +141,9 @@ def silence(run: RunDir, row: Row) -> str:
     jobs = [folder for folder in folders(run) if job in (None, folder.name)]
     if any(file.stat().st_size for folder in jobs for file in outputs(run, folder).values()):
         return ""
+    places = [line.get("cluster") for line in read_lines(run.events, event=str) if line["event"] == Event.SUBMITTED]
+    if places[-1:] == ["inline"]:
+        return f"{run.name} has no log: the command that ran it (--cluster inline) printed it. Next: {run.command('status')}"
     if row.state in UNFINISHED or job is None:
         why = f": {row.reason}" if row.reason else ""
         return f"{run.name} has no log yet{why}" + ("" if "Next" in why else f". Next: {run.command('status')}")

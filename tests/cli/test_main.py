@@ -53,6 +53,16 @@ def test_the_help_of_a_command_fits_a_screen_and_ends_in_examples_that_hold(
         cli.parse(p, words)
 
 
+@pytest.mark.parametrize("name", ["data", "bench"])
+def test_the_help_of_a_part_of_a_command_ends_in_examples_of_it(name: str) -> None:
+    (parts,) = (action.choices for action in parser(name)._actions if isinstance(action, argparse._SubParsersAction))
+    for part, p in parts.items():
+        text, _, examples = p.format_help().partition("examples:\n")
+        assert len(text.splitlines()) < 50
+        assert examples.splitlines()
+        assert all(line.split()[:3] == ["fixres", name, part] for line in examples.splitlines())
+
+
 def test_settings_stand_anywhere_between_the_options() -> None:
     words = ["--run", "a", "data.resize_rule=timm", "--split", "test", "run.seed=1"]
     assert cli.parse(parser("evaluate"), words).overrides == ["data.resize_rule=timm", "run.seed=1"]
