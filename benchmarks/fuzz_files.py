@@ -260,7 +260,7 @@ def weights_files(scratch: Path, name: str, write: Callable[[dict[str, torch.Ten
 
 
 def exports(scratch: Path) -> Case:
-    return weights_files(scratch, "model.safetensors", tensor_files.save)
+    return weights_files(scratch, "model.safetensors", lambda state, file: tensor_files.save(file, state))
 
 
 def pth(scratch: Path) -> Case:

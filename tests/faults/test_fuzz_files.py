@@ -19,7 +19,18 @@ def script() -> ModuleType:
     return module
 
 
-@pytest.mark.parametrize(("kind", "count"), [("checkpoints", 30), ("indexes", 60), ("segments", 40), ("tars", 40)])
+@pytest.mark.parametrize(
+    ("kind", "count"),
+    [
+        ("checkpoints", 30),
+        ("indexes", 60),
+        ("segments", 40),
+        ("tars", 40),
+        ("partials", 30),
+        ("exports", 40),
+        ("pth", 40),
+    ],
+)
 def test_no_damaged_file_is_read_as_if_it_were_whole(kind: str, count: int) -> None:
     found = script().fuzz(kind, count, seed=7)
     assert sum(found.values()) == count
