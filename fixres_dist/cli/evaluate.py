@@ -18,6 +18,7 @@ from fixres_dist.data.index import Limits
 from fixres_dist.evaluation import robustness
 from fixres_dist.evaluation.inputs import check, data_config, model_config, opened, subjects
 from fixres_dist.evaluation.measures import Evaluation
+from fixres_dist.runs import looks
 from fixres_dist.runs.rundir import RunDir
 
 if TYPE_CHECKING:
@@ -78,6 +79,8 @@ def run(args: argparse.Namespace) -> int:
             is_split, sample_list = evaluation.set == args.split, session.splits[evaluation.set].fingerprint
             records[evaluation.set] = evaluation.record()
             show(config.model.name, evaluation)
+            if args.run and is_split:
+                looks.count(RunDir(args.run), sample_list, "evaluate", len(chosen))
             if evaluation.gain and not (args.data and is_split):
                 keep(RunDir(args.run), config, evaluation, predictions, sample_list)
             of_set, last = "" if is_split else f"-{evaluation.set}", predictions[chosen[-1].label]

@@ -16,6 +16,7 @@ from fixres_dist.cli.export import parse_alphas
 from fixres_dist.data import class_maps
 from fixres_dist.evaluation import robustness
 from fixres_dist.evaluation.inputs import check, model_config, opened, subjects, weights_after
+from fixres_dist.runs import looks
 from fixres_dist.runs.rundir import RunDir
 
 EXAMPLES = ("--run runs/b0-320", "--run runs/b0-320 --alpha 0,0.5,1 --eval-set v2=/data/imagenetv2")
@@ -48,6 +49,7 @@ def run(args: argparse.Namespace) -> int:
         curves, device = interpolation.curves(session, run, alphas), hardware(session)
         if not session.ranks.is_main:
             return EXIT_DONE
+        looks.count(run, session.val.fingerprint, "interpolate", 1 + len(alphas))
     for split, mixtures in curves.items():
         rows = [(f"{m.alpha:g}", f"{m.summary.top1:.2f}", f"{m.summary.top5:.2f}", m.gain) for m in mixtures]
         print(f"{split}, n {mixtures[0].summary.n}")

@@ -17,6 +17,7 @@ from fixres_dist.cli.arguments import add_job, add_source
 from fixres_dist.config import reading
 from fixres_dist.config.schema import Config, Data
 from fixres_dist.evaluation.inputs import Subject, check, model_config, opened, parts_with, subjects, weights_after
+from fixres_dist.runs import looks
 from fixres_dist.runs.rundir import RunDir
 
 if TYPE_CHECKING:
@@ -74,6 +75,9 @@ def run(args: argparse.Namespace) -> int:
         inputs = activations.collect_all(session, {s.label: models[s.label] for s in own}) if args.activations else {}
         if not session.ranks.is_main:
             return EXIT_DONE
+        if args.run:
+            made = len(sizes) * max(1, len(crops)) * len(models)
+            looks.count(RunDir(args.run), session.val.fingerprint, "sweep", made)
     out.mkdir(parents=True, exist_ok=True)
     print(sweep_text(swept))
     record = {"model": config.model.name, "fixed_at": config.data.res, **swept.record()}

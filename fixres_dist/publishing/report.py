@@ -17,6 +17,7 @@ from fixres_dist.data import class_maps
 from fixres_dist.evaluation import robustness
 from fixres_dist.evaluation.exported import fitted_temperature
 from fixres_dist.publishing.model_card import data_name, evaluations, of_sets
+from fixres_dist.runs import looks
 from fixres_dist.runs.results import BeforeAfter, Results
 from fixres_dist.runs.rundir import RunDir
 
@@ -184,6 +185,7 @@ def markdown(runs: Sequence[RunDir], rows: Sequence[Row], others: Sequence[dict[
         for row in rows
         for when, one in row.results.measures.items()
     ]
+    text += [line for said in looks.sentences((row.run, row.results) for row in rows) for line in (f"{said}.", "")]
     if measured:
         text += ["## Measures on the validation split (%)", "", markdown_table(MEASURES, measured), ""]
         text += [line for row in rows if row.temperature for line in (f"{row.run}: {row.temperature}.", "")]

@@ -150,6 +150,8 @@ class Results:
     before_at: dict[int, Before] = field(default_factory=dict)  # by resolution; older runs have none
     best_before: Best | None = None  # where there is any such
     measures: dict[str, Measures] = field(default_factory=dict)  # before and after; older runs have none
+    # Evaluations by the command that made them, for each list of validation files by its fingerprint (runs/looks.py)
+    looks: dict[str, dict[str, int]] = field(default_factory=dict)
     floor: tuple[Floor, ...] = ()  # of a run with a stage one on weights, at each of its sizes
     choice: Choice | None = None  # what a held-out share has chosen, and among what
     images_seen: int

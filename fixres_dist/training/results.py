@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from fixres_dist.base.environment import processor, versions
+from fixres_dist.base.small_files import read_lines
 from fixres_dist.models import nvidia_apex
 from fixres_dist.models.sizes import of_weights
 from fixres_dist.runs.choice import read as read_choice
@@ -49,6 +50,7 @@ def write_results(
         before_at={res: Before(**asdict(accuracy(p)), why=why) for res, (p, why) in others.items()},
         best_before=best_before(after, {config.data.res: before} | {r: p for r, (p, _) in others.items()}),
         measures={when: found for when, p in (("before", before), ("after", after)) if (found := measures(p))},
+        looks={session.val.fingerprint: {"training": len(read_lines(run.metrics, evaluation=str))}},
         floor=floors(run, after),
         choice=read_choice(run.chosen, run.again),
         images_seen=images_seen,

@@ -24,6 +24,7 @@ import fixres_dist
 from fixres_dist.base.errors import UserError
 from fixres_dist.cli.main import main
 from fixres_dist.evaluation.classifier import Classifier
+from fixres_dist.runs.results import Results
 from fixres_dist.runs.rundir import RunDir
 from fixres_dist.training.calibration import HOTTEST, reliability
 from fixres_dist.training.predictions import Predictions
@@ -314,6 +315,25 @@ def test_results_and_report_have_more_than_top1(run: RunDir, tmp_path: Path) -> 
     text = (tmp_path / "report.md").read_text()
     assert f"| r | after | {found['measures']['after']['macro_precision']:.2f} |" in text
     assert "pictures/confusion.png" in text
+
+
+def test_how_often_val_was_looked_at_is_counted_and_said(run: RunDir, tmp_path: Path) -> None:
+    fingerprint = Predictions.read_with_list(run.root / "predictions" / "after.npz")[1]
+    known = Results.read(run).looks[fingerprint]
+    assert known["training"] == len([line for line in run.metrics.read_text().splitlines() if '"evaluation"' in line])
+    commands: list[list[object]] = [
+        ["evaluate", "--run", run.root],
+        ["evaluate", "--run", run.root, "--only", "after"],
+        ["sweep", "--run", run.root, "--res", "64,96,128", "--out", tmp_path],
+        ["interpolate", "--run", run.root, "--alpha", "0.5,1", "--out", tmp_path],
+    ]
+    for words in commands:
+        assert called(*words, "data.workers=0")[0] == 0
+    found = Results.read(run)
+    assert found.looks[fingerprint] == {**known, "evaluate": 3, "sweep": 6, "interpolate": 3}
+    assert main(["report", str(run.root), "--out", str(tmp_path)]) == 0
+    said = f"The validation images of r (list {fingerprint}) have been evaluated on {known['training'] + 12} times: 6 by sweep"
+    assert said in (tmp_path / "report.md").read_text()
 
 
 def test_importing_the_package_loads_no_torch() -> None:
