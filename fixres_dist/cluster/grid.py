@@ -18,8 +18,13 @@ RESULT = ("STATE", "TOP-1 BEFORE", "AFTER", "GAIN (PAIRED 95 %)")
 
 
 def closing_table(runs: Sequence[RunDir], rows: Sequence[status.Row] | None = None) -> str:
-    """A line for each run; empty for a run alone, and before all have ended. `rows`: theirs in `status`, if known."""
+    """A line for each run; empty for a run alone, and before all have ended. `rows`: theirs in `status`, if known.
+
+    Jobs of commands, such as the last one of a study, have no line.
+    """
     rows = status.rows(runs) if rows is None else rows
+    kept = [pair for pair in zip(runs, rows, strict=True) if not pair[0].task]
+    runs, rows = [run for run, _ in kept], [row for _, row in kept]
     if len(runs) < 2 or any(row.state in UNFINISHED for row in rows):
         return ""
     settings = [values(run) for run in runs]

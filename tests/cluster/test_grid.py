@@ -19,6 +19,7 @@ from fixres_dist.config.schema import Config
 from fixres_dist.runs.results import Accuracy
 from fixres_dist.runs.rundir import RunDir
 from fixres_dist.runs.states import Event
+from fixres_dist.runs.task import Task
 
 HEAD = ["RUN", "tune.base_lr", "STATE", "TOP-1", "BEFORE", "AFTER", "GAIN", "(PAIRED", "95", "%)"]
 
@@ -86,12 +87,14 @@ def ended(folder: Path, name: str, top1: float | None, **tune: object) -> RunDir
 def test_a_grid_that_has_ended_has_a_closing_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name, top1, rate in (("g-base_lr=1e-3", 80.1, "1e-3"), ("g-base_lr=1e-4", None, "1e-4")):
         ended(tmp_path, name, top1, base_lr=rate)
+    Task("study", (), "/", "report.html").write(ended(tmp_path, "g-job=report", 80.0).task_file)
     where = ["--runs-dir", str(tmp_path / "runs")]
     assert main(["status", "g", *where]) == 0
     listed, _, closing = capsys.readouterr().out.partition("\n\n")
     assert listed.startswith("NAME")
     head, *lines = [line.split() for line in closing.splitlines()]
     assert head == HEAD
+    assert len(lines) == 2, "the last job of a study is no run"
     assert lines[0][:2] == ["g-base_lr=1e-3", "0.001"]
     assert lines[0][-7:] == ["done", "78.70", "80.10", "+1.40", "(+1.10", "to", "+1.70)"]
     assert [lines[1][0], lines[1][-1]] == ["g-base_lr=1e-4", "failed"]
