@@ -58,7 +58,20 @@ def merged(recipe: Recipe, presets: Sequence[str], given: dict[str, Any]) -> Con
     if OWN in presets:
         values = reading.merge(values, for_own_classes(recipe, values, given))
     values = reading.merge(values, own_data.without_auto(given))
-    return reading.parse(Config, with_resolutions(recipes.with_absolute_paths(values), recipe, OWN in presets))
+    values = with_resolutions(recipes.with_absolute_paths(values), recipe, OWN in presets)
+    if OWN in presets and "res" not in given.get("data", {}):
+        values = with_sizes_to_choose(values)
+    return reading.parse(Config, values)
+
+
+def with_sizes_to_choose(values: dict[str, Any]) -> dict[str, Any]:
+    """`values` with the test resolutions from which a held-out share chooses, where nobody gives one or them."""
+    tune, name = values.get("tune", {}), values["model"]["timm_name"]
+    if not reading.parse(Tune, {**tune, "hold_out_sizes": ()}).chooses:
+        return values
+    own, res = sizes.sizes(name).train, reading.convert(values["data"]["res"], int, "data.res")
+    found = {sizes.enlarged(name, factor) for factor in own_data.SIZES} | {own, res}
+    return reading.merge({"tune": {"hold_out_sizes": sorted(found - {0})}}, values)
 
 
 def for_own_classes(recipe: Recipe, values: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
@@ -123,9 +136,6 @@ def with_resolutions(values: dict[str, Any], recipe: Recipe, own: bool = False) 
                 f"no --res given, and no square above {own_res} px is known that {name} takes. Next: --res {own_res}"
             )
         values = reading.merge(values, {"data": {"res": res}})
-        if own and reading.parse(Tune, {**values.get("tune", {}), "hold_out_sizes": ()}).chooses:
-            others = {sizes.enlarged(name, factor) for factor in own_data.SIZES} | {sizes.sizes(name).train, res}
-            values = reading.merge({"tune": {"hold_out_sizes": sorted(others - {0})}}, values)
     if first is not None and "res" not in first:
         train = (
             min(sizes.sizes(name).train, reading.convert(res, int, "data.res"))

@@ -105,3 +105,19 @@ def test_a_batch_that_a_cpus_memory_cannot_hold_is_halved_at_submission(
     asked = planned(tmp_path, photos, "--model", "b4", "run.batch_per_device=32")
     assert asked[0].run.batch_per_device == 32
     assert "are available" in asked[1]
+
+
+def test_the_plan_says_what_a_held_out_share_is_for(tmp_path: Path, photos: Path) -> None:
+    """With the stage one that submit adds by itself, and the sizes to choose from where none is given."""
+    config, said = planned(tmp_path, photos, "--model", "b0", "tune.hold_out=0.2")
+    assert config.tune.hold_out_sizes == (224, 256, 288, 320)
+    assert (
+        "stay out of a first stage one and choose the fixing stage's settings at 224, 256, 288, 320 px; then all again"
+        in said
+    )
+    assert "warning: few to choose on. Next: tune.hold_out=0" in said
+    given = planned(tmp_path, photos, "--model", "b0", "--res", "256", "tune.hold_out=0.2")
+    assert "settings at 256 px" in given[1]
+    config, said = planned(tmp_path, photos, "--model", "b0", "tune.hold_out=0.2", "tune.hold_out_use=train")
+    assert config.tune.hold_out_sizes == ()
+    assert "stay out of stage one, and are half of what the fixing stage draws" in said
