@@ -60,7 +60,7 @@ def same(a: RunDir, b: RunDir) -> bool:
     for name in names:
         x, y = (dict(np.load(run.root / "predictions" / name)) for run in (a, b))
         assert all(np.array_equal(x[key], y[key], equal_nan=key == "confidence") for key in x)
-    untimed = ("time", "images_per_second", "data_wait_percent", "memory_gib")
+    untimed = ("time", "seconds", "images_per_second", "data_wait_percent", "memory_gib", "cpu_memory_gib")
     x, y = ([{k: v for k, v in line.items() if k not in untimed} for line in read_lines(run.metrics)] for run in (a, b))
     assert x == y
     x, y = (Results.read(run) for run in (a, b))
