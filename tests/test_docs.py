@@ -98,6 +98,7 @@ RUN = (
     "resume",
     "data",
     "study",
+    "predict",
 )
 # What a test of seconds cannot do: weights from the network, uploads, labels of ImageNet's 50,000 images, a job's files,
 # ONNX, hundreds of pictures.
@@ -122,6 +123,9 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_photos(folder / "DIR", 8, 3)
     shutil.copy(ROOT / "slurm" / "profiles" / "generic.yaml", folder / "mysite.yaml")
     (folder / "slurm").symlink_to(ROOT / "slurm")
+    (folder / "photos").symlink_to(folder / "DIR" / "val" / "ash")
+    shutil.copy(folder / "photos" / "000.jpg", folder / "cat.jpg")
+    (folder / "list.txt").write_text("# one that is not there is named\ncat.jpg\nphotos/001.jpg\n")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         code, said = called("submit", *THE_RUN)
