@@ -28,6 +28,7 @@ LIGHT = ("base", "config", "cluster", "cli", "training.plan", "training.stages",
 ONE_HOME = {
     "submitit": {"cluster.jobs", "cluster.local", "training.job"},
     "tensorboard": {"runs.board"},
+    "wandb": {"runs.wandb_run"},
     "matplotlib": {"publishing.figures"},
     "nvidia": {"data.dali"},
     "apex": {"models.precision"},

@@ -56,6 +56,7 @@ OPERATIONAL = {
             "watchdog_s",
             "record_samples",
             "profile",
+            "logger",
         ),
     },
 }

@@ -104,8 +104,7 @@ class Tune:
     average_epochs: int = 0  # end with the mean of the tuned weights of the last N epochs' ends; 0: the last weights
     alpha: float = 1.0  # end between the weights before fixing (0) and the trained ones (1); measured statistics stay
     hold_out: float = 0.0  # share of train that stays out of stage one (docs/own-data.md); 0: none
-    # choose: this stage's settings on that share, after a first stage one, then all of train again; train: the share
-    # stays out, and makes half of the pictures that this stage trains on
+    # choose: settings on it after a first stage one, then all of train again; train: it stays out and is half of the pictures
     hold_out_use: Literal["choose", "train"] = "choose"
     hold_out_sizes: tuple[int, ...] = ()  # test resolutions to choose from; empty: data.res
 
@@ -205,6 +204,7 @@ class Run:
     save_every_s: float = 300.0  # seconds between checkpoints
     watchdog_s: float = 600.0  # without a batch the run is ended and tried again (0: never); thrice before step one
     eval_every: int = 1  # epochs; 0: only before and after
+    logger: Literal["none", "wandb"] = "none"  # a second place of TensorBoard's values: Weights & Biases
     profile: int | Literal["steps"] = 0  # optimizer steps that are traced once, into tb/profile/; steps: 5 of them
     record_samples: bool = False  # samples/rank_K.jsonl: which sample, in which view, at which step
 

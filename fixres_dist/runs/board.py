@@ -26,6 +26,7 @@ from fixres_dist.config.schema import Config
 from fixres_dist.runs.results import OTHER_SIZE, Results
 from fixres_dist.runs.rundir import RunDir
 from fixres_dist.runs.states import Event
+from fixres_dist.runs.wandb_run import WandbRun
 
 POINTS = 2000  # of a training curve that a start writes anew; TensorBoard shows half of them
 NOT_DRAWN = {"step", "stage", "epoch", "time"}  # keys of a line of metrics.jsonl
@@ -51,6 +52,7 @@ class Board:
 
     def __init__(self, run: RunDir, config: Config) -> None:
         self.run, self.config = run, config
+        self.other: WandbRun | None = None
         folder = run.root / "tb"
         for old in folder.glob("events.out.tfevents.*"):
             remove(old)
@@ -66,6 +68,14 @@ class Board:
         self.marks()
         self.shown: set[str] = set()
         self.pictures()
+        # Only what this start adds: W&B has what the others have sent.
+        self.other = WandbRun(run, settings(config)) if config.run.logger == "wandb" else None
+
+    def point(self, tag: str, value: Any, x: int, walltime: float | None = None) -> None:
+        """A value of a curve, wherever it is logged."""
+        self.writer.add_scalar(tag, value, x, walltime=walltime)
+        if self.other:
+            self.other.scalar(tag, float(value), x)
 
     def texts(self) -> None:
         """Configuration, plan and sbatch text without secrets, and the settings by which `hparams` compares runs."""
@@ -109,7 +119,7 @@ class Board:
         if not (begins and self.losses):  # else the line is of the next epoch
             self.losses.append(loss)
         if int(epoch) > int(self.epoch):
-            self.writer.add_scalar("by_epoch/train_loss", np.mean(self.losses), int(epoch), walltime=line.get("time"))
+            self.point("by_epoch/train_loss", np.mean(self.losses), int(epoch), walltime=line.get("time"))
             self.losses = [loss] if begins else []
         self.epoch = epoch
 
@@ -132,7 +142,7 @@ class Board:
 
     def scalar(self, tag: str, value: Any, line: Mapping[str, Any]) -> None:
         if isinstance(value, int | float) and isinstance(line["step"], int):
-            self.writer.add_scalar(tag, value, line["step"], walltime=line.get("time"))
+            self.point(tag, value, line["step"], walltime=line.get("time"))
 
     def marks(self) -> None:
         """What events.jsonl has that is not shown yet: a point and a text for each kind and step, which never goes back."""
@@ -152,7 +162,7 @@ class Board:
         for (step, kind), same in sorted(found.items()):
             if step > self.marked.get(kind, -1):
                 self.marked[kind] = step
-                self.writer.add_scalar(f"events/{kind}", len(same), step, walltime=same[0]["time"])
+                self.point(f"events/{kind}", len(same), step, walltime=same[0]["time"])
                 self.writer.add_text(f"events/{kind}", "\n".join(map(told, same)), step, walltime=same[0]["time"])
 
     def pictures(self) -> None:
@@ -168,14 +178,14 @@ class Board:
     def curve(self, tag: str, points: Mapping[int, float]) -> None:
         """A curve over something else than steps, such as confidence in percent."""
         for x, y in sorted(points.items()):
-            self.writer.add_scalar(tag, y, x)
+            self.point(tag, y, x)
 
     def result(self, result: Results, step: int) -> None:
         """The final numbers under the same tags in every run, which `hparams` puts beside the settings."""
         best = result.best_before or result.gain
         values = (result.before.top1, result.after.top1, result.delta_top1, best.delta_top1, result.seconds / 3600)
         for name, value in zip(RESULT, values, strict=True):
-            self.writer.add_scalar(f"result/{name}", value, step)
+            self.point(f"result/{name}", value, step)
         self.summary(self.end)
 
     def summary(self, summary: Any) -> None:
@@ -188,6 +198,8 @@ class Board:
     def close(self) -> None:
         self.marks()
         self.writer.close()
+        if self.other:
+            self.other.close()
 
 
 def number(value: Any) -> float:

@@ -12,6 +12,7 @@ from fixres_dist.config.schema import Config
 from fixres_dist.data import class_maps, dataset, demo, deny_lists
 from fixres_dist.models import nvidia_apex
 from fixres_dist.models.sizes import Sizes, of_weights
+from fixres_dist.runs import wandb_run
 from fixres_dist.training.cache import rule
 from fixres_dist.training.estimates import LEFT_OUT, Counts, memory_text, roughly, seconds, time_text
 from fixres_dist.training.stages import Stage, batch_per_device, held_out_count, other_sizes, stages
@@ -69,6 +70,8 @@ def check(config: Config, world_size: int, dry: bool) -> None:
         class_maps.check(config)
         recipes.check_count(config.model.num_classes, len(classes(config)))
     check_weights(config)
+    if config.run.logger == "wandb":
+        wandb_run.check()
     conflicts.check_held_out(config)
     if config.tune.hold_out:
         held_out(config, count(config))
