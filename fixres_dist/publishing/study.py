@@ -16,7 +16,7 @@ from fixres_dist.data import class_maps
 from fixres_dist.publishing import report
 from fixres_dist.publishing.figures import interval
 from fixres_dist.publishing.model_card import data_name
-from fixres_dist.runs.results import Gain
+from fixres_dist.runs.results import Gain, Results
 from fixres_dist.runs.rundir import RunDir
 from fixres_dist.training.predictions import Predictions
 
@@ -171,8 +171,9 @@ def read(runs: Iterable[RunDir]) -> Study:
 
 
 def evaluations(run: RunDir) -> int:
-    """How often the run has evaluated the validation set."""
-    return len(read_lines(run.metrics, evaluation=str))
+    """How often the run's validation set was evaluated on, by its training and by commands (runs/looks.py)."""
+    counted = sum(sum(commands.values()) for commands in Results.read(run).looks.values())
+    return counted or len(read_lines(run.metrics, evaluation=str))  # results of an older version do not count
 
 
 def curves(runs: Sequence[RunDir]) -> dict[Path, str]:

@@ -23,6 +23,7 @@ from fixres_dist.bench import forward
 from fixres_dist.cli import study
 from fixres_dist.cli.command_job import CommandJob
 from fixres_dist.cli.main import main
+from fixres_dist.runs.results import Results
 from fixres_dist.runs.rundir import RunDir
 from fixres_dist.runs.states import Event
 from fixres_dist.training.predictions import Predictions
@@ -92,6 +93,11 @@ def test_the_report_stands_alone(studied: Path) -> None:
     assert "8 points on 24 validation images of data" in text
     assert "Best with at most 0.01 GMACs: " in text
     assert "images/s: forward passes" in text
+    looks = [Results.read(run_of(studied, model, res)).looks for model in MODELS for res in SIZES]
+    assert len({*map(tuple, looks)}) == 1, "one validation set"
+    counted = json.loads((studied / "study" / "study.json").read_text())["evaluations"]
+    assert counted == sum(counts["training"] for one in looks for counts in one.values()) > 8
+    assert f"have evaluated this validation set {counted} times" in text
     lines = read_lines(studied / "study" / "speeds.jsonl", res=int)
     assert sorted((line["timm_name"], line["res"]) for line in lines) == sorted(
         [(m, r) for m in MODELS for r in SIZES] * 3
@@ -110,12 +116,13 @@ def test_the_runs_of_a_model_share_stage_one_at_one_size(studied: Path) -> None:
 def test_the_same_command_again_repeats_nothing(data: Path, studied: Path) -> None:
     before = {file: file.stat().st_mtime_ns for file in studied.glob("*/events.jsonl")}
     assert len(before) == 4
-    report = (studied / "study" / "study.json").read_text()
+    report = json.loads((studied / "study" / "study.json").read_text())
     code, said = called(*words(data, studied, "--speed"))
     assert (code, said.count("is finished; its results")) == (0, 4)
     assert {file: file.stat().st_mtime_ns for file in studied.glob("*/events.jsonl")} == before
     assert "speed 1/" not in said
-    assert (studied / "study" / "study.json").read_text() == report
+    again = json.loads((studied / "study" / "study.json").read_text())
+    assert (again["points"], again["best"]) == (report["points"], report["best"])
 
 
 def test_a_killed_study_goes_on_and_ends_as_the_undisturbed_one(data: Path, studied: Path, tmp_path: Path) -> None:
