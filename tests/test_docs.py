@@ -10,6 +10,7 @@ import re
 import shlex
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -231,7 +232,8 @@ def test_a_symptom_on_the_page_of_recovery_is_what_the_product_says() -> None:
 def test_the_containers_have_what_the_package_needs() -> None:
     """There is no builder here: hadolint reads the Dockerfile, and Apptainer's definition says the same as it."""
     dockerfile, definition = ((ROOT / "container" / name).read_text() for name in ("Dockerfile", "fixres.def"))
-    done = subprocess.run(["hadolint", "-"], input=dockerfile, text=True, capture_output=True, check=False)
+    hadolint = Path(sys.executable).with_name("hadolint")
+    done = subprocess.run([hadolint, "-"], input=dockerfile, text=True, capture_output=True, check=False)
     assert done.returncode == 0, done.stdout
     (image,) = re.findall(r"^FROM (\S+)", dockerfile, re.M)
     assert f"From: {image}" in definition
