@@ -233,7 +233,7 @@ def partials(scratch: Path) -> Case:
 
     def case(rng: random.Random, folder: Path) -> str:
         folder.mkdir()
-        shutil.copy(whole.path, folder)
+        shutil.copy(other.path if rng.random() < 0.2 else whole.path, folder / "0.npz")
         change(rng, [folder / "0.npz"], [whole.path, other.path])
         found = replace(whole, path=folder / "0.npz").read()
         if found is None:
