@@ -81,7 +81,8 @@ def for_own_classes(recipe: Recipe, values: dict[str, Any], given: dict[str, Any
     if config.data.root not in ("", "demo"):
         dataset.check_folder(Path(config.data.root), config.data)
     ranks = config.cluster.node_range()[0] * config.cluster.gpus_per_node
-    found = own_data.derived(plan.count(config).train, ranks, given)
+    counts, new = plan.count(config), config.model.weights == "none"
+    found = own_data.derived(counts.train, counts.classes, ranks, given, new)
     if not recipe.facts:
         found["data"] = {**found.get("data", {}), "resize_rule": "timm"}
     return found

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from fixres_dist.config import reading
 from fixres_dist.config.schema import Tune
 
+LARGEST = 1.5e6  # images x classes of a first result; more would take longer than minutes
 FEW_STEPS = 100  # a stage of fewer has hardly begun
 EVALUATIONS = 5  # of a stage on the way, at most: more would cost a small set longer than its training
 SIZE = 1.29  # of the test pictures over those of stage one: the best of SIZES
@@ -30,7 +31,8 @@ class Stage:
     steps: int  # at least
 
 
-FIRST = Stage(batch=32, rate=0.02, epochs=15, steps=300)  # the whole network
+FIRST = Stage(batch=32, rate=0.002, epochs=15, steps=300)  # the whole network, from the first result's classifier
+NEW_RATE = 0.02  # from a new classifier, or new weights
 HEAD = Stage(batch=64, rate=0.03, epochs=2, steps=240)  # the classifier on kept features, where a step costs nothing
 
 
@@ -48,15 +50,26 @@ def schedule(stage: Stage, n: int, ranks: int, given: Mapping[str, Any], section
     return {"global_batch": batch, "epochs": epochs, "lr_rule": "none", "base_lr": rate, "schedule": "cosine"}
 
 
-def derived(n: int, ranks: int, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Sections of the configuration for `n` training images, laid under what a person has `given`.
+def has_first_result(n: int, classes: int) -> bool:
+    """Whether a logistic classifier of so many classes is fitted on `n` images before stage one (training/floor.py)."""
+    return n * classes <= LARGEST
+
+
+def derived(n: int, classes: int, ranks: int, given: Mapping[str, Any], new: bool = False) -> dict[str, Any]:
+    """Sections of the configuration for `n` training images, laid under what a person has `given`; `new`: of new weights.
+
+    Stage one starts from the first result's classifier, at a tenth of the learning rate that a new one needs: in three sets
+    it ended higher by docs/own-data.md's table.
 
     `tune.policy=auto`, the default, is the classifier on kept features with BatchNorm statistics as they are; another
     policy keeps its own way and learning rate.
     """
     first, tune = given.get("pretrain") or {}, given.get("tune") or {}
+    new = new or first.get("classifier") == "new" or not has_first_result(n, classes)
+    stage = replace(FIRST, rate=NEW_RATE) if new else FIRST
+    start = "new" if new else "first_result"
     settings = {
-        "pretrain": {**schedule(FIRST, n, ranks, first, "pretrain"), "warmup_epochs": 1},
+        "pretrain": {**schedule(stage, n, ranks, first, "pretrain"), "warmup_epochs": 1, "classifier": start},
         "tune": schedule(HEAD, n, ranks, tune, "tune"),
         "run": {},
     }

@@ -158,6 +158,8 @@ class Pretrain(Tune):
     cutmix: float = 0.0  # alpha of CutMix (arXiv 1905.04899); with both, each step draws which
     rand_augment: str = ""  # timm's notation, such as rand-m9-mstd0.5-inc1, instead of colour jitter; empty: none
     drop_path: float = 0.0  # stochastic depth of the last block, while the whole network trains (arXiv 1603.09382)
+    # The classifier that it starts from: new weights, or the first result's, where there is one (training/floor.py)
+    classifier: Literal["new", "first_result"] = "new"
     head_epochs: int = 0  # before: the new classifier alone, on kept features of the untouched trunk (arXiv 2202.10054)
 
     def __post_init__(self) -> None:

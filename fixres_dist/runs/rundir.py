@@ -66,6 +66,7 @@ class RunDir:
     done = File("DONE")
     events = File("events.jsonl")
     failed = File("FAILED")  # why, and the next command
+    first_classifier = File("first_classifier.safetensors")  # the first result's, from which stage one starts
     floor = File("floor.json")  # with stage one on weights: what the untouched network already gives
     held_out = File(
         "held_out"

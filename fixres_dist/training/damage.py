@@ -25,16 +25,14 @@ def put_aside_damaged(run: RunDir) -> None:
     before it is taken, or it is made again; temporary files that nobody is writing go."""
     for folder in (run.checkpoints, run.root / "predictions", run.partial):
         sweep(folder, age_s=0)
-    for file in (run.pretrained, run.head_before):
+    tensors = (run.pretrained, run.head_before, run.first_classifier)
+    for file in tensors:
         sweep(run.root, file.name, age_s=0)
     sweep(run.root)
     sweep(run.root / "export")
     tell = telling(run)
     checkpoint.put_damaged_aside(run.checkpoints, tell)
-    readers: dict[Path, Callable[[Path], object]] = {
-        run.pretrained: lambda path: tensor_files.load(path, ""),
-        run.head_before: lambda path: tensor_files.load(path, ""),
-    }
+    readers: dict[Path, Callable[[Path], object]] = dict.fromkeys(tensors, lambda path: tensor_files.load(path, ""))
     readers |= dict.fromkeys((run.root / "predictions").glob("*.npz"), Predictions.read)
     for file, read in readers.items():
         if file.exists():

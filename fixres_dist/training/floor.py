@@ -16,11 +16,16 @@ from torch import nn
 
 from fixres_dist.base import watchdog
 from fixres_dist.base.errors import UserError
+from fixres_dist.base.files import whole
 from fixres_dist.base.small_files import write_json
+from fixres_dist.config import own_data
 from fixres_dist.config.schema import Tune
 from fixres_dist.data import order
 from fixres_dist.data.requests import every_sample
-from fixres_dist.models.parts import parts_of
+from fixres_dist.models import tensor_files, weights
+from fixres_dist.models.build import classifiers
+from fixres_dist.models.parts import classifier_inputs, parts_of
+from fixres_dist.runs.restoring import put_tensors
 from fixres_dist.runs.results import Floor, read_floors
 from fixres_dist.runs.rundir import RunDir
 from fixres_dist.training import results
@@ -32,16 +37,20 @@ from fixres_dist.training.stages import Stage
 
 PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1)  # L2, of the weights of standardised features
 FOLDS = 5
-LARGEST = 2e9  # features x classes x images; more would take longer than minutes
 
 
 def measure_floors(run: RunDir, session: Session, sizes: Sequence[int]) -> None:
     """Before stage one: a classifier at each of `sizes` px, kept in floor.json, in which a later start finds it.
 
-    The trunk's features are written by the cached engine's pass; rank 0 trains on them. Raises Stopped.
+    The trunk's features are written by the cached engine's pass; rank 0 trains on them. With pretrain.classifier=first_result
+    the session's model gets the one at stage one's size: a whole network that learns from there keeps more of what it knows
+    (arXiv 2202.10054). Raises Stopped.
     """
-    ranks = session.ranks
-    done = ranks.from_main(lambda: [floor.res for floor in read_floors(run)])
+    ranks, first = session.ranks, session.config.pretrain
+    start = first.res if first and first.classifier == "first_result" else None
+    done = ranks.from_main(
+        lambda: [floor.res for floor in read_floors(run) if floor.res != start or run.first_classifier.exists()]
+    )
     for res in (res for res in sizes if res not in done):
         try:
             work = on_features(run, session, res)
@@ -53,6 +62,14 @@ def measure_floors(run: RunDir, session: Session, sizes: Sequence[int]) -> None:
                 why = ranks.from_main(partial(of_features, run, work))
         if why and ranks.is_main:
             print(f"no first result at {res} px: {why}", flush=True)
+    if start and ranks.from_main(run.first_classifier.exists):
+        put_tensors(session.model, weights.read_state(run.first_classifier))
+    elif start and ranks.is_main:
+        print(
+            "warning: stage one starts with a new classifier, at a learning rate for the first result's. "
+            f"Next, under another --name: pretrain.classifier=new pretrain.base_lr={own_data.NEW_RATE}",
+            flush=True,
+        )
 
 
 def on_features(run: RunDir, session: Session, res: int) -> StageSession:
@@ -68,13 +85,13 @@ def on_features(run: RunDir, session: Session, res: int) -> StageSession:
 
 def of_features(run: RunDir, work: StageSession) -> str:
     """Add the classifier's accuracy on val to floor.json, with the penalty that is chosen inside train; returns why not."""
-    classes, res = len(work.session.classes), work.stage.res
+    classes, n, res = len(work.session.classes), len(work.session.train), work.stage.res
+    if not own_data.has_first_result(n, classes):
+        return f"{classes:,} classes on {n:,} images would take too long"
     print(
         f"first result at {res} px: fitting a logistic classifier with each of {len(PENALTIES)} penalties", flush=True
     )
     x, labels, _ = features(work, "train")
-    if x.dim() != 2 or x.numel() * classes > LARGEST:
-        return f"{classes} classes on features {list(x.shape)} would take too long"
     mean, scale = x.mean(0), x.std(0).clamp(min=1e-6)
     x = (x - mean) / scale
     folds, losses = stratified(labels, FOLDS, work.stage.seed), {}
@@ -83,7 +100,10 @@ def of_features(run: RunDir, work: StageSession) -> str:
         watchdog.beat()
     chosen = min(losses, key=losses.__getitem__)
     scores, wanted, samples = features(work, "val")
-    found = logits(fit(x, labels, classes, chosen), (scores - mean) / scale)
+    layer = fit(x, labels, classes, chosen)
+    if (first := work.session.config.pretrain) and first.classifier == "first_result" and res == first.res:
+        keep(run, work.session.model, layer, mean, scale)
+    found = logits(layer, (scores - mean) / scale)
     rows = torch.zeros(len(work.session.val), 6, dtype=torch.float64)
     rows[:, 1] = -1  # a picture that could not be decoded has no prediction
     rows[samples] = score(found, wanted).double()
@@ -91,9 +111,23 @@ def of_features(run: RunDir, work: StageSession) -> str:
     predictions.save(results.predictions_file(run, f"floor-{res}"), work.session.val.fingerprint)
     val = predictions.summary()
     floor = Floor(val.top1, val.top5, val.loss, res, chosen, losses[chosen])
-    write_json(run.floor, [asdict(one) for one in (*read_floors(run), floor)])
+    write_json(run.floor, [asdict(one) for one in (*(one for one in read_floors(run) if one.res != res), floor)])
     print(floor.sentence(), flush=True)
     return ""
+
+
+@torch.no_grad()
+def keep(run: RunDir, model: nn.Module, fitted: nn.Linear, mean: torch.Tensor, scale: torch.Tensor) -> None:
+    """Write the model's classifier that is `fitted`, of features less `mean` over `scale`; nothing where it is no single
+    linear layer."""
+    names = classifiers(model)
+    layer = model.get_submodule(names[0])
+    if len(names) > 1 or not isinstance(layer, nn.Linear) or layer.bias is None:
+        return
+    weight = fitted.weight / scale
+    with whole(run.first_classifier) as part:
+        tensors = {f"{names[0]}.weight": weight, f"{names[0]}.bias": fitted.bias - weight @ mean}
+        tensor_files.save(part, {name: value.detach().contiguous() for name, value in tensors.items()})
 
 
 def fold_loss(x: torch.Tensor, labels: torch.Tensor, folds: torch.Tensor, classes: int, penalty: float) -> float:
@@ -107,19 +141,22 @@ def fold_loss(x: torch.Tensor, labels: torch.Tensor, folds: torch.Tensor, classe
     return total / len(labels)
 
 
+@torch.no_grad()
 def features(work: StageSession, split: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(pooled features [n, width], the model's classes [n], samples [n]) of the pictures that could be decoded."""
+    """(what enters the classifier [n, width], the model's classes [n], samples [n]) of the pictures that could be decoded,
+    on the CPU."""
     session = work.session
     index, store = session.splits[split], work.stores[split]
     requests = every_sample(index, session.pictures_of("test", work.stage.res), 256, 0, 1)
-    found, labels, samples = [], [], []
-    for rows in store.batches(index, requests):
-        (values, *_) = session.inputs(work.parts, rows.images)
-        found.append(values.cpu())
-        labels.append(rows.labels)
-        samples.append(rows.samples)
+    labels, samples = [], []
+    with classifier_inputs(work.parts) as found:
+        for rows in store.batches(index, requests):
+            session.logits(work.parts, work.parts.head, session.inputs(work.parts, rows.images))
+            labels.append(rows.labels)
+            samples.append(rows.samples)
+            watchdog.beat()
     columns = torch.tensor(session.columns[split])
-    return torch.cat(found), columns[torch.cat(labels)], torch.cat(samples)
+    return torch.cat([values.cpu() for values in found]), columns[torch.cat(labels)], torch.cat(samples)
 
 
 def stratified(labels: torch.Tensor, folds: int, seed: int) -> torch.Tensor:

@@ -23,10 +23,9 @@ from fixres_dist.base.small_files import write_json
 from fixres_dist.config.schema import Config, Tune
 from fixres_dist.data import order
 from fixres_dist.data.index import Index
-from fixres_dist.data.requests import every_sample
 from fixres_dist.models import batchnorm, weights
 from fixres_dist.models.build import classifiers
-from fixres_dist.models.parts import classifier_inputs, parts_of
+from fixres_dist.models.parts import parts_of
 from fixres_dist.models.policies import select
 from fixres_dist.models.precision import sgd
 from fixres_dist.runs import checkpoint, rundir
@@ -35,7 +34,7 @@ from fixres_dist.runs.restoring import put_tensors
 from fixres_dist.runs.rundir import RunDir
 from fixres_dist.training import damage, stage_one
 from fixres_dist.training.cache.build import open_stores
-from fixres_dist.training.floor import FOLDS, logits, percent, stratified
+from fixres_dist.training.floor import FOLDS, features, logits, measure_floors, percent, stratified
 from fixres_dist.training.session import Session
 from fixres_dist.training.stage_session import StageSession
 from fixres_dist.training.stages import Stage, held_out_count, repeats_of_held_out, stages
@@ -89,8 +88,11 @@ def choose(run: RunDir, session: Session, startup: StartUp) -> Session:
         open_inner(run, inner, config)
     ranks.barrier()
     before = {name: value.clone() for name, value in model.state_dict().items()}
+    rest = session_of(first, "pretrain")
+    if config.pretrain and not ranks.from_main(inner.pretrained.exists):
+        measure_floors(inner, rest, [config.pretrain.res])
     with checkpoint.Writer(inner.checkpoints, lambda **saved: inner.event("saved", **saved)) as writer:
-        stage_one.train(inner, session_of(first, "pretrain"), todo, writer, startup)
+        stage_one.train(inner, rest, todo, writer, startup)
     weights.fill(model, weights.read_state(inner.pretrained), str(inner.pretrained))
     tried = [one for res in sizes(session.config) for one in candidates(run, first.for_size(res), res, todo[-1])]
     put_tensors(model, before)
@@ -162,7 +164,7 @@ def of_features(work: StageSession) -> Iterator[Candidate]:
     """Rank 0: the candidates at the stage's size; nothing is trained in the first of each kind of statistics."""
     old, stage = copy.deepcopy(one_linear_layer(work.session.model)).cpu(), work.stage
     for kind in statistics(work):
-        (x, labels), (held, wanted) = pooled(work, "train"), pooled(work, "val")
+        (x, labels, _), (held, wanted, _) = features(work, "train"), features(work, "val")
         folds, start = stratified(wanted, FOLDS, stage.seed), logits(old, held)
         settings = [(stage.tune.base_lr, 0.0, start)]
         for factor in RATES:
@@ -188,7 +190,7 @@ def statistics(work: StageSession) -> Iterator[str]:
         return
     moments = {bn: batchnorm.Moments(int(bn.num_features), work.session.ranks.device) for bn in bns}  # type: ignore[arg-type]
     hooks = [bn.register_forward_pre_hook(lambda bn, inputs: moments[bn].add(inputs[0])) for bn in bns]
-    pooled(work, "train")
+    features(work, "train")
     for hook in hooks:
         hook.remove()
     kept = [(bn.running_mean.clone(), bn.running_var.clone()) for bn in bns]  # type: ignore[operator]
@@ -201,21 +203,6 @@ def statistics(work: StageSession) -> Iterator[str]:
     for bn, (mean, variance) in zip(bns, kept, strict=True):
         bn.running_mean.copy_(mean)  # type: ignore[operator]
         bn.running_var.copy_(variance)  # type: ignore[operator]
-
-
-@torch.no_grad()
-def pooled(work: StageSession, split: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """(what the classifier takes [n, width], the model's classes [n]) of the split's pictures that could be decoded, on the CPU."""
-    session, labels = work.session, []
-    index, store = session.splits[split], work.stores[split]
-    requests = every_sample(index, session.pictures_of("test", work.stage.res), work.batch_per_device, 0, 1)
-    with classifier_inputs(work.parts) as found:
-        for rows in store.batches(index, requests):
-            session.logits(work.parts, work.parts.head, work.inputs(rows.images))
-            labels.append(rows.labels)
-            watchdog.beat()
-    columns = torch.tensor(session.columns[split])
-    return torch.cat([f.cpu() for f in found]), columns[torch.cat(labels)]
 
 
 def trained(old: nn.Linear, x: torch.Tensor, labels: torch.Tensor, stage: Stage) -> nn.Linear:

@@ -145,6 +145,7 @@ def lines(
             f"{stage.stop - stage.first:,} steps ({t.epochs} epochs of {stage.per_epoch:,}) at {stage.res} px, "
             f"global batch {t.global_batch}, learning rate {t.peak_learning_rate():.3g} {t.schedule}"
             + (f", {stage.ordinary.optimizer}" if stage.ordinary.optimizer != "sgd" else "")
+            + ", from the first result's classifier" * (stage.ordinary.classifier == "first_result")
         )
         if config.pretrain and stage.name != "head":
             section = "pretrain" if stage.name == "pretrain" else "tune"

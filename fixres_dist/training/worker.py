@@ -158,7 +158,7 @@ def train_stages(run: RunDir, config: Config, ranks: Ranks, stack: contextlib.Ex
     if ranks.is_main:
         begin(run, session, total_steps=todo[-1].stop)
     if config.pretrain and not pretrained and config.model.weights != "none":
-        measure_floors(run, session, sorted({stage.res for stage in todo}))
+        measure_floors(run, hold_out.session_of(session, "pretrain"), sorted({stage.res for stage in todo}))
     if chooses:
         session = hold_out.choose(run, session, startup)
         todo = stages(session.config, len(session.train))

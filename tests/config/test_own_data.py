@@ -15,10 +15,10 @@ from fixres_dist.config import own_data, reading, recipes
 from fixres_dist.config.schema import Config, Tune
 
 
-def derived(n: int, ranks: int = 1, *items: str) -> Config:
+def derived(n: int, ranks: int = 1, *items: str, classes: int = 3) -> Config:
     given: dict[str, Any] = reading.overrides([*items])
     values = reading.merge(recipes.find("b0").values, recipes.preset("own_classes"))
-    values = reading.merge(values, own_data.derived(n, ranks, given))
+    values = reading.merge(values, own_data.derived(n, classes, ranks, given))
     return reading.parse(Config, reading.merge(values, own_data.without_auto(given)))
 
 
@@ -37,7 +37,8 @@ def test_what_was_measured_on_711_pictures_is_what_they_get() -> None:
     config = derived(711, 2)
     assert config.pretrain
     first, tune = config.pretrain, config.tune
-    assert (first.policy, first.epochs, first.global_batch, first.peak_learning_rate()) == ("all", 15, 32, 0.02)
+    assert (first.policy, first.epochs, first.global_batch, first.peak_learning_rate()) == ("all", 15, 32, 0.002)
+    assert first.classifier == "first_result"
     assert (tune.policy, tune.bn_stats, tune.epochs, tune.global_batch) == ("classifier", "kept", 20, 64)
     assert (tune.peak_learning_rate(), tune.schedule, config.data.train_transform) == (0.03, "cosine", "test")
 
@@ -45,12 +46,21 @@ def test_what_was_measured_on_711_pictures_is_what_they_get() -> None:
 def test_a_given_setting_stays_and_decides_those_that_depend_on_it() -> None:
     config = derived(711, 1, "pretrain.global_batch=128", "tune.epochs=3", "tune.policy=auto")
     assert config.pretrain
-    assert (config.pretrain.epochs, config.pretrain.base_lr) == (50, 0.04), "300 steps of 6 an epoch; lr as the root"
+    assert (config.pretrain.epochs, config.pretrain.base_lr) == (50, 0.004), "300 steps of 6 an epoch; lr as the root"
     assert (config.tune.epochs, config.tune.policy) == (3, "classifier")
     chosen = derived(711, 1, "tune.policy=classifier+bn").tune
     assert (chosen.bn_stats, chosen.lr_rule, chosen.base_lr, chosen.epochs) == ("exact", "fixres", 1e-3, 20)
     with pytest.raises(UserError, match=r"pretrain\.global_batch is 'x'"):
         derived(711, 1, "pretrain.global_batch=x")
+
+
+@pytest.mark.parametrize(("n", "classes", "items"), [(711, 3, ["pretrain.classifier=new"]), (1_281_167, 1000, [])])
+def test_a_new_classifier_learns_faster(n: int, classes: int, items: list[str]) -> None:
+    """Where it is asked for, and where a first result would take too long."""
+    first = derived(n, 1, *items, classes=classes).pretrain
+    assert first
+    assert first.classifier == "new"
+    assert first.peak_learning_rate() == pytest.approx(0.02 * (first.global_batch / 32) ** 0.5, rel=1e-2)
 
 
 def test_too_few_steps_are_said_with_the_values_to_set() -> None:
