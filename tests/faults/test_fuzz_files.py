@@ -6,7 +6,11 @@ import importlib.util
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import pytest
+
+from fixres_dist.base import checksums
+from fixres_dist.base.small_files import Damaged
 
 
 def script() -> ModuleType:
@@ -37,3 +41,13 @@ def test_no_damaged_file_is_read_as_if_it_were_whole(kind: str, count: int) -> N
     assert not found["wrong"]
     assert not found["traceback"]
     assert found["rebuilt"] + found["refused"] > count // 2, "most of the damage is to something"
+
+
+def test_arrays_of_a_whole_zip_are_compared_too(tmp_path: Path) -> None:
+    """A zip has checksums of its own, which a copy with other values has as well."""
+    checksums.save_arrays(tmp_path / "a.npz", {"x": np.arange(3)})
+    with np.load(tmp_path / "a.npz") as file:
+        arrays = {**file, "x": np.arange(3) + 1}
+    np.savez(tmp_path / "a.npz", **arrays)
+    with pytest.raises(Damaged, match="its checksum is not that of what it holds"):
+        checksums.load_arrays(tmp_path / "a.npz", "")
