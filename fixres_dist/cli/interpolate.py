@@ -6,20 +6,26 @@ import argparse
 from dataclasses import asdict
 from pathlib import Path
 
+from fixres_dist.base.commands import command
 from fixres_dist.base.environment import versions
-from fixres_dist.base.errors import EXIT_DONE
+from fixres_dist.base.errors import EXIT_DONE, UserError
 from fixres_dist.base.small_files import write_json
 from fixres_dist.base.text import table
 from fixres_dist.cli import as_job
 from fixres_dist.cli.arguments import add_eval_sets, add_job, add_source
 from fixres_dist.cli.export import parse_alphas
+from fixres_dist.config.schema import Config
 from fixres_dist.data import class_maps
 from fixres_dist.evaluation import robustness
-from fixres_dist.evaluation.inputs import check, model_config, opened, subjects, weights_after
+from fixres_dist.evaluation.inputs import Subject, check, model_config, opened, subjects, weights_after
 from fixres_dist.runs import looks
 from fixres_dist.runs.rundir import RunDir
 
-EXAMPLES = ("--run runs/b0-320", "--run runs/b0-320 --alpha 0,0.5,1 --eval-set v2=/data/imagenetv2")
+EXAMPLES = (
+    "--run runs/b0-320",
+    "--run runs/b0-320 --alpha 0,0.5,1 --eval-set v2=/data/imagenetv2",
+    "--run runs/g-0 --average runs/g-1 --average runs/g-2",
+)
 
 
 def add_arguments(p: argparse.ArgumentParser) -> None:
@@ -27,13 +33,46 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     text = "0: the starting weights, 1: the fixed ones; default: %(default)s"
     p.add_argument("--alpha", default="0,0.25,0.5,0.75,1", metavar="A,B,...", help=text)
     add_eval_sets(p)
+    text = "instead: the mean of the fixed weights of --run and of this run, such as a grid's (soup); repeatable"
+    p.add_argument("--average", type=Path, action="append", default=[], metavar="RUN", help=text)
     p.add_argument("--out", type=Path, metavar="DIR", help="for alpha.json and alpha.png; default: the run directory")
     add_job(p)
+
+
+def average(args: argparse.Namespace, config: Config) -> int:
+    """The mean of several runs' weights beside each of them, on val; written to soup/ as `export` writes a model."""
+    from fixres_dist.evaluation import soup
+    from fixres_dist.models import weights
+    from fixres_dist.publishing import export
+
+    runs = [RunDir(path) for path in (args.run, *args.average)]
+    if args.eval_set or as_job.asked(args):
+        raise UserError(
+            "--average measures on val, in this process. Next: leave out --eval-set, --cluster and --dry-run."
+        )
+    soup.check(runs)
+    out, mean = args.out or args.run / "soup", soup.mean(runs)
+    with opened(config, [Subject("after", weights_after(runs[0]))], args.run) as session:
+        found, model = soup.measure(session, runs, mean), session.for_size(config.data.res).model
+        looks.count(runs[0], session.val.fingerprint, "interpolate", 1 + len(runs))
+    print(table(["run", "top-1", "top-5"], [(name, f"{s.top1:.2f}", f"{s.top5:.2f}") for name, s in found.rows()]))
+    print(
+        f"the mean over the best of them, {found.best}: {found.gain.phrase(found.mean.n)}, allowing for the choice of {len(runs)}"
+    )
+    out.mkdir(parents=True, exist_ok=True)
+    weights.fill(model, mean, "the mean")
+    weights.write_weights(model, out / "model.safetensors", config, config.data.res, session.classes)
+    export.write_config(model, out / "config.json", config, config.data.res, list(session.classes))
+    write_json(out / "soup.json", asdict(found), sealed=True)
+    print(f"{out}: model.safetensors, config.json, soup.json. Next: {command('predict', out, 'IMAGES')}")
+    return EXIT_DONE
 
 
 def run(args: argparse.Namespace) -> int:
     """Top-1 of several mixtures of the starting and the fixed weights, in one pass over the images of each set."""
     alphas, config = parse_alphas(args.alpha), model_config(args)
+    if args.average:
+        return average(args, config)
     run, before = RunDir(args.run), subjects(args.run)[0]
     sets, out = class_maps.named_sets(args.eval_set, "val"), args.out or args.run
     weights_after(run)

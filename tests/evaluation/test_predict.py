@@ -6,14 +6,17 @@ import csv
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from scipy.optimize import minimize_scalar
 from scipy.special import log_softmax, softmax
 from sklearn import metrics
@@ -23,6 +26,7 @@ from support.in_process import SETTINGS, called
 import fixres_dist
 from fixres_dist.base.errors import UserError
 from fixres_dist.cli.main import main
+from fixres_dist.config import reading
 from fixres_dist.evaluation.classifier import Classifier
 from fixres_dist.runs.results import Results
 from fixres_dist.runs.rundir import RunDir
@@ -334,6 +338,33 @@ def test_how_often_val_was_looked_at_is_counted_and_said(run: RunDir, tmp_path: 
     assert main(["report", str(run.root), "--out", str(tmp_path)]) == 0
     said = f"The validation images of r (list {fingerprint}) have been evaluated on {known['training'] + 12} times: 6 by sweep"
     assert said in (tmp_path / "report.md").read_text()
+
+
+def test_the_mean_of_two_runs_is_measured_and_written(run: RunDir, photos: Path, tmp_path: Path) -> None:
+    other = RunDir(tmp_path / "other")
+    shutil.copytree(run.root, other.root)
+    state = load_file(run.root / "export" / "model.safetensors")
+    moved = {name: value + 0.01 if value.is_floating_point() else value for name, value in state.items()}
+    save_file(moved, other.root / "export" / "model.safetensors")
+    (other.root / "export" / "config.json").unlink()
+    words = ("interpolate", "--run", run.root, "--average", other.root, "--out", tmp_path / "soup", "data.workers=0")
+    code, said = called(*words)
+    assert code == 0, said
+    found, mean = (
+        json.loads((tmp_path / "soup" / "soup.json").read_text()),
+        load_file(tmp_path / "soup" / "model.safetensors"),
+    )
+    for name, value in mean.items():
+        assert value.double().numpy() == pytest.approx(
+            (state[name].double() + moved[name].double()).numpy() / 2, abs=1e-5
+        )
+    assert fixres_dist.load(tmp_path / "soup").evaluate(photos)["top1"] == found["mean"]["top1"]
+    assert list(found["runs"]) == [str(run.root), str(other.root)]
+    config = reading.load((other.root / "config.yaml").read_text())
+    (other.root / "config.yaml").write_text(reading.dump(replace(config, data=replace(config.data, res=96))))
+    code, said = called(*words)
+    assert code == 2
+    assert "are of different resolution, so their weights have no mean" in said
 
 
 def test_importing_the_package_loads_no_torch() -> None:
