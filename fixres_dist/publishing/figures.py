@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
     from fixres_dist.evaluation.interpolation import Mixture
-    from fixres_dist.publishing.study import Cost, Point
     from fixres_dist.training.calibration import Reliability
 
 TOP1 = "top-1 (%)"
@@ -260,46 +259,6 @@ def published_plot(curves: Mapping[str, Sequence[tuple[float, float, float]]], r
             costs += [point[k] for points in curves.values() for point in points]
             axes[k].set(xscale="log" if max(costs) > 10 * min(costs) else "linear", xlabel=cost_label)
         axes[0].set_ylabel(TOP1)
-
-
-def study_plot(
-    points: Sequence[Point], x: Cost, x_label: str, file: Path, best: Sequence[Point] = (), limit: float | None = None
-) -> None:
-    """Top-1 with 95 % intervals against `x`: a colour and a marker for each model, hollow and dashed before fixing.
-
-    `best`: the Pareto front, cheapest first. `limit`: the value of `x` up to which, or from which on, points are allowed.
-    """
-    curves: dict[tuple[str, str], list[Point]] = {}
-    for point in points:
-        curves.setdefault((point.model, point.when), []).append(point)
-    models = list(dict.fromkeys(model for model, _ in curves))
-    beside = len(curves) > 4  # the legend
-    with figure(file, f"top-1 against {x_label}", (8.5, 4.0) if beside else INCHES) as (axes,):
-        if best:
-            rises = x(best[0]) <= x(best[-1])  # a cost; a speed falls along the front
-            band: dict[str, Any] = {"color": GREY, "lw": 5, "alpha": 0.4, "label": "Pareto front"}
-            axes.step([x(p) for p in best], [p.top1 for p in best], where="post" if rises else "pre", **band)
-        for i, ((model, when), curve) in enumerate(curves.items()):
-            k, curve = models.index(model), sorted(curve, key=x)
-            # Beside each other on the axis of resolutions, where the bars of all curves would stand on each other.
-            aside = 0 if best else (i - (len(curves) - 1) / 2) * 0.004 * max(map(x, points))
-            bars = np.array([interval(p.top1, int(p.predictions.counted.sum())) for p in curve]).T
-            colour = (BLUE, *OTHERS)[k % (1 + len(OTHERS))]
-            look: dict[str, Any] = {"color": colour, "marker": f"o{SIGNS}"[k % 9], "capsize": 2, "elinewidth": 0.8}
-            # A ring and a dot, of which both are seen where fixing changes nothing.
-            look |= {"ls": "-", "ms": 4, "zorder": 3} if when == "after" else {"ls": "--", "ms": 7, "mfc": "white"}
-            label = as_text(f"{model}, {when} fixing")
-            axes.errorbar([x(p) + aside for p in curve], [p.top1 for p in curve], bars, lw=1.3, label=label, **look)
-        if limit is not None:
-            axes.axvline(limit, color=GREY, lw=0.8, ls=":")
-            axes.annotate("limit", (limit, 0.02), **MARK)
-        axes.set(xlabel=x_label, ylabel=f"{TOP1}, 95 % intervals")
-        if best:
-            spread(axes, [x(p) for p in points])
-        else:
-            axes.set_xticks(sorted({round(x(p)) for p in points}))
-        if beside:
-            axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=8)
 
 
 def spread(axes: Axes, values: Sequence[float]) -> None:

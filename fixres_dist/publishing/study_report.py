@@ -5,11 +5,26 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from fixres_dist.base.text import markdown_table, table
 from fixres_dist.evaluation import sweep
 from fixres_dist.evaluation.sweep import Limit
-from fixres_dist.publishing import figures
+from fixres_dist.publishing.figures import (
+    BLUE,
+    GREY,
+    INCHES,
+    MARK,
+    OTHERS,
+    SIGNS,
+    TOP1,
+    as_text,
+    figure,
+    interval,
+    spread,
+)
 from fixres_dist.publishing.html_page import verbatim
 from fixres_dist.publishing.study import Cost, Point, Study, choices, front, multiply_adds, seconds_per_image
 
@@ -24,13 +39,53 @@ def draw(study: Study, limit: Limit, folder: Path) -> None:
     """The PICTURES of what is finished, and measured."""
     if not study.points:
         return
-    figures.study_plot(study.points, lambda p: p.res, "test resolution (px)", folder / "resolution.png")
+    plot(study.points, lambda p: p.res, "test resolution (px)", folder / "resolution.png")
     best = front(study.points, multiply_adds)
     label = "multiply-adds of a picture (billions)"
-    figures.study_plot(study.points, multiply_adds, label, folder / "gmacs.png", best, limit.max_gmacs)
+    plot(study.points, multiply_adds, label, folder / "gmacs.png", best, limit.max_gmacs)
     if measured := [p for p in study.points if p.images_per_second]:
         best, least = front(measured, seconds_per_image), limit.min_images_per_second
-        figures.study_plot(measured, images_per_second, "images per second", folder / "speed.png", best, least)
+        plot(measured, images_per_second, "images per second", folder / "speed.png", best, least)
+
+
+def plot(
+    points: Sequence[Point], x: Cost, x_label: str, file: Path, best: Sequence[Point] = (), limit: float | None = None
+) -> None:
+    """Top-1 with 95 % intervals against `x`: a colour and a marker for each model, hollow and dashed before fixing.
+
+    `best`: the Pareto front, cheapest first. `limit`: the value of `x` up to which, or from which on, points are allowed.
+    """
+    curves: dict[tuple[str, str], list[Point]] = {}
+    for point in points:
+        curves.setdefault((point.model, point.when), []).append(point)
+    models = list(dict.fromkeys(model for model, _ in curves))
+    beside = len(curves) > 4  # the legend
+    with figure(file, f"top-1 against {x_label}", (8.5, 4.0) if beside else INCHES) as (axes,):
+        if best:
+            rises = x(best[0]) <= x(best[-1])  # a cost; a speed falls along the front
+            band: dict[str, Any] = {"color": GREY, "lw": 5, "alpha": 0.4, "label": "Pareto front"}
+            axes.step([x(p) for p in best], [p.top1 for p in best], where="post" if rises else "pre", **band)
+        for i, ((model, when), curve) in enumerate(curves.items()):
+            k, curve = models.index(model), sorted(curve, key=x)
+            # Beside each other on the axis of resolutions, where the bars of all curves would stand on each other.
+            aside = 0 if best else (i - (len(curves) - 1) / 2) * 0.004 * max(map(x, points))
+            bars = np.array([interval(p.top1, int(p.predictions.counted.sum())) for p in curve]).T
+            colour = (BLUE, *OTHERS)[k % (1 + len(OTHERS))]
+            look: dict[str, Any] = {"color": colour, "marker": f"o{SIGNS}"[k % 9], "capsize": 2, "elinewidth": 0.8}
+            # A ring and a dot, of which both are seen where fixing changes nothing.
+            look |= {"ls": "-", "ms": 4, "zorder": 3} if when == "after" else {"ls": "--", "ms": 7, "mfc": "white"}
+            label = as_text(f"{model}, {when} fixing")
+            axes.errorbar([x(p) + aside for p in curve], [p.top1 for p in curve], bars, lw=1.3, label=label, **look)
+        if limit is not None:
+            axes.axvline(limit, color=GREY, lw=0.8, ls=":")
+            axes.annotate("limit", (limit, 0.02), **MARK)
+        axes.set(xlabel=x_label, ylabel=f"{TOP1}, 95 % intervals")
+        if best:
+            spread(axes, [x(p) for p in points])
+        else:
+            axes.set_xticks(sorted({round(x(p)) for p in points}))
+        if beside:
+            axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=8)
 
 
 def images_per_second(point: Point) -> float:
