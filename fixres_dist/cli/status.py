@@ -85,5 +85,5 @@ def picture(rows: Sequence[status.Row], below: str) -> Group:
         bar = ProgressBar(total=row.total_steps or 1, completed=row.step, width=12)
         table.add_row(Text(name), Text(state, colour), Text(step), bar, *map(Text, rest))
         if row.reason:
-            reasons.append(f"{row.name}: ", colour).append(printable(row.reason) + "\n")
+            reasons.append(f"{name}: ", colour).append(printable(row.reason) + "\n")
     return Group(table, reasons, Text(below), Text(time.strftime("%F %T"), "dim"))
