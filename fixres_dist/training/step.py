@@ -118,13 +118,14 @@ def measure_statistics(work: StageSession, partial: Partial | None = None) -> in
         if partial and ranks.is_main:
             partial.write(found.numpy())
 
-    every_s, size = partial.every_s if partial else math.inf, work.batch_per_device
+    every_s, passed = partial.every_s if partial else math.inf, 0
     total = -(-min(work.stage.tune.bn_stats_images, len(work.session.train)) // ranks.world_size)
     with progress_bar(f"statistics of {', '.join(work.parts.tuned.last_bns)}", ranks.is_main) as report:
         for batch in ranks.together(work.statistics_batches(count), keep, every_s):
             work.logits(work.parts.head, work.inputs(batch.images))
             count += 1
-            report(min(total, count * size), total)
+            passed += len(batch.samples)  # of this start
+            report(min(total, passed), total)
     for bn, hook in zip(bns, hooks, strict=True):
         hook.remove()
         moments[bn].sums = ranks.total(moments[bn].sums.cpu())
