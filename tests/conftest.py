@@ -74,6 +74,7 @@ def pytest_sessionstart(session: pytest.Session) -> None:
         reporter.write_line(f"GPU: {'found' if torch.cuda.is_available() else left_out}")
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Without a GPU no test marked gpu. For `pytest -n 3 --dist loadgroup` on two cores: what needs Slurm, which mostly
     waits, goes to one process, on one cluster, and comes first, because that process takes the longest."""

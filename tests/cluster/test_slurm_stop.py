@@ -66,7 +66,8 @@ def test_the_time_limit(undisturbed: Service, tmp_path: Path) -> None:
     undisturbed.hold(job)
     undisturbed.slurm("scontrol", "update", f"jobid={job}", "timelimit=1")  # the warning is due 30 s before the minute
     undisturbed.until("timeout", lambda: len(undisturbed.events("timeout", "requeued")) == 1)
-    undisturbed.slurm("scontrol", "update", f"jobid={job}", "timelimit=60")
+    longer = ("scontrol", "update", f"jobid={job}", "timelimit=60")
+    undisturbed.until("timeout", lambda: undisturbed.tried(*longer).returncode == 0)
     undisturbed.until_state("timeout", "done")
     assert_exact(undisturbed, "timeout", job, "timeout", 1)
     undisturbed.until("timeout", lambda: len(undisturbed.events("timeout", "on_change")) == 2)

@@ -77,9 +77,13 @@ class Service:
         return str(self.state(name)["job_id"])
 
     def slurm(self, *command: str) -> str:
-        done = subprocess.run(command, env=self.cluster.env, capture_output=True, text=True, timeout=100)
+        done = self.tried(*command)
         assert done.returncode == 0, (command, done.stdout, done.stderr)
         return done.stdout
+
+    def tried(self, *command: str) -> subprocess.CompletedProcess[str]:
+        """For what Slurm refuses at times, such as changes of a job that is just completing."""
+        return subprocess.run(command, env=self.cluster.env, capture_output=True, text=True, timeout=100, check=False)
 
     def preempt(self) -> None:
         """Run a job of higher priority on every GPU; returns when it has ended."""
