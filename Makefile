@@ -26,7 +26,7 @@ check: setup
 	$(VENV)/bin/mypy
 
 test: setup check
-	$(PY) -m pytest -n 3 --dist loadgroup
+	$(PY) -m pytest -n 3 --dist loadgroup --no-loadscope-reorder
 
 clean:
 	rm -rf $(VENV) runs build *.egg-info
