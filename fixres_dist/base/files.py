@@ -133,7 +133,8 @@ def named(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        error.filename = error.filename or str(path)
+        if error.errno:  # one with only a message would lose it
+            error.filename = error.filename or str(path)
         raise
 
 

@@ -32,7 +32,8 @@ def patiently(act: Callable[[], T], path: Path, root: Path, done: str = "read") 
             return act()
         except OSError as error:
             if error.errno is None or (error.errno in OF_THE_FILE and os.access(root, os.R_OK | os.X_OK)):
-                error.filename = error.filename or str(path)  # a write to an open file does not know its name
+                if error.errno:  # an error of only a message would lose it; a write to an open file knows no name
+                    error.filename = error.filename or str(path)
                 raise
             if pause is None:
                 raise StorageError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import shutil
 import struct
 import tarfile
@@ -221,11 +222,19 @@ def write_tar(path: Path, members: list[tuple[str, bytes]]) -> None:
 
 
 def test_shards_exchanged_behind_equal_sizes_and_times_are_noticed(tmp_path: Path) -> None:
+    """Refused, and taken once the index of the old ones is removed, as the message says."""
     found = []
     for seed in (0, 1):
         photo = p.encode(p.photograph(30, 40 + seed, seed))
         write_tar(tmp_path / "val" / "0.tar", [("0.jpg", photo), ("0.cls", b"0"), ("1.jpg", photo), ("1.cls", b"1")])
         os.utime(tmp_path / "val" / "0.tar", (1e9, 1e9))
+        if found:
+            with pytest.raises(
+                UserError, match=r"0\.tar is not what it was when .*: 2 of its images have changed"
+            ) as refused:
+                dataset.load(tmp_path, "val", str(tmp_path / "cache"))
+            (file,) = re.findall(r"`?rm (\S+?)`?, and the same", str(refused.value))
+            Path(file).unlink()
         found.append(dataset.load(tmp_path, "val", str(tmp_path / "cache")))
     assert [index.sizes[0].tolist() for index in found] == [[30, 40], [30, 41]]
 

@@ -273,7 +273,7 @@ def test_the_curve_between_the_heads_ends_in_before_and_after(run: RunDir, tmp_p
         assert {key: row[key] for key in summary} == summary
     assert (rows[0]["delta_top1"], rows[2]["delta_top1"]) == (0.0, found["delta_top1"])
     assert rows[2]["delta_ci95"] == found["delta_ci95"]
-    assert Image.open(run.root / "alpha.png").size == (840, 540)
+    assert Image.open(run.root / "alpha.png").size == (1008, 640)
     text = (exported(run, tmp_path / "half", "--alpha", "0.5") / "README.md").read_text()
     assert f"{rows[1]['top1']:.2f} / {rows[1]['top5']:.2f}" in text
     assert "0.5 of the way" in text
