@@ -4,6 +4,7 @@ around them counts, and what was compared is what is used. No torch."""
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from fixres_dist.base.small_files import ANYWHERE, Damaged
 from fixres_dist.base.storage import patiently
 
 KEY = "checksum"  # of an npz file, a safetensors header
+END_OF_ZIP = 22  # bytes of the last record of a zip file, where that has no comment
 DIFFERS = "its checksum is not that of what it holds"
 
 
@@ -42,6 +44,13 @@ def save_arrays(path: Path, arrays: Mapping[str, NDArray[Any]], compressed: bool
         (np.savez_compressed if compressed else np.savez)(file, **sealed)  # type: ignore[arg-type]
 
 
+def counted(path: Path) -> int:
+    """How many members the end of a zip file says that it has: a damaged length in the table before can swallow some."""
+    with open(path, "rb") as file:
+        file.seek(-END_OF_ZIP, os.SEEK_END)
+        return int.from_bytes(file.read()[10:12], "little")
+
+
 def load_arrays(path: Path, next_step: str) -> tuple[dict[str, NDArray[Any]], bool]:
     """(the arrays, whether a checksum was compared: older versions wrote none).
 
@@ -50,6 +59,8 @@ def load_arrays(path: Path, next_step: str) -> tuple[dict[str, NDArray[Any]], bo
 
     def load() -> dict[str, NDArray[Any]]:
         with np.load(path, allow_pickle=False) as file:
+            if len(file.files) != counted(path):
+                raise ValueError("its table of contents is damaged")
             return {name: file[name] for name in file.files}
 
     try:

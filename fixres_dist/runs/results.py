@@ -219,9 +219,11 @@ class Results:
 
     def below_the_floor(self, run: RunDir) -> str:
         """As `verdict`, of a run that ends below its first result."""
-        best, first = max(self.floor, key=lambda floor: floor.top1, default=None), run.config().pretrain
-        if not best or not best.after or not first or best.after.delta_ci95[1] >= 0:
+        best = max(self.floor, key=lambda floor: floor.top1, default=None)
+        if not best or not best.after or best.after.delta_ci95[1] >= 0:
             return ""
+        first = run.config().pretrain
+        assert first  # else there is no first result
         return (
             f"WORSE than its first result, {best.top1:.2f} by a logistic classifier on the untouched network at {best.res} px, "
             f"by {best.after.phrase(self.n)}. Try under another --name: pretrain.base_lr={first.base_lr / 10:g}, or "

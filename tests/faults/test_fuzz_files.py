@@ -51,3 +51,20 @@ def test_arrays_of_a_whole_zip_are_compared_too(tmp_path: Path) -> None:
     np.savez(tmp_path / "a.npz", **arrays)
     with pytest.raises(Damaged, match="its checksum is not that of what it holds"):
         checksums.load_arrays(tmp_path / "a.npz", "")
+
+
+def test_no_byte_of_an_array_file_changes_what_is_read(tmp_path: Path) -> None:
+    """A length in the table of contents swallowed the arrays after it, and with them the checksum."""
+    file, arrays = tmp_path / "a.npz", {"loss": np.arange(3.0), "labels": np.arange(3)}
+    checksums.save_arrays(file, arrays)
+    whole, refused = file.read_bytes(), 0
+    for place in range(len(whole)):
+        for bit in (1, 128):
+            file.write_bytes(whole[:place] + bytes([whole[place] ^ bit]) + whole[place + 1 :])
+            try:
+                found, _ = checksums.load_arrays(file, "")
+            except Damaged:
+                refused += 1
+            else:
+                assert all(np.array_equal(found[name], array) for name, array in arrays.items()), (place, bit)
+    assert refused > len(whole) // 2

@@ -39,7 +39,7 @@ def damage(folder: Path) -> list[Path]:
     files = [newest / "head.safetensors", folder / "pretrained.safetensors", folder / "predictions" / "before.npz"]
     for file in files:
         data = bytearray(file.read_bytes())
-        data[len(data) * 3 // 4] ^= 1
+        data[len(data) // 2] ^= 1
         file.write_bytes(data)
     (folder / "checkpoints" / ".step_00000099.1.01234567.part").mkdir()
     (folder / ".pretrained.safetensors.1.01234567.part").touch()
