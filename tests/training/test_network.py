@@ -64,7 +64,7 @@ def test_every_byte_between_two_ranks_is_accounted_for(tmp_path: Path, photos: P
         assert moved.pop("measure_statistics") == 8 * (2 * channels + 1) + 8 + 5 + asked
         assert calls["measure_statistics"] == 1 + 2 + 2
         assert moved.pop("loop") == 2 * 8 * STEPS, "two flags a step"
-        assert moved.pop("read") == 4 * 8 * STEPS, "the logged scalars, here at every step"
+        assert moved.pop("read") == 5 * 8 * STEPS, "the logged scalars, here at every step"
         assert moved.pop("train_stages") == 8 + (8 + 6), "a flag before the stage; whether stage one is complete"
         assert moved.pop("open_stage") == 8 + 5, "whether what was measured before fixing is lost"
         assert moved == {}, "something else was sent"
