@@ -31,7 +31,7 @@ class Stage:
     steps: int  # at least
 
 
-FIRST = Stage(batch=32, rate=0.002, epochs=15, steps=300)  # the whole network, from the first result's classifier
+FIRST = Stage(batch=32, rate=0.005, epochs=15, steps=300)  # the whole network, from the first result's classifier
 NEW_RATE = 0.02  # from a new classifier, or new weights
 HEAD = Stage(batch=64, rate=0.03, epochs=2, steps=240)  # the classifier on kept features, where a step costs nothing
 
@@ -58,8 +58,8 @@ def has_first_result(n: int, classes: int) -> bool:
 def derived(n: int, classes: int, ranks: int, given: Mapping[str, Any], new: bool = False) -> dict[str, Any]:
     """Sections of the configuration for `n` training images, laid under what a person has `given`; `new`: of new weights.
 
-    Stage one starts from the first result's classifier, at a tenth of the learning rate that a new one needs: in three sets
-    it ended higher by docs/own-data.md's table.
+    Stage one starts from the first result's classifier, at a quarter of the learning rate that a new one needs
+    (docs/own-data.md has what that rests on).
 
     `tune.policy=auto`, the default, is the classifier on kept features with BatchNorm statistics as they are; another
     policy keeps its own way and learning rate.

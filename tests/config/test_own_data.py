@@ -37,7 +37,7 @@ def test_what_was_measured_on_711_pictures_is_what_they_get() -> None:
     config = derived(711, 2)
     assert config.pretrain
     first, tune = config.pretrain, config.tune
-    assert (first.policy, first.epochs, first.global_batch, first.peak_learning_rate()) == ("all", 15, 32, 0.002)
+    assert (first.policy, first.epochs, first.global_batch, first.peak_learning_rate()) == ("all", 15, 32, 0.005)
     assert first.classifier == "first_result"
     assert (tune.policy, tune.bn_stats, tune.epochs, tune.global_batch) == ("classifier", "kept", 20, 64)
     assert (tune.peak_learning_rate(), tune.schedule, config.data.train_transform) == (0.03, "cosine", "test")
@@ -46,7 +46,7 @@ def test_what_was_measured_on_711_pictures_is_what_they_get() -> None:
 def test_a_given_setting_stays_and_decides_those_that_depend_on_it() -> None:
     config = derived(711, 1, "pretrain.global_batch=128", "tune.epochs=3", "tune.policy=auto")
     assert config.pretrain
-    assert (config.pretrain.epochs, config.pretrain.base_lr) == (50, 0.004), "300 steps of 6 an epoch; lr as the root"
+    assert (config.pretrain.epochs, config.pretrain.base_lr) == (50, 0.01), "300 steps of 6 an epoch; lr as the root"
     assert (config.tune.epochs, config.tune.policy) == (3, "classifier")
     chosen = derived(711, 1, "tune.policy=classifier+bn").tune
     assert (chosen.bn_stats, chosen.lr_rule, chosen.base_lr, chosen.epochs) == ("exact", "fixres", 1e-3, 20)

@@ -29,7 +29,9 @@ def living(run: RunDir) -> list[int]:
 def curves(run: RunDir) -> dict[str, list[int]]:
     """The steps of each of TensorBoard's curves, but for the marks of what happened to a run."""
     board = EventAccumulator(str(run.root / "tb"), size_guidance={"scalars": 0}).Reload()
-    return {tag: [e.step for e in board.Scalars(tag)] for tag in board.Tags()["scalars"] if not tag.startswith("events/")}
+    return {
+        tag: [e.step for e in board.Scalars(tag)] for tag in board.Tags()["scalars"] if not tag.startswith("events/")
+    }
 
 
 def left_over(run: RunDir, cache: Path) -> list[str]:
