@@ -167,9 +167,10 @@ def create(path: Path, text: str) -> None:
     """Write a new file; raises FileExistsError, for all but one where several try at once, and leaves nothing torn."""
     with open(path, "x") as file:
         try:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        except OSError as error:
+            with named(path):
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError:
             path.unlink(missing_ok=True)
-            raise OSError(error.errno, error.strerror, str(path)) from None
+            raise

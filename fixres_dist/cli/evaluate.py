@@ -14,7 +14,6 @@ from fixres_dist.base.text import parse_size
 from fixres_dist.cli import as_job
 from fixres_dist.cli.arguments import add_eval_sets, add_job, add_json, add_source
 from fixres_dist.data import class_maps, dataset
-from fixres_dist.data.index import Limits
 from fixres_dist.evaluation import robustness
 from fixres_dist.evaluation.inputs import check, data_config, model_config, opened, subjects
 from fixres_dist.evaluation.measures import Evaluation
@@ -105,9 +104,7 @@ def evaluate_softmax(args: argparse.Namespace) -> int:
     config = data_config(args)
     data, classes = config.data, class_maps.trained_classes(config, args.run, args.split)
     root = dataset.folder(data.root, data.cache)
-    name, deny_list, labels = data.split_name(args.split), data.deny_list, data.labels
-    limits = Limits.of(data)
-    index = dataset.load(root, name, data.cache, deny_list=deny_list, labels=labels, on_bad="skip", limits=limits)
+    index = dataset.of(data, root / data.split_name(args.split), "skip")
     index, columns = class_maps.fitted(index, classes, config, args.split)
     predictions = from_softmax(args.softmax, index, columns, len(classes))
     real = class_maps.real_labels(args.labels, index, len(classes)) if args.labels else None

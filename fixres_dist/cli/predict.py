@@ -6,7 +6,6 @@ import argparse
 import csv
 import json
 import os
-import re
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING
 from fixres_dist.base.commands import command
 from fixres_dist.base.errors import EXIT_DONE, EXIT_FAILED, UserError, only_prints
 from fixres_dist.base.text import duration, parse_size
+from fixres_dist.cli.arguments import settings_and_names
 
 if TYPE_CHECKING:
     from fixres_dist.evaluation.classifier import Prediction
@@ -25,7 +25,6 @@ EXAMPLES = (
     "runs/b0-320/export list.txt --csv > predictions.csv",
     "runs/b0-320 - --top 1 --json",
 )
-SETTING = re.compile(r"(data|run)\.\w+=.*")
 SHOWN = 5  # of the pictures that cannot be read, in the last line
 WIDEST = 24  # characters of a class name that columns make room for
 
@@ -44,7 +43,7 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Predictions on stdout as they are made; pictures that cannot be read, progress and a last line on stderr."""
-    settings = [word for word in args.images if SETTING.fullmatch(word) and not os.path.exists(word)]
+    settings, _ = settings_and_names([word for word in args.images if not os.path.exists(word)])
     images = [word for word in args.images if word not in settings]
     if not images:
         raise UserError(f"no picture was given. Next: {command('predict', args.model, *settings, 'FILE')}")

@@ -68,6 +68,11 @@ def check(config: Config, first: Pretrain) -> None:
             "pretrain.mixup and cutmix mix pairs of a forward pass, and run.batch_per_device is 1. "
             "Next: run.batch_per_device=2, or both 0"
         )
+    if first.classifier == "first_result" and config.model.weights == "none":
+        raise UserError(
+            "pretrain.classifier=first_result starts from a classifier on the weights' features, and model.weights is none. "
+            "Next: pretrain.classifier=new"
+        )
 
 
 def check_shares(tune: Tune) -> None:

@@ -158,8 +158,7 @@ class Pretrain(Tune):
     cutmix: float = 0.0  # alpha of CutMix (arXiv 1905.04899); with both, each step draws which
     rand_augment: str = ""  # timm's notation, such as rand-m9-mstd0.5-inc1, instead of colour jitter; empty: none
     drop_path: float = 0.0  # stochastic depth of the last block, while the whole network trains (arXiv 1603.09382)
-    # The classifier that it starts from: new weights, or the first result's, where there is one (training/floor.py)
-    classifier: Literal["new", "first_result"] = "new"
+    classifier: Literal["new", "first_result"] = "new"  # that it starts from: new weights, or the first result's
     head_epochs: int = 0  # before: the new classifier alone, on kept features of the untouched trunk (arXiv 2202.10054)
 
     def __post_init__(self) -> None:
@@ -233,8 +232,7 @@ class Cluster:
     max_restarts: int = 20  # after failures; preemptions and time limits are not counted
     env: Mapping[str, str] = field(default_factory=dict)  # exported in the job, e.g. NCCL_SOCKET_IFNAME
     setup: tuple[str, ...] = ()  # shell lines before srun, e.g. module load
-    # What starts Python in the ranks, such as: apptainer exec --nv fixres.sif python3; empty: the Python that submits
-    python: str = ""
+    python: str = ""  # what starts it in the ranks, such as: apptainer exec --nv my.sif python3; empty: what submits
     srun_args: tuple[str, ...] = ()  # e.g. --container-image=..., --container-mounts=...
     # Any other option of sbatch by its long name, e.g. {reservation: maint, gres: "gpu:h100:8"}; true: a flag; none: not given
     sbatch: Mapping[str, str] = field(default_factory=dict)

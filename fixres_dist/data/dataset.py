@@ -74,6 +74,20 @@ def load(
     return index
 
 
+def of(data: Data, where: Path, on_bad: str | None = None, show: bool = True) -> Index:
+    """The index of the folder `where` under the settings `data`, all of them that concern it; `on_bad` instead of theirs."""
+    return load(
+        where.parent,
+        where.name,
+        data.cache,
+        deny_list=data.deny_list,
+        labels=data.labels,
+        on_bad=on_bad or data.on_bad,
+        show=show,
+        limits=Limits.of(data),
+    )
+
+
 def verify_command(root: Path, split: str) -> str:
     """`data verify` for the data set; its splits are train and val unless they are named."""
     named = () if split in ("train", "val") else ("--split", split)

@@ -132,7 +132,7 @@ class Classifier:
         root = dataset.folder(os.fspath(data), settings.cache)
         whole = root / settings.split_name(split)
         folder = whole if whole.is_dir() or not root.is_dir() or list(root.glob("*.tar")) else root
-        index = dataset.load(folder.parent, folder.name, settings.cache, labels=settings.labels, on_bad=settings.on_bad)
+        index = dataset.of(settings, folder)
         columns = class_maps.class_map(index.classes, self.classes, folder)
         session = replace(self.session, splits={split: index}, columns={split: columns})
         (made,) = predict(session, [self.parts], self.res, split, split)

@@ -135,15 +135,11 @@ def of_export(folder: Path, weights: Path) -> Trained:
 
 def names(config: dict[str, Any], folder: Path) -> tuple[str, ...]:
     """The class names in config.json; where it has none, ImageNet's of 1,000 classes, else their numbers."""
-    own = {
-        **config,
-        **(config.get("pretrained_cfg") or {}),
-        **{k: v for k, v in config.items() if k == class_names.NAMES},
-    }
-    listed = own.get(class_names.NAMES)
+    of_timm = config.get("pretrained_cfg") or {}
+    listed = config.get(class_names.NAMES, of_timm.get(class_names.NAMES))
     if isinstance(listed, list) and listed and all(isinstance(name, str) for name in listed):
         return tuple(listed)
-    count = own.get("num_classes")
+    count = of_timm.get("num_classes", config.get("num_classes"))
     if not (isinstance(count, int) and count > 0):
         raise UserError(
             f"{folder / CONFIG} has no {class_names.NAMES} and no num_classes. Accepted: a model that classifies."

@@ -29,9 +29,7 @@ def fit(model: Classifier, given: str, data: Data) -> Fitted:
 
 def logits(model: Classifier, folder: Path, data: Data) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
     """([n, classes], the model's class [n]) of the pictures in the class folders of `folder` that can be read."""
-    index = dataset.load(
-        folder.parent, folder.name, data.cache, deny_list=data.deny_list, labels=data.labels, on_bad="skip"
-    )
+    index = dataset.of(data, folder, "skip")
     columns = np.array(class_maps.class_map(index.classes, model.classes, folder))
     rows = [row for row in model.rows(index, {}, lambda z, _: z, show=True) if row.values is not None]
     if not rows:

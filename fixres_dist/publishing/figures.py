@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
     from fixres_dist.evaluation.interpolation import Mixture
-    from fixres_dist.training.calibration import Reliability
 
 TOP1 = "top-1 (%)"
 # A resolution's name along its line, three points to the left.

@@ -118,6 +118,9 @@ Input `images`: [n, 3, px, px] in fp32, px as in the file's name, normalised wit
 [n, {classes}]. A file `.onnx.data` holds the weights of the `.onnx` of its name, and stays beside it."""
 
 
+START = "; the classifier started as a logistic one on the untouched network's features"
+
+
 def stage_lines(config: Config, results: Results) -> str:
     """What each stage trained, on which pictures, how long and at which rate."""
     whole = {"attention": "the attention layers", "all": "all layers"}
@@ -127,7 +130,7 @@ def stage_lines(config: Config, results: Results) -> str:
             lines.append(f"The new classifier alone, on test crops of {one.res} px: {one.head_epochs} epochs.")
         lines.append(
             f"Stage one: {whole.get(one.policy, f'`{one.policy}`')} on `{one.train_transform}` of {one.res} px: {how_long(one)}, "
-            f"{one.optimizer}."
+            f"{one.optimizer}{START * (one.classifier == 'first_result')}."
         )
     trained = results.trained or whole.get(config.tune.policy, f"`{config.tune.policy}`")
     lines.append(
@@ -195,7 +198,6 @@ def notes(run: RunDir, results: Results, alpha: float) -> list[str]:
     found = [f"Top-1 before fixing at other sizes: {', '.join(before)}."] if before else []
     chosen = results.choice.sentence() if results.choice else ""
     lost = robustness.warning(run, of_sets(evaluations(run))) if alpha == 1 else ""
-    lost = lost.replace(str(run.root), run.name)  # a path of this machine
     told = (results.over_the_best(), chosen, results.verdict(run), lost) if alpha == 1 else ()
     return found + [f"{one[0].upper()}{one[1:]}." for one in told if one]
 
@@ -256,7 +258,8 @@ def text(
         data_licence=of_data,
     )
     front = front_matter(name, data_name(config), licence, exported.after if exported else None)
-    return printable(f"---\n{front}\n---\n{body}")
+    card = f"---\n{front}\n---\n{body}".replace(str(run.root), run.name)  # commands in it name a path of this machine
+    return printable(card)
 
 
 def front_matter(name: str, data: str, licence: str | None, exported: Accuracy | None) -> str:

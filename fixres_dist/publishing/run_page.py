@@ -18,8 +18,8 @@ from fixres_dist.publishing.html_page import verbatim
 from fixres_dist.publishing.report import Row
 from fixres_dist.runs.rundir import RunDir
 from fixres_dist.runs.starts import device_seconds
+from fixres_dist.runs.states import details
 from fixres_dist.training.calibration import reliability_of
-from fixres_dist.training.confusion import macro
 from fixres_dist.training.predictions import Predictions
 
 MOST_EVENTS = 200  # of a page; the newest
@@ -96,8 +96,7 @@ def facts(run: RunDir, row: Row) -> dict[str, str]:
         "arithmetic": f"{r.precision}, {r.optimizer}, engine {r.engine}",
         "versions": versions,
     }
-    after = run.root / "predictions" / "after.npz"
-    if after.exists() and (means := macro(Predictions.read(after))):
+    if means := r.measures.get("after"):
         found["by class"] = (
             f"macro F1 {means.macro_f1:.2f}, precision {means.macro_precision:.2f}, recall {means.macro_recall:.2f}"
         )
@@ -120,14 +119,12 @@ def fenced(text: str) -> list[str]:
 def events(run: RunDir) -> str:
     found = read_lines(run.events, event=str, time=float)
     rows = [
-        (time.strftime("%F %T", time.localtime(x["time"])), verbatim(x["event"]), verbatim(details(x))) for x in found
+        (time.strftime("%F %T", time.localtime(x["time"])), verbatim(x["event"]), verbatim(short(x))) for x in found
     ]
     note = f"\n\n{len(rows) - MOST_EVENTS} earlier ones stand in events.jsonl." if len(rows) > MOST_EVENTS else ""
     return markdown_table(("time", "event", ""), rows[-MOST_EVENTS:]) + note
 
 
-def details(event: dict[str, Any]) -> str:
-    """All else that an event has."""
-    kept = {key: value for key, value in event.items() if key not in ("time", "event") and value not in (None, "", [])}
-    text = redacted("; ".join(f"{key} {value}" for key, value in kept.items()))
+def short(event: dict[str, Any]) -> str:
+    text = redacted(details(event))
     return text if len(text) <= 240 else f"{text[:240]} ..."

@@ -25,7 +25,7 @@ from fixres_dist.config import reading
 from fixres_dist.config.schema import Config
 from fixres_dist.runs.results import OTHER_SIZE, Results
 from fixres_dist.runs.rundir import RunDir
-from fixres_dist.runs.states import Event
+from fixres_dist.runs.states import Event, details
 from fixres_dist.runs.wandb_run import WandbRun
 
 POINTS = 2000  # of a training curve that a start writes anew; TensorBoard shows half of them
@@ -208,9 +208,7 @@ def number(value: Any) -> float:
 
 def told(event: Mapping[str, Any]) -> str:
     """An event as a line of a text: its time, its name, and what else it has."""
-    details = {key: value for key, value in event.items() if key not in ("time", "event") and value not in (None, "")}
-    rest = "; ".join(f"{key} {value}" for key, value in details.items())
-    return f"- {time.strftime('%F %T', time.localtime(event['time']))} **{event['event']}** {rest}"
+    return f"- {time.strftime('%F %T', time.localtime(event['time']))} **{event['event']}** {details(event)}"
 
 
 def first_epoch(config: Config) -> dict[str, int]:

@@ -1,10 +1,14 @@
-"""What the other files of a run say where its state.json is damaged or gone. No torch."""
+"""What the other files of a run say where its state.json or config.yaml is damaged or gone. No torch."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import contextlib
+from typing import TYPE_CHECKING, Any
 
-from fixres_dist.base.small_files import read_lines
+from fixres_dist.base.errors import StorageError, UserError
+from fixres_dist.base.small_files import Damaged, read_json, read_lines
+from fixres_dist.config import reading
+from fixres_dist.config.schema import Config
 from fixres_dist.runs.states import Event, RunState, State
 
 if TYPE_CHECKING:
@@ -30,3 +34,16 @@ def state(run: RunDir, reason: str) -> RunState:
     step, total = (max(steps), max(steps)) if state == State.DONE else (steps[0], None)
     job = jobs[-1] if jobs else None
     return RunState(state=state, step=step, total_steps=total, reason=reason, job_id=job, restarts=restarts)
+
+
+def settings(run: RunDir) -> dict[str, Any] | None:
+    """The settings of the run that may not change: of its config.yaml; where that is damaged, of its newest checkpoint, or
+    None where there is none either, so that nothing depends on them, and where they are those that it has chosen."""
+    try:
+        return reading.identity(run.submitted())
+    except Damaged:
+        for file in () if run.chosen.exists() else sorted(run.checkpoints.glob("step_*/meta.json"), reverse=True):
+            with contextlib.suppress(OSError, UserError, StorageError, KeyError):
+                kept = read_json(file, dict[str, Any], "")["fingerprint"]
+                return reading.identity(reading.parse(Config, kept.get("configuration", {})))
+    return None

@@ -68,9 +68,7 @@ class RunDir:
     failed = File("FAILED")  # why, and the next command
     first_classifier = File("first_classifier.safetensors")  # the first result's, from which stage one starts
     floor = File("floor.json")  # with stage one on weights: what the untouched network already gives
-    held_out = File(
-        "held_out"
-    )  # run directory of the first stage one, without the pictures on which settings are chosen
+    held_out = File("held_out")  # run directory of the first stage one, without the pictures that choose settings
     head_before = File("head_before.safetensors")  # without stage one: the tuned tensors before fixing
     metrics = File("metrics.jsonl")
     prepared = File("prepared.sh")  # what slurm/train.sbatch takes from the run's settings
@@ -278,7 +276,7 @@ def check(root: Path, config: Config) -> None:
         if root.is_dir() and all(path.name.startswith(".") for path in root.iterdir()):
             return
         raise UserError(f"{root} exists and is no run directory. Pick another --name.")
-    known = recorded(run)
+    known = rebuilding.settings(run)
     differ = reading.differences(known, reading.identity(config)) if known is not None else []
     if differ:
         listed = "; ".join(differ[:6])
@@ -286,19 +284,6 @@ def check(root: Path, config: Config) -> None:
             f"run directory {root} holds a run with other settings ({listed}). "
             f"Pick another --name, or move it away: {shell('mv', root, f'{root}.old')}"
         )
-
-
-def recorded(run: RunDir) -> dict[str, Any] | None:
-    """The settings of the run that may not change: of its config.yaml; where that is damaged, of its newest checkpoint, or
-    None where there is none either, so that nothing depends on them, and where they are those that it has chosen."""
-    try:
-        return reading.identity(run.submitted())
-    except Damaged:
-        for file in () if run.chosen.exists() else sorted(run.checkpoints.glob("step_*/meta.json"), reverse=True):
-            with contextlib.suppress(OSError, UserError, StorageError, KeyError):
-                kept = read_json(file, dict[str, Any], "")["fingerprint"]
-                return reading.identity(reading.parse(Config, kept.get("configuration", {})))
-    return None
 
 
 def mend_config(run: RunDir, config: Config) -> None:

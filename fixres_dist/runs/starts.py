@@ -14,7 +14,7 @@ from fixres_dist.base.errors import UserError
 from fixres_dist.base.small_files import Damaged, put_aside, read_json, read_lines, write_json
 from fixres_dist.config.schema import Data
 from fixres_dist.data import dataset
-from fixres_dist.data.index import Limits, cache_file
+from fixres_dist.data.index import cache_file
 from fixres_dist.runs import snapshots
 from fixres_dist.runs.rundir import RunDir
 from fixres_dist.runs.states import Event
@@ -86,16 +86,7 @@ def indexed(data: Data) -> dict[str, str]:
     for split in ("train", "val"):
         where = root / data.split_name(split)
         if cache_file(where, cache_folder(data.cache)).exists():
-            index = dataset.load(
-                where.parent,
-                where.name,
-                data.cache,
-                deny_list=data.deny_list,
-                labels=data.labels,
-                on_bad="skip",
-                limits=Limits.of(data),
-                show=False,
-            )
+            index = dataset.of(data, where, "skip", show=False)
             found[split] = index.contents
     return found
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 
 class State(StrEnum):
@@ -86,3 +86,9 @@ class RunState:
     def restarts_with(self, reason: str) -> Mapping[str, int]:
         """The restarts, one more of them for `reason`: preempted, timeout or failure."""
         return {**self.restarts, reason: self.restarts.get(reason, 0) + 1}
+
+
+def details(event: Mapping[str, Any]) -> str:
+    """What a line of events.jsonl has beside its time and name, in one text."""
+    kept = {key: value for key, value in event.items() if key not in ("time", "event") and value not in (None, "", [])}
+    return "; ".join(f"{key} {value}" for key, value in kept.items())

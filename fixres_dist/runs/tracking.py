@@ -68,9 +68,9 @@ class Tracker:
     def first(self, step: int, phases: dict[str, float]) -> None:
         """The first step of this start is done, which took `phases` from the start of the process."""
         self.clocks.append((time.monotonic(), step))  # later steps are timed from here: the first one compiles
-        took = ", ".join(f"{name.removesuffix('_s')} {duration(s)}" for name, s in phases.items() if s >= 1)
-        total_s = phases["time_to_first_step_s"]
-        took = took.replace(f"time_to_first_step {duration(total_s)}", "").strip(", ")
+        parts = dict(phases)
+        total_s = parts.pop("time_to_first_step_s")
+        took = ", ".join(f"{name.removesuffix('_s')} {duration(s)}" for name, s in parts.items() if s >= 1)
         self.say(f"step {step}/{self.total_steps} is done, {duration(total_s)} after the start{took and f' ({took})'}")
 
     def step(self, step: int, stage: str, epoch: float, values: dict[str, float]) -> None:

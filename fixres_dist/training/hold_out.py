@@ -37,7 +37,7 @@ from fixres_dist.training.cache.build import open_stores
 from fixres_dist.training.floor import FOLDS, features, logits, measure_floors, percent, stratified
 from fixres_dist.training.session import Session
 from fixres_dist.training.stage_session import StageSession
-from fixres_dist.training.stages import Stage, held_out_count, repeats_of_held_out, stages
+from fixres_dist.training.stages import Stage, held_out_count, repeats_of_held_out, some_held_out, stages
 from fixres_dist.training.throughput import StartUp
 
 RATES = (0.1, 1.0, 3.0)  # of a candidate, times tune.base_lr
@@ -53,12 +53,7 @@ def parted(index: Index, tune: Tune, seed: int) -> tuple[NDArray[np.int64], NDAr
     by_class = drawn[np.argsort(index.labels[drawn], kind="stable")]
     labels = index.labels[by_class]
     free = by_class[1:][labels[1:] == labels[:-1]]
-    count = held_out_count(tune, n)
-    if not 0 < count <= len(free):
-        raise UserError(
-            f"tune.hold_out={tune.hold_out:g} of {n} images is {count}; accepted: 1 to {len(free)}, so that each class keeps "
-            "one. Next: tune.hold_out=0"
-        )
+    count = some_held_out(tune, n, n - len(free))
     held = np.sort(free[(2 * np.arange(count) + 1) * len(free) // (2 * count)])
     return np.setdiff1d(np.arange(n), held), held
 

@@ -34,8 +34,8 @@ from fixres_dist.training.throughput import StartUp
 def train_stage(
     run: RunDir, session: Session, stage: Stage, todo: list[Stage], writer: checkpoint.Writer, startup: StartUp
 ) -> None:
-    """Train `stage`, one of `todo`, from its newest checkpoint, or from its start, to its end; raises Stopped, once all is saved, where a
-    stop signal came before."""
+    """Train `stage`, one of `todo`, from its newest checkpoint, or from its start, to its end; raises Stopped, once all is
+    saved, where a stop signal came before."""
     training = open_stage(run, session, stage, todo, writer)
     startup.mark("trunk")
     try:

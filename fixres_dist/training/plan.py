@@ -15,7 +15,7 @@ from fixres_dist.models.sizes import Sizes, of_weights
 from fixres_dist.runs import wandb_run
 from fixres_dist.training.cache import rule
 from fixres_dist.training.estimates import LEFT_OUT, Counts, memory_text, roughly, seconds, time_text
-from fixres_dist.training.stages import Stage, batch_per_device, held_out_count, other_sizes, stages
+from fixres_dist.training.stages import Stage, batch_per_device, other_sizes, some_held_out, stages
 
 FEWEST = 20  # held-out images on which settings are chosen
 IMAGENET = (1_281_167, 50_000, 1000)
@@ -167,12 +167,7 @@ def held_out(config: Config, counts: Counts) -> str:
     tune, n = config.tune, counts.train
     if not tune.hold_out:
         return ""
-    count = held_out_count(tune, n)
-    if not 0 < count <= n - counts.classes:
-        raise UserError(
-            f"tune.hold_out={tune.hold_out:g} of {n:,} images is {count:,}; accepted: 1 to {n - counts.classes:,}, so that each "
-            "class keeps one. Next: tune.hold_out=0"
-        )
+    count = some_held_out(tune, n, counts.classes)
     if not tune.chooses:
         return f"{count:,} images stay out of stage one, and are half of what the fixing stage draws"
     listed = ", ".join(map(str, tune.hold_out_sizes or (config.data.res,)))

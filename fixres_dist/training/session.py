@@ -16,7 +16,7 @@ from fixres_dist.base.text import listed
 from fixres_dist.config import recipes
 from fixres_dist.config.schema import Config
 from fixres_dist.data import backends, class_maps, dataset, decoding, geometry
-from fixres_dist.data.index import Index, Limits
+from fixres_dist.data.index import Index
 from fixres_dist.data.requests import Pictures, Request
 from fixres_dist.models import fast_trunk, precision
 from fixres_dist.models.build import Preprocessing
@@ -273,16 +273,7 @@ def open_session(
             for split, folder in (
                 {split: root / data.split_name(split) for split in splits} | dict(sets or {})
             ).items():
-                indexes[split] = dataset.load(
-                    folder.parent,
-                    folder.name,
-                    data.cache,
-                    deny_list=data.deny_list,
-                    labels=data.labels,
-                    on_bad=data.on_bad,
-                    limits=Limits.of(data),
-                    show=ranks.is_main,
-                )
+                indexes[split] = dataset.of(data, folder, show=ranks.is_main)
         ranks.barrier()
     mark("index")
     classes = trained or class_maps.trained_classes(config, None, splits[0]) or indexes[splits[0]].classes

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from fixres_dist.base.errors import UserError
 from fixres_dist.config.schema import THROUGH_ALL, Config, Pretrain, Tune
 from fixres_dist.data import order
 from fixres_dist.models.sizes import Sizes
@@ -74,6 +75,17 @@ class Stage:
 def held_out_count(tune: Tune, n: int) -> int:
     """Of `n` training images, those that stay out of stage one."""
     return round(tune.hold_out * n)
+
+
+def some_held_out(tune: Tune, n: int, classes: int) -> int:
+    """The same, of images of so many classes. Raises UserError where that is none, or a class would keep none."""
+    count, most = held_out_count(tune, n), n - classes
+    if not 0 < count <= most:
+        raise UserError(
+            f"tune.hold_out={tune.hold_out:g} of {n:,} images is {count:,}; accepted: 1 to {most:,}, so that each class keeps "
+            "one. Next: tune.hold_out=0"
+        )
+    return count
 
 
 def repeats_of_held_out(tune: Tune, n: int) -> int:

@@ -168,6 +168,9 @@ def test_python_opens_it_takes_pictures_and_measures(
         measured = model.evaluate(place)
         assert (measured["top1"], measured["n"]) == (results["after"]["top1"], 33)
         assert measured["loss"] == pytest.approx(results["after"]["loss"], abs=1e-5)
+    small = fixres_dist.load(run.root, settings=["data.max_pixels=100"])
+    with pytest.raises(UserError, match=r"none of the 33 images of .* has a prediction"):
+        small.evaluate(data)
     with pytest.raises(UserError, match="no picture was given"):
         model.predict([])
 

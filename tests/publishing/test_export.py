@@ -25,6 +25,7 @@ from support.folders import write_photos
 from fixres_dist.base.commands import command
 from fixres_dist.base.errors import UserError
 from fixres_dist.cli.main import main
+from fixres_dist.config.schema import Pretrain
 from fixres_dist.data import dataset, torch_cpu
 from fixres_dist.data.geometry import resize_of
 from fixres_dist.data.requests import Pictures, make_request
@@ -179,6 +180,10 @@ def test_the_card_says_what_results_json_says(run: RunDir, tmp_path: Path) -> No
     assert 'timm.create_model("hf-hub:me/birds", pretrained=True)' in model_card.text(
         run, ["model.safetensors"], None, repo="me/birds"
     )
+    of_weights = replace(run.config().model, weights="pretrained")
+    started = replace(run.config(), model=of_weights, pretrain=Pretrain(classifier="first_result"))
+    stages = model_card.stage_lines(started, Results.read(run))
+    assert "sgd; the classifier started as a logistic one on the untouched network's features.\n2. Fixing:" in stages
     assert f"1. Fixing: bn2, classifier (1,283 parameters) on `{found['transform']}` of 64 px" in text
     assert "those that fixing trains in fp32" in text
     assert "Weights: they start from no weights of others" in text

@@ -120,7 +120,8 @@ def test_a_page_holds_all_of_a_run_and_nothing_from_elsewhere(tmp_path: Path) ->
     """Curves, pictures, confidence, settings, events and cost; no secret, and no address that a browser would load."""
     secret = "s3cr3tvalue"
     hardware = {"device": "EPYC", "devices": 8, "nodes": ["a"], "cpus": 4}
-    run = made(tmp_path / "runs" / "own [x]", "b0", 320, hardware=hardware)
+    means = {"macro_precision": 62.5, "macro_recall": 60.25, "macro_f1": 61.25, "ece": 3.5, "mean_confidence": 83.5}
+    run = made(tmp_path / "runs" / "own [x]", "b0", 320, hardware=hardware, measures={"after": means})
     config = run.config()
     env = replace(config.cluster, env={"HF_TOKEN": secret})
     (run.root / "config.yaml").write_text(reading.dump(replace(config, cluster=env)))
@@ -152,7 +153,7 @@ def test_a_page_holds_all_of_a_run_and_nothing_from_elsewhere(tmp_path: Path) ->
     for text in (
         *(
             "top-1 78.70 before, 80.10 after fixing",
-            "macro F1",
+            "macro F1 61.25, precision 62.50, recall 60.25",
             ">6 core-hours<",
             "Not drawn: the mistakes",
             "resize_rule",
@@ -259,7 +260,8 @@ def test_a_run_that_lost_says_so_in_report_card_and_status(tmp_path: Path) -> No
     assert f"**b0-320**: {verdict}." in report.markdown([run], rows, [], tmp_path)
     assert "over the best before, 224 px: -0.90 (-1.20 to -0.60), corrected for the best of 2" in rows[0].cells()[9]
     card = model_card.text(run, ["model.safetensors"], None)
-    assert f"\n{verdict}.\n" in card
+    assert f"\n{verdict.replace(str(run.root), 'b0-320')}.\n" in card
+    assert str(tmp_path) not in card
     assert "78.10 at 224 px (the weights' own)" in card
     assert "Over the best before, at 224 px: -0.90 points" in card
     (row,) = status.rows([run])

@@ -222,6 +222,7 @@ def test_rand_augment_is_timms_for_each_picture_and_epoch() -> None:
         (("pretrain.mixup=0.2", "run.batch_per_device=1"), "run.batch_per_device=2"),
         (("pretrain.drop_path=0.1", "pretrain.policy=attention"), "pretrain.drop_path=0"),
         (("pretrain.head_epochs=2", "pretrain.policy=classifier"), "pretrain.head_epochs=0"),
+        (("pretrain.classifier=first_result", "model.weights=none"), "pretrain.classifier=new"),
     ],
 )
 def test_what_excludes_each_other_is_refused_at_submission(items: tuple[str, ...], said: str) -> None:
