@@ -71,15 +71,13 @@ def run(args: argparse.Namespace) -> int:
     from fixres_dist.evaluation.evaluate import evaluate, keep
 
     records = {}
-    with opened(config, chosen, args.run, args.split, sets, args.job) as session:
+    with opened(config, chosen, args.run, args.split, sets, args.job, "evaluate") as session:
         for evaluation, predictions in evaluate(session, chosen, args.split, args.labels):
             if not session.ranks.is_main:
                 continue
             is_split, sample_list = evaluation.set == args.split, session.splits[evaluation.set].fingerprint
             records[evaluation.set] = evaluation.record()
             show(config.model.name, evaluation)
-            if args.run and is_split:
-                looks.count(RunDir(args.run), sample_list, "evaluate", len(chosen))
             if evaluation.gain and not (args.data and is_split):
                 keep(RunDir(args.run), config, evaluation, predictions, sample_list)
             of_set, last = "" if is_split else f"-{evaluation.set}", predictions[chosen[-1].label]
@@ -109,6 +107,8 @@ def evaluate_softmax(args: argparse.Namespace) -> int:
     predictions = from_softmax(args.softmax, index, columns, len(classes))
     real = class_maps.real_labels(args.labels, index, len(classes)) if args.labels else None
     evaluation = measure(args.split, None, index, columns, classes, {"softmax": predictions}, real)
+    if args.run:
+        looks.count(RunDir(args.run), index.fingerprint, "evaluate", 1)
     show(str(args.softmax[0]), evaluation)
     if args.predictions:
         predictions.save(args.predictions, index.fingerprint)

@@ -89,7 +89,7 @@ def run(args: argparse.Namespace) -> int:
         else:
             weights.write_weights(model, out / file, config, size, classes)
     export.write_config(model, out / "config.json", config, res, classes)
-    if fitted := fit_temperature(out, args.temperature_from, config):
+    if fitted := fit_temperature(out, args.temperature_from, run):
         export.write_config(model, out / "config.json", config, res, classes, fitted.temperature)
     there = sorted(file.name for file in out.glob("model*"))  # other formats too
     card = model_card.text(run, there, export.licence(config), args.alpha, args.push or "", fitted)
@@ -116,7 +116,7 @@ def check(args: argparse.Namespace, config: Config) -> None:
         exported.place(args.temperature_from, config.data)
 
 
-def fit_temperature(out: Path, place: str | None, config: Config) -> exported.Fitted | None:
+def fit_temperature(out: Path, place: str | None, run: RunDir) -> exported.Fitted | None:
     """Of the model that is in `out`, on the split or folder `place`; kept beside it. Without `place` none, nor of an earlier export."""
     (out / exported.TEMPERATURE).unlink(missing_ok=True)
     if not place:
@@ -124,7 +124,8 @@ def fit_temperature(out: Path, place: str | None, config: Config) -> exported.Fi
     from fixres_dist.evaluation.classifier import load
     from fixres_dist.evaluation.temperature import fit
 
-    fitted = fit(load(out, settings=[f"data.workers={config.data.workers}"]), place, config.data)
+    data = run.config().data
+    fitted = fit(load(out, settings=[f"data.workers={data.workers}"]), place, data, run)
     write_json(out / exported.TEMPERATURE, asdict(fitted), sealed=True)
     print(fitted.sentence())
     return fitted

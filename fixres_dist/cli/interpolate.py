@@ -18,7 +18,6 @@ from fixres_dist.config.schema import Config
 from fixres_dist.data import class_maps
 from fixres_dist.evaluation import robustness
 from fixres_dist.evaluation.inputs import Subject, check, model_config, opened, subjects, weights_after
-from fixres_dist.runs import looks
 from fixres_dist.runs.rundir import RunDir
 
 EXAMPLES = (
@@ -52,9 +51,8 @@ def average(args: argparse.Namespace, config: Config) -> int:
         )
     soup.check(runs)
     out, mean = args.out or args.run / "soup", soup.mean(runs)
-    with opened(config, [Subject("after", weights_after(runs[0]))], args.run) as session:
+    with opened(config, [Subject("after", weights_after(runs[0]))], args.run, by="interpolate") as session:
         found, model = soup.measure(session, runs, mean), session.for_size(config.data.res).model
-        looks.count(runs[0], session.val.fingerprint, "interpolate", 1 + len(runs))
     print(table(["run", "top-1", "top-5"], [(name, f"{s.top1:.2f}", f"{s.top5:.2f}") for name, s in found.rows()]))
     print(
         f"the mean over the best of them, {found.best}: {found.gain.phrase(found.mean.n)}, allowing for the choice of {len(runs)}"
@@ -84,11 +82,10 @@ def run(args: argparse.Namespace) -> int:
     from fixres_dist.runs import board
     from fixres_dist.training.results import hardware
 
-    with opened(config, [before], args.run, sets=sets, job=args.job) as session:
+    with opened(config, [before], args.run, sets=sets, job=args.job, by="interpolate") as session:
         curves, device = interpolation.curves(session, run, alphas), hardware(session)
         if not session.ranks.is_main:
             return EXIT_DONE
-        looks.count(run, session.val.fingerprint, "interpolate", 1 + len(alphas))
     for split, mixtures in curves.items():
         rows = [(f"{m.alpha:g}", f"{m.summary.top1:.2f}", f"{m.summary.top5:.2f}", m.gain) for m in mixtures]
         print(f"{split}, n {mixtures[0].summary.n}")

@@ -17,7 +17,6 @@ from fixres_dist.cli.arguments import add_job, add_source
 from fixres_dist.config import reading
 from fixres_dist.config.schema import Config, Data
 from fixres_dist.evaluation.inputs import Subject, check, model_config, opened, parts_with, subjects, weights_after
-from fixres_dist.runs import looks
 from fixres_dist.runs.rundir import RunDir
 
 if TYPE_CHECKING:
@@ -68,16 +67,13 @@ def run(args: argparse.Namespace) -> int:
 
     crops = [Crop(data.resize_rule, data.crop_pct) for data in settings]
     limit = Limit(args.max_gmacs, args.min_images_per_second)
-    with opened(config, chosen, args.run, job=args.job) as session:
+    with opened(config, chosen, args.run, job=args.job, by="sweep") as session:
         check_resolutions(session.model, sizes)
         models = {subject.label: parts_with(session, subject.weights) for subject in chosen}
         swept = sweep(session, models, sizes, limit if limit != Limit() else None, crops)
         inputs = activations.collect_all(session, {s.label: models[s.label] for s in own}) if args.activations else {}
         if not session.ranks.is_main:
             return EXIT_DONE
-        if args.run:
-            made = len(sizes) * max(1, len(crops)) * len(models)
-            looks.count(RunDir(args.run), session.val.fingerprint, "sweep", made)
     out.mkdir(parents=True, exist_ok=True)
     print(sweep_text(swept))
     record = {"model": config.model.name, "fixed_at": config.data.res, **swept.record()}

@@ -37,6 +37,7 @@ from fixres_dist.models.network import open_network
 from fixres_dist.models.parts import Parts, classifier_inputs, parts_of
 from fixres_dist.models.resizing import check_resolutions
 from fixres_dist.models.weights import fill, fitted
+from fixres_dist.runs import looks
 from fixres_dist.training.cache.store import Loaded
 from fixres_dist.training.predict import predict
 from fixres_dist.training.ranks import Launched, join
@@ -202,7 +203,11 @@ def opened(trained: Trained) -> Classifier:
     except recipes.OtherClasses as error:
         raise other_classes(trained, str(error).partition(",")[0]) from None
     kept = trained.run / "choices.json" if trained.run and os.access(trained.run, os.W_OK) else None
-    session = Session(config, ranks, model, spec, {}, trained.classes, {}, arithmetic, layout, ignored, kept)
+    run = looks.run_of(trained.weights)
+    counted = (run, "evaluate") if run else None
+    session = Session(
+        config, ranks, model, spec, {}, trained.classes, {}, arithmetic, layout, ignored, kept, counted=counted
+    )
     parts = session.with_fast_trunk(parts_of(model, config.tune.policy))
     tempered = parts if trained.temperature == 1 else replace(parts, head=Tempered(parts.head, trained.temperature))
     return Classifier(session, tempered, trained.temperature)

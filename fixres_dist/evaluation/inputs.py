@@ -6,7 +6,7 @@ import argparse
 import contextlib
 import copy
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -139,11 +139,12 @@ def opened(
     split: str = "val",
     sets: Mapping[str, Path] | None = None,
     job: Job | None = None,
+    by: str = "",
 ) -> Iterator[Session]:
     """A session with `split` and the named `sets`. Its ranks are those of the `job`, or meet here and leave at its end.
 
     The configuration's weights are loaded only if a subject has no file of its own. A run is evaluated as it was trained,
-    with its class order and its choices.json.
+    with its class order and its choices.json; its results.json counts the passes of the command `by` (runs/looks.py).
     """
     from fixres_dist.data import class_maps
     from fixres_dist.models.precision import determinism
@@ -152,16 +153,19 @@ def opened(
 
     needed = any(subject.weights is None for subject in subjects)
     kept = run / "choices.json" if run else job.run.root / "choices.json" if job else None
+    counted = (RunDir(run), by) if run and by else None
     open_with = partial(open_session, config, load_weights=needed, splits=(split,), sets=sets, kept=kept)
     if job:
-        yield open_with(job.ranks, trained=class_maps.trained_classes(config, run, split), job=job.run)
+        session = open_with(job.ranks, trained=class_maps.trained_classes(config, run, split), job=job.run)
+        yield replace(session, counted=counted)
         return
     rendezvous = run or (cache_folder() if writable(cache_folder()) else scratch_folder())
     rendezvous.mkdir(parents=True, exist_ok=True)
     try:
         with determinism(config.run):
             ranks = join(rendezvous, launcher=of_command())
-            yield open_with(ranks, trained=class_maps.trained_classes(config, run, split))
+            session = open_with(ranks, trained=class_maps.trained_classes(config, run, split))
+            yield replace(session, counted=counted)
     except BaseException:
         abort()
         raise

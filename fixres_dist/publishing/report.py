@@ -40,6 +40,7 @@ class Row:
     """A finished run, with what its model costs and what was published for it."""
 
     run: str
+    root: Path  # of the run
     results: Results
     data: str
     classes: int
@@ -58,7 +59,7 @@ class Row:
 
     def record(self) -> dict[str, Any]:
         """As `report --json` prints it."""
-        own = {key: value for key, value in vars(self).items() if key != "results"}
+        own = {key: value for key, value in vars(self).items() if key not in ("results", "root")}
         return {**asdict(self.results), **own, "hardware": self.hardware}
 
     def cells(self) -> list[object]:
@@ -89,6 +90,7 @@ def row(run: RunDir) -> Row:
     parameters, multiply_adds_g, trained_at = costs(config, classes)
     return Row(
         run=run.name,
+        root=run.root,
         results=Results.read(run),
         data=data_name(config),
         classes=classes,
@@ -185,7 +187,7 @@ def markdown(runs: Sequence[RunDir], rows: Sequence[Row], others: Sequence[dict[
         for row in rows
         for when, one in row.results.measures.items()
     ]
-    text += [line for said in looks.sentences((row.run, row.results) for row in rows) for line in (f"{said}.", "")]
+    text += [line for said in looks.sentences([RunDir(row.root) for row in rows]) for line in (f"{said}.", "")]
     if measured:
         text += ["## Measures on the validation split (%)", "", markdown_table(MEASURES, measured), ""]
         text += [line for row in rows if row.temperature for line in (f"{row.run}: {row.temperature}.", "")]

@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from fixres_dist.base.errors import UserError
-from fixres_dist.base.small_files import read_lines
 from fixres_dist.cluster.grid import differing
 from fixres_dist.config import reading
 from fixres_dist.data import class_maps
 from fixres_dist.publishing import report
 from fixres_dist.publishing.figures import interval
 from fixres_dist.publishing.model_card import data_name
-from fixres_dist.runs.results import Gain, Results
+from fixres_dist.runs import looks
+from fixres_dist.runs.results import Gain
 from fixres_dist.runs.rundir import RunDir
 from fixres_dist.training.predictions import Predictions
 
@@ -118,7 +118,7 @@ class Study:
     unfinished: list[dict[str, Any]]  # the other runs, as `report --json` has them
     notes: list[str]  # what a reader has to know
     data: str
-    evaluations: int  # of the validation set, in all runs
+    evaluations: int  # on the validation set, by all runs and the commands about them (runs/looks.py)
 
     @property
     def n(self) -> int:
@@ -167,13 +167,8 @@ def read(runs: Iterable[RunDir]) -> Study:
     order = list(dict.fromkeys(names.values()))
     kept.sort(key=lambda p: (order.index(p.model), p.when == "after", p.res))
     data = data_name(finished[0].config()) if finished else ""
-    return Study(kept, unfinished, notes, data, sum(evaluations(run) for run in finished))
-
-
-def evaluations(run: RunDir) -> int:
-    """How often the run's validation set was evaluated on, by its training and by commands (runs/looks.py)."""
-    counted = sum(sum(commands.values()) for commands in Results.read(run).looks.values())
-    return counted or len(read_lines(run.metrics, evaluation=str))  # results of an older version do not count
+    made = looks.by_command(finished, points[0].sample_list).total() if points else 0
+    return Study(kept, unfinished, notes, data, made)
 
 
 def curves(runs: Sequence[RunDir]) -> dict[Path, str]:

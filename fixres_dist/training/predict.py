@@ -71,6 +71,7 @@ def predict(
     else:
         batches = session.batches(index, requests, res, store)
         found = score_batches(logits, index, batches, session.ranks, len(models), note, partial, done)
+        session.looked(split, len(models))
     session.passed()
     return [predictions.of_classes(session.columns[split]) for predictions in found]
 

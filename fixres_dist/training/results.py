@@ -11,6 +11,7 @@ from fixres_dist.base.environment import processor, versions
 from fixres_dist.base.small_files import read_lines
 from fixres_dist.models import nvidia_apex
 from fixres_dist.models.sizes import of_weights
+from fixres_dist.runs import looks
 from fixres_dist.runs.choice import read as read_choice
 from fixres_dist.runs.results import Accuracy, Before, Best, Floor, Hardware, Results, read_floors
 from fixres_dist.runs.rundir import RunDir
@@ -50,7 +51,7 @@ def write_results(
         before_at={res: Before(**asdict(accuracy(p)), why=why) for res, (p, why) in others.items()},
         best_before=best_before(after, {config.data.res: before} | {r: p for r, (p, _) in others.items()}),
         measures={when: found for when, p in (("before", before), ("after", after)) if (found := measures(p))},
-        looks={session.val.fingerprint: {"training": len(read_lines(run.metrics, evaluation=str))}},
+        looks={session.val.fingerprint: evaluations(run)},
         floor=floors(run, after),
         choice=read_choice(run.chosen, run.again),
         images_seen=images_seen,
@@ -67,6 +68,12 @@ def write_results(
     )
     results.write(run)
     return results
+
+
+def evaluations(run: RunDir) -> dict[str, int]:
+    """How often the run has evaluated on val, as Results.looks has it."""
+    found = {looks.TRAINING: len(read_lines(run.metrics, evaluation=str)), "first result": len(read_floors(run))}
+    return {what: times for what, times in found.items() if times}
 
 
 def before_at(run: RunDir, session: Session) -> dict[int, tuple[Predictions, str]]:

@@ -23,6 +23,7 @@ from fixres_dist.models.build import Preprocessing
 from fixres_dist.models.network import open_network
 from fixres_dist.models.parts import Parts, parts_of
 from fixres_dist.models.resizing import for_size, largest_batch
+from fixres_dist.runs import looks
 from fixres_dist.runs.rundir import RunDir
 from fixres_dist.training import compiled_code
 from fixres_dist.training.cache.store import Loaded, Store
@@ -49,6 +50,9 @@ class Session:
     kept: Path | None = None  # file of what was decided for the run (`decided`)
     largest: dict[int, int] = field(default_factory=dict)  # largest_batch at each resolution asked for
     job: RunDir | None = None  # of a command: in its folder `partial`, passes over images keep what they have found
+    counted: tuple[RunDir, str] | None = (
+        None  # the run whose results.json counts passes over labelled images, and by what
+    )
 
     @property
     def train(self) -> Index:
@@ -111,6 +115,12 @@ class Session:
         """Rank 0 of a job: a pass over images is complete."""
         if self.job and self.ranks.is_main:
             self.job.update_state(step=self.job.saved_step())
+
+    def looked(self, split: str, models: int) -> None:
+        """Rank 0: so many models were evaluated on a split, by this start and not by an earlier one."""
+        if self.counted and self.ranks.is_main:
+            run, command = self.counted
+            looks.count(run, self.splits[split].fingerprint, command, models)
 
     def decided(self, name: str, decide: Callable[[], dict[str, Any]], together: bool = False) -> dict[str, Any]:
         """What rank 0 decides, the same on all ranks; kept with the run, so that its next start does the same.

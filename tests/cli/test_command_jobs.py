@@ -17,6 +17,7 @@ from fixres_dist.base.signals import SIGNALS
 from fixres_dist.cli.command_job import CommandJob
 from fixres_dist.cli.main import main
 from fixres_dist.evaluation import extract
+from fixres_dist.runs.results import Results
 from fixres_dist.runs.rundir import RunDir
 from fixres_dist.runs.states import State
 from fixres_dist.training import predict
@@ -87,15 +88,15 @@ def record(file: Path) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("words", "out", "file", "passes"),
+    ("words", "out", "file", "models"),
     [
-        (("evaluate", "--split", "val"), "--json", "", 1),
-        (("interpolate", "--alpha", "0,1"), "--out", "alpha.json", 1),
+        (("evaluate", "--split", "val"), "--json", "", 2),
+        (("interpolate", "--alpha", "0,1"), "--out", "alpha.json", 3),
     ],
     ids=lambda value: value[0] if isinstance(value, tuple) else "",
 )
 def test_a_job_that_is_stopped_ends_as_the_command_does_and_repeats_nothing(
-    runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...], out: str, file: str, passes: int
+    runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...], out: str, file: str, models: int
 ) -> None:  # fmt: skip
     command = [*words, "--run", runs / "r", *SMALL]
     counted = [0]
@@ -105,9 +106,11 @@ def test_a_job_that_is_stopped_ends_as_the_command_does_and_repeats_nothing(
     monkeypatch.setattr(predict, "score", own)
     slurm = fake_slurm(tmp_path / "slurm", monkeypatch)
     job = submitted(runs, slurm, *command, out, tmp_path / "job")
-    assert job.state().total_steps == passes
+    assert job.state().total_steps == 1, "pass"
     assert interrupted(monkeypatch, job, predict, "score", counted[0] // 2) == counted[0]
     assert record(tmp_path / "job" / file) == record(tmp_path / "plain" / file)
+    (looks,) = Results.read(RunDir(runs / "r")).looks.values()
+    assert looks[words[0]] == 2 * models, "by the command and by its job, which has made one pass in two starts"
 
 
 def test_rows_that_extract_has_written_are_kept(runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

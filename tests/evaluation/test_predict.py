@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from fixres_dist.base.errors import UserError
 from fixres_dist.cli.main import main
 from fixres_dist.config import reading
 from fixres_dist.evaluation.classifier import Classifier
+from fixres_dist.runs import looks
 from fixres_dist.runs.results import Results
 from fixres_dist.runs.rundir import RunDir
 from fixres_dist.training.calibration import HOTTEST, reliability
@@ -324,7 +326,8 @@ def test_results_and_report_have_more_than_top1(run: RunDir, tmp_path: Path) -> 
     assert "pictures/confusion.png" in text
 
 
-def test_how_often_val_was_looked_at_is_counted_and_said(run: RunDir, tmp_path: Path) -> None:
+def test_how_often_val_was_looked_at_is_counted_and_said(run: RunDir, photos: Path, tmp_path: Path) -> None:
+    """By each command that compares it with its labels, and by Python; an export that stands elsewhere has no run to count in."""
     fingerprint = Predictions.read_with_list(run.root / "predictions" / "after.npz")[1]
     known = Results.read(run).looks[fingerprint]
     assert known["training"] == len([line for line in run.metrics.read_text().splitlines() if '"evaluation"' in line])
@@ -332,15 +335,46 @@ def test_how_often_val_was_looked_at_is_counted_and_said(run: RunDir, tmp_path: 
         ["evaluate", "--run", run.root],
         ["evaluate", "--run", run.root, "--only", "after"],
         ["sweep", "--run", run.root, "--res", "64,96,128", "--out", tmp_path],
-        ["interpolate", "--run", run.root, "--alpha", "0.5,1", "--out", tmp_path],
+        [
+            "interpolate",
+            "--run",
+            run.root,
+            "--alpha",
+            "0.5,1",
+            "--eval-set",
+            f"again={photos / 'val'}",
+            "--out",
+            tmp_path,
+        ],
+        ["extract", "--run", run.root, "--out", tmp_path / "rows"],
+        ["evaluate", "--run", run.root, "--softmax", tmp_path / "rows" / "softmax.npy"],
+        ["export", "--run", run.root, "--out", tmp_path / "copy", "--temperature-from", "val"],
+        ["predict", run.root, photos / "val"],
     ]
     for words in commands:
-        assert called(*words, "data.workers=0")[0] == 0
+        assert called(*words, *([] if words[0] == "export" else ["data.workers=0"]))[0] == 0
+    for path in (run.root, run.root / "export" / "model.safetensors", tmp_path / "copy"):
+        fixres_dist.load(path).evaluate(photos)
     found = Results.read(run)
-    assert found.looks[fingerprint] == {**known, "evaluate": 3, "sweep": 6, "interpolate": 3}
+    added = {"evaluate": 2 + 1 + 1 + 2, "sweep": 2 * 3, "interpolate": 3 + 3, "export": 1}
+    assert found.looks == {fingerprint: {**known, **added}}
+    fixres_dist.load(run.root).evaluate(photos, "train")
+    train = dict(Results.read(run).looks)
+    assert train.pop(fingerprint) == found.looks[fingerprint]
+    assert [*train.values()] == [{"evaluate": 1}], "another list of files"
     assert main(["report", str(run.root), "--out", str(tmp_path)]) == 0
-    said = f"The validation images of r (list {fingerprint}) have been evaluated on {known['training'] + 12} times: 6 by sweep"
+    said = (
+        f"The validation images of r (list {fingerprint}) have been evaluated on {known['training'] + 19} times: 6 by "
+    )
     assert said in (tmp_path / "report.md").read_text()
+
+
+def test_evaluations_that_end_at_once_are_all_counted(run: RunDir, tmp_path: Path) -> None:
+    copy = RunDir(tmp_path / "copy")
+    shutil.copytree(run.root, copy.root)
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda n: looks.count(copy, "list", "sweep", n), range(1, 9)))
+    assert Results.read(copy).looks["list"] == {"sweep": 36}
 
 
 def test_the_mean_of_two_runs_is_measured_and_written(run: RunDir, photos: Path, tmp_path: Path) -> None:
