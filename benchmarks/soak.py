@@ -1,190 +1,125 @@
 """Runs under faults at seeded moments, each brought to its end and compared with the undisturbed run:
 
-    PYTHONPATH=.:tests python benchmarks/soak.py --count 1000 --seed 0 --out soak.jsonl
+    PYTHONPATH=.:tests python benchmarks/soak.py --count 1000 --seed 3 --jobs 3 --out soak.jsonl
 
 A schedule is a run and one to three faults, one a start: a signal (KILL, TERM, INT, HUP, or STOP and a second later CONT)
 to a rank, one of its loader processes, or, where `fixres resume --cluster local` starts the ranks, the launcher or
-submitit's process between. It comes at the k-th call of a function of the product. Places: one rank alone, two ranks
-as torchrun has them (its agent ends the others when one dies; here they are forked from a process that has imported
-torch), and two local ranks of the command. A run that is not done within HUNG_S of a start is hung.
+submitit's process between. It comes at the k-th call of a function of the product. Places: one rank alone (`inline`), two ranks
+as torchrun has them (`ranks`: its agent ends the others when one dies), the command's two local ranks (`local`), all forked
+from a process that has imported torch; and the command itself (`command`). The same line again goes on with the schedules
+that are not in --out. tests/support/starts.py says when a start hangs.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
 import random
+import resource
+import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
-from support.commands import ROOT, environment
-from support.ends import MARK, living, wrong_at_end
+from support.commands import ROOT
+from support.ends import wrong_at_end
 from support.folders import write_photos
-from support.preemptions import MOMENTS, Schedule, Spy
+from support.preemptions import Schedule, Spy
+from support.starts import commanded, end_with_parent, forked, kill, launched
+from support.strikes import EVERY, Fault
 
 from fixres_dist.data import torch_cpu  # noqa: F401  (compiles Pillow's resize: once, not in every rank)
 from fixres_dist.runs.rundir import RunDir
 from fixres_dist.runs.states import Event
-from fixres_dist.training import worker
 
-HUNG_S = 240.0
-PLACES = {"inline": 1, "ranks": 2, "local": 2}  # ranks
-EVERY = {"before rendezvous": (worker, "join"), **MOMENTS, "stage change": (worker, "train_stage")}
+PLACES = {"inline": 1, "ranks": 2, "local": 2, "command": 2}  # ranks
+BY_COMMAND = {"local": launched, "command": commanded}
 SIGNALS = ("KILL", "TERM", "INT", "HUP", "STOP")
-FAULT = "SOAK_FAULT"  # in the environment of a start
+TELL_S = 30.0
 # At the end of the snapshot's training/worker.py, for ranks that submitit starts.
-HOOK = "\nimport sys\nsys.path += {paths!r}\nimport soak\nsoak.install(sys.modules[__name__])\n"
-
-
-@dataclass(frozen=True)
-class Fault:
-    rank: int  # in whose process the moment is
-    moment: str
-    k: int  # the call of the moment's function, from 1
-    target: str  # rank, loader, launcher, controller
-    signal: str
+HOOK = "\nimport sys\nsys.path.append({tests!r})\nfrom support import strikes\nstrikes.install(sys.modules[__name__])\n"
 
 
 @dataclass(frozen=True)
 class Trial:
-    run: Schedule
+    """Schedule `number` of a soak with `seed`: what both draw, the same whenever it runs."""
+
+    seed: int
+    number: int
     place: str
-    faults: tuple[Fault, ...]
+    engine: str
+    loaders: int
+    images: int  # of each of three classes, to train on
+
+    @staticmethod
+    def drawn(seed: int, number: int, places: list[str], images: int) -> Trial:
+        draw = random.Random(f"{seed}-{number}")
+        place = places[number % len(places)]
+        return Trial(seed, number, place, draw.choice(["stream", "cached"]), draw.choice([0, 1]), images)
+
+    @property
+    def calm(self) -> tuple[int, str, int]:
+        """The undisturbed run that it is compared with: (ranks, engine, loader processes)."""
+        return PLACES[self.place], self.engine, self.loaders
+
+    def faults(self, calls: Counter[str], places: int) -> tuple[Fault, ...]:
+        """One to three; the first at each moment in turn. `calls`: of the undisturbed run's rank 0."""
+        draw = random.Random(f"{self.seed}-{self.number}-faults")
+        command = self.place in BY_COMMAND
+        kinds = ["rank", "rank", *["loader"] * bool(self.loaders), *["launcher", "controller"] * command]
+        first, found = list(EVERY)[self.number // places % len(EVERY)], []
+        for moment in (first, *draw.choices(list(EVERY), k=draw.choice([0, 0, 1, 2]))):
+            target, rank, k = draw.choice(kinds), draw.randrange(PLACES[self.place]), calls[moment]
+            number = draw.choice(("KILL", "STOP") if target in ("loader", "controller") else SIGNALS)
+            found.append(Fault(rank, moment, draw.randint(1, max(1, k)), target, number))
+        return tuple(found)
 
 
-def parent(pid: int) -> int:
-    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+@dataclass(frozen=True)
+class Calm:
+    run: RunDir
+    calls: Counter[str]  # how often rank 0 called each moment's function
 
 
-def targets(fault: Fault) -> list[int]:
-    """Process ids that the fault's signal goes to; none where a rank has no loader process at that moment."""
-    own = os.getpid()
-    if fault.target == "loader":
-        threads = Path(f"/proc/{own}/task").glob("*/children")
-        children = [int(pid) for file in threads for pid in file.read_text().split()]
-        return [pid for pid in children if b"resource_tracker" not in Path(f"/proc/{pid}/cmdline").read_bytes()][:1]
-    return [{"rank": lambda: own, "controller": os.getppid, "launcher": lambda: parent(os.getppid())}[fault.target]()]
+def undisturbed(folder: Path, data: Path, ranks: int, engine: str, loaders: int) -> Calm:
+    """The run without faults. What its ranks have imported is imported here, once for all that are forked later."""
+    schedule = Schedule(f"calm-{ranks}-{engine}-{loaders}", engine)
+    schedule.prepare(folder, data, f"data.workers={loaders}")
+    run, file = RunDir(folder / schedule.name), folder / "counted.json"
+
+    def tell(spy: Spy) -> None:
+        file.write_text(json.dumps([spy.calls, sorted(sys.modules)]))
+
+    codes = forked(run, ranks, 0, None, tell)
+    assert codes == [0] * ranks, (run.root / "soak-0-0.log").read_text()[-3000:]
+    calls, modules = json.loads(file.read_text())
+    for name in modules:
+        if (
+            name.startswith(("torch.", "tensorboard.", "timm.", "matplotlib.", "fixres_dist."))
+            and name not in sys.modules
+        ):
+            importlib.import_module(name)
+    return Calm(run, Counter(calls))
 
 
-def strike(fault: Fault, told: Path) -> None:
-    """Send the signal; the file `told` says that it came."""
-    for pid in targets(fault):
-        told.touch()
-        if fault.signal == "STOP":  # CONT from a process that no signal to this one stops
-            subprocess.Popen(["sh", "-c", f"sleep 1; kill -CONT {pid}"], start_new_session=True)
-        os.kill(pid, getattr(signal, f"SIG{fault.signal}"))
-
-
-def install(module: Any = worker) -> Spy:
-    """Make this process carry out the fault that its environment names, if it is the fault's rank."""
-    fault = Fault(**json.loads(os.environ[FAULT])) if os.environ.get(FAULT) else None
-    rank = int(os.environ.get("RANK", os.environ.get("SUBMITIT_LOCAL_GLOBALID", 0)))
-    moments = {name: (module if owner is worker else owner, f) for name, (owner, f) in EVERY.items()}
-    if fault is None or fault.rank != rank:
-        return Spy(moments=moments)
-    spy = Spy(lambda: strike(fault, Path(os.environ[MARK]) / "struck"), moments)
-    spy.plan = fault.moment, fault.k
-    return spy
-
-
-def forked(run: RunDir, ranks: int, start: int, fault: Fault | None, count: Callable[[Spy], None]) -> list[int]:
-    """The ranks of a start as children of this process; their exit codes, negative for a signal."""
-    pids = []
-    for rank in range(ranks):
-        if pid := os.fork():
-            pids.append(pid)
-            continue
-        code = 70
-        try:
-            os.setsid()
-            log = os.open(run.root / f"soak-{start}-{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-            os.dup2(log, 1)
-            os.dup2(log, 2)
-            names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
-            os.environ |= {name: str(value) for name, value in names.items()} if ranks > 1 else {}
-            os.environ |= {"TORCHELASTIC_RUN_ID": f"soak-{start}", MARK: str(run.root), "MASTER_PORT": "0"}
-            os.environ[FAULT] = json.dumps(asdict(fault)) if fault else ""
-            spy = install()
-            code = worker.train(run.root)
-            if rank == 0:
-                count(spy)
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            sys.stdout.flush()
-            os._exit(code)
-    return ended(pids)
-
-
-def ended(pids: list[int]) -> list[int]:
-    """Wait for the ranks as torchrun's agent does: it ends the others when one has failed. Raises TimeoutError."""
-    codes: dict[int, int] = {}
-    deadline, failed_at = time.monotonic() + HUNG_S, 0.0
-    while len(codes) < len(pids):
-        for pid in set(pids) - codes.keys():
-            done, status = os.waitpid(pid, os.WNOHANG)
-            if done:
-                codes[pid] = os.waitstatus_to_exitcode(status)
-        now = time.monotonic()
-        failed_at = failed_at or (now if any(codes.values()) else 0.0)
-        if now > deadline or (failed_at and now > failed_at + 10):
-            for pid in set(pids) - codes.keys():
-                os.kill(pid, signal.SIGKILL)
-        if now > deadline + 5:
-            raise TimeoutError
-        time.sleep(0.02)
-    return [codes[pid] for pid in pids]
-
-
-def commanded(run: RunDir, fault: Fault | None) -> list[int]:
-    """A start by `fixres resume --cluster local`; also waits for ranks that outlive it. Raises TimeoutError."""
-    words = [
-        sys.executable,
-        "-m",
-        "fixres_dist",
-        "resume",
-        run.name,
-        "--runs-dir",
-        str(run.root.parent),
-        "--cluster",
-        "local",
-    ]
-    own = {FAULT: json.dumps(asdict(fault)) if fault else "", MARK: str(run.root)}
-    with open(run.root / "soak-local.log", "a") as log:
-        started = subprocess.Popen(
-            words, env={**environment(), **own}, cwd=ROOT, stdout=log, stderr=log, start_new_session=True
-        )
-    deadline = time.monotonic() + HUNG_S
-    while started.poll() is None or living(run):
-        if time.monotonic() > deadline:
-            for pid in living(run):
-                os.kill(pid, signal.SIGKILL)
-            started.wait()
-            raise TimeoutError
-        time.sleep(0.1)
-    return [started.returncode]
-
-
-def brought_to_end(trial: Trial, run: RunDir) -> tuple[int, list[str]]:
+def brought_to_end(trial: Trial, faults: tuple[Fault, ...], run: RunDir) -> tuple[int, list[str]]:
     """(faults that came, what went wrong) of a run, started until it is done."""
     wrong, came = [], 0
-    for start in range(len(trial.faults) + 4):
-        fault = trial.faults[start] if start < len(trial.faults) else None
+    for start in range(len(faults) + 4):
+        fault = faults[start] if start < len(faults) else None
         try:
-            codes = commanded(run, fault) if trial.place == "local" else forked(
-                run, PLACES[trial.place], start, fault, lambda spy: None
-            )  # fmt: skip
+            by_command = BY_COMMAND.get(trial.place)
+            codes = by_command(run, fault) if by_command else forked(run, PLACES[trial.place], start, fault)
         except TimeoutError:
             return came, [f"start {start} hung"]
         struck = (run.root / "struck").exists()
@@ -197,86 +132,140 @@ def brought_to_end(trial: Trial, run: RunDir) -> tuple[int, list[str]]:
     return came, [*wrong, "not done after four undisturbed starts"]
 
 
-def undisturbed(folder: Path, data: Path, place: str, engine: str, loaders: int) -> tuple[RunDir, Counter[str]]:
-    """The run without faults, and how often rank 0 called each moment's function."""
-    schedule = Schedule(f"calm-{place}-{engine}-{loaders}", engine)
-    schedule.prepare(folder, data, f"data.workers={loaders}")
+def carried_out(trial: Trial, places: int, folder: Path, data: Path, calm: Calm) -> dict[str, Any]:
+    """The schedule's line of --out; its run's folder is removed unless something went wrong."""
+    faults, before, started = trial.faults(calm.calls, places), cpu_s(), time.monotonic()
+    schedule = Schedule(f"{trial.seed}-{trial.number}", trial.engine)
+    schedule.prepare(folder, data, f"data.workers={trial.loaders}", f"cluster.gpus_per_node={PLACES[trial.place]}")
     run = RunDir(folder / schedule.name)
-    ranks, file = PLACES[place], run.root.with_suffix(".calls")
-    codes = forked(run, ranks, 0, None, lambda spy: file.write_text(json.dumps(spy.calls)) and None)
-    assert codes == [0] * ranks, (run.root / "soak-0-0.log").read_text()[-3000:]
-    return run, Counter(json.loads(file.read_text()))
+    if trial.place in BY_COMMAND:
+        run.event(Event.SUBMITTED, cluster="local")
+    if trial.place == "command":
+        with open(run.code / "fixres_dist" / "training" / "worker.py", "a") as file:
+            file.write(HOOK.format(tests=str(ROOT / "tests")))
+    try:
+        came, wrong = brought_to_end(trial, faults, run)
+        wrong = wrong or wrong_at_end(run, calm.run)
+    finally:
+        kill(run)
+    if not wrong:
+        shutil.rmtree(run.root)
+        shutil.rmtree(run.root.with_name(f"{run.name}-features"), ignore_errors=True)
+    took = {"cpu_s": round(cpu_s() - before, 2), "s": round(time.monotonic() - started, 1)}
+    return {**asdict(trial), "came": came, "faults": [asdict(f) for f in faults], "wrong": wrong, **took}
 
 
-def seeded(number: int, seed: int, places: list[str]) -> tuple[str, str, int, random.Random]:
-    draw = random.Random(f"{seed}-{number}")
-    return places[number % len(places)], draw.choice(["stream", "cached"]), draw.choice([0, 1]), draw
+def cpu_s() -> float:
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(u.ru_utime + u.ru_stime for u in used)
 
 
-def faults(place: str, loaders: int, calls: Counter[str], draw: random.Random, first: str) -> tuple[Fault, ...]:
-    """One to three; the first at the moment `first`."""
-    kinds = [
-        "rank",
-        "rank",
-        *(["loader"] if loaders else []),
-        *(["launcher", "controller"] if place == "local" else []),
-    ]
-    found = []
-    for moment in (first, *draw.choices(list(EVERY), k=draw.choice([0, 0, 1, 2]))):
-        target = draw.choice(kinds)
-        number = draw.choice(("KILL", "STOP") if target in ("loader", "controller") else SIGNALS)
-        found.append(
-            Fault(draw.randrange(PLACES[place]), moment, draw.randint(1, max(1, calls[moment])), target, number)
-        )
-    return tuple(found)
+def stopped(number: int, frame: FrameType | None) -> None:
+    sys.exit(128 + number)
 
 
-def study(folder: Path, data: Path, count: int, seed: int, places: list[str], out: Path | None = None) -> Counter[str]:
-    """Counts of schedules, faults and wrong ends; a line of `out` for each schedule."""
-    torch.set_num_threads(1)
-    calm: dict[tuple[str, str, int], tuple[RunDir, Counter[str]]] = {}
-    total: Counter[str] = Counter(schedules=0, faults=0, wrong=0)
-    for number in range(count):
-        place, engine, loaders, draw = seeded(number, seed, places)
-        if (place, engine, loaders) not in calm:
-            calm[place, engine, loaders] = undisturbed(folder, data, place, engine, loaders)
-        own, calls = calm[place, engine, loaders]
-        planned = faults(place, loaders, calls, draw, list(EVERY)[(number // len(places)) % len(EVERY)])
-        trial = Trial(Schedule(f"{seed}-{number}", engine), place, planned)
-        trial.run.prepare(folder, data, f"data.workers={loaders}", f"cluster.gpus_per_node={PLACES[place]}")
-        run = RunDir(folder / trial.run.name)
-        if place == "local":
-            run.event(Event.SUBMITTED, cluster="local")
-            with open(run.code / "fixres_dist" / "training" / "worker.py", "a") as file:
-                file.write(HOOK.format(paths=[str(ROOT / "tests"), str(ROOT / "benchmarks")]))
-        started = time.monotonic()
-        came, wrong = brought_to_end(trial, run)
-        wrong = wrong or wrong_at_end(run, own)
-        total += Counter(schedules=1, faults=came, wrong=bool(wrong))
-        line = {"place": place, "engine": engine, "loaders": loaders, "seed": seed, "number": number, "came": came}
-        line |= {"faults": [asdict(f) for f in planned], "wrong": wrong, "s": round(time.monotonic() - started, 1)}
-        if out:
+def worked(todo: list[Trial], places: int, folder: Path, data: Path, out: Path) -> int:
+    """Carry out the schedules, a line each, in a process of their own; returns its id."""
+    if pid := os.fork():
+        return pid
+    code = 1
+    try:
+        end_with_parent(signal.SIGTERM)
+        calm: dict[tuple[int, str, int], Calm] = {}
+        folder.mkdir()
+        for trial in todo:
+            if trial.calm not in calm:
+                calm[trial.calm] = undisturbed(folder, data, *trial.calm)
+            line = carried_out(trial, places, folder, data, calm[trial.calm])
             with open(out, "a") as file:
                 file.write(json.dumps(line) + "\n")
-        if wrong:
-            print(json.dumps(line), flush=True)
-    return total
+            if line["wrong"]:
+                print(json.dumps(line), flush=True)
+        code = 0
+    except SystemExit as left:
+        code = int(left.code or 0)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        os._exit(code)
+
+
+def lines(out: Path, planned: list[Trial]) -> list[dict[str, Any]]:
+    """Of the planned schedules that have been carried out."""
+    text = out.read_text() if out.exists() else ""
+    wanted, names = set(planned), asdict(planned[0]).keys()
+    found = [json.loads(line) for line in text.splitlines()]
+    return [line for line in found if Trial(**{name: line[name] for name in names}) in wanted]
+
+
+def total(found: list[dict[str, Any]]) -> dict[str, int]:
+    return {
+        "schedules": len(found),
+        "faults": sum(x["came"] for x in found),
+        "wrong": sum(bool(x["wrong"]) for x in found),
+    }
+
+
+def study(folder: Path, data: Path, planned: list[Trial], places: int, jobs: int, out: Path) -> dict[str, int]:
+    """Counts of schedules, faults and wrong ends; a line of `out` for each schedule."""
+    done = {tuple(x[name] for name in asdict(planned[0])) for x in lines(out, planned)}
+    todo = [trial for trial in planned if tuple(asdict(trial).values()) not in done]
+    began = time.monotonic()
+    pids = [worked(todo[k::jobs], places, folder / f"job-{k}", data, out) for k in range(jobs)]
+    alive, codes, told = set(pids), [], began
+    try:
+        while alive:
+            for pid in list(alive):
+                ended, status = os.waitpid(pid, os.WNOHANG)
+                if ended:
+                    alive.discard(pid)
+                    codes.append(os.waitstatus_to_exitcode(status))
+            if time.monotonic() > told + TELL_S:
+                told = time.monotonic()
+                found = lines(out, planned)
+                new = max(1, len(found) - len(done))
+                eta_s = (len(planned) - len(found)) * (told - began) / new
+                cpu = sum(x["cpu_s"] for x in found) / max(1, len(found))
+                print(f"{total(found)} of {len(planned)}, {cpu:.1f} CPU s each, ETA {eta_s / 60:.0f} min", flush=True)
+            time.sleep(0.2)
+    finally:
+        for pid in alive:
+            os.kill(pid, signal.SIGTERM)
+            os.waitpid(pid, 0)
+    assert not any(codes), f"the jobs ended with {codes}"
+    return total(lines(out, planned))
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--count", type=int, default=100, help="schedules")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--places", default="inline,ranks", help=f"of {', '.join(PLACES)}")
-    parser.add_argument("--images", type=int, default=28, help="of each of three classes, to train on")
-    parser.add_argument("--out", type=Path, help="a JSON line for each schedule")
+    parser.add_argument("--places", default="inline,ranks,local", help=f"of {', '.join(PLACES)}")
+    parser.add_argument("--images", type=int, default=17, help="of each of three classes, to train on")
+    parser.add_argument("--jobs", type=int, default=1, help="schedules at a time")
+    parser.add_argument(
+        "--out", type=Path, help="a JSON line for each schedule; those that it has are not carried out again"
+    )
     args = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
+    torch.set_num_threads(1)
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, stopped)
+    places = args.places.split(",")
+    planned = [Trial.drawn(args.seed, number, places, args.images) for number in range(args.count)]
+    folder = Path(tempfile.mkdtemp(prefix="soak-"))
+    counts = {"wrong": 0}
+    try:
         os.environ["FIXRES_CACHE"] = f"{folder}/cache"
-        data = write_photos(Path(folder) / "photos", args.images, -(-2 * args.images // 5) - 1)
-        total = study(Path(folder), data, args.count, args.seed, args.places.split(","), args.out)
-    print(dict(total))
-    return bool(total["wrong"])
+        data = write_photos(folder / "photos", args.images, -(-2 * args.images // 5) - 1)
+        counts = study(folder, data, planned, len(places), args.jobs, args.out or folder / "soak.jsonl")
+        print(counts)
+    finally:
+        if counts["wrong"]:
+            print(f"the runs that went wrong: {folder}/job-*")
+        else:
+            shutil.rmtree(folder)
+    return bool(counts["wrong"])
 
 
 if __name__ == "__main__":

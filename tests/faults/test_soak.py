@@ -1,4 +1,4 @@
-"""A seeded dozen of benchmarks/soak.py: signals to ranks and loader processes at named moments; the end is the undisturbed one's."""
+"""A seeded dozen of benchmarks/soak.py: signals to ranks, loader processes and launchers at named moments; the end is as undisturbed."""
 
 from __future__ import annotations
 

@@ -179,6 +179,7 @@ def written(run: RunDir) -> dict[str, Any]:
     return {
         "weights": load_file(run.root / "export" / "model.safetensors"),
         "pretrained": load_file(run.pretrained),
+        "checkpoint": {file.name: load_file(file) for file in max(run.checkpoints.glob("step_*")).glob("*.safetensors")},
         "predictions": {w: dict(np.load(run.root / "predictions" / f"{w}.npz")) for w in ("before", "after")},
         "metrics": [{key: line[key] for key in numbers if key in line} for line in read_lines(run.metrics)],
         "results": {key: found[key] for key in ("before", "after", "delta_top1", "images_seen", "n", "skipped")},
