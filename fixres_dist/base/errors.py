@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from fixres_dist.base.files import no_room
+from fixres_dist.base.memory import does_not_fit
 from fixres_dist.base.secrets import redacted
 
 EXIT_DONE, EXIT_FAILED, EXIT_USER = 0, 1, 2
@@ -44,7 +45,8 @@ class StorageError(Exception):
 
 
 def exit_code(work: Callable[[], int]) -> int:
-    """The exit code of a command: a mistake, a full disk or a forbidden place is a line on stderr, all else keeps its traceback."""
+    """The exit code of a command: a mistake, a full disk or memory, or a forbidden place is a line on stderr, all else keeps its
+    traceback."""
     try:
         return work()
     except UserError as error:
@@ -67,6 +69,12 @@ def exit_code(work: Callable[[], int]) -> int:
             raise
         print(f"error: {said}. Accepted: a place that this user may read and write.", file=sys.stderr)
         return EXIT_USER
+    except Exception as error:
+        if not does_not_fit(error):
+            raise
+        smaller = "a smaller size, or fewer pictures at a time (run.batch_per_device=1)"
+        print(f"error: memory ran out: {first_line(error)}. Next: {smaller}.", file=sys.stderr)
+        return EXIT_FAILED
 
 
 def only_prints(work: Callable[[], int]) -> int:

@@ -13,12 +13,14 @@ from fixres_dist.base.small_files import write_json
 from fixres_dist.base.text import parse_size
 from fixres_dist.cli import as_job
 from fixres_dist.cli.arguments import add_eval_sets, add_job, add_json, add_source
+from fixres_dist.config.schema import Config
 from fixres_dist.data import class_maps, dataset
 from fixres_dist.evaluation import robustness
 from fixres_dist.evaluation.inputs import check, data_config, model_config, opened, subjects
 from fixres_dist.evaluation.measures import Evaluation
 from fixres_dist.runs import looks
 from fixres_dist.runs.rundir import RunDir
+from fixres_dist.training.confusion import MOST_CLASSES
 
 if TYPE_CHECKING:
     from fixres_dist.training.predictions import Predictions
@@ -50,15 +52,14 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """A run before and after, or a checkpoint, on the split and every named set; a run keeps the results."""
     check_output(args.json)
-    check_output(args.confusion)
-    if args.confusion and args.confusion.suffix != ".csv":
-        raise UserError(f"--confusion is {args.confusion}; accepted: FILE.csv, beside which FILE.png is written.")
+    check_output(args.predictions)
     if args.softmax:
         if as_job.asked(args):
             raise UserError("--softmax takes seconds and no GPU, so it is no job. Next: leave out --cluster.")
         return evaluate_softmax(args)
     config = model_config(args, parse_size(args.res))
     sets = class_maps.named_sets(args.eval_set, args.split)
+    check_confusion(args, config)
     chosen = [s for s in subjects(args.run) if args.only in (None, s.label)]
     if not chosen:
         raise UserError(f"--only {args.only} is about a run. Next: --run DIR, or leave it out.")
@@ -100,6 +101,7 @@ def evaluate_softmax(args: argparse.Namespace) -> int:
     from fixres_dist.evaluation.measures import measure
 
     config = data_config(args)
+    check_confusion(args, config)
     data, classes = config.data, class_maps.trained_classes(config, args.run, args.split)
     root = dataset.folder(data.root, data.cache)
     index = dataset.of(data, root / data.split_name(args.split), "skip")
@@ -120,13 +122,22 @@ def evaluate_softmax(args: argparse.Namespace) -> int:
     return EXIT_DONE
 
 
+def check_confusion(args: argparse.Namespace, config: Config) -> None:
+    """Refuse --confusion before the pass whose result it is to hold."""
+    file = args.confusion
+    check_output(file)
+    if not file:
+        return
+    if file.suffix != ".csv":
+        raise UserError(f"--confusion is {file}; accepted: FILE.csv, beside which FILE.png is written.")
+    classes = len(class_maps.trained_classes(config, args.run, args.split))
+    if classes > MOST_CLASSES:
+        raise UserError(f"--confusion of {classes} classes; accepted: {MOST_CLASSES}. Next: --predictions FILE.npz")
+
+
 def write_confusion(predictions: Predictions, classes: Sequence[str], file: Path) -> None:
     from fixres_dist.training import confusion, pictures
 
-    if len(classes) > confusion.MOST_CLASSES:
-        raise UserError(
-            f"--confusion of {len(classes)} classes; accepted: {confusion.MOST_CLASSES}. Next: --predictions FILE.npz"
-        )
     matrix = confusion.matrix_of(predictions, len(classes))
     confusion.write_csv(matrix, classes, file)
     pictures.save(pictures.confusion_sheet(matrix, classes), file.with_suffix(".png"))

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from fixres_dist.base.commands import command
 from fixres_dist.base.errors import EXIT_DONE, EXIT_FAILED, UserError, only_prints
-from fixres_dist.base.text import duration, parse_size
+from fixres_dist.base.text import duration, one_line, parse_size
 from fixres_dist.cli.arguments import settings_and_names
 
 if TYPE_CHECKING:
@@ -47,6 +47,8 @@ def run(args: argparse.Namespace) -> int:
     images = [word for word in args.images if word not in settings]
     if not images:
         raise UserError(f"no picture was given. Next: {command('predict', args.model, *settings, 'FILE')}")
+    if args.top < 1:
+        raise UserError(f"--top is {args.top}; accepted: 1 or more classes.")
     res = parse_size(args.res)
 
     def work() -> int:
@@ -60,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
             for one in model.predictions(images, args.top, show=not sys.stdout.isatty()):
                 if one.error:
                     bad.append(one)
-                    print(f"cannot read {one.image}: {one.error}", file=sys.stderr, flush=True)
+                    print(f"cannot read {one_line(one.image)}: {one.error}", file=sys.stderr, flush=True)
                 else:
                     good += 1
                     yield one
@@ -86,8 +88,10 @@ def run(args: argparse.Namespace) -> int:
 
 def write_csv(predictions: Iterable[Prediction], top: int) -> None:
     writer = csv.writer(sys.stdout, lineterminator="\n")
-    writer.writerow(["file", *(name for k in range(1, top + 1) for name in (f"class_{k}", f"confidence_{k}"))])
-    for one in predictions:
+    head = ["file", *(name for k in range(1, top + 1) for name in (f"class_{k}", f"confidence_{k}"))]
+    for k, one in enumerate(predictions):
+        if k == 0:  # nothing is on stdout where all is refused
+            writer.writerow(head)
         pairs = zip(one.classes, one.confidences, strict=True)
         writer.writerow([one.image, *(cell for name, share in pairs for cell in (name, f"{share:.6f}"))])
 
@@ -109,13 +113,15 @@ def write_table(predictions: Iterable[Prediction], classes: Sequence[str]) -> No
     for one in predictions:
         cells = [f"{name} {100 * share:.1f} %" for name, share in zip(one.classes, one.confidences, strict=True)]
         first = f"{100 * one.confidences[0]:5.1f} %  {one.classes[0]:<{width}}"
-        print("  ".join([first, one.image, *([f"({', '.join(cells[1:])})"] if cells[1:] else [])]), flush=True)
+        print(
+            one_line("  ".join([first, one.image, *([f"({', '.join(cells[1:])})"] if cells[1:] else [])])), flush=True
+        )
 
 
 def last_line(good: int, bad: Sequence[Prediction], seconds: float) -> str:
     text = f"{good:,} pictures in {duration(seconds)} ({good / seconds:,.0f} img/s)"
     if bad:
-        names = ", ".join(one.image for one in bad[:SHOWN])
+        names = ", ".join(one_line(one.image) for one in bad[:SHOWN])
         text += f"; {len(bad):,} cannot be read: {names}" + (
             f" and {len(bad) - SHOWN:,} more" if len(bad) > SHOWN else ""
         )

@@ -74,6 +74,8 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Start the points that are missing, or go on with them, then report; on a cluster the last job reports."""
     args.overrides, names = settings_and_names(args.overrides)
+    if args.data == "demo":
+        args.model = args.model or "demo"
     check(args, names)
     others = status.named(names, args.runs_dir) if names else []
     if args.job or not args.model:
@@ -97,8 +99,6 @@ def run(args: argparse.Namespace) -> int:
 
 def check(args: argparse.Namespace, names: list[str]) -> None:
     """Raises UserError for options that are wrong by themselves."""
-    if args.data == "demo" and not args.model:
-        args.model = "demo"
     if not args.model and not names:
         raise UserError(
             f"nothing to study was given. Accepted: --model M,M2 --data DIR, or runs that are finished. "

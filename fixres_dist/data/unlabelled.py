@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import io
 import os
 import sys
@@ -56,6 +57,8 @@ def index_of(given: Sequence[Given], show: bool = True, limits: Limits = USUAL) 
             names += map(os.fsencode, files(os.fspath(one)))
     if not names:
         raise UserError(f"no picture was given. {ACCEPTED}.")
+    if binary := next((name for name in names if b"\0" in name), b""):
+        raise UserError(f"{os.fsdecode(binary[:60])!r} is no path: it holds a zero byte. {ACCEPTED}.")
     n = len(names)
     table = np.zeros((n, 2), np.int32)
     for sample, size in sizes.items():
@@ -104,6 +107,8 @@ def below(folder: Path) -> Iterator[str]:
         ) from None
     if not any(one.images for one in found):
         raise UserError(f"{folder} holds no image; passed over: {counted(passed)}. {ACCEPTED}.")
+    if passed:
+        print(f"{folder}: passed over {counted(passed)}", file=sys.stderr)
     for one in found:
         yield from (str(folder / name) for name in one.names)
 
@@ -111,6 +116,8 @@ def below(folder: Path) -> Iterator[str]:
 def listed(content: bytes, where: str, folder: Path) -> Iterator[str]:
     """A path per line; blank lines and those that begin with # are left out. What is not found from here may lie beside the
     list, in `folder`. Raises UserError for a list without a path."""
+    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):  # as PowerShell writes one
+        content = content.decode("utf-16", "replace").encode()
     lines = [line.strip() for line in content.removeprefix(b"\xef\xbb\xbf").splitlines()]
     names = [os.fsdecode(line) for line in lines if line and not line.startswith(b"#")]
     if not names:

@@ -59,7 +59,7 @@ class Point:
         return {**found, "run": str(self.run.root), "predictions": str(self.file)}
 
 
-Cost = Callable[[Point], float]
+CostOf = Callable[[Point], float]
 END = 2**16  # bytes at the end of a file of weights, of which another training leaves none as they are
 
 
@@ -87,7 +87,7 @@ class Choice:
         return {**points, "gmacs": self.best.gmacs, "top1": self.best.top1, "over_the_cheaper_choice": gain}
 
 
-def front(points: Iterable[Point], cost: Cost) -> list[Point]:
+def front(points: Iterable[Point], cost: CostOf) -> list[Point]:
     """The points that no other one of at most the same cost equals or beats, cheapest first (the Pareto front).
 
     Of equals the one before fixing, which needs no training.
@@ -99,7 +99,7 @@ def front(points: Iterable[Point], cost: Cost) -> list[Point]:
     return found
 
 
-def choices(points: Sequence[Point], cost: Cost) -> list[Choice]:
+def choices(points: Sequence[Point], cost: CostOf) -> list[Choice]:
     """The best point at each cost, cheapest first.
 
     `as_good` allows for the choice among all points (Bonferroni's correction), since the best of many is partly luck.

@@ -26,7 +26,7 @@ from fixres_dist.publishing.figures import (
     spread,
 )
 from fixres_dist.publishing.html_page import verbatim
-from fixres_dist.publishing.study import Cost, Point, Study, choices, front, multiply_adds, seconds_per_image
+from fixres_dist.publishing.study import CostOf, Point, Study, choices, front, multiply_adds, seconds_per_image
 
 PICTURES = {
     "resolution.png": "top-1 against test resolution, before and after fixing",
@@ -49,7 +49,7 @@ def draw(study: Study, limit: Limit, folder: Path) -> None:
 
 
 def plot(
-    points: Sequence[Point], x: Cost, x_label: str, file: Path, best: Sequence[Point] = (), limit: float | None = None
+    points: Sequence[Point], x: CostOf, x_label: str, file: Path, best: Sequence[Point] = (), limit: float | None = None
 ) -> None:
     """Top-1 with 95 % intervals against `x`: a colour and a marker for each model, hollow and dashed before fixing.
 
@@ -125,7 +125,7 @@ def accuracy(point: Point) -> str:
     return f"{point.top1:.2f} ({low:.2f} to {high:.2f})"
 
 
-def best_table(points: Sequence[Point], cost: Cost) -> tuple[tuple[str, ...], list[tuple[object, ...]]]:
+def best_table(points: Sequence[Point], cost: CostOf) -> tuple[tuple[str, ...], list[tuple[object, ...]]]:
     """(head, rows): the best point from each cost on."""
     by_speed = cost is seconds_per_image
     head = "up to images/s" if by_speed else "from G multiply-adds"
@@ -137,7 +137,7 @@ def best_table(points: Sequence[Point], cost: Cost) -> tuple[tuple[str, ...], li
     return (head, "best", "top-1 (95 %)", "over the line above (paired 95 %)", "cheaper, not told apart"), rows
 
 
-def best_markdown(points: Sequence[Point], cost: Cost) -> str:
+def best_markdown(points: Sequence[Point], cost: CostOf) -> str:
     head, rows = best_table(points, cost)
     return markdown_table(head, [["" if cell is None else verbatim(cell) for cell in row] for row in rows])
 

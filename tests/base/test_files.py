@@ -158,6 +158,18 @@ def test_a_command_says_it_in_a_line(capsys: pytest.CaptureFixture[str]) -> None
         exit_code(broken)
 
 
+def test_memory_that_ran_out_is_a_line_too(capsys: pytest.CaptureFixture[str]) -> None:
+    """As for pictures of 100,000 px."""
+
+    def huge() -> int:
+        return len(torch.empty(2**60, device="cpu"))
+
+    assert exit_code(huge) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("error: memory ran out: ")
+    assert said.endswith(". Next: a smaller size, or fewer pictures at a time (run.batch_per_device=1).\n")
+
+
 def test_a_segment_and_a_checkpoint_that_do_not_fit_leave_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def batches() -> Any:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

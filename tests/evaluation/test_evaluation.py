@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 from support.commands import environment
+from support.in_process import called
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from fixres_dist.base.commands import command
@@ -99,6 +100,23 @@ def links(root: Path, **folders: Path) -> Path:
     for name, target in folders.items():
         (root / name).symlink_to(target)
     return root
+
+
+def test_what_cannot_be_written_is_refused_before_the_pass(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fixres_dist.cli.evaluate.opened", None)
+    monkeypatch.setattr("fixres_dist.cli.evaluate.MOST_CLASSES", 2)
+    for words, says in (
+        (("--confusion", tmp_path / "c.csv"), "--confusion of 3 classes; accepted: 2. Next: --predictions FILE.npz"),
+        (("--confusion", tmp_path / "c.png"), "accepted: FILE.csv, beside which FILE.png is written"),
+        (("--confusion", tmp_path / "no" / "c.csv"), "cannot be written"),
+        (("--predictions", tmp_path / "no" / "p.npz"), "cannot be written"),
+        (("--json", tmp_path / "no" / "p.json"), "cannot be written"),
+    ):
+        code, said = called("evaluate", "--run", finished, *words)
+        assert code == 2, said
+        assert says in said
 
 
 def test_a_run_is_evaluated_before_and_after_with_the_paired_gain(finished: Path, photos: Path, tmp_path: Path) -> None:

@@ -109,8 +109,13 @@ def test_lists_and_stdin_with_blank_lines_and_comments(
     (tmp_path / "beside.jpg").symlink_to(others[0])
     text = f"\ufeff# mine\r\n\r\n{first}\r\n  \nbeside.jpg\n#{others[1]}\n{others[1]}"
     (tmp_path / "list.txt").write_text(text, encoding="utf-8")
+    (tmp_path / "wide.txt").write_text(text.removeprefix("\ufeff"), encoding="utf-16")  # as PowerShell writes it
     expected = {name: evaluated[name] for name in (first, others[1])}
-    for words, given in (([tmp_path / "list.txt"], b""), (["-"], text.replace("beside.jpg\n", "").encode())):
+    for words, given in (
+        ([tmp_path / "list.txt"], b""),
+        ([tmp_path / "wide.txt"], b""),
+        (["-"], text.replace("beside.jpg\n", "").encode()),
+    ):
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(given)))
         rows, _ = predicted(capsys, run.root, *words, "--top", "1")
         check([row for row in rows if not row["file"].endswith("beside.jpg")], expected)
@@ -146,6 +151,25 @@ def test_json_and_the_table(
     line, again = capsys.readouterr().out.splitlines()
     assert line == again
     assert line.split()[:4] == [f"{100 * confidence:.1f}", "%", label, name]
+
+
+def test_names_of_any_kind(run: RunDir, capsys: pytest.CaptureFixture[str], tmp_path: Path, photos: Path) -> None:
+    """Each picture is one row of the table, whatever it is called; the file formats keep its name."""
+    odd = [" two words.jpg", "#1.jpg", 'a,"b".jpg', "end\nof line.jpg", "größe 雪.JPG"]
+    for name in odd:
+        (tmp_path / name).symlink_to(photos / "val" / "ash" / "000.jpg")
+    (tmp_path / "again").symlink_to(tmp_path)
+    (tmp_path / "round.jpg").symlink_to("round.jpg")
+    (tmp_path / "scan.heic").touch()
+    rows, said = predicted(capsys, run.root, tmp_path, "--top", "5000")
+    assert [row["file"] for row in rows] == [f"{tmp_path}/{name}" for name in odd]
+    assert "class_3" in rows[0]
+    assert f"cannot read {tmp_path}/round.jpg: Too many levels of symbolic links" in said
+    assert f"{tmp_path}: passed over 1 .heic" in said
+    assert main(["predict", str(run.root), str(tmp_path), "--json"]) == 0
+    assert [row["file"] for row in json.loads(capsys.readouterr().out)] == [row["file"] for row in rows]
+    assert main(["predict", str(run.root), str(tmp_path)]) == 0
+    assert [line.count("%") for line in capsys.readouterr().out.splitlines()] == [3] * len(odd)
 
 
 def test_python_opens_it_takes_pictures_and_measures(
@@ -260,6 +284,7 @@ def test_what_is_no_model_or_no_picture_is_refused_with_the_next_command(
     (tmp_path / "notes" / "a.heic").write_text("")
     (tmp_path / "blank.txt").write_text("\n# nothing\n")
     (tmp_path / "torn.jpg").write_bytes(b"\xff\xd8\xff")
+    (tmp_path / "binary.txt").write_bytes(b"a.jpg\nb\0c.jpg\n")
     bare, onnx = tmp_path / "bare", tmp_path / "onnx"
     for folder, file in ((bare, "model.safetensors"), (onnx, "model_64.onnx")):
         folder.mkdir()
@@ -270,10 +295,16 @@ def test_what_is_no_model_or_no_picture_is_refused_with_the_next_command(
     cases: list[tuple[list[object], str]] = [
         ([run.root, tmp_path / "empty"], "empty holds no image; passed over: nothing. Accepted: image files"),
         ([run.root, tmp_path / "notes"], "passed over: 1 .heic"),
-        ([run.root, tmp_path / "blank.txt"], "has no path of an image in 2 lines. Accepted: a path on each line"),
+        (
+            [run.root, tmp_path / "blank.txt", "--csv"],
+            "error: "
+            + str(tmp_path / "blank.txt")
+            + " has no path of an image in 2 lines. Accepted: a path on each line",
+        ),
+        ([run.root, tmp_path / "binary.txt"], "'b\\x00c.jpg' is no path: it holds a zero byte. Accepted: image files"),
         ([run.root, tmp_path / "gone.txt"], "gone.txt cannot be read: No such file"),
         ([run.root, tmp_path / "torn.jpg", "gone.jpg"], "none of the 2 pictures can be read"),
-        ([run.root, picture, "--top", "0"], "top is 0; accepted: 1 or more"),
+        ([run.root, picture, "--top", "0"], "--top is 0; accepted: 1 or more"),
         ([run.root, picture, "--res", "20"], "--res 20 is below 32 px"),
         ([run.root, "data.workers=0"], "Next: fixres predict"),
         ([picture, picture], f"is a picture; the model stands before it. Next: fixres predict RUN {picture}"),
@@ -290,6 +321,7 @@ def test_what_is_no_model_or_no_picture_is_refused_with_the_next_command(
         assert code == 2, said
         assert expected in said
         assert "Next: " in said or "ccepted: " in said
+        assert "file,class_1" not in said, "rows without a picture"
 
 
 def test_a_size_that_the_model_cannot_take_is_refused(tmp_path: Path, photos: Path) -> None:
