@@ -31,8 +31,8 @@ class Stage:
     steps: int  # at least
 
 
-FIRST = Stage(batch=32, rate=0.005, epochs=15, steps=300)  # the whole network, from the first result's classifier
-NEW_RATE = 0.02  # from a new classifier, or new weights
+FIRST = Stage(batch=32, rate=3e-4, epochs=15, steps=300)  # the whole network, by AdamW
+SGD_RATE = 0.02  # of SGD with a new classifier, or new weights
 HEAD = Stage(batch=64, rate=0.03, epochs=2, steps=240)  # the classifier on kept features, where a step costs nothing
 
 
@@ -58,18 +58,27 @@ def has_first_result(n: int, classes: int) -> bool:
 def derived(n: int, classes: int, ranks: int, given: Mapping[str, Any], new: bool = False) -> dict[str, Any]:
     """Sections of the configuration for `n` training images, laid under what a person has `given`; `new`: of new weights.
 
-    Stage one starts from the first result's classifier, at a quarter of the learning rate that a new one needs
-    (docs/own-data.md has what that rests on).
+    Stage one starts from the first result, which is a classifier on the network as it is. Statistics of the batches would
+    change what that classifier reads before the first step is taken, so BatchNorms keep theirs. SGD diverges then: some
+    channels have almost no variance, and so large gradients, on which AdamW's steps do not depend (docs/own-data.md has the
+    measurements). Who asks for SGD, or for apex, whose optimizer it is, has statistics of the batches, and a quarter of a
+    new classifier's learning rate.
 
     `tune.policy=auto`, the default, is the classifier on kept features with BatchNorm statistics as they are; another
     policy keeps its own way and learning rate.
     """
-    first, tune = given.get("pretrain") or {}, given.get("tune") or {}
+    first, tune, run = (given.get(section) or {} for section in ("pretrain", "tune", "run"))
     new = new or first.get("classifier") == "new" or not has_first_result(n, classes)
-    stage = replace(FIRST, rate=NEW_RATE) if new else FIRST
+    apex = run.get("optimizer") == "apex" or str(run.get("precision")).startswith("apex")
+    optimizer = first.get("optimizer", "sgd" if new or apex else "adamw")
+    if optimizer in ("sgd", "nesterov"):
+        stage, statistics = replace(FIRST, rate=SGD_RATE if new else SGD_RATE / 4), "ema"
+    else:
+        stage, statistics = FIRST, "ema" if new else "kept"
     start = "new" if new else "first_result"
+    pretrain = {"warmup_epochs": 1, "optimizer": optimizer, "bn_stats": statistics, "classifier": start}
     settings = {
-        "pretrain": {**schedule(stage, n, ranks, first, "pretrain"), "warmup_epochs": 1, "classifier": start},
+        "pretrain": schedule(stage, n, ranks, first, "pretrain") | pretrain,
         "tune": schedule(HEAD, n, ranks, tune, "tune"),
         "run": {},
     }

@@ -121,9 +121,9 @@ class Tune:
         for name in ("momentum", "label_smoothing"):
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}; accepted: 0 <= {name} < 1.")
-        if self.policy == "all" and self.bn_stats in ("kept", "mean"):
+        if self.policy == "all" and self.bn_stats == "mean":
             raise UserError(
-                f"bn_stats is {self.bn_stats}, and with policy all every BN trains. Accepted: ema. Next: tune.bn_stats=ema"
+                "bn_stats is mean, and with policy all every BN trains. Accepted: ema, kept. Next: tune.bn_stats=ema"
             )
         if self.policy == "all" and self.bn_stats == "exact":
             # Every BN trains, so no single layer's statistics can be measured beforehand.
@@ -147,7 +147,7 @@ class Pretrain(Tune):
     """Stage one: ordinary training at the training resolution, before the fixing stage."""
 
     policy: Policy = "all"  # everything trains
-    bn_stats: BnStats = "ema"  # every BN by momentum
+    bn_stats: BnStats = "ema"  # every BN by momentum; kept: as the weights have them
     res: int = 224  # training resolution in pixels
     train_transform: Transform = "random_resized_crop"  # how stage one augments an image
     # sgd: as in the fixing stage; the others are timm's, which leave norms and biases out of weight decay

@@ -17,6 +17,7 @@ from typing import Any
 import timm.layers
 import torch
 from torch import fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from fixres_dist.base.errors import UserError
 from fixres_dist.config.schema import THROUGH_ALL
@@ -179,13 +180,18 @@ def cut(model: nn.Module, modules: tuple[str, ...]) -> tuple[fx.GraphModule, fx.
 def set_modes(parts: Parts, bn_stats: str) -> None:
     """Train or eval mode of every layer, set again at each epoch and after each evaluation: a train() would move frozen statistics.
 
-    Dropout and stochastic depth are off unless the whole network trains, as in the original code.
+    Dropout and stochastic depth are off unless the whole network trains, as in the original code. With `kept` statistics a
+    BatchNorm trains its affine alone.
     """
     parts.model.train(parts.everything)
     parts.head.train(parts.everything)
     if parts.trunk is not None and bn_stats == "ema":
         for name in parts.tuned.last_bns:
             parts.model.get_submodule(name).train()
+    if parts.everything and bn_stats == "kept":
+        for module in parts.model.modules():
+            if isinstance(module, _BatchNorm):
+                module.eval()
 
 
 def checkpoint_activations(model: nn.Module, enable: bool) -> None:

@@ -66,8 +66,8 @@ def measure_floors(run: RunDir, session: Session, sizes: Sequence[int]) -> None:
         put_tensors(session.model, weights.read_state(run.first_classifier))
     elif start and ranks.is_main:
         print(
-            "warning: stage one starts with a new classifier, at a learning rate for the first result's. "
-            f"Next, under another --name: pretrain.classifier=new pretrain.base_lr={own_data.NEW_RATE}",
+            "warning: stage one starts with a new classifier, at settings for the first result's. "
+            "Next, under another --name: pretrain.classifier=new",
             flush=True,
         )
 

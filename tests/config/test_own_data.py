@@ -37,8 +37,8 @@ def test_what_was_measured_on_711_pictures_is_what_they_get() -> None:
     config = derived(711, 2)
     assert config.pretrain
     first, tune = config.pretrain, config.tune
-    assert (first.policy, first.epochs, first.global_batch, first.peak_learning_rate()) == ("all", 15, 32, 0.005)
-    assert first.classifier == "first_result"
+    assert (first.policy, first.epochs, first.global_batch, first.peak_learning_rate()) == ("all", 15, 32, 3e-4)
+    assert (first.classifier, first.optimizer, first.bn_stats) == ("first_result", "adamw", "kept")
     assert (tune.policy, tune.bn_stats, tune.epochs, tune.global_batch) == ("classifier", "kept", 20, 64)
     assert (tune.peak_learning_rate(), tune.schedule, config.data.train_transform) == (0.03, "cosine", "test")
 
@@ -46,7 +46,7 @@ def test_what_was_measured_on_711_pictures_is_what_they_get() -> None:
 def test_a_given_setting_stays_and_decides_those_that_depend_on_it() -> None:
     config = derived(711, 1, "pretrain.global_batch=128", "tune.epochs=3", "tune.policy=auto")
     assert config.pretrain
-    assert (config.pretrain.epochs, config.pretrain.base_lr) == (50, 0.01), "300 steps of 6 an epoch; lr as the root"
+    assert (config.pretrain.epochs, config.pretrain.base_lr) == (50, 6e-4), "300 steps of 6 an epoch; lr as the root"
     assert (config.tune.epochs, config.tune.policy) == (3, "classifier")
     chosen = derived(711, 1, "tune.policy=classifier+bn").tune
     assert (chosen.bn_stats, chosen.lr_rule, chosen.base_lr, chosen.epochs) == ("exact", "fixres", 1e-3, 20)
@@ -59,8 +59,18 @@ def test_a_new_classifier_learns_faster(n: int, classes: int, items: list[str]) 
     """Where it is asked for, and where a first result would take too long."""
     first = derived(n, 1, *items, classes=classes).pretrain
     assert first
-    assert first.classifier == "new"
+    assert (first.classifier, first.optimizer, first.bn_stats) == ("new", "sgd", "ema")
     assert first.peak_learning_rate() == pytest.approx(0.02 * (first.global_batch / 32) ** 0.5, rel=1e-2)
+
+
+@pytest.mark.parametrize(
+    "item", ["pretrain.optimizer=sgd", "pretrain.optimizer=nesterov", "run.optimizer=apex", "run.precision=apex-O1"]
+)
+def test_who_asks_for_sgd_gets_its_learning_rate_and_statistics_of_the_batches(item: str) -> None:
+    first = derived(711, 1, item).pretrain
+    assert first
+    assert first.optimizer == ("nesterov" if "nesterov" in item else "sgd")
+    assert (first.peak_learning_rate(), first.bn_stats, first.classifier) == (0.005, "ema", "first_result")
 
 
 def test_too_few_steps_are_said_with_the_values_to_set() -> None:

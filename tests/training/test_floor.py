@@ -64,12 +64,13 @@ def own_classes(folder: Path, *items: str) -> Config:
     return reading.parse(Config, reading.merge(base, reading.overrides(more)))
 
 
-def test_stage_one_starts_from_the_first_results_classifier_also_where_its_file_was_damaged(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("policy", ["classifier", "all"])
+def test_stage_one_starts_from_the_first_result_also_where_its_file_was_damaged(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], policy: str
 ) -> None:
-    """A stage one that changes nothing ends with the first result's predictions."""
+    """A stage one whose steps change nothing ends with the first result's predictions, since BatchNorms keep their statistics."""
     write_photos(tmp_path / "photos", 6, 20)
-    frozen = ["pretrain.policy=classifier", "pretrain.bn_stats=kept", "pretrain.train_transform=test"]
+    frozen = [f"pretrain.policy={policy}", "pretrain.bn_stats=kept", "pretrain.train_transform=test"]
     frozen += [
         "pretrain.lr_rule=none",
         "pretrain.base_lr=1e-12",
