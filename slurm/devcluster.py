@@ -122,7 +122,7 @@ class DevCluster:
     def revive_node(self, node: str) -> None:
         """Start the slurmd of a killed node and wait until Slurm uses the node again."""
         self._check(node)
-        if not self._pids(node):
+        if "slurmd" not in {self._program(pid) for pid in self._pids(node)}:  # its steps may have outlived it
             self._start("slurmd", "-N", node, node=node)
         if not wait_until(lambda: self.node_states().get(node) in ("idle", "mixed", "allocated"), 30):
             raise DevClusterError(f"{node} is not back 30 s after its start:\n{self._complaints()}")
@@ -200,6 +200,12 @@ class DevCluster:
                 if marks <= set((entry / "environ").read_text(errors="replace").split("\0")):
                     found.append(int(entry.name))
         return found
+
+    @staticmethod
+    def _program(pid: int) -> str:
+        with suppress(OSError):
+            return Path(f"/proc/{pid}/comm").read_text().strip()
+        return ""
 
     def _signal(self, number: signal.Signals, node: str = "") -> list[int]:
         """The processes that got the signal."""

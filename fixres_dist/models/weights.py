@@ -230,7 +230,7 @@ def write_weights(model: nn.Module, file: Path, config: Config, res: int, classe
 
     safetensors with the model, its resolution and its `classes` in the header, or for `.pth` what torch.save writes.
     """
-    file.parent.mkdir(parents=True, exist_ok=True)
+    file.parent.mkdir(exist_ok=True)
     if file.suffix == ".pth":
         state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
         with whole(file) as part, part.open("wb") as stream:  # given a name, torch.save hides what the system said

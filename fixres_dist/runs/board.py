@@ -54,6 +54,7 @@ class Board:
         self.run, self.config = run, config
         self.other: WandbRun | None = None
         folder = run.root / "tb"
+        folder.mkdir(exist_ok=True)  # TensorBoard makes the parents too (see checkpoint.write)
         for old in folder.glob("events.out.tfevents.*"):
             remove(old)
         self.writer = SummaryWriter(str(folder), purge_step=0)  # a TensorBoard that has read them forgets them

@@ -130,13 +130,15 @@ class Writer:
 
 def write(folder: Path, tensors: Tensors, progress: Progress, fingerprint: dict[str, Any]) -> None:
     """Write step_NNNNNNNN/ into `folder`, whole or not at all, then delete checkpoints that are no longer kept."""
+    # Without its parents, here and wherever a run writes: below a disk that was unmounted the run would go on, unseen.
+    folder.mkdir(exist_ok=True)
     final = folder / f"step_{progress.step:08d}"
     # One of stage one at the same step stays: pretrained.safetensors can be made of it.
     if progress.stage == "fix" and stage_of(final) == "pretrain":
         remove(stage_end(folder, progress.step))
         os.replace(final, stage_end(folder, progress.step))
     with whole(final) as part:
-        part.mkdir(parents=True)
+        part.mkdir()
         sums = {
             f"{name}.safetensors": tensor_files.save(part / f"{name}.safetensors", t)
             for name, t in vars(tensors).items()

@@ -53,7 +53,7 @@ class Predictions:
         return replace(self, predicted=of_model[self.predicted], labels=of_model[self.labels])
 
     def save(self, path: Path, sample_list: str) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(exist_ok=True)
         arrays = {"sample_list": np.frombuffer(sample_list.encode(), np.uint8), **vars(self)}
         save_arrays(path, arrays, compressed=True)
 

@@ -194,7 +194,7 @@ def taken(run: RunDir, place: Place, last: Stage) -> bool:
         shutil.rmtree(place.result, ignore_errors=True)
         return False
     predictions = results.predictions_file(run, f"before-{last.res}")
-    predictions.parent.mkdir(parents=True, exist_ok=True)
+    predictions.parent.mkdir(exist_ok=True)
     copy(place.result / "predictions.npz", predictions)
     if checkpoint.newest_stage(run.checkpoints) != "fix":  # else only the weights were damaged
         run.metrics.unlink(missing_ok=True)

@@ -9,6 +9,7 @@ import zipfile
 from collections.abc import Iterator
 from os import statvfs
 from pathlib import Path
+from typing import Any
 
 import pytest
 from safetensors.torch import load_file
@@ -16,8 +17,13 @@ from support.in_process import SETTINGS, called
 
 from fixres_dist.base import storage
 from fixres_dist.base.errors import EXIT_DONE, EXIT_FAILED, EXIT_USER
+from fixres_dist.runs import checkpoint
 from fixres_dist.runs.rundir import RunDir
 from fixres_dist.runs.states import State
+from fixres_dist.training import loop, stage_training
+from fixres_dist.training.cache import rule
+from fixres_dist.training.cache.store import Store
+from fixres_dist.training.predictions import Predictions
 
 FULL = "no space is left on the disk"
 
@@ -59,6 +65,12 @@ def check_whole(folder: Path) -> None:
             assert zipfile.ZipFile(path).testzip() is None
 
 
+def cached(folder: Path) -> list[str]:
+    """Settings of a run that keeps its index and its features in `folder`."""
+    settings = [word for word in SETTINGS if not word.startswith(("run.engine", "tune.epochs"))]
+    return [*settings, "run.engine=cached", "data.train_transform=test", "tune.epochs=1", f"data.cache={folder}"]
+
+
 def test_a_run_on_a_disk_that_fills_up(disk: Path, runs: Path) -> None:
     """It ends at other files each time: settings, a checkpoint, measurements, the export. With room it goes on to the same bits."""
     shutil.copytree(runs / "half", disk / "half", symlinks=True)
@@ -92,9 +104,7 @@ def test_a_run_on_a_disk_that_cannot_be_written(disk: Path, runs: Path) -> None:
 def test_features_and_index_on_a_disk_that_is_full(disk: Path, runs: Path, tmp_path: Path) -> None:
     """The index is done without; features are refused before the trunk runs, with the room they need."""
     leave(disk, 0)
-    settings = [word for word in SETTINGS if not word.startswith(("run.engine", "tune.epochs"))]
-    cached = ["run.engine=cached", "data.train_transform=test", "tune.epochs=1", f"data.cache={disk}"]
-    submit = ("submit", "--data", runs / "data", "--runs-dir", tmp_path / "runs", *settings, *cached)
+    submit = ("submit", "--data", runs / "data", "--runs-dir", tmp_path / "runs", *cached(disk))
     code, text = called(*submit)
     assert (code, "Traceback" in text) == (EXIT_USER, False), text
     assert f"{disk}/index: No space left on device" in text
@@ -103,6 +113,67 @@ def test_features_and_index_on_a_disk_that_is_full(disk: Path, runs: Path, tmp_p
     leave(disk, 60_000)
     code, text = called(*submit)
     assert code == EXIT_DONE, text
+
+
+def test_a_disk_that_fills_up_while_features_are_written(
+    disk: Path, runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Others write there once the room has been looked at."""
+    monkeypatch.setattr(rule, "free_bytes", lambda folder: 1 << 40)
+    submit = ("submit", "--data", runs / "data", "--runs-dir", tmp_path / "runs", *cached(disk))
+    leave(disk, 12)
+    code, text = called(*submit)
+    assert (code, "Traceback" in text) == (EXIT_FAILED, False), text
+    assert f"{FULL}: {disk}/features/" in text
+    assert "Next: make room, then" in text
+    check_whole(disk)
+    leave(disk, 60_000)
+    code, text = called(*submit)
+    assert code == EXIT_DONE, text
+
+
+@pytest.mark.parametrize(
+    "moment",
+    [
+        (checkpoint, "write"),
+        (Predictions, "save"),
+        (loop, "write_weights"),
+        (stage_training, "Tracker"),
+        (Store, "write"),
+    ],
+    ids=["checkpoint", "predictions", "export", "stage", "features"],
+)
+def test_a_disk_that_is_unmounted_while_a_run_writes(
+    moment: tuple[Any, str], disk: Path, runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It ends by name, and nothing is written to the disk below; once it is back, the run goes on to the same bits."""
+    below = tmp_path / "below"
+    below.mkdir()
+    mount("--bind", disk, below)
+    shutil.copytree(runs / "half", disk / "half", symlinks=True)
+    command: tuple[object, ...] = ("resume", "r", "--runs-dir", below / "half", "--cluster", "inline")
+    if moment[0] is Store:
+        command = ("submit", "--data", runs / "data", "--runs-dir", tmp_path / "runs", *cached(below))
+    act = getattr(*moment)
+
+    def unmounted(*arguments: object, **named: object) -> object:
+        subprocess.run(["umount", "-l", str(below)], check=False)  # the second time there is nothing to unmount
+        return act(*arguments, **named)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(*moment, unmounted)
+        code, text = called(*command)
+    assert (code, "Traceback" in text, str(below) in text) == (EXIT_FAILED, False, True), text
+    assert not list(below.iterdir())
+    mount("--bind", disk, below)
+    code, text = called(*command)
+    subprocess.run(["umount", "-l", str(below)], check=True)
+    assert code == EXIT_DONE, text
+    check_whole(disk)
+    if moment[0] is not Store:
+        weights = "export/model.safetensors"
+        undisturbed, found = load_file(runs / "runs" / "r" / weights), load_file(disk / "half" / "r" / weights)
+        assert all(found[name].equal(undisturbed[name]) for name in undisturbed)
 
 
 @pytest.mark.parametrize(
