@@ -2,7 +2,8 @@
 
 timm's package has no train.py, so its parts stand here as that script puts them together: create_transform and create_loader,
 Mixup, create_optimizer_v2, create_scheduler_v2 once per update, ModelEmaV3, autocast. Both start from the same weights and
-take the same optimizer, learning rate, batch, epochs, augmentation and size. A row in
+a new classifier, and take the same optimizer, learning rate, batch, epochs, augmentation and size. With `--recipe derived`
+stage one has the plain command's settings instead, at the same epochs, batch and size. A row in
 benchmarks/results/stage_one_vs_timm.jsonl; `table` prints them. `demo` for DIR is the built-in example.
 """
 
@@ -41,9 +42,11 @@ from fixres_dist.runs.rundir import RunDir
 from fixres_dist.training.predictions import Predictions, paired_gain
 
 ROWS = ROOT / "benchmarks" / "results" / "stage_one_vs_timm.jsonl"
-# By our names. plain: as the plain command; strong: all that stage one has besides.
+PLAIN: dict[str, Any] = {"optimizer": "nesterov", "base_lr": 0.02, "weight_decay": 1e-4}
+# By our names. strong: all that stage one has besides; derived: plain in timm's loop alone.
 RECIPES: dict[str, dict[str, Any]] = {
-    "plain": {"optimizer": "nesterov", "base_lr": 0.02, "weight_decay": 1e-4},
+    "plain": PLAIN,
+    "derived": PLAIN,
     "strong": {
         "optimizer": "adamw",
         "base_lr": 1e-3,
@@ -60,30 +63,14 @@ RECIPES: dict[str, dict[str, Any]] = {
 
 def ours(args: argparse.Namespace, name: str) -> tuple[NDArray[np.bool_], str]:
     """(hits on val after stage one, its precision)."""
-    settings = {**RECIPES[args.recipe], "epochs": args.epochs, "global_batch": args.batch, "res": args.res}
-    words = [
-        "--model",
-        args.model,
-        "--data",
-        args.folder,
-        "--res",
-        args.res,
-        "--cluster",
-        "local",
-        "--gpus-per-node",
-        1,
-    ]
-    words += [
-        "--preset",
-        "own_classes",
-        "--runs-dir",
-        args.runs_dir,
-        "--name",
-        name,
-        f"run.seed={args.seed}",
-        "tune.epochs=0",
-    ]
-    words += [f"pretrain.{key}={value}" for key, value in {**settings, "lr_rule": "none", "schedule": "cosine"}.items()]
+    settings = {"epochs": args.epochs, "global_batch": args.batch, "res": args.res}
+    if args.recipe != "derived":
+        settings |= RECIPES[args.recipe] | {"classifier": "new", "bn_stats": "ema"}
+        settings |= {"lr_rule": "none", "schedule": "cosine"}
+    words = ["--model", args.model, "--data", args.folder, "--res", args.res, "--preset", "own_classes", "--name", name]
+    words += ["--cluster", "local", "--gpus-per-node", 1, "--runs-dir", args.runs_dir, "tune.epochs=0"]
+    words += [f"pretrain.{key}={value}" for key, value in settings.items()]
+    words += [f"run.seed={args.seed}"]
     words += ["--weights", args.weights, "run.eval_every=0"]
     run = RunDir(args.runs_dir / name)
     if not run.done.exists():
