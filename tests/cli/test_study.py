@@ -126,6 +126,9 @@ def test_the_same_command_again_repeats_nothing(data: Path, studied: Path) -> No
     assert "speed 1/" not in said
     again = json.loads((studied / "study" / "study.json").read_text())
     assert (again["points"], again["best"]) == (report["points"], report["best"])
+    looks = [Results.read(run_of(studied, model, res)).looks for model in MODELS for res in SIZES]
+    asked = sum(counts.get("evaluate", 0) for one in looks for counts in one.values())
+    assert again["evaluations"] == report["evaluations"] + asked, "those of commands in between, and no other"
 
 
 def test_a_killed_study_goes_on_and_ends_as_the_undisturbed_one(data: Path, studied: Path, tmp_path: Path) -> None:
