@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 from support.fake_slurm import calls, fake_slurm
+from support.in_process import handlers_kept
 
-from fixres_dist.base.signals import SIGNALS
 from fixres_dist.cli.command_job import CommandJob
 from fixres_dist.cli.main import main
 from fixres_dist.evaluation import extract
@@ -30,21 +30,18 @@ SMALL = ("data.workers=0", "run.batch_per_device=4", "run.precision=fp32")
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory, photos: Path) -> Path:
     """A runs directory with the finished run r."""
-    runs, kept = tmp_path_factory.mktemp("runs"), {number: signal.getsignal(number) for number in SIGNALS}
+    runs = tmp_path_factory.mktemp("runs")
     words = ["--model", "test_efficientnet", "--weights", "none", "--res", "64", "--data", photos, "--name", "r"]
     more = ["--cluster", "inline", "--runs-dir", runs, "tune.epochs=1", "tune.global_batch=12", *SMALL]
-    assert call("submit", *words, *more) == 0
-    for number, handler in kept.items():
-        signal.signal(number, handler)
+    with handlers_kept():
+        assert call("submit", *words, *more) == 0
     return runs
 
 
 @pytest.fixture(autouse=True)
 def _own_handlers() -> Iterator[None]:
-    kept = {number: signal.getsignal(number) for number in SIGNALS}
-    yield
-    for number, handler in kept.items():
-        signal.signal(number, handler)
+    with handlers_kept():
+        yield
 
 
 def call(*words: object) -> int:

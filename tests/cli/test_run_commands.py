@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 import pytest
+from support.in_process import handlers_kept
 
 from fixres_dist.base.files import write_text
 from fixres_dist.cli import board, submission
@@ -167,12 +168,8 @@ def test_board_shows_the_runs_under_their_names(
     assert threading.current_thread() is threading.main_thread()
     monkeypatch.setattr(subprocess, "Popen", Server)
     monkeypatch.setattr(board, "LOOK_EVERY_S", 0.01)
-    kept = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
+    with handlers_kept():
         assert main(["board", "--runs-dir", str(tmp_path), "--port", "6007"]) == 0
-    finally:
-        for number, handler in kept.items():
-            signal.signal(number, handler)
     assert started[0][-4:] == ["--host", "localhost", "--port", "6007"]
     told = capsys.readouterr().out
     assert "TensorBoard of a, b; Ctrl-C ends it" in told

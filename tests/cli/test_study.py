@@ -15,9 +15,8 @@ import torch
 from support.commands import killed_when
 from support.fake_slurm import calls, fake_slurm
 from support.folders import write_photos
-from support.in_process import called
+from support.in_process import called, handlers_kept
 
-from fixres_dist.base.signals import SIGNALS
 from fixres_dist.base.small_files import read_lines
 from fixres_dist.bench import forward
 from fixres_dist.cli import study
@@ -43,10 +42,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def _own_handlers() -> Iterator[None]:
-    kept = {number: signal.getsignal(number) for number in SIGNALS}
-    yield
-    for number, handler in kept.items():
-        signal.signal(number, handler)
+    with handlers_kept():
+        yield
 
 
 def words(data: Path, runs: Path, *more: str, models: tuple[str, ...] = MODELS, kind: str = "inline") -> list[str]:

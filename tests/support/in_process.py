@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import io
+import signal
+from collections.abc import Iterator
 
 from fixres_dist.cli.main import main
 
@@ -12,6 +14,18 @@ SETTINGS = (
     *("tune.global_batch=4", "tune.epochs=2", "run.log_every=1", "run.save_every_s=0", "run.record_samples=true"),
     *("data.workers=0", "run.precision=fp32", "run.memory_format=auto", "run.engine=stream", "data.on_bad=skip"),
 )
+
+
+@contextlib.contextmanager
+def handlers_kept() -> Iterator[None]:
+    """The signal handlers of before are back at the end: a run in this process sets its own."""
+    kept = {number: signal.getsignal(number) for number in signal.valid_signals()}
+    try:
+        yield
+    finally:
+        for number, handler in kept.items():
+            if handler != signal.getsignal(number):
+                signal.signal(number, handler)
 
 
 def called(*words: object) -> tuple[int, str]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.in_process import called
+from support.in_process import called, handlers_kept
 from tensorboard import program
 
 from fixres_dist.runs.rundir import RunDir
@@ -53,15 +53,12 @@ def runs(tmp_path_factory: pytest.TempPathFactory, photos: Path) -> Path:
         return backward(*args)
 
     loop.backward = interrupted
-    handlers = {number: signal.getsignal(number) for number in signal.valid_signals() if number not in (9, 19)}
     try:
-        codes = [called(*words, "--name", "two", "tune.base_lr=0.02")[0] for _ in range(3)]
-        codes.append(called(*words, "--name", "other", "tune.base_lr=0.002")[0])
+        with handlers_kept():
+            codes = [called(*words, "--name", "two", "tune.base_lr=0.02")[0] for _ in range(3)]
+            codes.append(called(*words, "--name", "other", "tune.base_lr=0.002")[0])
     finally:
         loop.backward = backward
-        for number, handler in handlers.items():
-            if handler is not None:
-                signal.signal(number, handler)
     assert codes == [1, 1, 0, 0]
     assert called("interpolate", "--run", folder / "two", "--alpha", "0,0.5,1", "data.workers=0")[0] == 0
     return folder

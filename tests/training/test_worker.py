@@ -16,10 +16,11 @@ import timm
 import torch
 from PIL import Image
 from support.commands import command, environment, killed_when, run, tiny
+from support.in_process import handlers_kept
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from fixres_dist.base.errors import UserError
-from fixres_dist.base.signals import SIGNALS, StopFlag
+from fixres_dist.base.signals import StopFlag
 from fixres_dist.base.small_files import keep_lines, read_lines
 from fixres_dist.config import reading
 from fixres_dist.data import dataset, geometry, torch_cpu
@@ -274,8 +275,7 @@ def test_lines_beyond_the_checkpoint_are_dropped_and_torn_ones_ignored(tmp_path:
 
 
 def test_stop_signals_are_remembered_and_not_acted_on() -> None:
-    kept = {number: signal.getsignal(number) for number in SIGNALS}
-    try:
+    with handlers_kept():
         flag = StopFlag().install()
         os.kill(os.getpid(), signal.SIGUSR2)
         os.kill(os.getpid(), signal.SIGTERM)
@@ -284,9 +284,6 @@ def test_stop_signals_are_remembered_and_not_acted_on() -> None:
         flag.signal = 0
         os.kill(os.getpid(), signal.SIGTERM)
         assert flag.signal == 0
-    finally:
-        for number, handler in kept.items():
-            signal.signal(number, handler)
 
 
 def test_a_run_under_nohup_outlives_its_terminal() -> None:
