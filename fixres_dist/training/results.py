@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
 
 from fixres_dist.base.environment import processor, versions
-from fixres_dist.base.small_files import read_lines
+from fixres_dist.base.small_files import Damaged, read_json, read_lines
 from fixres_dist.models import nvidia_apex
 from fixres_dist.models.sizes import of_weights
 from fixres_dist.runs import looks
@@ -51,7 +52,7 @@ def write_results(
         before_at={res: Before(**asdict(accuracy(p)), why=why) for res, (p, why) in others.items()},
         best_before=best_before(after, {config.data.res: before} | {r: p for r, (p, _) in others.items()}),
         measures={when: found for when, p in (("before", before), ("after", after)) if (found := measures(p))},
-        looks={session.val.fingerprint: evaluations(run)},
+        looks=counted_looks(run, session.val.fingerprint),
         floor=floors(run, after),
         choice=read_choice(run.chosen, run.again),
         images_seen=images_seen,
@@ -70,10 +71,14 @@ def write_results(
     return results
 
 
-def evaluations(run: RunDir) -> dict[str, int]:
-    """How often the run has evaluated on val, as Results.looks has it."""
-    found = {looks.TRAINING: len(read_lines(run.metrics, evaluation=str)), "first result": len(read_floors(run))}
-    return {what: times for what, times in found.items() if times}
+def counted_looks(run: RunDir, sample_list: str) -> dict[str, dict[str, int]]:
+    """Results.looks of a run whose val has this fingerprint; what commands have counted stays where a run ends again."""
+    kept: dict[str, dict[str, int]] = {}
+    with contextlib.suppress(FileNotFoundError, Damaged):
+        kept = read_json(run.results, Results, "").looks
+    own = {looks.TRAINING: len(read_lines(run.metrics, evaluation=str)), "first result": len(read_floors(run))}
+    own = {what: times for what, times in own.items() if times}
+    return {**kept, sample_list: {**kept.get(sample_list, {}), **own}}
 
 
 def before_at(run: RunDir, session: Session) -> dict[int, tuple[Predictions, str]]:

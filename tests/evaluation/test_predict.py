@@ -38,20 +38,15 @@ from fixres_dist.training.predictions import Predictions
 CLASSES = ["ash", "birch", "cedar"]
 
 
+def settings(photos: Path) -> tuple[object, ...]:
+    return ("--data", photos, "tune.epochs=1", "tune.base_lr=0.5", "data.resize_rule=fixres_height")
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory, photos: Path) -> RunDir:
     """A finished run with its export; one learning rate for all, so that classes differ."""
     runs = tmp_path_factory.mktemp("predict")
-    words = (
-        "--data",
-        photos,
-        "--runs-dir",
-        runs,
-        "tune.epochs=1",
-        "tune.base_lr=0.5",
-        "data.resize_rule=fixres_height",
-    )
-    assert called("submit", *SETTINGS, *words)[0] == 0
+    assert called("submit", *SETTINGS, "--runs-dir", runs, *settings(photos))[0] == 0
     assert called("export", "--run", runs / "r")[0] == 0
     return RunDir(runs / "r")
 
@@ -401,12 +396,16 @@ def test_how_often_val_was_looked_at_is_counted_and_said(run: RunDir, photos: Pa
     assert said in (tmp_path / "report.md").read_text()
 
 
-def test_evaluations_that_end_at_once_are_all_counted(run: RunDir, tmp_path: Path) -> None:
-    copy = RunDir(tmp_path / "copy")
+def test_evaluations_that_end_at_once_are_all_counted_and_stay(run: RunDir, photos: Path, tmp_path: Path) -> None:
+    copy = RunDir(tmp_path / "r")
     shutil.copytree(run.root, copy.root)
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(lambda n: looks.count(copy, "list", "sweep", n), range(1, 9)))
-    assert Results.read(copy).looks["list"] == {"sweep": 36}
+    counted = Results.read(copy).looks
+    assert counted["list"] == {"sweep": 36}
+    copy.done.unlink()  # as a message says where an export is damaged: the last checkpoint is evaluated again
+    assert called("submit", *SETTINGS, "--runs-dir", tmp_path, *settings(photos))[0] == 0
+    assert Results.read(copy).looks == counted
 
 
 def test_the_mean_of_two_runs_is_measured_and_written(run: RunDir, photos: Path, tmp_path: Path) -> None:
