@@ -56,6 +56,27 @@ def test_what_does_not_fit_is_refused_with_help(item: str, words: list[str]) -> 
         assert word in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    "item",
+    [
+        *(
+            f"cluster.{key}=x\nrm -r y"
+            for key in ("mem", "time", "partition", "account", "qos", "constraint", "exclude", "python")
+        ),
+        'cluster.srun_args=["--x\\nrm"]',
+        'cluster.sbatch={comment: "x\\nrm"}',
+        'cluster.sbatch={"comment\\nrm": x}',
+        'cluster.env={"A\\nrm": x}',
+        'cluster.env={"A=1; rm y; B": x}',
+        'cluster.env={A: "x\\e[2J"}',
+        "cluster.on_change=x\x1b[2J",
+    ],
+)
+def test_no_setting_becomes_a_line_of_the_batch_script(item: str) -> None:
+    with pytest.raises(UserError, match=r"accepted: (one line|names of environment variables|long names)"):
+        parsed(item)
+
+
 def test_identity_leaves_out_what_may_change_between_starts() -> None:
     a = parsed("model.name=b0", "cluster.nodes=4", "run.log_every=3", "data.workers=2")
     b = parsed("model.name=b0", "cluster.nodes=1-4", "run.log_every=5", "data.workers=auto", "data.root=/elsewhere")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import socket
@@ -134,3 +135,10 @@ def test_objects_are_not_sent() -> None:
         ranks.packed(os.environ)
     with pytest.raises(ValueError, match="allow_pickle"):
         ranks.packed(np.array([object()]))
+
+
+def test_a_pickle_that_arrives_is_not_opened() -> None:
+    file = io.BytesIO()
+    np.save(file, np.array([{"a": 1}]), allow_pickle=True)
+    with pytest.raises(ValueError, match="allow_pickle=False"):
+        ranks.unpacked(b"A" + file.getvalue())
