@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import shlex
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from fixres_dist.base.errors import EXIT_DONE
 
 # Functions of the shell, given the word so far where the shell is bash. A run's jobs are left out: their names are paths.
 RUNS = "ls -1 runs 2> /dev/null"
-MODELS = "echo demo r50; cut -d, -f2 {published} | sort -u; cut -d, -f1 {timm}"
+MODELS = "echo demo; echo r50; cut -d, -f2 {published} | sort -u; cut -d, -f1 {timm}"
 PREAMBLE = {
     "bash": """
 _fixres_runs() {{ compgen -W "$({runs})" -- "$1"; }}
@@ -23,7 +24,10 @@ _fixres_models() {{ compadd -- ${{(f)"$({models})"}} }}
 """,
 }
 
-EXAMPLES = ("bash > ~/.local/share/bash-completion/completions/fixres", 'zsh > "${fpath[1]}/_fixres"')
+EXAMPLES = (
+    "bash > ~/.fixres.bash; echo '. ~/.fixres.bash' >> ~/.bashrc",
+    "zsh > ~/.fixres.zsh; echo 'autoload -Uz compinit; compinit; eval \"$(<~/.fixres.zsh)\"' >> ~/.zshrc",
+)
 
 
 def add_arguments(p: argparse.ArgumentParser) -> None:
@@ -47,8 +51,16 @@ def run(args: argparse.Namespace) -> int:
             elif "--model" in action.option_strings:
                 action.complete = dict.fromkeys(PREAMBLE, "_fixres_models")  # type: ignore[attr-defined]
     preamble = PREAMBLE[args.shell].format(runs=RUNS, models=models)
-    print(shtab.complete(p, shell=args.shell, preamble=preamble))
+    script = shtab.complete(p, shell=args.shell, preamble=preamble)
+    print(for_zsh(script) if args.shell == "zsh" else script)
     return EXIT_DONE
+
+
+def for_zsh(script: str) -> str:
+    """shtab's `script` where each of several words is completed, not the first alone, and where free words such as
+    settings (`( )`: no candidate) do not keep zsh from filling in the only option that fits."""
+    every = re.sub(r'"\(\*\)::?', '"*:', script)
+    return re.sub(r'^(  "\*:.*:)"$', r'\1( )"', every, flags=re.MULTILINE)
 
 
 def quoted(name: str) -> str:

@@ -78,7 +78,7 @@ def run(args: argparse.Namespace) -> int:
                 continue
             is_split, sample_list = evaluation.set == args.split, session.splits[evaluation.set].fingerprint
             records[evaluation.set] = evaluation.record()
-            show(config.model.name, evaluation)
+            show(config.model.name, evaluation, order_known=bool(args.run and config.pretrain and is_split))
             if evaluation.gain and not (args.data and is_split):
                 keep(RunDir(args.run), config, evaluation, predictions, sample_list)
             of_set, last = "" if is_split else f"-{evaluation.set}", predictions[chosen[-1].label]
@@ -144,9 +144,10 @@ def write_confusion(predictions: Predictions, classes: Sequence[str], file: Path
     print(f"confusion: {file}, {file.with_suffix('.png')}")
 
 
-def show(model: str, evaluation: Evaluation) -> None:
+def show(model: str, evaluation: Evaluation, order_known: bool = False) -> None:
+    """`order_known`: the run has trained its classifier on these folders, so their order is not the weights'."""
     print(evaluation_text(model, evaluation))
-    if evaluation.doubt:
+    if evaluation.doubt and not order_known:
         print(evaluation.doubt, file=sys.stderr)
 
 

@@ -40,6 +40,7 @@ def show(
     shown: dict[Path, int] = {}
     begun: set[RunDir] = set()
     told: dict[RunDir, State] = {}
+    printed = False
     while True:
         rows = status.rows(runs, status.SLURM_EVERY_S)
         last_round = not follow or all(row.state not in UNFINISHED for row in rows)
@@ -56,6 +57,7 @@ def show(
             lines += [(label(line, name, rank is None, every), line) for line in asked]
         for before, line in sorted(lines, key=lambda pair: pair[1].time):
             print(before + line.text)
+            printed = True
         sys.stdout.flush()
         notes = [logs.silence(run, row) for run, row in zip(runs, rows, strict=True) if told.get(run) != row.state]
         told = {run: row.state for run, row in zip(runs, rows, strict=True)}
@@ -63,6 +65,8 @@ def show(
             raise UserError("\n".join(filter(None, notes)))
         for note in filter(None, notes):
             print(note, file=sys.stderr)
+        if last_round and not printed:
+            print(f"started, and no line written yet. Next: {runs[0].command('status')}", file=sys.stderr)
         if last_round:
             return EXIT_DONE
         time.sleep(1)
@@ -81,8 +85,8 @@ def check(run: RunDir, lines: Sequence[logs.Line], rank: int | None, start: int 
 
 
 def of_rank(line: logs.Line, rank: int | None) -> bool:
-    """Whether a line is shown; what submitit says is the same for all ranks."""
-    return line.rank == rank or (rank is None and (line.rank <= 0 or not line.text.startswith("submitit INFO")))
+    """Whether a line is shown; which files submitit has read is shown to who asks for one rank."""
+    return line.rank == rank or (rank is None and not line.text.startswith("submitit INFO"))
 
 
 def label(line: logs.Line, name: str, with_rank: bool, with_start: bool) -> str:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 EXAMPLES = ("", "b0-320 --watch", "--json")
 COLOURS = {State.RUNNING: "green", State.DONE: "blue", State.FAILED: "red"}  # of the other states: yellow
+WIDE = 110  # columns of a terminal that has room for all columns
 
 
 def add_arguments(p: argparse.ArgumentParser) -> None:
@@ -63,27 +64,33 @@ def watch(args: argparse.Namespace) -> int:
     with Live(console=Console(file=raw(sys.stdout)), auto_refresh=False, vertical_overflow="visible") as live:
         while True:
             rows, closing = look(args)
-            live.update(picture(rows, closing or ("" if rows else f"no runs in {args.runs_dir}")), refresh=True)
+            below = closing or ("" if rows else f"no runs in {args.runs_dir}")
+            live.update(picture(rows, below, live.console.width), refresh=True)
             if not any(row.state in UNFINISHED for row in rows):
                 return EXIT_DONE
             time.sleep(max(1.0, args.every))
 
 
-def picture(rows: Sequence[status.Row], below: str) -> Group:
-    """A line for each run with a bar of its steps, its reason in words below all, and when this was looked up."""
+def picture(rows: Sequence[status.Row], below: str, width: int) -> Group:
+    """A line for each run with a bar of its steps, its reason in words below all, and when this was looked up.
+
+    On a terminal narrower than WIDE columns (`width`), the last columns and the bar give their room to the names.
+    """
     from rich.console import Group
     from rich.progress_bar import ProgressBar
     from rich.table import Table
     from rich.text import Text
 
     table, reasons = Table(box=None, pad_edge=False), Text()
-    for name in status.HEAD:
-        table.add_column(name, overflow="fold", no_wrap=name not in ("NAME", "NODES"))
+    shown = status.HEAD if width >= WIDE else [name for name in status.HEAD if name not in ("NODES", "LOG")]
+    few_nodes = all(len(",".join(row.nodes)) <= 12 for row in rows)
+    for name in shown:
+        table.add_column(name, overflow="fold", no_wrap=name != "NAME" and (name != "NODES" or few_nodes))
     for row in rows:
-        name, state, step, _, *rest = status.cells(row)
+        name, state, step, percent, *rest = status.cells(row)
         colour = COLOURS.get(row.state, "yellow")
-        bar = ProgressBar(total=row.total_steps or 1, completed=row.step, width=12)
-        table.add_row(Text(name), Text(state, colour), Text(step), bar, *map(Text, rest))
+        bar = ProgressBar(total=row.total_steps or 1, completed=row.step, width=12) if width >= WIDE else Text(percent)
+        table.add_row(Text(name), Text(state, colour), Text(step), bar, *map(Text, rest[: len(shown) - 4]))
         if row.reason:
             reasons.append(f"{name}: ", colour).append(printable(row.reason) + "\n")
     return Group(table, reasons, Text(below), Text(time.strftime("%F %T"), "dim"))

@@ -140,6 +140,8 @@ def in_words(number: str, job: slurm.Queued) -> str:
     if not words and (limited := named_limit(reason)):
         words = limit_in_words(number, *limited)
     start = f", expected to start {job.start}" if job.start not in ("", "N/A", "Unknown") else ""
+    if reason in ("", "None"):
+        return f"job {number} is in the queue, and Slurm has not looked at it yet" + start
     return f"job {number}: " + (f"{words} ({reason}{',' if more else ''}{more})" if words else job.reason) + start
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -53,6 +54,7 @@ def hub_state(timm_name: str, meta: bool = False) -> dict[str, torch.Tensor]:
     cfg = pretrained_cfg(timm_name)
     if cfg is None or not cfg.has_weights:
         raise UserError(f"timm has no pretrained weights for {timm_name!r}. Accepted: --weights none, or a file.")
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # two lines for each of its twelve attempts
     try:
         with torch.device("meta") if meta else contextlib.nullcontext():
             state: dict[str, torch.Tensor] = timm.create_model(timm_name, pretrained=not meta).state_dict()
@@ -61,7 +63,7 @@ def hub_state(timm_name: str, meta: bool = False) -> dict[str, torch.Tensor]:
         raise UserError(
             f"the weights of {timm_name} are not in {where} and the hub cannot be reached ({type(error).__name__}). "
             f"On a machine with network: {command('fetch', '--model', timm_name)}; then share that folder "
-            "and set HF_HOME to it (cluster.env='{HF_HOME: DIR}')."
+            "and set HF_HOME to it (cluster.env='{HF_HOME: DIR}'). Or --weights FILE."
         ) from error
     return state
 

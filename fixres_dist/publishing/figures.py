@@ -181,10 +181,9 @@ def training_plot(lines: Sequence[Mapping[str, Any]], file: Path) -> None:
         stages = dict.fromkeys(line["stage"] for line in lines if "stage" in line)
         for k, stage in enumerate(stages):
             found = [(line["step"], line["loss"]) for line in lines if line.get("stage") == stage]
-            sign = "." if len(found) < 30 else ""
-            left.plot(
-                *zip(*found, strict=True), color=BLUE if stage == "fix" else OTHERS[k], lw=1.2, label=stage, marker=sign
-            )
+            sign, fix = "." if len(found) < 30 else "", stage == "fix"
+            look: dict[str, Any] = {"color": BLUE if fix else OTHERS[k], "ls": "-" if fix else ("--", "-.")[k % 2]}
+            left.plot(*zip(*found, strict=True), lw=1.2, label=stage, marker=sign, **look)
         points: dict[str, list[tuple[int, float]]] = {}
         for line in lines:
             if "evaluation" in line and line["evaluation"] != OTHER_SIZE:
@@ -208,7 +207,7 @@ def reliability_plot(found: Mapping[str, Reliability], file: Path) -> None:
             axes.errorbar(
                 100 * one.confidence[full], right, bars, label=text, capsize=2, elinewidth=1, **style(label, k)
             )
-        axes.set(ylabel="right (%)", xlim=(0, 100), ylim=(0, 100))
+        axes.set(ylabel="right (%)", xlim=(-2, 102), ylim=(-2, 102))  # points at the ends are seen whole
         axes.set_xlabel("confidence (%); bars: 95 % interval of each bin", fontsize=9)
 
 
@@ -240,20 +239,21 @@ def published_plot(curves: Mapping[str, Sequence[tuple[float, float, float]]], r
     `curves`: the published ones, see `report.published_curves`; none where no run is of their data. Each run is an arrow
     from before to after.
     """
-    colours = {"Noisy Student": GREY, "AdvProp": "#B0A070"}
+    colours, signs = {"Noisy Student": GREY, "AdvProp": "#B0A070"}, {"Noisy Student": "o", "AdvProp": "x"}
     with figure(file, size=(8.5, 4.0), panels=2, share_y=True) as axes:
         for k, cost_label in enumerate(("parameters (millions)", "multiply-adds (billions)")):
             for name, points in curves.items():
                 x, top1 = [point[k] for point in points], [point[2] for point in points]
-                colour, line = colours[name.partition(",")[0]], "-" if name.endswith("fixed") else "--"
+                family, line = name.partition(",")[0], "-" if name.endswith("fixed") else "--"
                 label = f"{name} (published, ImageNet)"
-                axes[k].plot(x, top1, "o", ms=3, lw=1, color=colour, ls=line, label=label)
+                axes[k].plot(x, top1, signs[family], ms=3, lw=1, color=colours[family], ls=line, label=label)
             for i, row in enumerate(rows):
-                colour, cost = ((BLUE, *OTHERS)[i % 9], (row.parameters_m, row.multiply_adds_g)[k])
+                colour, sign = (BLUE, *OTHERS)[i % 9], f"o{SIGNS}"[i % 9]
+                cost = (row.parameters_m, row.multiply_adds_g)[k]
                 before, after = ((cost, accuracy.top1) for accuracy in (row.results.before, row.results.after))
                 axes[k].annotate("", after, before, arrowprops={"arrowstyle": "->", "color": colour})
-                axes[k].plot(*before, "s", mfc="white", color=colour, ms=5)
-                axes[k].plot(*after, "s", color=colour, ms=6, label=as_text(f"{row.run} ({row.data})"))
+                axes[k].plot(*before, sign, mfc="white", color=colour, ms=5)
+                axes[k].plot(*after, sign, color=colour, ms=6, label=as_text(f"{row.run} ({row.data})"))
             costs = [(row.parameters_m, row.multiply_adds_g)[k] for row in rows]
             costs += [point[k] for points in curves.values() for point in points]
             axes[k].set(xscale="log" if max(costs) > 10 * min(costs) else "linear", xlabel=cost_label)

@@ -30,7 +30,7 @@ class Counts:
     val: int
     classes: int
     source: str
-    files: str = "passed over: nothing"  # what in the data set is no sample
+    files: str = ""  # what in the data set is no sample, where there is any
 
 
 def stage_gib(config: Config, stage: Stage, costs: Costs, counts: Counts, world_size: int) -> float:

@@ -136,16 +136,19 @@ def fitting(text: str, width: float, font: ImageFont.FreeTypeFont | ImageFont.Im
 
 
 def confusion_sheet(matrix: NDArray[np.int64], names: Sequence[str]) -> Image.Image:
-    """Rows: the class it is; columns: the class it is taken for. A cell's shade is its share of the row's images."""
+    """Images by true class (rows) and predicted class (columns). A cell's shade is its share of the row's images."""
     mistakes = matrix.sum(1) + matrix.sum(0) - 2 * np.diag(matrix)
     shown = np.sort(np.argsort(-mistakes, kind="stable")[:MOST_SHOWN])
     part = matrix[np.ix_(shown, shown)]
     share = part / np.maximum(matrix[shown].sum(1, keepdims=True), 1)
-    cell, font, n = (36 if len(shown) <= 12 else 22), ImageFont.load_default(12), len(shown)
+    font, n = ImageFont.load_default(12), len(shown)
+    cell = max(36 if n <= 12 else 22, round(font.getlength(str(part.max()))) + 6)  # of the longest number too
     labels = [fitting(names[k], 150, font) for k in shown]
     left = GAP + round(max(font.getlength(label) for label in labels)) + GAP
     top = left + 2 * LINE
-    title = "rows: is; columns: taken for" + (f" ({n} of {len(names)} classes)" if n < len(names) else "")
+    title = "images by true class (rows) and predicted class (columns)" + (
+        f" ({n} of {len(names)} classes)" if n < len(names) else ""
+    )
     sheet = Image.new(
         "RGB", (max(left + n * cell + GAP, round(font.getlength(title)) + 2 * GAP), top + n * cell + GAP), "white"
     )
@@ -162,7 +165,7 @@ def confusion_sheet(matrix: NDArray[np.int64], names: Sequence[str]) -> Image.Im
             colour = tuple(int(v) for v in low + (high - low) * dark)
             draw.rectangle((x, y, x + cell - 2, y + cell - 2), fill=colour, outline="#dddddd")
             text = str(part[i, k])
-            if part[i, k] and font.getlength(text) < cell - 2:
+            if part[i, k]:
                 draw.text(
                     (x + (cell - font.getlength(text)) / 2, y + (cell - LINE) // 2),
                     text,

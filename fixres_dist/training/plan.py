@@ -46,13 +46,15 @@ def count(config: Config) -> Counts:
     if not config.data.root:
         return Counts(*IMAGENET, "ImageNet-1k assumed: no --data given")
     train, val = (dataset.survey(root, split, config.data) for split in ("train", "val"))
-    passed = train.passed if train.passed == val.passed == "nothing" else f"{train.passed} (train), {val.passed} (val)"
+    denied = deny_lists.counted([train.denied, val.denied])
+    nothing = train.passed == val.passed == "nothing"
+    passed = "nothing" if nothing else f"{train.passed} (train), {val.passed} (val)"
     return Counts(
         train.images,
         val.images,
         len(classes(config)),
         str(root),
-        f"passed over: {passed}{deny_lists.counted([train.denied, val.denied])}",
+        "" if nothing and not denied else f"passed over: {passed}{denied}",
     )
 
 

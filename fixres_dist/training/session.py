@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from fixres_dist.base.small_files import Damaged, put_aside, read_json, write_json
-from fixres_dist.base.text import listed
+from fixres_dist.base.text import decision
 from fixres_dist.config import recipes
 from fixres_dist.config.schema import Config
 from fixres_dist.data import backends, class_maps, dataset, decoding, geometry
@@ -132,8 +132,7 @@ class Session:
         value = decide() if together else self.ranks.from_main(decide)
         if self.kept and self.ranks.is_main:
             write_json(self.kept, {**self.choices(), name: value}, sealed=True)
-            told = ", ".join(f"{key} {listed(v)}".replace("_", " ", key.count("_")) for key, v in value.items())
-            print(f"{name.partition(' (')[0]}: {told}", flush=True)
+            print(decision(name.partition(" (")[0], value), flush=True)
         return value
 
     def choices(self) -> dict[str, dict[str, Any]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from fixres_dist.base.errors import UserError
-from fixres_dist.base.text import duration, gib, markdown_table, parse_size, parse_sizes, table
+from fixres_dist.base.text import decision, duration, gib, markdown_table, parse_size, parse_sizes, table
 
 
 def test_a_table_aligns_numbers_to_the_right_and_words_to_the_left() -> None:
@@ -16,6 +16,22 @@ def test_a_table_aligns_numbers_to_the_right_and_words_to_the_left() -> None:
         "tf_efficientnet_l2      5         100 %",
         "x                   1,000   -0.1   2e-3",
     ]
+
+
+def test_a_decision_is_a_line_without_the_keys_of_its_file() -> None:
+    speeds = {"memory_format": "contiguous", "compile": False, "ms_per_image": {"contiguous": 3.1912}}
+    assert (
+        decision("trunk at 64 px", speeds) == "trunk at 64 px: memory format contiguous; ms per image: contiguous 3.19"
+    )
+    assert (
+        decision("engine of fix", {"engine": "stream", "why": "new pictures"}) == "engine of fix: stream; new pictures"
+    )
+    assert decision("batch per device", {"largest that fits": 96, "of use": 128}) == (
+        "batch per device: largest that fits 96, of use 128"
+    )
+    assert decision("trunk", {"memory_format": "channels_last", "compile": True}) == (
+        "trunk: memory format channels_last, compile"
+    )
 
 
 def test_a_column_with_a_word_among_its_numbers_is_text() -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -129,10 +131,17 @@ def test_completion_knows_commands_options_runs_and_models(
     for option in ("--dry-run", "--follow", "--eval-set", "--samples-per-shard"):
         assert option in script
     if shell == "zsh":
+        assert '"*:runs, or a grid or table by its name:_fixres_runs"' in script, "not the first name alone"
+        assert '"*:any setting, such as tune.epochs\\=3:( )"' in script
+        (models,) = re.findall(r"^_fixres_models\(\) .*$", script, re.M)
+        assert "echo demo; echo r50;" in models, "a line each: zsh divides at ends of lines alone"
+        if zsh := shutil.which("zsh"):
+            subprocess.run([zsh, "-n"], input=script, text=True, check=True)
         return
     (tmp_path / "runs" / "b0-320").mkdir(parents=True)
     for typed, expected in (
         (["fixres", "status", "b0"], ["b0-320"]),
+        (["fixres", "cancel", "b0-320", "b0"], ["b0-320"]),
         (["fixres", "submit", "--model", "l"], ["l2", "lambda_resnet26rpt_256.c1_in1k"]),
         (["fixres", "evaluate", "--model", "dem"], ["demo"]),
     ):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import getpass
+import io
 import json
 import os
 import signal
@@ -14,12 +15,14 @@ import time
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 from support.in_process import handlers_kept
 
 from fixres_dist.base.files import write_text
 from fixres_dist.cli import board, submission
 from fixres_dist.cli import status as status_command
 from fixres_dist.cli.main import main
+from fixres_dist.cluster import status
 from fixres_dist.config import reading
 from fixres_dist.config.schema import Config
 from fixres_dist.runs.rundir import RunDir
@@ -72,6 +75,20 @@ def test_watch_is_a_table_in_place_that_ends_with_the_last_run(
     told = capsys.readouterr().out
     for text in ("RESTARTS", "40/40", "30/1200", "━", "no [bold]space. Next: make room"):
         assert text in told
+
+
+@pytest.mark.parametrize(("width", "wide"), [(80, False), (120, True)])
+def test_watch_leaves_room_for_names_on_a_narrow_terminal(width: int, wide: bool, tmp_path: Path) -> None:
+    """At 80 columns a name stood two letters to a line, and NODES one letter."""
+    name = "tf_efficientnet_lite0-288-own_classes"
+    run = make(tmp_path, name, total_steps=1200, step=30, eta_s=60.0, images_per_second=1234.0, nodes=("n[1-2]",))
+    console = Console(width=width, file=io.StringIO())
+    console.print(status_command.picture(status.rows([run]), "", width))
+    said = console.file.getvalue()  # type: ignore[attr-defined]
+    lines = [line.rstrip() for line in said.splitlines()]
+    assert lines[0].startswith("NAME"), "a head of one line"
+    assert sum(bool(line) and line.split()[0] in name for line in lines) <= 2
+    assert ("NODES" in lines[0]) == wide
 
 
 def test_status_of_an_empty_folder_and_of_a_wrong_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -82,6 +82,7 @@ def seen(run: RunDir, folder: Path, monkeypatch: pytest.MonkeyPatch, squeue: str
         ("PENDING|MaxGRESPerAccount|", "more GPUs than the QOS allows at once"),
         ("PENDING|PartitionConfig|", "so it never starts. Next: scancel 5"),
         ("PENDING|SomethingNew|", "job 5: SomethingNew"),
+        ("PENDING|None|", "job 5 is in the queue, and Slurm has not looked at it yet"),
         ("PENDING|Resources||2026-11-28T15:00:00|0:00|1:00:00", "(Resources), expected to start 2026-11-28T15:00:00"),
         ("SUSPENDED|None|n1|2026-11-28T15:00:00|3:02|1:00:00", "(scontrol resume 5)"),
         ("STOPPED|None|n1", "Next: scancel --signal=CONT 5"),

@@ -7,6 +7,7 @@ import datetime
 import gzip
 import io
 import json
+import logging
 import os
 import pickle
 import tarfile
@@ -334,6 +335,18 @@ def test_what_is_no_weights_file_is_said_by_what_it_is(tmp_path: Path, kind: str
     message = refused(file)
     assert said in message
     assert "Next: " in message or "Accepted: " in message
+
+
+def test_a_hub_out_of_reach_is_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its client said so twice for each of twelve attempts."""
+
+    def unreachable(*_: object, **__: object) -> None:
+        assert not logging.getLogger("huggingface_hub.utils._http").isEnabledFor(logging.WARNING)
+        raise OSError("Name or service not known")
+
+    monkeypatch.setattr(sources.timm, "create_model", unreachable)
+    with pytest.raises(UserError, match=r"the hub cannot be reached \(OSError\).*Or --weights FILE"):
+        sources.hub_state("resnet18.a1_in1k")
 
 
 def test_of_a_folder_the_files_in_it_are_named(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from fixres_dist.config.schema import Config
 from fixres_dist.models.build import build_model
 from fixres_dist.runs import rundir
 from fixres_dist.runs.results import read_floors
-from fixres_dist.training import floor, worker
+from fixres_dist.training import class_order, floor, worker
 from fixres_dist.training.predictions import Predictions
 from fixres_dist.training.ranks import Ranks
 from fixres_dist.training.results import predictions_file
@@ -66,9 +66,12 @@ def own_classes(folder: Path, *items: str) -> Config:
 
 @pytest.mark.parametrize("policy", ["classifier", "all"])
 def test_stage_one_starts_from_the_first_result_also_where_its_file_was_damaged(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], policy: str
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, policy: str
 ) -> None:
-    """A stage one whose steps change nothing ends with the first result's predictions, since BatchNorms keep their statistics."""
+    """A stage one whose steps change nothing ends with the first result's predictions, since BatchNorms keep their statistics.
+
+    Its class order is the folders' own."""
+    monkeypatch.setattr(class_order, "doubt", lambda *_: "another order")
     write_photos(tmp_path / "photos", 6, 20)
     frozen = [f"pretrain.policy={policy}", "pretrain.bn_stats=kept", "pretrain.train_transform=test"]
     frozen += [
@@ -93,6 +96,8 @@ def test_stage_one_starts_from_the_first_result_also_where_its_file_was_damaged(
     said = capsys.readouterr().out
     assert f"{run.first_classifier} is damaged" in said
     assert "new classifier" not in said
+    assert "another order" not in said
+    assert "engine of floor: cached; " in said
     assert run.first_classifier.read_bytes() == kept
     assert [one.res for one in read_floors(run)] == [64, 32]
 

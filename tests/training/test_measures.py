@@ -9,6 +9,7 @@ from scipy.optimize import minimize_scalar
 from scipy.special import log_softmax, softmax
 from sklearn import metrics
 
+from fixres_dist.training import pictures
 from fixres_dist.training.calibration import HOTTEST, fit_temperature, reliability
 from fixres_dist.training.confusion import by_class, confusion_matrix
 
@@ -84,3 +85,10 @@ def test_temperature_of_pictures_all_right_or_all_wrong_is_bounded() -> None:
     assert fit_temperature(logits, np.array([0, 1])) == pytest.approx(1 / HOTTEST)
     assert fit_temperature(logits, np.array([1, 0])) == pytest.approx(HOTTEST)
     assert fit_temperature(np.zeros((3, 2)), np.array([1, 0, 1])) > 0  # nothing to learn from
+
+
+def test_a_confusion_sheet_has_every_number_however_long() -> None:
+    """Counts from 100 on had no room in a cell, and were left out."""
+    sheet = np.asarray(pictures.confusion_sheet(1234 * np.eye(13, dtype=np.int64), [f"class {k}" for k in range(13)]))
+    y, x = (int(found[0]) for found in np.nonzero((sheet == (0, 68, 136)).all(2)))
+    assert (sheet[y : y + 18, x : x + 18] == 255).all(2).any(), "white on the darkest cell"
