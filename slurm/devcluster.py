@@ -254,7 +254,10 @@ def main() -> int:
         accounting = not args.no_accounting and has_accounting()
         cluster = DevCluster(args.nodes, not args.no_user_signal, args.grace_s, accounting, *given)
         cluster.up()
-        print(f"devcluster: {args.nodes} nodes are up. Next: sbatch; `down --dir {cluster.dir}`", file=sys.stderr)
+        print(
+            f"devcluster: {args.nodes} nodes are up until: python slurm/devcluster.py down --dir {cluster.dir}",
+            file=sys.stderr,
+        )
         print(f"export SLURM_CONF={cluster.dir}/slurm.conf")
         return 0
     if not given and not os.environ.get("SLURM_CONF"):

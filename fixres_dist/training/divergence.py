@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import torch
 
 from fixres_dist.config.schema import Config
@@ -45,5 +47,6 @@ def diverged(run: RunDir, config: Config, stage: Stage, step: int, precision: st
     kept = f"the checkpoint of step {saved} is the last one, and finite" if saved >= 0 else "there is no checkpoint yet"
     if not tries:
         return Diverged(f"{why}); {kept}", "other weights (--weights), or photographs that can be decoded")
-    again = f"{run.submit_command()} --name {run.name}-finite {' '.join(tries)}"
+    kept_words = re.sub(rf" (--name[ =]|{section}\.base_lr=|run\.precision=)\S+", "", run.submit_command())
+    again = f"{kept_words} --name {run.name}-finite {' '.join(tries)}"
     return Diverged(f"{why}); {kept}", f"a lower learning rate or more precision, such as: {again}")

@@ -20,6 +20,8 @@ from fixres_dist.runs.results import Accuracy
 from fixres_dist.runs.rundir import RunDir, prepare
 from fixres_dist.runs.states import State
 from fixres_dist.training import worker
+from fixres_dist.training.divergence import diverged
+from fixres_dist.training.stages import stages
 
 ITEMS = (
     *("model.name=test_efficientnet", "model.timm_name=test_efficientnet", "data.res=64", "data.workers=0"),
@@ -74,6 +76,15 @@ def test_a_diverged_run_fails_and_keeps_its_last_finite_checkpoint(
         assert all(bool(tensor.isfinite().all()) for tensor in load_file(file).values())
     assert not run.results.exists()
     no_bare_nan(run)
+
+
+def test_the_command_to_try_has_each_setting_once(tmp_path: Path) -> None:
+    config = reading.parse(Config, reading.overrides([*ITEMS, "tune.base_lr=1"]))
+    run = prepare(tmp_path / "hot", config, "fixres submit --name hot --res 64 tune.base_lr=1 run.log_every=1")
+    (stage,) = stages(config, 24)
+    following = diverged(run, config, stage, 2, "bf16", "the loss is nan").next_command
+    tried = "--res 64 run.log_every=1 --name hot-finite tune.base_lr=0.1 run.precision=fp32"
+    assert following.endswith(f"fixres submit {tried}")
 
 
 def test_weights_that_are_not_finite_are_told_before_training(tmp_path: Path, photos: Path) -> None:

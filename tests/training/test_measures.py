@@ -91,4 +91,4 @@ def test_a_confusion_sheet_has_every_number_however_long() -> None:
     """Counts from 100 on had no room in a cell, and were left out."""
     sheet = np.asarray(pictures.confusion_sheet(1234 * np.eye(13, dtype=np.int64), [f"class {k}" for k in range(13)]))
     y, x = (int(found[0]) for found in np.nonzero((sheet == (0, 68, 136)).all(2)))
-    assert (sheet[y : y + 18, x : x + 18] == 255).all(2).any(), "white on the darkest cell"
+    assert sheet[y : y + 30, x : x + 30].min(2).max() > 200, "nearly white on the darkest cell"

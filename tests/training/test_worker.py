@@ -191,6 +191,7 @@ def test_a_killed_rank_of_a_local_run_is_told_before_those_that_broke_because_of
     why, following = (folder / "FAILED").read_text().splitlines()
     assert why.startswith(f"rank 1 left no result, killed by hand or out of memory (log: {folder}/submitit/")
     assert "; after it: RuntimeError" in why
+    assert "This is typically caused by" not in why
     assert following.startswith("Next: again, from the last checkpoint: python launch/submit.py")
     assert why.rstrip(".") in json.loads((folder / "state.json").read_text())["reason"]
 
