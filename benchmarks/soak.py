@@ -45,6 +45,7 @@ from fixres_dist.runs.states import Event
 PLACES = {"inline": 1, "ranks": 2, "local": 2, "command": 2}  # ranks
 BY_COMMAND = {"local": launched, "command": commanded}
 SIGNALS = ("KILL", "TERM", "INT", "HUP", "STOP")
+OF_RANK_0 = ("save", "results", "export")
 TELL_S = 30.0
 # At the end of the snapshot's training/worker.py, for ranks that submitit starts.
 HOOK = "\nimport sys\nsys.path.append({tests!r})\nfrom support import strikes\nstrikes.install(sys.modules[__name__])\n"
@@ -63,26 +64,31 @@ class Trial:
 
     @staticmethod
     def drawn(seed: int, number: int, places: list[str], images: int) -> Trial:
-        draw = random.Random(f"{seed}-{number}")
-        place = places[number % len(places)]
-        return Trial(seed, number, place, draw.choice(["stream", "cached"]), draw.choice([0, 1]), images)
+        draw, place = random.Random(f"{seed}-{number}"), places[number % len(places)]
+        engine = "cached" if moment_of(number) == "features" else draw.choice(["stream", "cached"])
+        return Trial(seed, number, place, engine, draw.choice([0, 1]), images)
 
     @property
     def calm(self) -> tuple[int, str, int]:
         """The undisturbed run that it is compared with: (ranks, engine, loader processes)."""
         return PLACES[self.place], self.engine, self.loaders
 
-    def faults(self, calls: Counter[str], places: int) -> tuple[Fault, ...]:
+    def faults(self, calls: Counter[str]) -> tuple[Fault, ...]:
         """One to three; the first at each moment in turn. `calls`: of the undisturbed run's rank 0."""
-        draw = random.Random(f"{self.seed}-{self.number}-faults")
+        draw, found = random.Random(f"{self.seed}-{self.number}-faults"), []
         command = self.place in BY_COMMAND
         kinds = ["rank", "rank", *["loader"] * bool(self.loaders), *["launcher", "controller"] * command]
-        first, found = list(EVERY)[self.number // places % len(EVERY)], []
-        for moment in (first, *draw.choices(list(EVERY), k=draw.choice([0, 0, 1, 2]))):
-            target, rank, k = draw.choice(kinds), draw.randrange(PLACES[self.place]), calls[moment]
+        for moment in (moment_of(self.number), *draw.choices(list(EVERY), k=draw.choice([0, 0, 1, 2]))):
+            target, k = draw.choice(kinds), draw.randint(1, max(1, calls[moment]))
             number = draw.choice(("KILL", "STOP") if target in ("loader", "controller") else SIGNALS)
-            found.append(Fault(rank, moment, draw.randint(1, max(1, k)), target, number))
+            rank = 0 if moment in OF_RANK_0 else draw.randrange(PLACES[self.place])
+            found.append(Fault(rank, moment, k, target, number))
         return tuple(found)
+
+
+def moment_of(number: int) -> str:
+    """Of schedule `number`: all in turn, each round at other places."""
+    return list(EVERY)[(number + number // len(EVERY)) % len(EVERY)]
 
 
 @dataclass(frozen=True)
@@ -132,9 +138,9 @@ def brought_to_end(trial: Trial, faults: tuple[Fault, ...], run: RunDir) -> tupl
     return came, [*wrong, "not done after four undisturbed starts"]
 
 
-def carried_out(trial: Trial, places: int, folder: Path, data: Path, calm: Calm) -> dict[str, Any]:
+def carried_out(trial: Trial, folder: Path, data: Path, calm: Calm) -> dict[str, Any]:
     """The schedule's line of --out; its run's folder is removed unless something went wrong."""
-    faults, before, started = trial.faults(calm.calls, places), cpu_s(), time.monotonic()
+    faults, before, started = trial.faults(calm.calls), cpu_s(), time.monotonic()
     schedule = Schedule(f"{trial.seed}-{trial.number}", trial.engine)
     schedule.prepare(folder, data, f"data.workers={trial.loaders}", f"cluster.gpus_per_node={PLACES[trial.place]}")
     run = RunDir(folder / schedule.name)
@@ -164,7 +170,7 @@ def stopped(number: int, frame: FrameType | None) -> None:
     sys.exit(128 + number)
 
 
-def worked(todo: list[Trial], places: int, folder: Path, data: Path, out: Path) -> int:
+def worked(todo: list[Trial], folder: Path, data: Path, out: Path) -> int:
     """Carry out the schedules, a line each, in a process of their own; returns its id."""
     if pid := os.fork():
         return pid
@@ -176,7 +182,7 @@ def worked(todo: list[Trial], places: int, folder: Path, data: Path, out: Path) 
         for trial in todo:
             if trial.calm not in calm:
                 calm[trial.calm] = undisturbed(folder, data, *trial.calm)
-            line = carried_out(trial, places, folder, data, calm[trial.calm])
+            line = carried_out(trial, folder, data, calm[trial.calm])
             with open(out, "a") as file:
                 file.write(json.dumps(line) + "\n")
             if line["wrong"]:
@@ -207,12 +213,12 @@ def total(found: list[dict[str, Any]]) -> dict[str, int]:
     }
 
 
-def study(folder: Path, data: Path, planned: list[Trial], places: int, jobs: int, out: Path) -> dict[str, int]:
+def study(folder: Path, data: Path, planned: list[Trial], jobs: int, out: Path) -> dict[str, int]:
     """Counts of schedules, faults and wrong ends; a line of `out` for each schedule."""
     done = {tuple(x[name] for name in asdict(planned[0])) for x in lines(out, planned)}
     todo = [trial for trial in planned if tuple(asdict(trial).values()) not in done]
     began = time.monotonic()
-    pids = [worked(todo[k::jobs], places, folder / f"job-{k}", data, out) for k in range(jobs)]
+    pids = [worked(todo[k::jobs], folder / f"job-{k}", data, out) for k in range(jobs)]
     alive, codes, told = set(pids), [], began
     try:
         while alive:
@@ -224,10 +230,10 @@ def study(folder: Path, data: Path, planned: list[Trial], places: int, jobs: int
             if time.monotonic() > told + TELL_S:
                 told = time.monotonic()
                 found = lines(out, planned)
-                new = max(1, len(found) - len(done))
-                eta_s = (len(planned) - len(found)) * (told - began) / new
+                new = len(found) - len(done)
+                eta = f"{(len(planned) - len(found)) * (told - began) / new / 60:.0f} min" if new else "unknown"
                 cpu = sum(x["cpu_s"] for x in found) / max(1, len(found))
-                print(f"{total(found)} of {len(planned)}, {cpu:.1f} CPU s each, ETA {eta_s / 60:.0f} min", flush=True)
+                print(f"{total(found)} of {len(planned)}, {cpu:.1f} CPU s each, ETA {eta}", flush=True)
             time.sleep(0.2)
     finally:
         for pid in alive:
@@ -258,7 +264,7 @@ def main() -> int:
     try:
         os.environ["FIXRES_CACHE"] = f"{folder}/cache"
         data = write_photos(folder / "photos", args.images, -(-2 * args.images // 5) - 1)
-        counts = study(folder, data, planned, len(places), args.jobs, args.out or folder / "soak.jsonl")
+        counts = study(folder, data, planned, args.jobs, args.out or folder / "soak.jsonl")
         print(counts)
     finally:
         if counts["wrong"]:

@@ -43,6 +43,13 @@ def end_with_parent(number: int) -> None:
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(number))
 
 
+def default_handlers() -> None:
+    """Python's own after `exec`: signals that were ignored still are."""
+    for number in signal.valid_signals():
+        if callable(signal.getsignal(number)):
+            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+
+
 class Patience:
     """Whether a start hangs: none of its processes can run for HUNG_S together, or they have used SPINS_S of CPU time.
 
@@ -88,8 +95,7 @@ def child(log: Path, work: Callable[[], int], **variables: object) -> int:
     try:
         os.setsid()
         end_with_parent(signal.SIGKILL)
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, signal.SIG_DFL if number == signal.SIGTERM else signal.default_int_handler)
+        default_handlers()
         out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         os.dup2(out, 1)
         os.dup2(out, 2)
@@ -160,9 +166,7 @@ class Forked:
     def be(self, words: list[str], env: dict[str, str], streams: list[int | None]) -> None:
         code = 1
         try:
-            for number in signal.valid_signals():
-                if callable(signal.getsignal(number)):
-                    signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+            default_handlers()
             for at, stream in enumerate(streams, 1):
                 if stream:
                     os.dup2(stream, at)

@@ -31,12 +31,13 @@ def parent(pid: int) -> int:
 
 
 def targets(fault: Fault) -> list[int]:
-    """Process ids that the fault's signal goes to; none where a rank has no loader process at that moment."""
+    """Process ids that the fault's signal goes to; this rank where it has no loader process at that moment."""
     own = os.getpid()
     if fault.target == "loader":
         threads = Path(f"/proc/{own}/task").glob("*/children")
         children = [int(pid) for file in threads for pid in file.read_text().split()]
-        return [pid for pid in children if b"resource_tracker" not in Path(f"/proc/{pid}/cmdline").read_bytes()][:1]
+        children = [pid for pid in children if b"resource_tracker" not in Path(f"/proc/{pid}/cmdline").read_bytes()]
+        return children[:1] or [own]
     return [{"rank": lambda: own, "controller": os.getppid, "launcher": lambda: parent(os.getppid())}[fault.target]()]
 
 
