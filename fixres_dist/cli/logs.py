@@ -86,7 +86,7 @@ def check(run: RunDir, lines: Sequence[logs.Line], rank: int | None, start: int 
 
 def of_rank(line: logs.Line, rank: int | None) -> bool:
     """Whether a line is shown; which files submitit has read is shown to who asks for one rank."""
-    return line.rank == rank or (rank is None and not line.text.startswith("submitit INFO"))
+    return line.rank == rank or (rank is None and not logs.ASIDE.match(line.text))
 
 
 def label(line: logs.Line, name: str, with_rank: bool, with_start: bool) -> str:

@@ -20,7 +20,7 @@ from fixres_dist.base.files import FULL
 from fixres_dist.base.signals import SIGNALS, StopFlag
 from fixres_dist.base.small_files import read_note
 from fixres_dist.base.watchdog import NO_PROGRESS
-from fixres_dist.cluster import gpus
+from fixres_dist.cluster import gpus, logs
 from fixres_dist.cluster.jobs import Job
 from fixres_dist.cluster.reasons import last_words
 from fixres_dist.runs.rundir import RunDir
@@ -197,7 +197,7 @@ def copy_new(log: Path, position: int) -> int:
         with open(log) as file:
             file.seek(position)
             text = file.read()
-            sys.stdout.write("".join(x for x in text.splitlines(keepends=True) if not x.startswith("submitit INFO")))
+            sys.stdout.write("".join(x for x in text.splitlines(keepends=True) if not logs.ASIDE.match(x)))
             sys.stdout.flush()
             return file.tell()
     except OSError:  # no log yet, or nobody reads us any more: the ranks go on

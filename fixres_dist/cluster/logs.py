@@ -33,6 +33,8 @@ TELLS_TIME = re.compile(
     rf"(?:{MARK} .* at |slurmstepd\S* error: \*\*\* (?:JOB|STEP) .* AT |submitit \w+ \()"
     r"(\d{4}-\d\d-\d\d)[ T](\d\d:\d\d:\d\d)(?:,(\d{3}))?"
 )
+# What submitit says of files that it reads, and of each signal that it leaves to us.
+ASIDE = re.compile(r"submitit (INFO|WARNING \([^)]*\) - Bypassing signal)")
 
 
 class Line(NamedTuple):

@@ -66,9 +66,10 @@ def twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunDir:
     write(run, "submitit/5/5_0_log.err", mark(1, 0) + preempted + mark(2, 60), 60)
     info = "submitit INFO ({},123) - Starting with JobEnvironment\n"
     ends = "submitit ERROR ({},500) - Submitted job triggered an exception\n"
+    aside = f"submitit WARNING ({at(66).replace('T', ' ')},123) - Bypassing signal SIGCONT\n"
     begun = info.format(at(5).replace("T", " ")), info.format(at(65).replace("T", " "))
     ended = ends.format(at(75).replace("T", " "))
-    write(run, "submitit/5/5_1_log.out", f"{begun[0]}{begun[1]}", 65)
+    write(run, "submitit/5/5_1_log.out", f"{begun[0]}{begun[1]}{aside}", 66)
     write(run, "submitit/5/5_1_log.err", f"a warning\n{ended}ValueError: x\n", 76, (("a warning\n", 15),))
     run.finish()
     return run
