@@ -95,10 +95,10 @@ def measure(training: Training, startup: StartUp) -> None:
         training.draw("crops")
         training.keep("before", before := training.evaluate("before"))
         val, columns = work.session.val, work.session.columns["val"]
-        own_order = (
-            work.session.config.pretrain is not None
-        )  # stage one has trained the classifier in the folders' order
-        if not own_order and (warning := class_order.doubt(before, val, columns, work.session.classes)):
+        # Stage one has trained the classifier in the folders' order; what it takes for one another is no other order.
+        if not work.session.config.pretrain and (
+            warning := class_order.doubt(before, val, columns, work.session.classes)
+        ):
             training.say(warning)
         training.measure_other_sizes()
         startup.mark("evaluation")
