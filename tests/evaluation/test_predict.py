@@ -355,17 +355,20 @@ def test_results_and_report_have_more_than_top1(run: RunDir, tmp_path: Path) -> 
 
 def test_how_often_val_was_looked_at_is_counted_and_said(run: RunDir, photos: Path, tmp_path: Path) -> None:
     """By each command that compares it with its labels, and by Python; an export that stands elsewhere has no run to count in."""
+    own = RunDir(tmp_path / "r")  # in which no other test has counted
+    shutil.copytree(run.root, own.root)
     fingerprint = Predictions.read_with_list(run.root / "predictions" / "after.npz")[1]
-    known = Results.read(run).looks[fingerprint]
+    known = {"training": Results.read(run).looks[fingerprint]["training"]}
+    replace(Results.read(own), looks={fingerprint: known}).write(own)
     assert known["training"] == len([line for line in run.metrics.read_text().splitlines() if '"evaluation"' in line])
     commands: list[list[object]] = [
-        ["evaluate", "--run", run.root],
-        ["evaluate", "--run", run.root, "--only", "after"],
-        ["sweep", "--run", run.root, "--res", "64,96,128", "--out", tmp_path],
+        ["evaluate", "--run", own.root],
+        ["evaluate", "--run", own.root, "--only", "after"],
+        ["sweep", "--run", own.root, "--res", "64,96,128", "--out", tmp_path],
         [
             "interpolate",
             "--run",
-            run.root,
+            own.root,
             "--alpha",
             "0.5,1",
             "--eval-set",
@@ -373,23 +376,23 @@ def test_how_often_val_was_looked_at_is_counted_and_said(run: RunDir, photos: Pa
             "--out",
             tmp_path,
         ],
-        ["extract", "--run", run.root, "--out", tmp_path / "rows"],
-        ["evaluate", "--run", run.root, "--softmax", tmp_path / "rows" / "softmax.npy"],
-        ["export", "--run", run.root, "--out", tmp_path / "copy", "--temperature-from", "val"],
-        ["predict", run.root, photos / "val"],
+        ["extract", "--run", own.root, "--out", tmp_path / "rows"],
+        ["evaluate", "--run", own.root, "--softmax", tmp_path / "rows" / "softmax.npy"],
+        ["export", "--run", own.root, "--out", tmp_path / "copy", "--temperature-from", "val"],
+        ["predict", own.root, photos / "val"],
     ]
     for words in commands:
         assert called(*words, *([] if words[0] == "export" else ["data.workers=0"]))[0] == 0
-    for path in (run.root, run.root / "export" / "model.safetensors", tmp_path / "copy"):
+    for path in (own.root, own.root / "export" / "model.safetensors", tmp_path / "copy"):
         fixres_dist.load(path).evaluate(photos)
-    found = Results.read(run)
+    found = Results.read(own)
     added = {"evaluate": 2 + 1 + 1 + 2, "sweep": 2 * 3, "interpolate": 3 + 3, "export": 1}
     assert found.looks == {fingerprint: {**known, **added}}
-    fixres_dist.load(run.root).evaluate(photos, "train")
-    train = dict(Results.read(run).looks)
+    fixres_dist.load(own.root).evaluate(photos, "train")
+    train = dict(Results.read(own).looks)
     assert train.pop(fingerprint) == found.looks[fingerprint]
     assert [*train.values()] == [{"evaluate": 1}], "another list of files"
-    assert main(["report", str(run.root), "--out", str(tmp_path)]) == 0
+    assert main(["report", str(own.root), "--out", str(tmp_path)]) == 0
     said = (
         f"The validation images of r (list {fingerprint}) have been evaluated on {known['training'] + 19} times: 6 by "
     )
