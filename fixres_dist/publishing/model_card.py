@@ -130,7 +130,7 @@ def stage_lines(config: Config, results: Results) -> str:
             lines.append(f"The new classifier alone, on test crops of {one.res} px: {one.head_epochs} epochs.")
         lines.append(
             f"Stage one: {whole.get(one.policy, f'`{one.policy}`')} on `{one.train_transform}` of {one.res} px: {how_long(one)}, "
-            f"{one.optimizer}{START * (one.classifier == 'first_result')}."
+            f"{one.optimizer}; BatchNorm statistics `{one.bn_stats}`{START * (one.classifier == 'first_result')}."
         )
     trained = results.trained or whole.get(config.tune.policy, f"`{config.tune.policy}`")
     lines.append(
