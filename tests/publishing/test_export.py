@@ -183,7 +183,10 @@ def test_the_card_says_what_results_json_says(run: RunDir, tmp_path: Path) -> No
     of_weights = replace(run.config().model, weights="pretrained")
     started = replace(run.config(), model=of_weights, pretrain=Pretrain(classifier="first_result"))
     stages = model_card.stage_lines(started, Results.read(run))
-    assert "sgd; BatchNorm statistics `ema`; the classifier started as a logistic one on the untouched network's features.\n2." in stages
+    assert (
+        "sgd; BatchNorm statistics `ema`; the classifier started as a logistic one on the untouched network's features.\n2."
+        in stages
+    )
     assert f"1. Fixing: bn2, classifier (1,283 parameters) on `{found['transform']}` of 64 px" in text
     assert "those that fixing trains in fp32" in text
     assert "Weights: they start from no weights of others" in text
