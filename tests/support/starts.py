@@ -180,6 +180,10 @@ class Forked:
             sys.argv = words
             if "SUBMITIT_LOCAL_GLOBALID" in env:
                 strikes.install()
+            else:  # submitit makes its controller's folder meanwhile, and a Python that starts is slower than a fork
+                folder, deadline = Path(words[1].replace("%j", str(os.getpid()))), time.monotonic() + 60
+                while not folder.exists() and time.monotonic() < deadline:
+                    time.sleep(0.01)
             runpy.run_module(words[0], run_name="__main__")
             code = 0
         except SystemExit as left:
