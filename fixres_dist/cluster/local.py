@@ -124,9 +124,8 @@ def name_lost_ranks(
         folder = tasks[0].paths.stdout.parent
         lost = f"a process of the run ended without a message (exit codes {list(codes)}); its log: {folder}"
     if said:
-        lost += (
-            f"; after it: {said.partition('. This is typically caused by')[0]}"  # gloo's guess; the cause is known here
-        )
+        known = said.partition(". This is typically caused by")[0]  # without gloo's guess: the cause is known here
+        lost += f"; after it: {known}"
         run.failed.unlink()
     run.fail(lost, f"again, from the last checkpoint: {again}")
 
