@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
+from support.clock import own_clock
 from support.in_process import handlers_kept
 
 from fixres_dist.base.files import write_text
@@ -69,7 +70,7 @@ def test_watch_is_a_table_in_place_that_ends_with_the_last_run(
         assert seconds == 1.0
         broken.fail("no [bold]space", "make room")
 
-    monkeypatch.setattr(status_command.time, "sleep", passes)
+    own_clock(monkeypatch, status_command, sleep=passes)
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
     assert main(["status", "--watch", "--every", "0", "--runs-dir", str(tmp_path)]) == 0
     told = capsys.readouterr().out

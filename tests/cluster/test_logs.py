@@ -9,10 +9,12 @@ import time
 from pathlib import Path
 
 import pytest
+from support.clock import own_clock
 from support.fake_slurm import calls, fake_slurm
 
 from fixres_dist.base import log_times
 from fixres_dist.base.files import write_text
+from fixres_dist.cli import logs as logs_command
 from fixres_dist.cli.main import main
 from fixres_dist.cluster import logs, slurm
 from fixres_dist.config import reading
@@ -191,15 +193,14 @@ def test_following_shows_the_starts_that_begin_meanwhile(
     texts = ["ste", "p 5\n", mark(3, 120), *["step\n"] * 16]
 
     def sleep(seconds: float) -> None:
-        if seconds < 1:  # of subprocess, which waits for squeue
-            return
+        assert seconds == 1
         if not texts:
             twice.finish()
             return
         with open(twice.root / "submitit" / "5" / "5_0_log.out", "a") as log:
             log.write(texts.pop(0))
 
-    monkeypatch.setattr(time, "sleep", sleep)
+    own_clock(monkeypatch, logs_command, sleep=sleep)
     lines, _ = shown(twice.root.parent, capsys, "r", "--follow")
     assert lines[4:7] == ["step 4", "step 5", mark(3, 120).strip()]
     assert len(lines) == 23

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+from support.clock import own_clock
 
 from fixres_dist.base.files import write_text
 from fixres_dist.cluster import jobs, reasons, requeue, slurm, status
@@ -50,7 +51,7 @@ def test_why_a_job_is_told_to_stop(
     shown: dict[str, str], expected: slurm.Stop, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("SLURM_RESTART_COUNT", raising=False)
-    monkeypatch.setattr(time, "time", lambda: 1000.0)
+    own_clock(monkeypatch, slurm, time=lambda: 1000.0)
     assert slurm.why_stopped(RUNNING | shown, signal_delay_s=30) == expected
 
 

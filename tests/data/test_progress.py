@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from support.clock import own_clock
 
 from fixres_dist.data import progress
 
@@ -11,7 +12,7 @@ def test_a_line_every_half_minute_with_the_time_left(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     now = [0.0]
-    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    own_clock(monkeypatch, progress, monotonic=lambda: now[0])
     for show in (True, False):
         with progress.progress_bar("reading", show) as report:
             for done in range(0, 2000, 100):  # the first 400 were done before

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from support.clock import own_clock
 
 from fixres_dist.base import locks
 from fixres_dist.base.signals import StopFlag
@@ -103,7 +104,7 @@ def test_a_stopped_one_is_gone_on_with(tmp_path: Path, photos: Path, monkeypatch
         if len(waits) == 2:
             held.__exit__(None, None, None)
 
-    monkeypatch.setattr(stage_one.time, "sleep", wait)
+    own_clock(monkeypatch, stage_one, sleep=wait)
     assert steps.train(other) == (0, 2), "from the stopped one's checkpoint"
     assert [x["event"] for x in read_lines(other.events) if "stage one" in x["event"]] == [
         *("waiting for stage one", "stage one adopted")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from support.clock import own_clock
 
 from fixres_dist.data.decoding import Bad, Batch
 from fixres_dist.training import throughput
@@ -16,7 +17,7 @@ RANKS = Ranks(0, 1, 1, ("here",), torch.device("cpu"))
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """The meter's clock; its first entry is the time now, in seconds."""
     now = [100.0]
-    monkeypatch.setattr(throughput.time, "monotonic", lambda: now[0])
+    own_clock(monkeypatch, throughput, monotonic=lambda: now[0])
     return now
 
 
@@ -63,7 +64,7 @@ def test_no_image_at_all_is_no_division_by_zero(clock: list[float]) -> None:
 def test_the_phases_of_a_start_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
     times = iter([10.0, 12.5, 13.0, 14.0])
     monkeypatch.setattr(throughput, "process_started", lambda: 8.0)
-    monkeypatch.setattr(throughput.time, "time", lambda: next(times))
+    own_clock(monkeypatch, throughput, time=lambda: next(times))
     startup = throughput.StartUp()
     for phase in ("imports", "model", "imports"):
         startup.mark(phase)
