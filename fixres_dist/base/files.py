@@ -57,9 +57,12 @@ def publish(part: Path, path: Path, mode: int = 0o666, durable: bool = True) -> 
                     entry.chmod(wanted)
         if durable and not stat.S_ISLNK(found):
             sync(entry)
-    if folder:
-        remove(path)  # a rename takes the place of a file, not of a folder with something in it
+    old = part.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.part")
+    if folder:  # a rename takes the place of a file, not of a folder with something in it
+        with contextlib.suppress(FileNotFoundError):
+            os.replace(path, old)  # to delete it here would take long enough for a kill to leave a part of it
     os.replace(part, path)
+    remove(old)
 
 
 def umask() -> int:

@@ -212,10 +212,11 @@ class RunDir:
         write_text(self.done, "finished\n")
 
     def saved_step(self) -> int:
-        """The newest checkpoint's step; -1 without one. Of a command's job: the passes over images that it has begun."""
+        """The newest checkpoint's step, also where it is stage one's last and kept aside (checkpoint.stage_end); -1 without
+        one. Of a command's job: the passes over images that it has begun."""
         if self.task_file.exists():
             return len(list(self.partial.glob("*.npz"))) or -1
-        names = (path.parent.name[5:] for path in self.checkpoints.glob("step_*/meta.json"))
+        names = (path.parent.name[5:].removesuffix(".pretrain") for path in self.checkpoints.glob("step_*/meta.json"))
         return max((int(name) for name in names if name.isdecimal()), default=-1)  # a copy may be called step_40.bak
 
     def evaluate_again(self) -> str:

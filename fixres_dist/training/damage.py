@@ -55,9 +55,10 @@ def telling(run: RunDir) -> Callable[[Damaged], None]:
 
 def pretrained_again(run: RunDir, session: Session, first: list[Stage]) -> bool:
     """Write pretrained.safetensors again where it was damaged, from the last checkpoint of stage one; by rank 0, with the
-    session as it starts. False where fixing has not begun: stage one goes on then, and writes it itself."""
+    session as it starts. False where that is not kept aside, since fixing has not begun: stage one goes on then, and writes it
+    itself."""
     end = checkpoint.stage_end(run.checkpoints, first[-1].stop) if first else None
-    if not (end and end.exists() and checkpoint.newest_stage(run.checkpoints) == "fix"):
+    if not (end and end.exists()):
         return False
     model, tensors = session.for_size(first[-1].res).model, checkpoint.read(end).tensors
     put_tensors(model, tensors.ema or tensors.head)

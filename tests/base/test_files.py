@@ -93,6 +93,17 @@ def test_all_of_it_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeyp
     assert (tmp_path / "new").read_text() == "text"
 
 
+def test_a_folder_is_replaced_before_the_old_one_is_deleted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kill in the middle of the deletion left a part of the old checkpoint, and none of the new one."""
+    seen: list[str] = []
+    monkeypatch.setattr(shutil, "rmtree", lambda path, **_: seen.append((tmp_path / "step" / "meta").read_text()))
+    for text in ("old", "new"):
+        with whole(tmp_path / "step") as part:
+            part.mkdir()
+            (part / "meta").write_text(text)
+    assert seen == ["new"]
+
+
 @pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o002, 0o664), (0o077, 0o600)])
 def test_files_have_the_umasks_mode_whoever_writes_them(tmp_path: Path, umask: int, mode: int) -> None:
     """safetensors makes its files private, and mkstemp; a colleague who takes over a run could not read it."""

@@ -5,8 +5,9 @@ from __future__ import annotations
 import itertools
 import random
 import re
+from dataclasses import replace
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -79,6 +80,30 @@ def test_a_resume_is_exact(
     assert all(torch.equal(a[name], b[name]) for name in a)
     said = [x["evaluation"] for x in read_lines(stopped.metrics) if "evaluation" in x and x["evaluation"] != "before"]
     assert said[:-1] == (["head"] if "head_epochs=1" in first else []) + ["pretrain epoch 1", "pretrained"]
+
+
+def test_the_steps_of_stage_one_are_not_forgotten_while_fixing_has_no_checkpoint(
+    tmp_path: Path, photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its last checkpoint is put aside for fixing's first one; a run that was killed between had lost stage one's sample lines."""
+    run = prepared(tmp_path / "run", photos)
+    config = run.config()
+    run = rundir.prepare(tmp_path / "recorded", replace(config, run=replace(config.run, record_samples=True)), "submit")
+    real = checkpoint.tensor_files.save
+
+    def save(path: Path, *rest: Any) -> str:
+        if checkpoint.stage_end(run.checkpoints, 6).exists():
+            raise RuntimeError("killed")
+        return real(path, *rest)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(checkpoint.tensor_files, "save", save)
+        with pytest.raises(RuntimeError, match="killed"):
+            worker.train(run.root, StopFlag())
+    assert run.saved_step() == 6
+    run.pretrained.write_bytes(b"damaged")  # it is made again of the one that was put aside
+    assert worker.train(run.root, StopFlag()) == 0
+    assert [line["step"] for line in read_lines(run.root / "samples" / "rank_0.jsonl")] == list(range(6))
 
 
 @pytest.mark.parametrize("name", get_args(Optimizer))
