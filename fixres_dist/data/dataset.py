@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -105,6 +106,8 @@ def whole_index(
 ) -> Index:
     """The index of a split with all its samples, whether or not they can be read."""
     place, file = find(root, split, labels), cache_file(root / split, cache_folder(cache))
+    with suppress(OSError):  # that of the write is told
+        file.parent.mkdir(parents=True, exist_ok=True)
     with progress_bar(f"reading {split} headers", show) as progress:
         if place.shards:
             return shards.load(place, file, progress, fresh)

@@ -235,7 +235,8 @@ def cached_index(folder: Path, meta: dict[str, Any], a: dict[str, NDArray[Any]])
 
 
 def write_cached(cached: CachedIndex, file: Path) -> None:
-    """Write by rename. Where that fails, say so: without the file the next start scans again."""
+    """Write by rename, into a folder that is there: one that was unmounted meanwhile is not made anew on the disk below.
+    Where that fails, say so: without the file the next start scans again."""
     index = cached.index
     meta = {"format": FORMAT, "classes": index.classes, "passed": cached.passed}
     if cached.shards:
@@ -248,7 +249,6 @@ def write_cached(cached: CachedIndex, file: Path) -> None:
     optional = {"places": index.places, "checksums": index.checksums}
     arrays |= {name: found for name, found in optional.items() if found is not None}
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
         save_arrays(file, arrays)
         owners.close_to_others(file)
     except OSError as error:

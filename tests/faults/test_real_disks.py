@@ -17,6 +17,8 @@ from support.in_process import SETTINGS, called
 
 from fixres_dist.base import storage
 from fixres_dist.base.errors import EXIT_DONE, EXIT_FAILED, EXIT_USER
+from fixres_dist.data import folders
+from fixres_dist.data.index import Index
 from fixres_dist.runs import checkpoint
 from fixres_dist.runs.rundir import RunDir
 from fixres_dist.runs.states import State
@@ -113,6 +115,25 @@ def test_features_and_index_on_a_disk_that_is_full(disk: Path, runs: Path, tmp_p
     leave(disk, 60_000)
     code, text = called(*submit)
     assert code == EXIT_DONE, text
+
+
+def test_an_index_whose_disk_is_unmounted_while_headers_are_read(
+    disk: Path, runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is done without; nothing is written to the disk below."""
+    below, scan = tmp_path / "below", folders.scan
+    below.mkdir()
+    mount("--bind", disk, below)
+
+    def unmounted(*arguments: Any) -> Index:
+        subprocess.run(["umount", "-l", str(below)], check=True)
+        return scan(*arguments)
+
+    monkeypatch.setattr(folders, "scan", unmounted)
+    code, text = called("data", "index", "--data", runs / "data", "--split", "train", "--cache", below)
+    assert (code, "Traceback" in text) == (EXIT_DONE, False), text
+    assert f"train is not kept, and the next start reads the headers again: {below}/index" in text
+    assert not list(below.iterdir())
 
 
 def test_a_disk_that_fills_up_while_features_are_written(
