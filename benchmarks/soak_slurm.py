@@ -84,6 +84,23 @@ def brought_to_end(cluster: slurm_here.DevCluster, run: RunDir) -> list[str]:
     return []
 
 
+def left_behind(cluster: slurm_here.DevCluster, run: RunDir) -> list[int]:
+    """Processes of the run's job that are there LEAVE_S after Slurm has let it go; a step whose daemon was killed it gives up
+    after UnkillableStepTimeout."""
+    from support.ends import LEAVE_S
+
+    job, since = run.state().slurm_job, time.monotonic()
+    gone_at = 0.0
+    while left := processes(f"SLURM_JOB_ID={job}", f"SLURM_CLUSTER_NAME={cluster.name}"):
+        now = time.monotonic()
+        shown = subprocess.run(["squeue", "-h", "-j", str(job)], capture_output=True, text=True).stdout.strip()
+        gone_at = 0.0 if shown else gone_at or now
+        if (gone_at and now > gone_at + LEAVE_S) or now > since + HUNG_S:
+            break
+        time.sleep(0.5)
+    return left
+
+
 def seeded(seed: int, number: int, calls: dict[str, Counter[str]]) -> tuple[str, list[Fault]]:
     """(engine, faults) of schedule `number`: every way in turn, at a drawn moment."""
     draw, found = random.Random(f"{seed}-{number}"), []
@@ -114,7 +131,7 @@ def carried_out(
     cluster: slurm_here.DevCluster, folder: Path, data: Path, name: str, engine: str, planned: list[Fault], calm: RunDir
 ) -> tuple[int, list[str]]:
     """(faults that came, what went wrong)."""
-    from support.ends import LEAVE_S, wrong_at_end
+    from support.ends import wrong_at_end
     from support.preemptions import Schedule
 
     Schedule(name, engine).prepare(folder, data, *CLUSTER)
@@ -123,9 +140,8 @@ def carried_out(
     if cluster.user_signal:
         (run.root / "user-signal").touch()
     jobs.submit_slurm(run.config(), [run], SoakedJob)
-    wrong, deadline = brought_to_end(cluster, run), time.monotonic() + LEAVE_S
-    while (left := processes(f"SLURM_JOB_ID={run.state().slurm_job}")) and time.monotonic() < deadline:
-        time.sleep(0.2)
+    wrong = brought_to_end(cluster, run)
+    left = left_behind(cluster, run)
     came = len(list(run.root.glob("came-*")))
     wrong += [f"processes {left} are left"] if left else []
     wrong = wrong or wrong_at_end(run, calm)
