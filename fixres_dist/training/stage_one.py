@@ -227,12 +227,13 @@ def adopt(run: RunDir, session: Session, place: Place, first: list[Stage]) -> No
         if progress.stage not in [one.name for one in first] or step <= run.saved_step():
             return
         lines = read_lines(other.metrics, step=int)
-        checkpoint.copy(newest[0], run.checkpoints, configuration=reading.identity(session.config))
         if not session.choices() and (other.root / "choices.json").exists():
             copy(other.root / "choices.json", run.root / "choices.json")
         run.metrics.unlink(missing_ok=True)
         for line in lines:
             if line["step"] <= step:
                 append(run.metrics, line)
+        # Last: it is what a start after a kill looks for.
+        checkpoint.copy(newest[0], run.checkpoints, configuration=reading.identity(session.config))
         run.event("stage one adopted", step=step, begun_by=str(other.root))
         print(f"stage one goes on from step {step} of {other.root}, which was stopped", flush=True)

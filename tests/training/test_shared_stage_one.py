@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import shutil
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from support.clock import own_clock
 
 from fixres_dist.base import locks
 from fixres_dist.base.signals import StopFlag
-from fixres_dist.base.small_files import read_lines
+from fixres_dist.base.small_files import append, read_lines
 from fixres_dist.config import reading
 from fixres_dist.config.schema import Config
 from fixres_dist.runs import rundir
@@ -88,6 +89,29 @@ def test_a_grid_over_sizes_trains_it_once(tmp_path: Path, photos: Path, monkeypa
         folder.chmod(0o777)
     assert steps.train(prepared(tmp_path / "foreign", photos, 64)) == (0, 6)
     assert steps.train(prepared(tmp_path / "own again", photos, 96)) == (0, 0), "from this user's own beside it"
+
+
+def test_a_kill_while_one_is_adopted_loses_no_line(
+    tmp_path: Path, photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The checkpoint came first, and a start that found it did not look for the lines."""
+    steps = Steps(monkeypatch)
+    stopped, other = prepared(tmp_path / "stopped", photos, 64), prepared(tmp_path / "other", photos, 64)
+    assert steps.train(stopped, stop=3) == (1, 4)
+    lines = itertools.count()
+
+    def killed(path: Path, line: dict[str, Any]) -> None:
+        if next(lines) == 1:
+            raise RuntimeError("killed")
+        append(path, line)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(stage_one, "append", killed)
+        with pytest.raises(RuntimeError, match="killed"):
+            steps.train(other)
+    assert steps.train(other)[0] == 0
+    trained = [line["step"] for line in read_lines(other.metrics) if line.get("stage") == "pretrain"]
+    assert trained == [1, 2, 3, 4, 5, 6]
 
 
 def test_a_stopped_one_is_gone_on_with(tmp_path: Path, photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
