@@ -57,13 +57,12 @@ def check_times(cluster: Cluster) -> None:
         )
 
 
-def requested(cluster: Cluster) -> tuple[dict[str, str | int], list[str]]:
+def requested(c: Cluster) -> tuple[dict[str, str | int], list[str]]:
     """What a job asks of sbatch, by the long names of its options, and srun's arguments.
 
     cluster.sbatch comes last: it also takes away an option, and replaces one that says the same in other words.
     """
-    check_times(cluster)
-    c = cluster
+    check_times(c)
     values: dict[str, str | int] = {
         "nodes": c.nodes,
         "ntasks-per-node": c.gpus_per_node,
@@ -79,7 +78,8 @@ def requested(cluster: Cluster) -> tuple[dict[str, str | int], list[str]]:
         "signal": f"USR2@{c.signal_delay_s}",
         "open-mode": "append",
     }
-    srun_args = ["--kill-on-bad-exit=1"]  # without it the other tasks run on when one dies
+    # Else the other tasks run on when one dies, and srun waits for ever for nodes that Slurm takes for busy (seen in 22.05).
+    srun_args = ["--kill-on-bad-exit=1", "--immediate=1800"]  # seconds: nodes that boot take minutes
     if "-" in c.nodes:
         # Slurm 22.05 gives a job at most as many nodes as it has tasks at its fewest nodes. So a job that may grow asks
         # for nodes alone, and srun gets the numbers of tasks.

@@ -30,10 +30,7 @@ def culprit(run: RunDir, job: str, said: str = "") -> str:
     `said`: the error that a rank has left. srun's exit code tells less: it is the highest one, so mostly 143 of a task
     that it has terminated itself.
     """
-    file = run.root / "submitit" / job / f"{job}_0_log.err"
-    text = file.read_text(errors="replace") if file.exists() else ""
-    before_this_start = rf"^(?:{MARK} |.*\*\*\* JOB \S+ ON \S+ CANCELLED AT )"
-    text = re.split(before_this_start, text, flags=re.MULTILINE)[-1]
+    text = of_this_start(run, job)
     before, _, after = CLEAN_UP.sub("\0", text, count=1).partition("\0")
     first, later = tasks(before), tasks(after)
     # A task that breaks ends by itself, with a code; srun hears of it before or after the one that a signal ended. One that
@@ -43,6 +40,13 @@ def culprit(run: RunDir, job: str, said: str = "") -> str:
     if found.endswith("Killed") and OUT_OF_MEMORY.search(text):
         return f"{found} (out of memory, by the node's kernel or the job's limit)"
     return found + (" (by hand, or out of memory)" if found.endswith("Killed") else "")
+
+
+def of_this_start(run: RunDir, job: str) -> str:
+    """srun's log since the job's newest start."""
+    file = run.root / "submitit" / job / f"{job}_0_log.err"
+    text = file.read_text(errors="replace") if file.exists() else ""
+    return re.split(rf"^(?:{MARK} |.*\*\*\* JOB \S+ ON \S+ CANCELLED AT )", text, flags=re.MULTILINE)[-1]
 
 
 def tasks(text: str) -> list[str]:
@@ -60,6 +64,8 @@ def consequence(said: str) -> bool:
 
 def first_cause(run: RunDir, job: str, code: int, said: str) -> str:
     """The failure of a job's step in one line: the task that died, what a rank has said, or else how its log ends."""
+    if no_step := re.search(r"^srun: error: (Unable to create step .+)$", of_this_start(run, job), re.MULTILINE):
+        return f"srun has started no rank: {no_step[1]}"  # what ranks have said is of an earlier start
     task = culprit(run, job, said)
     if said and "Exited with" in task and not consequence(said):
         return said  # by the rank that ended with this code

@@ -51,6 +51,12 @@ def write_log(run: RunDir, rank: int, text: str) -> None:
         ),
         ("srun: error: n2: task 1: Segmentation fault\n" + CLEANS_UP, "", "n2: task 1: Segmentation fault"),
         ("", VALUE, f"srun ended with 1; {VALUE}"),
+        (
+            "srun: Job 5 step creation still disabled, retrying (Requested nodes are busy)\n"
+            "srun: error: Unable to create step for job 5: Requested nodes are busy\n",
+            RESET,  # of the start before
+            "srun has started no rank: Unable to create step for job 5: Requested nodes are busy",
+        ),
     ],
 )
 def test_the_first_cause(log: str, said: str, cause: str, run: RunDir) -> None:
