@@ -152,12 +152,33 @@ def test_another_key_is_another_folder(tmp_path: Path) -> None:
 @pytest.mark.parametrize("world_size", [1, 2, 3, 8])
 def test_ranks_share_what_is_missing(world_size: int) -> None:
     gaps = [(5, 9), (20, 47), (90, 91)]
-    shares = [share(gaps, rank, world_size, 6) for rank in range(world_size)]
+    shares = [share(gaps, rank, world_size, 100, 6) for rank in range(world_size)]
     covered = [sample for spans in shares for first, stop in spans for sample in range(first, stop)]
     assert covered == [*range(5, 9), *range(20, 47), 90]
     assert all(0 < stop - first <= 6 for spans in shares for first, stop in spans)
     counts = [sum(stop - first for first, stop in spans) for spans in shares]
-    assert max(counts) - min(counts) <= 1
+    assert all(abs(count - sum(counts) / world_size) <= 6 for count in counts), "within a segment"
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_what_is_missing_after_a_stop_is_written_in_the_same_segments(world_size: int) -> None:
+    """Other batches, such as one of a single picture, differ in the last bit."""
+    ranks = range(world_size)
+    whole = [span for rank in ranks for span in share([(0, 51)], rank, world_size, 51, 16)]
+    assert [stop - first for first, stop in whole] == {
+        1: [16, 16, 16, 3],
+        2: [16, 9, 16, 10],
+        3: [16, 1, 16, 1, 16, 1],
+    }[world_size]
+    for done in ({whole[0]}, {whole[-1]}, {whole[1], whole[2]}):
+        gaps: list[tuple[int, int]] = []
+        for first, stop in (span for span in whole if span not in done):
+            if gaps and gaps[-1][1] == first:
+                gaps[-1] = gaps[-1][0], stop
+            else:
+                gaps.append((first, stop))
+        again = [span for rank in ranks for span in share(gaps, rank, world_size, 51, 16)]
+        assert again == [span for span in whole if span not in done]
 
 
 def fixing(*items: str) -> Stage:

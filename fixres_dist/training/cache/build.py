@@ -159,7 +159,8 @@ def write_missing(
         if ranks.is_main:
             begin_writing(store, key)
         gaps, again = apart(ranks.from_main(store.missing), lost)
-        own, started = share(gaps, ranks.rank, ranks.world_size, segment_length(store, size)), time.monotonic()
+        length, started = segment_length(store, size), time.monotonic()
+        own = share(gaps, ranks.rank, ranks.world_size, store.samples, length)
         own += again[ranks.rank :: ranks.world_size]
         pictures = session.pictures_of("test", work.stage.res)
         spans = ((a, min(b, a + size)) for first, b in own for a in range(first, b, size))
@@ -213,12 +214,19 @@ def apart(gaps: Sequence[Span], lost: Sequence[Span]) -> tuple[list[Span], list[
     return rest, again
 
 
-def share(gaps: list[Span], rank: int, world_size: int, length: int) -> list[Span]:
-    """The segments that `rank` writes: its contiguous part of all missing samples, cut at gaps and after `length` samples."""
-    low, high = order.rank_part(0, sum(b - a for a, b in gaps), rank, world_size)
-    found, at = [], 0
-    for a, b in gaps:
-        first, stop = a + max(0, low - at), a + min(b - a, high - at)
-        found += [(k, min(stop, k + length)) for k in range(first, stop, length)]
-        at += b - a
-    return found
+def share(gaps: list[Span], rank: int, world_size: int, samples: int, length: int) -> list[Span]:
+    """The segments that `rank` writes of those that are missing, about as many samples as the others.
+
+    They begin and end as in one pass over all `samples`, in which each rank has a contiguous part and cuts it after `length`:
+    a pass that is gone on with after a stop makes the same batches. In a batch of another size the last bit may differ.
+    """
+    parts = (order.rank_part(0, samples, r, world_size) for r in range(world_size))
+    segments = [(first, min(high, first + length)) for low, high in parts for first in range(low, high, length)]
+    cut = [(max(a, first), min(b, stop)) for first, stop in segments for a, b in gaps]
+    missing = [(first, stop) for first, stop in cut if first < stop]
+    total, at, own = sum(stop - first for first, stop in missing), 0, []
+    for first, stop in missing:
+        if (2 * at + stop - first) * world_size // (2 * total) == rank:  # its middle is in the rank's part
+            own.append((first, stop))
+        at += stop - first
+    return own
