@@ -30,7 +30,7 @@ def whole(path: Path, mode: int = 0o666, durable: bool = True) -> Iterator[Path]
     OSError that names `path`, whichever error a library (safetensors, shutil, torch) raised for it.
     """
     sweep(path.parent, path.name)
-    part = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.part")
+    part = temporary(path)
     try:
         yield part
         publish(part, path, mode, durable)
@@ -39,6 +39,11 @@ def whole(path: Path, mode: int = 0o666, durable: bool = True) -> Iterator[Path]
         if number := full(error):
             raise OSError(number, os.strerror(number), str(path)) from error
         raise
+
+
+def temporary(path: Path) -> Path:
+    """A name beside `path` that `sweep` knows for a temporary one."""
+    return path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.part")
 
 
 def publish(part: Path, path: Path, mode: int = 0o666, durable: bool = True) -> None:
@@ -57,10 +62,13 @@ def publish(part: Path, path: Path, mode: int = 0o666, durable: bool = True) -> 
                     entry.chmod(wanted)
         if durable and not stat.S_ISLNK(found):
             sync(entry)
-    old = part.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.part")
-    if folder:  # a rename takes the place of a file, not of a folder with something in it
-        with contextlib.suppress(FileNotFoundError):
-            os.replace(path, old)  # to delete it here would take long enough for a kill to leave a part of it
+    if not folder:
+        os.replace(part, path)
+        return
+    old = temporary(path)
+    with contextlib.suppress(FileNotFoundError):
+        # A rename takes no place of a folder with something in it, and a deletion lasts long enough for a kill to leave a part.
+        os.replace(path, old)
     os.replace(part, path)
     remove(old)
 

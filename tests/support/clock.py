@@ -13,7 +13,7 @@ import pytest
 def own_clock(monkeypatch: pytest.MonkeyPatch, module: ModuleType, **functions: Callable[..., Any]) -> None:
     """`module` sees these functions of `time`; everybody else keeps the real ones.
 
-    Setting them on `time` itself reaches every thread of the process: TensorBoard's writers, which sleep between their
-    looks at a queue, were counted as waits of the module that is tested.
+    Setting them on `time` itself reaches every thread of the process: sleeps of other threads were counted as waits of the
+    module that is tested.
     """
     monkeypatch.setattr(module, "time", SimpleNamespace(**{**vars(time), **functions}))

@@ -224,9 +224,10 @@ def share(gaps: list[Span], rank: int, world_size: int, samples: int, length: in
     segments = [(first, min(high, first + length)) for low, high in parts for first in range(low, high, length)]
     cut = [(max(a, first), min(b, stop)) for first, stop in segments for a, b in gaps]
     missing = [(first, stop) for first, stop in cut if first < stop]
-    total, at, own = sum(stop - first for first, stop in missing), 0, []
+    low, high = order.rank_part(0, sum(stop - first for first, stop in missing), rank, world_size)
+    at, own = 0, []
     for first, stop in missing:
-        if (2 * at + stop - first) * world_size // (2 * total) == rank:  # its middle is in the rank's part
+        if low <= at + (stop - first) // 2 < high:  # its middle is in this rank's part of what is missing
             own.append((first, stop))
         at += stop - first
     return own
