@@ -127,7 +127,7 @@ def brought_to_end(trial: Trial, faults: tuple[Fault, ...], run: RunDir) -> tupl
             by_command = BY_COMMAND.get(trial.place)
             codes = by_command(run, fault) if by_command else forked(run, PLACES[trial.place], start, fault)
         except TimeoutError:
-            return came, [f"start {start} hung"]
+            return came + (run.root / "struck").exists(), [f"start {start} hung"]
         struck = (run.root / "struck").exists()
         (run.root / "struck").unlink(missing_ok=True)
         came += struck

@@ -27,7 +27,7 @@ ROOMS = (
 LIGHT = ("base", "config", "cluster", "cli", "training.plan", "training.stages", "training.cache.rule", "training.job")
 ONE_HOME = {
     "submitit": {"cluster.jobs", "cluster.local", "training.job"},
-    "tensorboard": {"runs.board"},
+    "tensorboard": {"runs.board", "runs.event_file"},
     "wandb": {"runs.wandb_run"},
     "matplotlib": {"publishing.figures"},
     "nvidia": {"data.dali"},

@@ -15,14 +15,14 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
-from torch.utils.tensorboard import SummaryWriter
-from torch.utils.tensorboard.summary import hparams
+from torch.utils.tensorboard import summary
 
 from fixres_dist.base.files import remove
 from fixres_dist.base.secrets import redacted
 from fixres_dist.base.small_files import read_lines, read_note
 from fixres_dist.config import reading
 from fixres_dist.config.schema import Config
+from fixres_dist.runs.event_file import EventFile
 from fixres_dist.runs.results import OTHER_SIZE, Results
 from fixres_dist.runs.rundir import RunDir
 from fixres_dist.runs.states import Event, details
@@ -54,10 +54,9 @@ class Board:
         self.run, self.config = run, config
         self.other: WandbRun | None = None
         folder = run.root / "tb"
-        folder.mkdir(exist_ok=True)  # TensorBoard makes the parents too (see checkpoint.write)
         for old in folder.glob("events.out.tfevents.*"):
             remove(old)
-        self.writer = SummaryWriter(str(folder), purge_step=0)  # a TensorBoard that has read them forgets them
+        self.file = EventFile(folder)
         self.epoch, self.losses = 0.0, list[float]()
         self.told, self.size, self.starts, self.step, self.last = 0, 0, 0, 0, 0
         self.marked: dict[str, int] = {}  # kind of event -> newest step
@@ -74,7 +73,7 @@ class Board:
 
     def point(self, tag: str, value: Any, x: int, walltime: float | None = None) -> None:
         """A value of a curve, wherever it is logged."""
-        self.writer.add_scalar(tag, value, x, walltime=walltime)
+        self.file.add(summary.scalar(tag, value), x, walltime)
         if self.other:
             self.other.scalar(tag, float(value), x)
 
@@ -89,10 +88,10 @@ class Board:
         }
         for name, (kind, text) in texts.items():
             if text:
-                self.writer.add_text(name, f"```{kind}\n{text.rstrip()}\n```", 0)
+                self.file.add(summary.text(name, f"```{kind}\n{text.rstrip()}\n```"))
         found = settings(self.config)
         metrics = {f"result/{name}": 0 for name in RESULT}
-        experiment, start, self.end = hparams(found, metrics)  # type: ignore[no-untyped-call]
+        experiment, start, self.end = summary.hparams(found, metrics)
         # TensorBoard shows those columns first that differ: of one run, those that somebody has set.
         plugin, given = (
             experiment.value[0].metadata.plugin_data,
@@ -102,8 +101,8 @@ class Board:
         for column in content.experiment.hparam_infos:
             column.differs = column.name in given
         plugin.content = content.SerializeToString()
-        self.summary(experiment)
-        self.summary(start)
+        self.file.add(experiment)
+        self.file.add(start)
 
     def line(self, line: Mapping[str, Any], drawn: bool = True) -> None:
         """A line of metrics.jsonl; one of training that is not `drawn` counts in its epoch's mean alone."""
@@ -164,7 +163,8 @@ class Board:
             if step > self.marked.get(kind, -1):
                 self.marked[kind] = step
                 self.point(f"events/{kind}", len(same), step, walltime=same[0]["time"])
-                self.writer.add_text(f"events/{kind}", "\n".join(map(told, same)), step, walltime=same[0]["time"])
+                text = summary.text(f"events/{kind}", "\n".join(map(told, same)))
+                self.file.add(text, step, same[0]["time"])
 
     def pictures(self) -> None:
         """The run's pictures that are not shown yet: `crops` are of before the first step, the others of after the last."""
@@ -174,7 +174,8 @@ class Board:
                 with Image.open(file) as image:
                     pixels = np.asarray(image.convert("RGB"))
                 step = 0 if file.stem == "crops" else self.last
-                self.writer.add_image(f"pictures/{file.stem}", pixels, step, dataformats="HWC")
+                found = summary.image(f"pictures/{file.stem}", pixels, dataformats="HWC")
+                self.file.add(found, step)
 
     def curve(self, tag: str, points: Mapping[int, float]) -> None:
         """A curve over something else than steps, such as confidence in percent."""
@@ -187,18 +188,15 @@ class Board:
         values = (result.before.top1, result.after.top1, result.delta_top1, best.delta_top1, result.seconds / 3600)
         for name, value in zip(RESULT, values, strict=True):
             self.point(f"result/{name}", value, step)
-        self.summary(self.end)
-
-    def summary(self, summary: Any) -> None:
-        self.writer._get_file_writer().add_summary(summary)  # type: ignore[no-untyped-call]
+        self.file.add(self.end)
 
     def flush(self) -> None:
         self.marks()
-        self.writer.flush()
+        self.file.flush()
 
     def close(self) -> None:
         self.marks()
-        self.writer.close()
+        self.file.close()
         if self.other:
             self.other.close()
 
@@ -233,20 +231,21 @@ def write_curve(run: RunDir, label: str, tag: str, points: Mapping[int, float]) 
     """A curve over resolutions instead of steps, in TensorBoard's sub-run `label`; it replaces an earlier one."""
     with sub_run(run, label, tag) as board:
         for x, value in sorted(points.items()):
-            board.add_scalar(tag, value, x)
+            board.add(summary.scalar(tag, value), x)
 
 
 def write_histograms(run: RunDir, label: str, tag: str, values: Mapping[int, NDArray[np.float32]]) -> None:
     """The distribution of `values` at each resolution, in TensorBoard's sub-run `label`; it replaces an earlier one."""
     with sub_run(run, label, tag) as board:
         for x, found in sorted(values.items()):
-            board.add_histogram(tag, found.ravel(), x)
+            board.add(summary.histogram(tag, found.ravel(), bins=100), x)
 
 
-def sub_run(run: RunDir, label: str, tag: str) -> SummaryWriter:
+def sub_run(run: RunDir, label: str, tag: str) -> EventFile:
     """A sub-run has one tag's points, so a second measurement leaves nothing of the first."""
+    (run.root / "tb").mkdir(exist_ok=True)
     folder = run.root / "tb" / re.sub(r"[^\w.=-]+", "-", label)
     suffix = f".{re.sub(r'[^a-z0-9]', '_', tag)}"
     for old in folder.glob(f"events.out.tfevents.*{suffix}"):
         remove(old)
-    return SummaryWriter(str(folder), filename_suffix=suffix)
+    return EventFile(folder, suffix)

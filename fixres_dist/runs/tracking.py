@@ -116,7 +116,7 @@ class Tracker:
         """A line of metrics.jsonl, and its points in TensorBoard."""
         append(self.run.metrics, line)
         self.board.line(line)
-        self.board.marks()
+        self.board.flush()
 
     def show_pictures(self) -> None:
         """Those of the run's folder pictures/ that TensorBoard has not."""

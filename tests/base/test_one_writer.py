@@ -33,7 +33,7 @@ PERMITTED = {
     ("evaluation.extract", "write_bytes"): "the same",
     ("models.tensor_files", "open"): "the same",
     ("models.tensor_files", "save_file"): "to a temporary path that its callers publish",
-    ("runs.board", "SummaryWriter"): "TensorBoard's own files, which it reads torn too",
+    ("runs.event_file", "open"): "TensorBoard's own files, which it reads torn too",
     ("training.ranks", "save"): "to memory, for the other ranks",
     ("training.compiled_code", "open"): "an empty lock file",
 }

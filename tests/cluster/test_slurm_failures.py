@@ -104,11 +104,13 @@ def test_submitted_twice_and_two_runs_on_the_same_nodes(devcluster: Service) -> 
         devcluster.slurm("scontrol", "update", "PartitionName=low", "State=UP")
     other = devcluster.submit("beside", "--nodes", 2, *LONG)
     devcluster.until_working("twice")
+    devcluster.hold(job)  # else it may be done before the other works
     devcluster.until_working("beside")
     assert devcluster.events("twice", "started")[0]["nodes"] == devcluster.events("beside", "started")[0]["nodes"]
     assert sorted(devcluster.slurm("squeue", "-h", "-o", "%i").split()) == sorted([job, other])
     again = devcluster.launch("submit", *devcluster.arguments("--name", "twice", "--nodes", 2, *LONG))
     assert "twice is running already" in again
+    devcluster.let_go(job)
     # A duplicate job, by sbatch typed by hand, say: it leaves the run alone.
     duplicate = devcluster.slurm("sbatch", "--parsable", str(devcluster.runs / "twice" / "submission.sh")).strip()
     link = devcluster.runs / "twice" / "submitit" / duplicate

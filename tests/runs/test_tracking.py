@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
-from tensorboard.summary.writer import event_file_writer
 from torch.utils.tensorboard import SummaryWriter
 
 from fixres_dist.base.small_files import read_lines
 from fixres_dist.config.schema import Cluster, Config, Data, Pretrain, Tune
+from fixres_dist.runs import event_file
 from fixres_dist.runs.board import write_curve, write_histograms
 from fixres_dist.runs.results import Summary
 from fixres_dist.runs.rundir import RunDir
@@ -52,12 +54,6 @@ def board(run: RunDir, folder: str = "tb") -> EventAccumulator:
     return found
 
 
-@pytest.fixture(autouse=True)
-def event_files_in_their_order(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Their names end with a counter, and files of one second are read in the order of their names: .9 after .10."""
-    monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(100))
-
-
 @pytest.fixture
 def run(tmp_path: Path) -> RunDir:
     """A run of two stages that was logged up to step 15 of 20; the second stage began at step 10."""
@@ -82,6 +78,28 @@ def test_a_line_per_log_and_per_evaluation(run: RunDir) -> None:
     assert {key: evaluation[key] for key in asdict(SUMMARY)} == asdict(SUMMARY)
     assert evaluation["res"] == 128
     assert {"time"} == set(step) & set(evaluation) - {"step", "loss"}
+
+
+def test_a_line_is_shown_at_once_and_written_by_the_thread_that_logs_it(run: RunDir) -> None:
+    """TensorBoard's own writer has a thread, whose failed write nobody can catch: it printed a traceback beside the reason."""
+    threads = set(threading.enumerate())
+    log = tracker(run, 15)
+    log.step(16, "fix", 0.6, VALUES | {"loss": 16.0})
+    assert points(run, "train/loss")[-1] == (16, 16.0)
+    assert set(threading.enumerate()) <= threads
+    log.close()
+
+
+def test_a_full_disk_names_tensorboards_file(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = open
+
+    def full(path: Path, mode: str) -> Any:
+        opened(path, mode).close()
+        return opened("/dev/full", "wb")
+
+    monkeypatch.setattr(event_file, "open", full, raising=False)
+    with pytest.raises(OSError, match=r"No space left on device: .*/tb/events"):
+        tracker(run, 15)
 
 
 def test_each_stage_and_resolution_has_tags_of_its_own(run: RunDir) -> None:

@@ -141,6 +141,9 @@ class Service:
         """Stop rank 1, so that the run waits at a step however fast the machine is; Slurm's warnings bring SIGCONT."""
         os.kill(self.rank_process(job, 1), signal.SIGSTOP)
 
+    def let_go(self, job: str) -> None:
+        os.kill(self.rank_process(job, 1), signal.SIGCONT)
+
     def log(self, name: str, rank: int = 0) -> str:
         files = sorted((self.runs / name / "submitit").glob(f"*/*_{rank}_log.*"))
         return "\n".join(f"{file.name}:\n{file.read_text()[-2500:]}" for file in files)

@@ -45,9 +45,14 @@ def strike(fault: Fault, told: Path) -> None:
     """Send the signal; the file `told` says that it came."""
     for pid in targets(fault):
         told.touch()
-        if fault.signal == "STOP":  # CONT from a process that no signal to this one stops
-            subprocess.Popen(["sh", "-c", f"sleep 1; kill -CONT {pid}"], start_new_session=True)
-        os.kill(pid, getattr(signal, f"SIG{fault.signal}"))
+        if fault.signal == "STOP":
+            # Both from one process, which no signal to this one stops: a CONT that overtook its STOP would be a hang.
+            words = ["sh", "-c", f"kill -STOP {pid}; echo; sleep 1; kill -CONT {pid}"]
+            both = subprocess.Popen(words, start_new_session=True, stdout=subprocess.PIPE)
+            assert both.stdout is not None
+            both.stdout.readline()
+        else:
+            os.kill(pid, getattr(signal, f"SIG{fault.signal}"))
 
 
 def install(module: Any = worker) -> Spy:
