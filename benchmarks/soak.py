@@ -142,7 +142,8 @@ def carried_out(trial: Trial, folder: Path, data: Path, calm: Calm) -> dict[str,
     """The schedule's line of --out; its run's folder is removed unless something went wrong."""
     faults, before, started = trial.faults(calm.calls), cpu_s(), time.monotonic()
     schedule = Schedule(f"{trial.seed}-{trial.number}", trial.engine)
-    schedule.prepare(folder, data, f"data.workers={trial.loaders}", f"cluster.gpus_per_node={PLACES[trial.place]}")
+    items = [f"data.workers={trial.loaders}", f"cluster.gpus_per_node={PLACES[trial.place]}", "run.watchdog_s=120"]
+    schedule.prepare(folder, data, *items)
     run = RunDir(folder / schedule.name)
     if trial.place in BY_COMMAND:
         run.event(Event.SUBMITTED, cluster="local")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import faulthandler
 import os
 import signal
 import socket
@@ -11,6 +10,8 @@ import threading
 import time
 from collections.abc import Callable
 from types import FrameType
+
+from fixres_dist.base.watchdog import end_process
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT, signal.SIGHUP)
 
@@ -60,12 +61,12 @@ class StopFlag:
                 while not self.signal and told.recv(1)[0] not in SIGNALS:
                     pass  # another signal: Slurm sends SIGCONT with most of its signals
                 ends = time.monotonic() + seconds
-                heard()
+                try:
+                    heard()
+                except Exception as error:  # the deadline holds all the same
+                    print(f"after the stop signal: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
                 time.sleep(max(0.0, ends - time.monotonic()))
-                print(f"no common batch {seconds:.0f} s after the stop signal: giving up", file=sys.stderr)
-                faulthandler.dump_traceback()
-                give_up()
-                os._exit(1)
+                end_process(f"no common batch {seconds:.0f} s after the stop signal", give_up)
 
         threading.Thread(target=watch, name="stop deadline", daemon=True).start()
 

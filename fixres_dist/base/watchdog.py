@@ -7,15 +7,18 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
+import functools
 import os
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NoReturn
 
 NO_PROGRESS = "no progress for"  # how every reason begins that comes from here
 PACKAGE = Path(__file__).parents[1]
+GIVE_UP_S = 30.0  # for what is written down before the end; the ranks wait 10 s for each other's words
 POLLS, LONGEST_POLL_S = 20, 1.0  # looks within the limit
 latest = time.monotonic()  # of this process's last sign of progress
 
@@ -50,10 +53,7 @@ def watching(
             if time.monotonic() - asked > 2 * poll + 1:
                 beat()  # this process was suspended, and every other thread of it too
             if limit and time.monotonic() - latest > limit:
-                print(f"{NO_PROGRESS} {limit:.0f} s: the stacks of all threads", file=sys.stderr, flush=True)
-                faulthandler.dump_traceback()
-                give_up(place(), limit)
-                os._exit(1)
+                end_process(f"{NO_PROGRESS} {limit:.0f} s", functools.partial(give_up, place(), limit))
 
     thread = threading.Thread(target=watch, name="watchdog", daemon=True)
     thread.start()
@@ -62,6 +62,22 @@ def watching(
     finally:
         ended.set()
         thread.join()
+
+
+def end_process(why: str, give_up: Callable[[], None]) -> NoReturn:
+    """From any thread: print `why` and the stacks of all threads, call `give_up`, and end the process with exit code 1.
+
+    It ends as well where `give_up` fails or does not come back, as when the run's file system is away.
+    """
+    faulthandler.dump_traceback_later(GIVE_UP_S, exit=True)
+    print(f"{why}: the stacks of all threads", file=sys.stderr, flush=True)
+    faulthandler.dump_traceback()
+    try:
+        give_up()
+    except Exception as error:
+        print(f"the reason cannot be written down: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+    finally:
+        os._exit(1)
 
 
 def place() -> str:

@@ -6,13 +6,11 @@ Works under submitit (which exports SLURM_* or SUBMITIT_LOCAL_*), torchrun, plai
 from __future__ import annotations
 
 import datetime
-import faulthandler
 import io
 import json
 import os
 import re
 import socket
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,7 +23,7 @@ import torch
 import torch.distributed as dist
 
 from fixres_dist.base import memory, watchdog
-from fixres_dist.base.errors import EXIT_FAILED, UserError
+from fixres_dist.base.errors import UserError
 from fixres_dist.base.signals import StopFlag, Stopped
 from fixres_dist.training.rendezvous import meet, wait_for_all
 
@@ -151,14 +149,8 @@ def abort() -> None:
 def end_process_after(seconds: float) -> threading.Timer:
     """End this process in `seconds` unless the timer is cancelled."""
 
-    def end() -> None:
-        print(
-            f"the ranks did not leave each other within {seconds:.0f} s: ending this one", file=sys.stderr, flush=True
-        )
-        faulthandler.dump_traceback()
-        os._exit(EXIT_FAILED)
-
-    timer = threading.Timer(seconds, end)
+    why = f"the ranks did not leave each other within {seconds:.0f} s"
+    timer = threading.Timer(seconds, watchdog.end_process, (why, lambda: None))
     timer.daemon = True
     timer.start()
     return timer

@@ -255,9 +255,17 @@ def test_submission_is_not_influenced_by_the_job_it_is_made_from(monkeypatch: py
 
 HANGS = """
 import ctypes, sys, threading
+from fixres_dist.base import watchdog
 from fixres_dist.base.signals import StopFlag
+watchdog.GIVE_UP_S = 0.5
+def heard():
+    print("heard", flush=True)
+    {heard}
+def give_up():
+    print("gave up", flush=True)
+    {give_up}
 flag = StopFlag().install()
-flag.deadline(0.5, lambda: print("gave up", flush=True), lambda: print("heard", flush=True))
+flag.deadline(0.5, give_up, heard)
 mutex = ctypes.create_string_buffer(64)
 c = ctypes.CDLL(None)
 c.pthread_mutex_init(mutex, None)
@@ -267,10 +275,20 @@ c.pthread_mutex_lock(mutex)  # as in a collective with a dead peer: in C, withou
 """
 
 
-def test_a_rank_that_hangs_ends_after_the_stop_deadline() -> None:
+AWAY = "raise OSError('the file system is away')"
+
+
+@pytest.mark.parametrize(
+    ("heard", "give_up"),
+    [("pass", "pass"), (AWAY, AWAY), ("pass", "threading.Event().wait()")],
+    ids=["", "fail", "hang"],
+)
+def test_a_rank_that_hangs_ends_after_the_stop_deadline(heard: str, give_up: str) -> None:
+    """Also where nothing can be written down any more."""
     root = Path(__file__).parents[2]
+    code = HANGS.format(heard=heard, give_up=give_up)
     process = subprocess.Popen(
-        [sys.executable, "-c", HANGS], cwd=root, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-c", code], cwd=root, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
     assert process.stdout
     assert process.stdout.readline() == "hangs\n"
@@ -281,6 +299,7 @@ def test_a_rank_that_hangs_ends_after_the_stop_deadline() -> None:
     assert process.returncode == 1
     assert out == "heard\ngave up\n"
     assert "no common batch 0 s after the stop signal" in err
+    assert err.count("the file system is away") == (heard == AWAY) + (give_up == AWAY)
 
 
 def test_slurm_is_asked_again_where_the_stop_signal_ended_scontrol(

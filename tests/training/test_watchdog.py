@@ -29,6 +29,7 @@ def backward(work, head, scale, step, *rest):
         {how}
     return _backward(work, head, scale, step, *rest)
 """
+CHILDREN = "f'/proc/{os.getpid()}/task/{os.getpid()}/children'"
 RESUME = """
 import sys
 from fixres_dist.cluster import local
@@ -43,8 +44,9 @@ sys.exit(main(sys.argv[1:]))
     [
         ("threading.Event().wait()", "rank 1 in training/step.py:"),
         ("os.kill(os.getpid(), signal.SIGSTOP)", "rank 1 does not answer (suspended, or its node is lost); rank 0 in "),
+        (f"[os.kill(int(pid), signal.SIGSTOP) for pid in open({CHILDREN}).read().split()]", "rank 1 in data/"),
     ],
-    ids=["waits", "suspended"],
+    ids=["waits", "suspended", "loader"],
 )
 def test_a_rank_that_hangs_ends_the_run_and_is_named(tmp_path: Path, photos: Path, how: str, said: str) -> None:
     prepared = run(*tiny(tmp_path, "hung", photos, 2, "run.watchdog_s=8"), "--prepare")
@@ -94,6 +96,24 @@ with watching(lambda: 1.0, lambda idle_s: looked.release(), lambda place, limit:
         time.sleep(2.5)  # longer than the limit
         os.kill(process.pid, signal.SIGCONT)
         assert process.communicate(timeout=60)[0] == "alive\n"
+
+
+@pytest.mark.parametrize("give_up", ["raise OSError('the disk is away')", "threading.Event().wait()"])
+def test_a_process_that_hangs_ends_where_nothing_can_be_written_down(give_up: str) -> None:
+    code = f"""
+import threading
+from fixres_dist.base import watchdog
+watchdog.GIVE_UP_S = 0.5
+def give_up(place, limit):
+    {give_up}
+with watchdog.watching(lambda: 0.5, lambda idle_s: None, give_up):
+    threading.Event().wait()
+"""
+    words = [sys.executable, "-c", code]
+    done = subprocess.run(words, env=environment(), capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 1
+    assert "no progress for 0 s: the stacks of all threads" in done.stderr
+    assert ("cannot be written down: OSError: the disk is away" in done.stderr) == ("raise" in give_up)
 
 
 def test_status_tells_that_nothing_progresses(tmp_path: Path) -> None:
