@@ -12,6 +12,7 @@ from pathlib import Path
 from fixres_dist.cluster.logs import MARK
 from fixres_dist.runs.rundir import RunDir
 
+NODES_BUSY = "Requested nodes are busy"  # srun has started no rank, and Slurm may think better of it
 OTHERS = ("srun:", "slurmstepd", "submitit ", MARK)  # beginnings of lines in a rank's log that it has not written
 
 # Errors of a rank whose peer is gone.

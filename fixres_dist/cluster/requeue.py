@@ -163,7 +163,8 @@ def ended(run: RunDir, code: int) -> None:
 
 
 def failed(run: RunDir, job: str, code: int, max_restarts: int) -> None:
-    """Retry from the last checkpoint where that can help: progress since the failure before, and restarts left."""
+    """Retry from the last checkpoint where that can help: progress since the failure before, or nodes that were
+    busy; and restarts left."""
     state, step = run.state(), run.saved_step()
     if state.final:
         return  # the user's mistake, which FAILED explains
@@ -174,7 +175,7 @@ def failed(run: RunDir, job: str, code: int, max_restarts: int) -> None:
     failures = state.restarts.get("failure", 0)
     if failures >= max_restarts:
         why = f"{failures} restarts after failures reached cluster.max_restarts; the last: {why}"
-    elif step <= state.last_failure_step:
+    elif step <= state.last_failure_step and reasons.NODES_BUSY not in why:
         since = "the failure before" if failures else "its start"
         why = f"no progress since {since}, so no retry: {why}"
     else:
