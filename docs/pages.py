@@ -16,11 +16,12 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-SCHEMA = ROOT / "fixres_dist" / "config" / "schema.py"
+SCHEMA = [ROOT / "fixres_dist" / "config" / name for name in ("schema.py", "stage_settings.py")]
 SETTINGS = """\
 # Settings
 
-Generated from [schema.py](../fixres_dist/config/schema.py) by `python docs/pages.py`.
+Generated from [schema.py](../fixres_dist/config/schema.py) and [stage_settings.py](../fixres_dist/config/stage_settings.py) by
+`python docs/pages.py`.
 
 Every setting can stand on the command line as `section.key=value`, such as `tune.epochs=3`, and in a profile or configuration
 file as two levels of YAML. The order is: defaults here, then the recipe, presets, the profile, flags, `section.key=value`; the later
@@ -62,17 +63,18 @@ def comment(lines: list[str], field: ast.AnnAssign) -> str:
 
 def settings_page() -> str:
     """A table for each section: key, accepted values, default, meaning."""
-    lines = SCHEMA.read_text().splitlines()
-    tree = ast.parse(SCHEMA.read_text())
+    files = [(text.splitlines(), ast.parse(text).body) for text in (file.read_text() for file in SCHEMA)]
     named = {  # the Literals that have a name
         ast.unparse(node.targets[0]): ast.unparse(node.value)
-        for node in tree.body
+        for _, body in files
+        for node in body
         if isinstance(node, ast.Assign) and ast.unparse(node.value).startswith("Literal")
     }
+    sections = {node.name: (node, lines) for lines, body in files for node in body if isinstance(node, ast.ClassDef)}
+    config, _ = sections["Config"]
     page = [SETTINGS]
-    for section in tree.body:
-        if not isinstance(section, ast.ClassDef) or section.name == "Config":
-            continue
+    for part in (field for field in config.body if isinstance(field, ast.AnnAssign)):
+        section, lines = sections[ast.unparse(part.annotation).removesuffix(" | None")]
         page += [f"## {section.name.lower()}", ""]
         if about := ast.get_docstring(section):
             page += [f"{about} It has the keys of `tune` too; those that differ are here.", ""]

@@ -66,6 +66,19 @@ def test_a_room_imports_itself_and_rooms_below() -> None:
                 assert ROOMS.index(room) < ROOMS.index(own), f"{module} imports {name}"
 
 
+def test_no_files_import_each_other_in_a_circle() -> None:
+    """In whatever scope, for types too."""
+    known, left = modules(), dict[str, set[str]]()
+    for module, file in known.items():
+        names = [name.removeprefix("fixres_dist.") for name in imports(file)]
+        left[module] = {*names, *(name.rpartition(".")[0] for name in names)} & known.keys() - {module}
+    while left:
+        used = set().union(*left.values())
+        ends = {module for module, names in left.items() if module not in used or not names & left.keys()}
+        assert ends, f"in circles: {sorted(left)}"
+        left = {module: names & left.keys() for module, names in left.items() if module not in ends}
+
+
 def test_the_picture_shows_the_rooms_and_their_files() -> None:
     """docs/architecture.md has a line for each room, highest first, and its files on the lines below it."""
     page = (PACKAGE.parent / "docs" / "architecture.md").read_text()

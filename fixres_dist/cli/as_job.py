@@ -19,7 +19,7 @@ from fixres_dist.base.errors import EXIT_DONE, UserError, only_prints
 from fixres_dist.cli import submission
 from fixres_dist.cluster import gpus, jobs
 from fixres_dist.config.schema import Config
-from fixres_dist.runs import names, rundir
+from fixres_dist.runs import names, preparation
 from fixres_dist.runs.rundir import JOBS, START_LOCK, RunDir
 from fixres_dist.runs.states import Event
 from fixres_dist.runs.task import Task
@@ -115,7 +115,7 @@ def prepare(run: RunDir, config: Config, task: Task, passes: int) -> None:
         run.state_file.unlink(missing_ok=True)
     run.root.mkdir(exist_ok=True)
     task.write(run.task_file)
-    rundir.write(run.root, config, task.typed())
+    preparation.write(run.root, config, task.typed())
     run.update_state(total_steps=passes)
 
 

@@ -10,7 +10,8 @@ from typing import Any, get_args
 from fixres_dist.base.commands import command
 from fixres_dist.base.errors import EXIT_DONE, EXIT_FAILED, UserError, check_output, unknown
 from fixres_dist.config import reading, recipes
-from fixres_dist.config.schema import Data, ResizeRule, Transform
+from fixres_dist.config.schema import Data, ResizeRule
+from fixres_dist.config.stage_settings import Transform
 from fixres_dist.data import dataset, deny_lists, shards
 from fixres_dist.data.index import Limits
 from fixres_dist.data.progress import progress_bar

@@ -59,7 +59,11 @@ def show(
             print(before + line.text)
             printed = True
         sys.stdout.flush()
-        notes = [logs.silence(run, row) for run, row in zip(runs, rows, strict=True) if told.get(run) != row.state]
+        notes = [
+            logs.silence(run, row.state, row.reason)
+            for run, row in zip(runs, rows, strict=True)
+            if told.get(run) != row.state
+        ]
         told = {run: row.state for run, row in zip(runs, rows, strict=True)}
         if last_round and not begun:
             raise UserError("\n".join(filter(None, notes)))

@@ -13,7 +13,7 @@ from fixres_dist.cli.arguments import add_accept_change, add_overrides, add_runs
 from fixres_dist.cluster import gpus, grid, jobs, status
 from fixres_dist.config import reading, recipes
 from fixres_dist.config.schema import Config
-from fixres_dist.runs import rundir, starts
+from fixres_dist.runs import preparation, starts
 from fixres_dist.runs.rundir import START_LOCK, RunDir
 from fixres_dist.runs.states import UNFINISHED, Event, State
 
@@ -68,7 +68,7 @@ def resume(run: RunDir, args: argparse.Namespace, settings: list[str]) -> int:
             if submission.needs_no_job(run):  # another submission was faster
                 return EXIT_DONE
             submission.renew_old_snapshot(run)
-            rundir.write_config(run, config)
+            preparation.write_config(run, config)
             run.event(Event.SUBMITTED, cluster=kind, command=run.command("resume"))
             if kind == "slurm":
                 return submission.start_slurm([run], config)

@@ -12,7 +12,8 @@ from fixres_dist.base.errors import UserError
 from fixres_dist.cli import submission
 from fixres_dist.config import own_data, reading, recipes
 from fixres_dist.config.recipes import Costs, Recipe
-from fixres_dist.config.schema import Config, Tune
+from fixres_dist.config.schema import Config
+from fixres_dist.config.stage_settings import Tune
 from fixres_dist.data import dataset
 from fixres_dist.models import sizes
 from fixres_dist.training import estimates, plan

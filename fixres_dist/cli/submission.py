@@ -18,7 +18,7 @@ from fixres_dist.cluster import jobs, local, node_memory, notify, slurm, status
 from fixres_dist.config import reading, recipes
 from fixres_dist.config.recipes import Recipe
 from fixres_dist.config.schema import Cluster, Config
-from fixres_dist.runs import rundir, snapshots
+from fixres_dist.runs import preparation, snapshots
 from fixres_dist.runs.rundir import START_LOCK, RunDir
 from fixres_dist.training import plan
 from fixres_dist.training.job import TrainJob
@@ -31,7 +31,7 @@ def check(run: RunDir, config: Config, dry: bool = False) -> None:
     if not run.task:
         plan.check(config, least * config.cluster.gpus_per_node if least == most else 1, dry=dry)
     jobs.check_times(config.cluster)
-    rundir.check(run.root, config)
+    preparation.check(run.root, config)
 
 
 def check_model(config: Config, recipe: Recipe) -> None:

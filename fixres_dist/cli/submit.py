@@ -25,7 +25,7 @@ from fixres_dist.cluster.gpus import check as check_gpus
 from fixres_dist.cluster.gpus import visible
 from fixres_dist.config import reading, recipes
 from fixres_dist.config.schema import Config
-from fixres_dist.runs import rundir, starts
+from fixres_dist.runs import preparation, rundir, starts
 from fixres_dist.runs.rundir import START_LOCK
 from fixres_dist.runs.states import Event, State
 from fixres_dist.training import plan
@@ -97,7 +97,7 @@ def run(args: argparse.Namespace) -> int:
 def work(targets: list[Target], kind: str, args: argparse.Namespace) -> int:
     """Start the checked runs that need it, on this machine to their end; returns the exit code."""
     for target in targets:
-        rundir.mend_config(target.run, target.config)
+        preparation.mend_config(target.run, target.config)
     targets = [target for target in targets if not submission.needs_no_job(target.run)]
     for target in targets:
         starts.check(target.run, target.config.data, args.accept_change)
@@ -138,7 +138,7 @@ def start(targets: list[Target], kind: str, args: argparse.Namespace) -> int:
                 return EXIT_DONE
             typed = command(args.command, *(public(word, targets[0].config) for word in args.words))
             for target in targets:
-                rundir.prepare(target.run.root, target.config, typed)
+                preparation.prepare(target.run.root, target.config, typed)
                 write_text(
                     target.run.root / "plan.txt", redacted("\n".join(target.plan()), target.config.cluster.env) + "\n"
                 )

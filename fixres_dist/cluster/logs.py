@@ -10,16 +10,13 @@ import time
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from fixres_dist.base import log_times
 from fixres_dist.base.small_files import read_lines
 from fixres_dist.cluster import slurm
 from fixres_dist.runs.rundir import RunDir
-from fixres_dist.runs.states import UNFINISHED, Event
-
-if TYPE_CHECKING:
-    from fixres_dist.cluster.status import Row
+from fixres_dist.runs.states import UNFINISHED, Event, State
 
 MARK = "fixres: start"
 # In the batch script, on both streams, which are also those of rank 0.
@@ -137,8 +134,9 @@ def begins(logs: Iterable[Path]) -> list[float]:
     return sorted(when for when in marked if when is not None)
 
 
-def silence(run: RunDir, row: Row) -> str:
-    """Why the run's newest job has no line, and what to type next; empty where it has one. `row`: the run's in `status`."""
+def silence(run: RunDir, state: State, reason: str) -> str:
+    """Why the run's newest job has no line, and what to type next; empty where it has one. `state` and `reason`: as
+    `status` shows them."""
     job = run.state().slurm_job
     jobs = [folder for folder in folders(run) if job in (None, folder.name)]
     if any(file.stat().st_size for folder in jobs for file in outputs(run, folder).values()):
@@ -146,8 +144,8 @@ def silence(run: RunDir, row: Row) -> str:
     places = [line.get("cluster") for line in read_lines(run.events, event=str) if line["event"] == Event.SUBMITTED]
     if places[-1:] == ["inline"]:
         return f"{run.name} has no log: the command that ran it (--cluster inline) printed it. Next: {run.command('status')}"
-    if row.state in UNFINISHED or job is None:
-        why = f": {row.reason}" if row.reason else ""
+    if state in UNFINISHED or job is None:
+        why = f": {reason}" if reason else ""
         return f"{run.name} has no log yet{why}" + ("" if "Next" in why else f". Next: {run.command('status')}")
     started = (line for line in read_lines(run.events, event=str, job_id=str) if line["event"] == Event.STARTED)
     if any(line["job_id"] == job for line in started):

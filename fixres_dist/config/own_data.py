@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from fixres_dist.config import reading
-from fixres_dist.config.schema import Tune
+from fixres_dist.config.stage_settings import Tune
 
 LARGEST = 1.5e6  # images x classes of a first result; more would take longer than minutes
 FEW_STEPS = 100  # a stage of fewer has hardly begun

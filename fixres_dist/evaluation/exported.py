@@ -12,7 +12,8 @@ from fixres_dist.base.commands import command
 from fixres_dist.base.errors import UserError
 from fixres_dist.base.small_files import Damaged, read_json
 from fixres_dist.config import reading
-from fixres_dist.config.schema import Config, Data, Policy, ResizeRule
+from fixres_dist.config.schema import Config, Data, ResizeRule
+from fixres_dist.config.stage_settings import Policy
 from fixres_dist.config.timm_names import FOLDER
 from fixres_dist.data import class_maps, class_names, dataset
 from fixres_dist.data.layout import is_image

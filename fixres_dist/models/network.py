@@ -8,7 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from fixres_dist.config.schema import THROUGH_ALL, Config
+from fixres_dist.config.schema import Config
+from fixres_dist.config.stage_settings import THROUGH_ALL
 from fixres_dist.models import nvidia_apex, precision
 from fixres_dist.models.build import Preprocessing, preprocessing
 from fixres_dist.models.weights import open_model

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fixres_dist.base.errors import UserError
-from fixres_dist.config.schema import THROUGH_ALL, Config
+from fixres_dist.config.schema import Config
+from fixres_dist.config.stage_settings import THROUGH_ALL
 
 SOURCE = "git+https://github.com/NVIDIA/apex"
 BUILD = f"APEX_CPP_EXT=1 APEX_CUDA_EXT=1 pip install -v --no-build-isolation {SOURCE}"

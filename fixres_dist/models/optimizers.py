@@ -8,7 +8,8 @@ import torch
 from timm.optim import create_optimizer_v2
 from torch import nn
 
-from fixres_dist.config.schema import Pretrain, Run, Tune
+from fixres_dist.config.schema import Run
+from fixres_dist.config.stage_settings import Pretrain, Tune
 from fixres_dist.models.precision import sgd
 
 TIMM = {"sgd": "momentum", "nesterov": "sgd"}  # timm calls SGD with Nesterov's momentum sgd

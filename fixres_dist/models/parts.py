@@ -20,7 +20,7 @@ from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fixres_dist.base.errors import UserError
-from fixres_dist.config.schema import THROUGH_ALL
+from fixres_dist.config.stage_settings import THROUGH_ALL
 from fixres_dist.models.build import classifiers, copied, meta_forward, own_size
 from fixres_dist.models.policies import Tuned, select
 from fixres_dist.models.weights import state_digest

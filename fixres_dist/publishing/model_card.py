@@ -14,7 +14,8 @@ from fixres_dist.base.errors import printable
 from fixres_dist.base.secrets import redacted
 from fixres_dist.base.small_files import Damaged, read_json
 from fixres_dist.base.text import markdown_table
-from fixres_dist.config.schema import THROUGH_ALL, Config, Tune
+from fixres_dist.config.schema import Config
+from fixres_dist.config.stage_settings import THROUGH_ALL, Tune
 from fixres_dist.data import class_maps
 from fixres_dist.evaluation import robustness
 from fixres_dist.evaluation.exported import Fitted

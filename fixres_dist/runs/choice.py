@@ -10,7 +10,8 @@ from typing import cast
 from fixres_dist.base.commands import shell
 from fixres_dist.base.small_files import read_json
 from fixres_dist.base.text import markdown_table
-from fixres_dist.config.schema import BnStats, Config
+from fixres_dist.config.schema import Config
+from fixres_dist.config.stage_settings import BnStats
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,6 @@ from typing import Any
 
 from fixres_dist.base import locks
 from fixres_dist.base.commands import command, shell
-from fixres_dist.base.environment import environment
 from fixres_dist.base.errors import StorageError, UserError, printable
 from fixres_dist.base.files import create, remove, write_text
 from fixres_dist.base.secrets import REDACTED, redacted, without_secrets
@@ -33,7 +32,7 @@ from fixres_dist.base.small_files import (
 )
 from fixres_dist.config import reading
 from fixres_dist.config.schema import Config
-from fixres_dist.runs import choice, names, rebuilding, snapshots
+from fixres_dist.runs import choice
 from fixres_dist.runs.states import Event, RunState, State
 from fixres_dist.runs.task import Task
 
@@ -164,9 +163,30 @@ class RunDir:
             why = getattr(error, "why", str(error))
         reason = f"{self.state_file} cannot be read ({why}): taken from the other files"
         try:
-            return rebuilding.state(self, reason)
+            return self.rebuilt_state(reason)
         except (UserError, StorageError) as error:
             return RunState(state=State.FAILED, reason=f"{reason}, and {error}")
+
+    def rebuilt_state(self, reason: str) -> RunState:
+        """What the other files say; raises Damaged and StorageError where those cannot be read either."""
+        events, restarts = read_lines(self.events, event=str), dict(RunState().restarts)
+        for line in events:
+            if line["event"] == Event.LOST or (line["event"] == Event.REQUEUED and isinstance(line.get("reason"), str)):
+                counted = line["reason"] if line["event"] == Event.REQUEUED else "failure"
+                restarts[counted] = restarts.get(counted, 0) + 1
+        seen = (
+            (State.DONE, self.done.exists()),
+            (State.FAILED, self.failed.exists()),
+            (State.RUNNING, self.is_locked()),
+            (State.REQUEUED, bool(events) and events[-1]["event"] == Event.REQUEUED),
+        )
+        state = next((state for state, true in seen if true), State.CANCELLED if events else State.PENDING)
+        begun = (line for line in events if line["event"] == Event.STARTED and isinstance(line.get("job_id"), str))
+        jobs = [line["job_id"] for line in begun]
+        steps = [max(0, self.saved_step()), *(line["step"] for line in read_lines(self.metrics, step=int))]
+        step, total = (max(steps), max(steps)) if state == State.DONE else (steps[0], None)
+        job = jobs[-1] if jobs else None
+        return RunState(state=state, step=step, total_steps=total, reason=reason, job_id=job, restarts=restarts)
 
     def skipped(self) -> int:
         """Images that this run, over all its starts and ranks, could not decode."""
@@ -238,60 +258,3 @@ class RunDir:
 
     def is_locked(self, name: str = ".lock") -> bool:
         return locks.is_held(self.root / name)
-
-
-def prepare(root: Path, config: Config, typed: str) -> RunDir:
-    """Create the run directory, or reopen the one that belongs to this configuration.
-
-    Raises UserError when `root` holds something else: another configuration (the differences are named) or other files.
-    """
-    check(root, config)
-    return write(root, config, typed)
-
-
-def write(root: Path, config: Config, typed: str) -> RunDir:
-    """The files of a run that is not finished; `typed`: the command that submits it."""
-    run = RunDir(root)
-    root.mkdir(parents=True, exist_ok=True)
-    write_config(run, config)
-    if not run.state_file.exists():
-        run.update_state()
-    if not run.done.exists():
-        write_text(root / "command.txt", redacted(typed, config.cluster.env) + "\n")
-        write_json(root / "environment.json", environment())
-        snapshots.keep(run.code)
-    return run
-
-
-def write_config(run: RunDir, config: Config) -> None:
-    write_text(run.config_file, reading.dump(config), private=reading.has_secrets(config))
-
-
-def check(root: Path, config: Config) -> None:
-    """Refuse a directory that is not this run's; writes nothing."""
-    if not root.exists():
-        names.check(root)
-        return
-    run = RunDir(root)
-    if not (run.config_file.exists() or run.state_file.exists()):
-        if root.is_dir() and all(path.name.startswith(".") for path in root.iterdir()):
-            return
-        raise UserError(f"{root} exists and is no run directory. Pick another --name.")
-    known = rebuilding.settings(run)
-    differ = reading.differences(known, reading.identity(config)) if known is not None else []
-    if differ:
-        listed = "; ".join(differ[:6])
-        raise UserError(
-            f"run directory {root} holds a run with other settings ({listed}). "
-            f"Pick another --name, or move it away: {shell('mv', root, f'{root}.old')}"
-        )
-
-
-def mend_config(run: RunDir, config: Config) -> None:
-    """Write config.yaml again where it is damaged."""
-    with contextlib.suppress(UserError):  # a new directory
-        try:
-            run.submitted()
-        except Damaged as error:
-            print(f"{error.why}: {run.config_file} is written again from this command")
-            write_config(run, config)

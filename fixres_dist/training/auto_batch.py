@@ -17,7 +17,7 @@ from torch import nn
 
 from fixres_dist.base.errors import UserError, first_line
 from fixres_dist.base.memory import does_not_fit
-from fixres_dist.config.schema import THROUGH_ALL
+from fixres_dist.config.stage_settings import THROUGH_ALL
 from fixres_dist.data.requests import every_sample
 from fixres_dist.models import batchnorm
 from fixres_dist.models.fast_trunk import FastTrunk

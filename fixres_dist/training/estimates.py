@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 from fixres_dist.base import memory
 from fixres_dist.base.text import duration
 from fixres_dist.config.recipes import Costs
-from fixres_dist.config.schema import THROUGH_ALL, Config
+from fixres_dist.config.schema import Config
+from fixres_dist.config.stage_settings import THROUGH_ALL
 from fixres_dist.training.stages import Stage, batch_per_device, stages
 
 # An eager EfficientNet is bound by memory traffic; 55 % of the nominal bandwidth is what published A100 timings reach.

@@ -19,7 +19,7 @@ from fixres_dist.base.errors import UserError
 from fixres_dist.base.files import whole
 from fixres_dist.base.small_files import write_json
 from fixres_dist.config import own_data
-from fixres_dist.config.schema import Tune
+from fixres_dist.config.stage_settings import Tune
 from fixres_dist.data import order
 from fixres_dist.data.requests import every_sample
 from fixres_dist.models import tensor_files, weights

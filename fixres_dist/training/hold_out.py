@@ -20,7 +20,8 @@ from fixres_dist.base import watchdog
 from fixres_dist.base.errors import UserError
 from fixres_dist.base.files import write_text
 from fixres_dist.base.small_files import write_json
-from fixres_dist.config.schema import Config, Tune
+from fixres_dist.config.schema import Config
+from fixres_dist.config.stage_settings import Tune
 from fixres_dist.data import order
 from fixres_dist.data.index import Index
 from fixres_dist.models import batchnorm, weights
@@ -28,7 +29,7 @@ from fixres_dist.models.build import classifiers
 from fixres_dist.models.parts import parts_of
 from fixres_dist.models.policies import select
 from fixres_dist.models.precision import sgd
-from fixres_dist.runs import checkpoint, rundir
+from fixres_dist.runs import checkpoint, preparation
 from fixres_dist.runs.choice import Candidate, Choice
 from fixres_dist.runs.restoring import put_tensors
 from fixres_dist.runs.rundir import RunDir
@@ -104,7 +105,7 @@ def choose(run: RunDir, session: Session, startup: StartUp) -> Session:
 
 def open_inner(run: RunDir, inner: RunDir, config: Config) -> None:
     inner.root.mkdir(exist_ok=True)
-    rundir.write_config(inner, config)
+    preparation.write_config(inner, config)
     write_text(inner.root / "command.txt", run.typed + "\n")  # the command that goes on with it
     damage.put_aside_damaged(inner)
     held = config.tune.hold_out

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fixres_dist.base.errors import UserError
-from fixres_dist.config import conflicts, own_data, recipes
+from fixres_dist.config import own_data, recipes, schema
 from fixres_dist.config.recipes import Costs, Facts
 from fixres_dist.config.schema import Config
 from fixres_dist.data import class_maps, dataset, demo, deny_lists
@@ -74,7 +74,7 @@ def check(config: Config, world_size: int, dry: bool) -> None:
     check_weights(config)
     if config.run.logger == "wandb":
         wandb_run.check()
-    conflicts.check_held_out(config)
+    schema.check_held_out(config)
     if config.tune.hold_out:
         held_out(config, count(config))
     containers = [config.cluster.python, *(word for word in config.cluster.srun_args if "container" in word)]

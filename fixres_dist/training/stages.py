@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fixres_dist.base.errors import UserError
-from fixres_dist.config.schema import THROUGH_ALL, Config, Pretrain, Tune
+from fixres_dist.config.schema import Config
+from fixres_dist.config.stage_settings import THROUGH_ALL, Pretrain, Tune
 from fixres_dist.data import order
 from fixres_dist.models.sizes import Sizes
 

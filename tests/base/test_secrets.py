@@ -15,7 +15,7 @@ from fixres_dist.base.secrets import REDACTED, redacted
 from fixres_dist.cli.main import main
 from fixres_dist.config import reading
 from fixres_dist.config.schema import Config
-from fixres_dist.runs import rundir
+from fixres_dist.runs import preparation
 from fixres_dist.runs.rundir import RunDir
 
 HEX40 = "0123456789abcdef0123456789abcdef01234567"
@@ -124,7 +124,7 @@ def test_a_submission_keeps_secrets_for_its_owner(
 
 
 def test_a_run_without_secrets_stays_readable(tmp_path: Path) -> None:
-    run = rundir.prepare(tmp_path / "r", Config(), "fixres submit")
+    run = preparation.prepare(tmp_path / "r", Config(), "fixres submit")
     assert run.config_file.stat().st_mode & 0o777 == run.state_file.stat().st_mode & 0o777
     assert run.again() == "fixres submit"
 
@@ -137,12 +137,12 @@ def test_the_stand_in_of_a_secret_is_refused(key: str) -> None:
 
 def test_a_run_is_not_called_by_a_secret(tmp_path: Path) -> None:
     with pytest.raises(UserError) as refused:
-        rundir.check(tmp_path / TOKENS[0], Config())
+        preparation.check(tmp_path / TOKENS[0], Config())
     assert TOKENS[0] not in str(refused.value)
 
 
 def test_events_states_and_failures_leave_secrets_out(tmp_path: Path) -> None:
-    run = rundir.prepare(tmp_path / "r", Config(), f"fixres submit --weights https://me:canary@h/{TOKENS[0]}")
+    run = preparation.prepare(tmp_path / "r", Config(), f"fixres submit --weights https://me:canary@h/{TOKENS[0]}")
     run.event("seen", why=[{"said": f"{TOKENS[1]}", "LAB_PASSWORD": "canary"}])
     run.fail(f"its log ends: {TOKENS[0]}", "PASSWORD=canary fixres submit")
     for file in (run.events, run.state_file, run.failed, run.root / "command.txt"):

@@ -12,7 +12,7 @@ import pytest
 from fixres_dist.base.errors import UserError
 from fixres_dist.config import reading
 from fixres_dist.config.schema import Config
-from fixres_dist.runs import checkpoint, rundir
+from fixres_dist.runs import checkpoint, preparation
 from fixres_dist.runs.rundir import RunDir
 
 
@@ -70,12 +70,12 @@ def test_profiles_as_editors_write_them(content: bytes, sections: object, tmp_pa
 )
 def test_names_that_a_shell_slurm_or_a_file_system_would_take_for_another(name: str, tmp_path: Path) -> None:
     with pytest.raises(UserError):
-        rundir.check(tmp_path / name, Config())
+        preparation.check(tmp_path / name, Config())
 
 
 @pytest.mark.parametrize("name", ["b0-320", "with space", "a=1,b=2", "ü" * 100, "x" * 200, "it's", "#1"])
 def test_names_that_people_give(name: str, tmp_path: Path) -> None:
-    rundir.check(tmp_path / name, Config())
+    preparation.check(tmp_path / name, Config())
 
 
 def test_the_submit_command_works_in_another_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -83,7 +83,7 @@ def test_the_submit_command_works_in_another_folder(tmp_path: Path, monkeypatch:
     project = tmp_path / "my project"
     project.mkdir()
     monkeypatch.chdir(project)
-    run = rundir.prepare(project / "runs" / "r", Config(), "fixres submit --data photos")
+    run = preparation.prepare(project / "runs" / "r", Config(), "fixres submit --data photos")
     assert run.submit_command() == "fixres submit --data photos"
     monkeypatch.chdir("/")
     assert shlex.split(run.submit_command()) == ["cd", str(project), "&&", *["fixres", "submit", "--data", "photos"]]
@@ -102,7 +102,7 @@ def test_commands_that_delete_or_move_name_a_path_with_a_space_as_one_word(tmp_p
     assert shlex.split(printed) == ["rm", "-r", str(broken.parent)]
     run.config_file.write_text(reading.dump(reading.parse(Config, {"tune": {"epochs": "7"}})))
     with pytest.raises(UserError) as refused:
-        rundir.check(run.root, Config())
+        preparation.check(run.root, Config())
     assert shlex.split(str(refused.value).partition("away: ")[2]) == ["mv", str(run.root), f"{run.root}.old"]
 
 
@@ -113,5 +113,5 @@ def test_values_of_a_mapping_are_single(tmp_path: Path) -> None:
 
 
 def test_the_environment_of_a_run_tells_the_folder_of_its_command(tmp_path: Path) -> None:
-    run = rundir.prepare(tmp_path / "r", Config(), "fixres submit")
+    run = preparation.prepare(tmp_path / "r", Config(), "fixres submit")
     assert json.loads((run.root / "environment.json").read_text())["folder"] == os.getcwd()

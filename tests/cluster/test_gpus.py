@@ -15,7 +15,7 @@ from fixres_dist.cli.main import main
 from fixres_dist.cluster import gpus, local
 from fixres_dist.config import reading
 from fixres_dist.config.schema import Config
-from fixres_dist.runs import rundir
+from fixres_dist.runs import preparation
 from fixres_dist.training import ranks
 from fixres_dist.training.job import TrainJob
 
@@ -82,7 +82,7 @@ def test_local_ranks_get_the_callers_gpus(tmp_path: Path, monkeypatch: pytest.Mo
         raise Started
 
     monkeypatch.setattr(submitit_local, "start_controller", start)
-    run = rundir.prepare(tmp_path / "run", reading.parse(Config, {"model": {"name": "b0"}}), "typed")
+    run = preparation.prepare(tmp_path / "run", reading.parse(Config, {"model": {"name": "b0"}}), "typed")
     nvidia_smi(tmp_path / "bin", monkeypatch, eight())
     for chosen, processes in (("4,5", 2), ("4,5", 1), (None, 2), ("", 2), (f"{eight().split()[5][:-1]},7", 2)):
         if chosen is None:

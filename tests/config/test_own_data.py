@@ -12,7 +12,8 @@ import pytest
 from fixres_dist.base.errors import UserError
 from fixres_dist.cli import submit
 from fixres_dist.config import own_data, reading, recipes
-from fixres_dist.config.schema import Config, Tune
+from fixres_dist.config.schema import Config
+from fixres_dist.config.stage_settings import Tune
 
 
 def derived(n: int, ranks: int = 1, *items: str, classes: int = 3) -> Config:

@@ -20,7 +20,7 @@ from fixres_dist.config.schema import Config
 from fixres_dist.data import dataset, geometry, order, torch_cpu
 from fixres_dist.data.requests import Pictures, every_sample
 from fixres_dist.models.build import build_model
-from fixres_dist.runs import checkpoint, rundir
+from fixres_dist.runs import checkpoint, preparation
 from fixres_dist.training import worker
 from fixres_dist.training.stages import stages
 
@@ -36,7 +36,7 @@ def started(root: Path, data: Path, preset: str, *items: str) -> Config:
     ]  # a probe of formats may choose another for each run
     keys = ["data.res=64", f"data.root={data}", "data.workers=0", "run.eval_every=0", *exact, *items]
     config = reading.parse(Config, reading.merge(base, reading.overrides(keys)))
-    rundir.prepare(root, config, "test")
+    preparation.prepare(root, config, "test")
     return config
 
 

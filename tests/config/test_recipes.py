@@ -20,7 +20,7 @@ from fixres_dist.config.schema import Config
 from fixres_dist.models import fast_trunk, policies, weights
 from fixres_dist.models.build import build_model, preprocessing
 from fixres_dist.models.parts import parts_of
-from fixres_dist.runs import rundir
+from fixres_dist.runs import preparation
 from fixres_dist.training import worker
 
 
@@ -193,7 +193,7 @@ def test_every_recipe_builds_at_its_resolution_and_runs_two_steps(
     # The probe of memory formats would take longer than all the rest; tests/models/test_fast_trunk.py has it.
     keys.append("run.memory_format=contiguous")
     config = reading.parse(Config, reading.merge(recipe.values, reading.overrides([*keys, "run.log_every=1"])))
-    rundir.prepare(tmp_path / "run", config, "test")
+    preparation.prepare(tmp_path / "run", config, "test")
     assert worker.train(tmp_path / "run", StopFlag()) == 0
     lines = read_lines(tmp_path / "run" / "metrics.jsonl")
     assert [line["step"] for line in lines if "grad_norm" in line] == [1, 2]

@@ -25,7 +25,7 @@ from support.folders import write_photos
 from fixres_dist.base.commands import command
 from fixres_dist.base.errors import UserError
 from fixres_dist.cli.main import main
-from fixres_dist.config.schema import Pretrain
+from fixres_dist.config.stage_settings import Pretrain
 from fixres_dist.data import dataset, torch_cpu
 from fixres_dist.data.geometry import resize_of
 from fixres_dist.data.requests import Pictures, make_request

@@ -17,9 +17,10 @@ from fixres_dist.base.small_files import append
 from fixres_dist.cli.main import main
 from fixres_dist.cluster import status
 from fixres_dist.config import reading, recipes
-from fixres_dist.config.schema import Config, Pretrain
+from fixres_dist.config.schema import Config
+from fixres_dist.config.stage_settings import Pretrain
 from fixres_dist.publishing import model_card, report
-from fixres_dist.runs import rundir
+from fixres_dist.runs import preparation
 from fixres_dist.runs.results import Results
 from fixres_dist.runs.rundir import RunDir
 from fixres_dist.runs.starts import device_seconds
@@ -232,7 +233,7 @@ def test_a_run_that_ends_below_its_first_result_says_so(tmp_path: Path, high: fl
     first = {"after": after, "top1": 84.0, "top5": 95.0, "loss": 0.5, "res": 224, "penalty": 0.1, "fold_loss": 0.5}
     run = made(tmp_path / "b0-320", "b0", 320, floor=[first])
     config = run.config()
-    rundir.write_config(run, replace(config, pretrain=Pretrain(base_lr=0.02)))
+    preparation.write_config(run, replace(config, pretrain=Pretrain(base_lr=0.02)))
     verdict = Results.read(run).verdict(run)
     assert bool(verdict) == said
     if said:

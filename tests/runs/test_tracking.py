@@ -14,7 +14,8 @@ from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from torch.utils.tensorboard import SummaryWriter
 
 from fixres_dist.base.small_files import read_lines
-from fixres_dist.config.schema import Cluster, Config, Data, Pretrain, Tune
+from fixres_dist.config.schema import Cluster, Config, Data
+from fixres_dist.config.stage_settings import Pretrain, Tune
 from fixres_dist.runs import event_file
 from fixres_dist.runs.board import write_curve, write_histograms
 from fixres_dist.runs.results import Summary

@@ -32,7 +32,8 @@ from fixres_dist.config import reading
 from fixres_dist.config.schema import Config
 from fixres_dist.models import batchnorm
 from fixres_dist.runs import checkpoint
-from fixres_dist.runs.rundir import RunDir, prepare
+from fixres_dist.runs.preparation import prepare
+from fixres_dist.runs.rundir import RunDir
 from fixres_dist.training import loop, predict, results, session, throughput, worker
 from support.commands import ROOT, environment
 from support.folders import write_photos

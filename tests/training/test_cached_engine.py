@@ -20,7 +20,8 @@ from fixres_dist.base.small_files import read_lines
 from fixres_dist.config import reading
 from fixres_dist.config.schema import Config
 from fixres_dist.data import dataset, headers
-from fixres_dist.runs.rundir import RunDir, prepare
+from fixres_dist.runs.preparation import prepare
+from fixres_dist.runs.rundir import RunDir
 from fixres_dist.training import worker
 from fixres_dist.training.session import Session
 

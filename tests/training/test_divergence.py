@@ -16,8 +16,9 @@ from fixres_dist.config import reading
 from fixres_dist.config.schema import Config
 from fixres_dist.models.build import build_model
 from fixres_dist.runs import checkpoint
+from fixres_dist.runs.preparation import prepare
 from fixres_dist.runs.results import Accuracy
-from fixres_dist.runs.rundir import RunDir, prepare
+from fixres_dist.runs.rundir import RunDir
 from fixres_dist.runs.states import State
 from fixres_dist.training import worker
 from fixres_dist.training.divergence import diverged

@@ -18,7 +18,7 @@ from fixres_dist.base.signals import StopFlag
 from fixres_dist.config import reading, recipes
 from fixres_dist.config.schema import Config
 from fixres_dist.models.build import build_model
-from fixres_dist.runs import rundir
+from fixres_dist.runs import preparation, rundir
 from fixres_dist.runs.results import read_floors
 from fixres_dist.training import class_order, floor, worker
 from fixres_dist.training.predictions import Predictions
@@ -81,7 +81,7 @@ def test_stage_one_starts_from_the_first_result_also_where_its_file_was_damaged(
         "pretrain.classifier=first_result",
     ]
     config = own_classes(tmp_path, *frozen, "tune.policy=classifier", "tune.epochs=1")
-    run = rundir.prepare(tmp_path / "run", config, "test")
+    run = preparation.prepare(tmp_path / "run", config, "test")
     assert worker.train(run.root, StopFlag()) == 0
     first, before = (Predictions.read(predictions_file(run, name)) for name in ("floor-32", "before-32"))
     assert np.array_equal(first.predicted, before.predicted)
@@ -112,7 +112,7 @@ def test_a_later_start_finds_the_floor_and_stage_one_is_as_without_it(
     items = ["pretrain.epochs=3", "pretrain.global_batch=23", "tune.policy=classifier", "tune.global_batch=46"]
     config = own_classes(tmp_path, *items, "run.save_every_s=0")
     for name in ("run", "without"):
-        rundir.prepare(tmp_path / name, config, "test")
+        preparation.prepare(tmp_path / name, config, "test")
     calls, check = [], Ranks.check_stop
 
     def stop_at_fourth(self: Ranks, *values: int) -> tuple[int, ...]:

@@ -14,10 +14,11 @@ from training.test_shared_stage_one import Steps
 from training.test_step import made as index_of
 
 from fixres_dist.base.errors import UserError
-from fixres_dist.config import conflicts, reading
-from fixres_dist.config.schema import Config, Tune
+from fixres_dist.config import reading, schema
+from fixres_dist.config.schema import Config
+from fixres_dist.config.stage_settings import Tune
 from fixres_dist.publishing import report
-from fixres_dist.runs import rundir
+from fixres_dist.runs import preparation
 from fixres_dist.runs.results import Results
 from fixres_dist.runs.rundir import RunDir
 from fixres_dist.training import hold_out, stages
@@ -41,7 +42,7 @@ def prepared(root: Path, photos: Path, *more: str) -> RunDir:
         *("pretrain.res=64", "pretrain.epochs=1", "pretrain.global_batch=14", "pretrain.lr_rule=none"),
         *("tune.hold_out=0.2", "tune.hold_out_sizes=[64, 96]", "run.eval_every=0", "pretrain.base_lr=0.05"),
     )
-    return rundir.prepare(root, reading.parse(Config, reading.overrides([*items, *more])), "submit")
+    return preparation.prepare(root, reading.parse(Config, reading.overrides([*items, *more])), "submit")
 
 
 @pytest.mark.parametrize("share", [0.1, 0.15, 0.33])
@@ -151,7 +152,7 @@ def test_the_held_out_share_trains_the_head_and_half_of_its_pictures_are_its(
 def test_what_it_does_not_go_with_is_refused() -> None:
     def config(*items: str) -> Config:
         found = reading.parse(Config, reading.overrides(["tune.hold_out=0.2", *items]))
-        conflicts.check_held_out(found)
+        schema.check_held_out(found)
         return found
 
     with pytest.raises(UserError, match=r"stay as they are published\. Next: tune\.hold_out=0"):

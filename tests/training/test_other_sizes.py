@@ -19,7 +19,7 @@ from fixres_dist.config.schema import Config
 from fixres_dist.models.build import build_model
 from fixres_dist.models.sizes import Sizes
 from fixres_dist.publishing import report
-from fixres_dist.runs import rundir
+from fixres_dist.runs import preparation
 from fixres_dist.runs.results import Results
 from fixres_dist.runs.rundir import RunDir
 from fixres_dist.training import results, stage_session, stage_training, worker
@@ -38,7 +38,7 @@ SMALL = (
 def finished(root: Path, photos: Path, *settings: str) -> RunDir:
     model = ("model.name=test_efficientnet", "model.timm_name=test_efficientnet", f"data.root={photos}")
     config = reading.parse(Config, reading.overrides([*model, *SMALL, *settings]))
-    rundir.prepare(root, config, "submit")
+    preparation.prepare(root, config, "submit")
     assert worker.train(root, StopFlag()) == 0
     return RunDir(root)
 

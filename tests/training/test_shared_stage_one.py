@@ -18,7 +18,7 @@ from fixres_dist.base.signals import StopFlag
 from fixres_dist.base.small_files import append, read_lines
 from fixres_dist.config import reading
 from fixres_dist.config.schema import Config
-from fixres_dist.runs import rundir
+from fixres_dist.runs import preparation
 from fixres_dist.runs.results import Results
 from fixres_dist.runs.rundir import RunDir
 from fixres_dist.training import loop, stage_one, worker
@@ -31,7 +31,7 @@ def prepared(root: Path, photos: Path, res: int, cache: str = "cache", seed: int
         *("tune.epochs=1", "tune.global_batch=42", "run.precision=fp32", "run.log_every=1", f"run.seed={seed}"),
         *("run.memory_format=channels_last", "pretrain.res=64", "pretrain.epochs=2", "pretrain.global_batch=28"),
     )
-    return rundir.prepare(root, reading.parse(Config, reading.overrides(list(items))), "submit")
+    return preparation.prepare(root, reading.parse(Config, reading.overrides(list(items))), "submit")
 
 
 class Steps:

@@ -25,12 +25,13 @@ from fixres_dist.base.errors import UserError
 from fixres_dist.base.signals import StopFlag
 from fixres_dist.base.small_files import read_lines
 from fixres_dist.config import reading
-from fixres_dist.config.schema import Config, Optimizer, Pretrain, Run
+from fixres_dist.config.schema import Config, Run
+from fixres_dist.config.stage_settings import Optimizer, Pretrain
 from fixres_dist.data import augment, geometry, order
 from fixres_dist.data.requests import Pictures, train_steps
 from fixres_dist.models.build import build_model
 from fixres_dist.models.optimizers import optimizer_of
-from fixres_dist.runs import checkpoint, restoring, rundir
+from fixres_dist.runs import checkpoint, preparation, restoring
 from fixres_dist.runs.checkpoint import Progress, Tensors
 from fixres_dist.runs.rundir import RunDir
 from fixres_dist.training import loop, plan, worker
@@ -52,7 +53,7 @@ def prepared(root: Path, photos: Path, *first: str) -> RunDir:
         *("pretrain.res=64", "pretrain.epochs=2", "pretrain.global_batch=28"),
     )
     config = reading.parse(Config, reading.overrides([*items, *(f"pretrain.{item}" for item in first)]))
-    return rundir.prepare(root, config, "submit")
+    return preparation.prepare(root, config, "submit")
 
 
 @pytest.mark.parametrize(("first", "stops"), [(EVERYTHING, (2, 5)), (("optimizer=lamb", "ema_decay=0.99"), (1, 4))])
@@ -88,7 +89,9 @@ def test_the_steps_of_stage_one_are_not_forgotten_while_fixing_has_no_checkpoint
     """Its last checkpoint is put aside for fixing's first one; a run that was killed between had lost stage one's sample lines."""
     run = prepared(tmp_path / "run", photos)
     config = run.config()
-    run = rundir.prepare(tmp_path / "recorded", replace(config, run=replace(config.run, record_samples=True)), "submit")
+    run = preparation.prepare(
+        tmp_path / "recorded", replace(config, run=replace(config.run, record_samples=True)), "submit"
+    )
     real = checkpoint.tensor_files.save
 
     def save(path: Path, *rest: Any) -> str:

@@ -16,7 +16,7 @@ from fixres_dist.base.small_files import read_lines
 from fixres_dist.base.watchdog import reason
 from fixres_dist.cluster import status
 from fixres_dist.config.schema import Config
-from fixres_dist.runs import rundir
+from fixres_dist.runs import preparation
 from fixres_dist.runs.rundir import RunDir
 from fixres_dist.runs.states import Event, State
 
@@ -118,7 +118,7 @@ with watchdog.watching(lambda: 0.5, lambda idle_s: None, give_up):
 
 def test_status_tells_that_nothing_progresses(tmp_path: Path) -> None:
     here = RunDir(tmp_path / "run")
-    rundir.write(here.root, Config(), "test")
+    preparation.write(here.root, Config(), "test")
     here.update_state(Event.STARTED, eta_s=100.0, images_per_second=50.0, job_id="local-1")
     here.progress.touch()
     with here.lock():

@@ -13,7 +13,8 @@ from pathlib import Path
 from fixres_dist.base.environment import cache_folder, writable
 from fixres_dist.base.errors import UserError
 from fixres_dist.base.text import gib
-from fixres_dist.config.schema import THROUGH_ALL, Config
+from fixres_dist.config.schema import Config
+from fixres_dist.config.stage_settings import THROUGH_ALL
 from fixres_dist.training.stages import Stage
 
 VIEWS = {"test": 1, "test_flip": 2}  # how many pictures of a sample a transform can show; the others draw new ones
