@@ -65,9 +65,9 @@ class Board:
         every = math.ceil(sum("evaluation" not in line for line in lines) / POINTS) or 1
         for k, line in enumerate(lines):
             self.line(line, drawn=(len(lines) - 1 - k) % every == 0)
-        self.marks()
         self.shown: set[str] = set()
         self.pictures()
+        self.flush()
         # Only what this start adds: W&B has what the others have sent.
         self.other = WandbRun(run, settings(config)) if config.run.logger == "wandb" else None
 

@@ -85,6 +85,7 @@ def test_a_line_is_shown_at_once_and_written_by_the_thread_that_logs_it(run: Run
     """TensorBoard's own writer has a thread, whose failed write nobody can catch: it printed a traceback beside the reason."""
     threads = set(threading.enumerate())
     log = tracker(run, 15)
+    assert points(run, "train/loss")[-1] == (15, 15.0)
     log.step(16, "fix", 0.6, VALUES | {"loss": 16.0})
     assert points(run, "train/loss")[-1] == (16, 16.0)
     assert set(threading.enumerate()) <= threads
