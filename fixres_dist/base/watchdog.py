@@ -18,7 +18,7 @@ from typing import NoReturn
 
 NO_PROGRESS = "no progress for"  # how every reason begins that comes from here
 PACKAGE = Path(__file__).parents[1]
-GIVE_UP_S = 30.0  # for what is written down before the end; the ranks wait 10 s for each other's words
+GIVE_UP_S = 120.0  # for what is written down before the end, each write of which is tried again for half a minute
 POLLS, LONGEST_POLL_S = 20, 1.0  # looks within the limit
 latest = time.monotonic()  # of this process's last sign of progress
 
