@@ -39,7 +39,7 @@ def rows() -> list[dict[str, Any]]:
 def measure(args: argparse.Namespace, seed: int) -> None:
     """One run, and its row."""
     name = re.sub(r"[^\w.=-]+", "_", "-".join([args.kind, *args.settings, f"s{seed}"]))
-    key = {"set": args.kind, "model": args.model, "settings": args.settings, "seed": seed}
+    key = {"set": args.kind, "model": args.model, "settings": args.settings, "seed": seed, "hardware": processor()}
     if any(key.items() <= row.items() for row in rows()):
         return
     words = ["--model", args.model, "--data", args.folder, "--cluster", "local", "--runs-dir", args.runs_dir]
@@ -66,7 +66,6 @@ def measure(args: argparse.Namespace, seed: int) -> None:
         "gain": gain.delta_top1,
         "ci95": gain.delta_ci95,
         "choice": asdict(results.choice.chosen) if results.choice else None,
-        "hardware": processor(),
         "ranks": args.ranks,
         "commit": git(ROOT, "rev-parse", "HEAD"),
         "versions": versions(),
@@ -77,9 +76,9 @@ def measure(args: argparse.Namespace, seed: int) -> None:
 
 
 def without_hold_out(row: dict[str, Any]) -> tuple[Any, ...]:
-    """What a run shares with the plain one of the same set, sizes and seed."""
+    """What a run shares with the plain one of the same set, sizes, seed and processor."""
     shared = tuple(s for s in row["settings"] if not s.startswith("tune.hold_out"))
-    return row["set"], row["model"], shared, row["seed"]
+    return row["set"], row["model"], shared, row["seed"], row["hardware"]
 
 
 def table() -> None:

@@ -11,13 +11,16 @@ from typing import Any, get_args
 
 import numpy as np
 import pytest
+import timm
 import torch
 from PIL import Image
 from safetensors.torch import load_file
 from timm.data import Mixup
 from timm.data.auto_augment import rand_augment_transform
+from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.optim import create_optimizer_v2
 from timm.optim._param_groups import param_groups_layer_decay
+from timm.utils import ModelEmaV3
 from torch import nn
 from training.test_step import made as index_of
 
@@ -268,3 +271,79 @@ def test_a_batch_that_the_ranks_cannot_share_in_pairs_is_refused() -> None:
 def test_a_model_without_stochastic_depth_is_refused() -> None:
     with pytest.raises(UserError, match=r"vgg11 has no stochastic depth. Next: pretrain.drop_path=0"):
         build_model("vgg11", 3, drop_path=0.1)
+
+
+ALIKE = (
+    ("optimizer=nesterov", "base_lr=0.02", "weight_decay=0.0001"),
+    (
+        *("optimizer=lamb", "base_lr=0.005", "weight_decay=0.05", "layer_decay=0.8", "ema_decay=0.9"),
+        *("mixup=0.2", "cutmix=1.0", "rand_augment=rand-m7-mstd0.5-inc1", "drop_path=0.1", "warmup_epochs=1"),
+    ),
+)
+
+
+@pytest.mark.parametrize("first", ALIKE, ids=["plain", "strong"])
+def test_it_ends_where_timms_loop_does_on_the_same_pictures(
+    tmp_path: Path, photos: Path, monkeypatch: pytest.MonkeyPatch, first: tuple[str, ...]
+) -> None:
+    """Its optimizer, losses, mixing, averages and BatchNorm statistics are those of a loop written with timm's parts.
+
+    The loop here takes the pictures, the learning rates and the seeds of stage one, and nothing else of it. No AdamW: it
+    takes whole steps along gradients that are all rounding (test_every_optimizer_goes_on_from_a_checkpoint has it).
+    """
+    config = prepared(tmp_path / "first", photos, *first, "bn_stats=ema", "lr_rule=none").config()
+    run = preparation.prepare(tmp_path / "run", replace(config, run=replace(config.run, batch_per_device=28)), "submit")
+    own, real, taken, start = config.pretrain, loop.backward, [], {}
+    assert own is not None
+
+    def backward(work, head, scale, step, micro_batches, meter):  # type: ignore[no-untyped-def]
+        if not taken:
+            start.update({name: value.clone() for name, value in work.session.model.state_dict().items()})
+        batches = list(micro_batches)
+        if work.stage.name == "pretrain":
+            rate, seeds = (
+                work.stage.learning_rate(step),
+                (order.keyed(work.stage.seed, 4, step, 0, 0), order.keyed(work.stage.seed, 4, step)),
+            )
+            taken.append((torch.cat([b.images for b in batches]), torch.cat([b.labels for b in batches]), rate, seeds))
+        return real(work, head, scale, step, iter(batches), meter)
+
+    monkeypatch.setattr(loop, "backward", backward)
+    assert worker.train(run.root, StopFlag()) == 0
+
+    classes = len(start["classifier.bias"])
+    model = timm.create_model("test_efficientnet", num_classes=classes, drop_path_rate=own.drop_path)
+    model.load_state_dict(start)
+    options = {"layer_decay": own.layer_decay} if own.layer_decay < 1 else {}
+    name = {"nesterov": "sgd"}.get(own.optimizer, own.optimizer)
+    optimizer = create_optimizer_v2(model, name, lr=0.0, weight_decay=own.weight_decay, momentum=0.9, **options)
+    ema = ModelEmaV3(model, own.ema_decay, use_warmup=True) if own.ema_decay else None
+    mix = Mixup(own.mixup, own.cutmix, label_smoothing=0.1, num_classes=classes) if own.mixes else None
+    cfg = timm.data.resolve_data_config({}, model=model)
+    mean, std = (torch.tensor(cfg[key]).view(1, 3, 1, 1) for key in ("mean", "std"))
+    model.train()
+    for step, (images, labels, rate, (noise, mixing)) in enumerate(taken, start=1):
+        for group in optimizer.param_groups:
+            group["lr"] = rate * group.get("lr_scale", 1.0)
+        x, y = (images / 255 - mean) / std, labels
+        if mix:
+            outwards = [*range(0, len(x), 2), *range(len(x) - 1, 0, -2)]
+            with augment.seeded(int(mixing[0])):
+                x, y = mix(x[outwards], y[outwards])
+        torch.manual_seed(int(noise[0]) >> 1)
+        loss = (SoftTargetCrossEntropy() if mix else LabelSmoothingCrossEntropy(0.1))(model(x), y)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if ema:
+            ema.update(model, step=step)
+    # What the networks say is compared, not their weights: a bias before a BatchNorm has a gradient that is all rounding.
+    pictures = (torch.cat([images for images, *_ in taken]) / 255 - mean) / std
+
+    def said(state: dict[str, torch.Tensor]) -> torch.Tensor:
+        model.load_state_dict(state)
+        with torch.no_grad():
+            return model.eval()(pictures)
+
+    ends = said((ema.module if ema else model).state_dict())
+    assert (said(load_file(run.pretrained)) - ends).norm() < 1e-3 * (said(start) - ends).norm()
