@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import IO
 
 TOUCH_S, STALE_S = 15.0, 120.0
+LOOK_S = 1.0  # `is_held` has a free lock for a moment, longer on a network file system: no reason to refuse a start
 NO_FLOCK = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL)
 
 
@@ -30,11 +31,11 @@ class Held(Exception):
 
 @contextmanager
 def lock(path: Path, wait_s: float = 0.0) -> Iterator[None]:
-    """Hold the lock at `path`; raises Held after waiting `wait_s` seconds for another process."""
+    """Hold the lock at `path`; raises Held after waiting `wait_s` seconds, or LOOK_S, for another process."""
     with open(path, "a+") as file:
         # A forked loader worker outlives a killed parent by seconds and must not hold its lock meanwhile.
         os.register_at_fork(after_in_child=file.close)
-        deadline = time.monotonic() + wait_s
+        deadline = time.monotonic() + max(wait_s, LOOK_S)
         while not (release := attempt(file, path)):
             if time.monotonic() > deadline:
                 host, pid = holder(path)
@@ -88,8 +89,9 @@ def attempt(file: IO[str], path: Path) -> Callable[[], None] | None:
 
 def take(path: Path) -> Callable[[], None] | None:
     """The same with a lock file, which a thread of this process keeps fresh."""
+    seen = read(path)  # before it is judged: another waiter may take it over in between
     if stale(path):
-        put_aside(path, read(path))
+        put_aside(path, seen)
     mine, done = own_name(), threading.Event()
     try:
         with open(path, "x") as file:
@@ -100,18 +102,27 @@ def take(path: Path) -> Callable[[], None] | None:
     def keep_fresh() -> None:
         while not done.wait(TOUCH_S):
             with contextlib.suppress(OSError):  # the file system is away: it will be back, or the lock gets stale
-                if read(path) != mine:
+                if held_by(path) != mine and not done.is_set():
                     print(f"{path}: taken over while this process stood still; it leaves", file=sys.stderr, flush=True)
                     os._exit(1)
                 os.utime(path)
 
     def release() -> None:
         done.set()
-        if read(path) == mine:
-            path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            if held_by(path) == mine:
+                path.unlink(missing_ok=True)
 
     threading.Thread(target=keep_fresh, name="lock file", daemon=True).start()
     return release
+
+
+def held_by(path: Path) -> str:
+    """The text of a lock file, empty where there is none; raises OSError where the file system does not tell."""
+    try:
+        return path.read_text()
+    except FileNotFoundError:
+        return ""
 
 
 def stale(path: Path) -> bool:

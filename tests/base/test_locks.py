@@ -138,3 +138,68 @@ def test_another_error_is_not_taken_for_a_held_lock(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(fcntl, "flock", broken)
     with pytest.raises(OSError, match="Input/output error"), locks.lock(tmp_path / ".lock"):
         pass
+
+
+def test_a_stale_lock_that_another_waiter_has_taken_over_stays_with_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All waiters see a lost holder's lock go stale in the same second."""
+    path, judge = tmp_path / ".lock.held", locks.stale
+    path.write_text("the lost one")
+    os.utime(path, (1, 1))
+
+    def taken_over_when_judged(path: Path) -> bool:
+        found = judge(path)
+        path.write_text("another waiter")
+        return found
+
+    monkeypatch.setattr(locks, "stale", taken_over_when_judged)
+    (tmp_path / ".lock").touch()
+    assert locks.take(path) is None
+    assert path.read_text() == "another waiter"
+
+
+@pytest.mark.parametrize("what", ["the file system is away", "it is released meanwhile"])
+def test_a_holder_that_has_lost_nothing_goes_on(what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its thread looks after the lock file, and would end the process if another one had taken it over."""
+    ended, looked, real, path = [], threading.Event(), Path.read_text, tmp_path / ".lock.held"
+    monkeypatch.setattr(locks, "TOUCH_S", 0.01)
+    monkeypatch.setattr(os, "_exit", ended.append)
+    release = locks.take(path)
+    assert release
+    (keeper,) = (thread for thread in threading.enumerate() if thread.name == "lock file")
+
+    def read_text(self: Path, *rest: str) -> str:
+        if self != path or threading.current_thread() is not keeper:
+            return real(self, *rest)
+        if looked.is_set():
+            return real(self, *rest)
+        looked.set()
+        if what == "the file system is away":
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+        release()
+        return real(self, *rest)
+
+    monkeypatch.setattr(Path, "read_text", read_text)
+    assert looked.wait(30)
+    if what == "the file system is away":
+        os.utime(path, (1, 1))
+        deadline = time.monotonic() + 30
+        while path.stat().st_mtime < 2:  # it looks again, and touches
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        release()
+    keeper.join(30)
+    assert not keeper.is_alive()
+    assert not ended
+
+
+def test_a_look_at_a_free_lock_refuses_nobody(tmp_path: Path) -> None:
+    """`status --watch` looks all the time, on a network file system for milliseconds each."""
+    path = tmp_path / ".lock"
+    path.touch()
+    with open(path) as looks:
+        fcntl.flock(looks, fcntl.LOCK_SH)
+        threading.Timer(0.1, looks.close).start()
+        with locks.lock(path):
+            assert locks.holder(path)[1] == os.getpid()
