@@ -176,12 +176,12 @@ def write_text(path: Path, text: str, private: bool = False) -> None:
 
 def create(path: Path, text: str) -> None:
     """Write a new file; raises FileExistsError, for all but one where several try at once, and leaves nothing torn."""
-    with open(path, "x") as file:
+    with open(path, "x", encoding="utf-8", errors="backslashreplace") as file:
         try:
             with named(path):
                 file.write(text)
                 file.flush()
                 os.fsync(file.fileno())
-        except OSError:
+        except BaseException:
             path.unlink(missing_ok=True)
             raise

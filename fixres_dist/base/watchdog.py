@@ -12,7 +12,8 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
@@ -91,15 +92,27 @@ def place() -> str:
     return "code outside of this package"
 
 
-def reason(places: dict[int, str], world_size: int, limit_s: float) -> str:
-    """Why the run is ended, from where each rank that answers stands: the fewest come first, since the others wait for
-    them; a rank that does not answer is suspended, or its node is lost."""
-    at: dict[str, list[int]] = {}
-    for rank, where in sorted(places.items()):
-        at.setdefault(where, []).append(rank)
-    silent = [rank for rank in range(world_size) if rank not in places]
+@dataclass(frozen=True)
+class Standing:
+    """Where a rank stands that hangs, or waits for one that does."""
+
+    rank: int
+    node: str
+    place: str
+    time: float  # Unix time in seconds
+
+
+def reason(told: Sequence[Standing], world_size: int, limit_s: float) -> str:
+    """Why the run is ended, from where each rank that answers stands: the fewest come first, with their node, since the
+    others wait for them; a rank that does not answer is suspended, or its node is lost."""
+    at: dict[str, list[Standing]] = {}
+    for one in sorted(told, key=lambda one: one.rank):
+        at.setdefault(one.place, []).append(one)
+    silent = sorted({*range(world_size)} - {one.rank for one in told})
     parts = [f"{named(silent)} does not answer (suspended, or its node is lost)"] if silent else []
-    parts += [f"{named(ranks)} in {where}" for where, ranks in sorted(at.items(), key=lambda item: len(item[1]))]
+    for where, here in sorted(at.items(), key=lambda item: len(item[1])):
+        nodes = sorted({one.node for one in here})
+        parts.append(f"{named([one.rank for one in here])}{f' on {nodes[0]}' if len(nodes) == 1 else ''} in {where}")
     return f"{NO_PROGRESS} {limit_s:.0f} s (run.watchdog_s): {'; '.join(parts)}; stacks of all threads are in the logs"
 
 

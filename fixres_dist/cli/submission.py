@@ -20,6 +20,7 @@ from fixres_dist.config.recipes import Recipe
 from fixres_dist.config.schema import Cluster, Config
 from fixres_dist.runs import preparation, snapshots
 from fixres_dist.runs.rundir import START_LOCK, RunDir
+from fixres_dist.runs.states import UNFINISHED
 from fixres_dist.training import plan
 from fixres_dist.training.job import TrainJob
 from fixres_dist.training.stages import batch_by_pixels, batch_per_device
@@ -108,10 +109,15 @@ def needs_no_job(run: RunDir) -> bool:
         print(f"{run.name} is running already. {following}")
         return True
     job = run.state().slurm_job
-    queued = (slurm.queue([owner(run.root)]) or {}) if job else {}
-    if job and job in queued:
+    queued = slurm.queue([owner(run.root)]) if job else {}
+    if queued is None and run.state().state in UNFINISHED and jobs.default_cluster() == "slurm":
+        raise UserError(
+            f"{run.name} is job {job}, and squeue does not answer whether that is still there. Next: a login node of the cluster."
+        )
+    if job and queued and job in queued:
         print(f"{run.name} is in the queue already, as job {job} ({queued[job].state}). {following}")
-    return job in queued
+        return True
+    return False
 
 
 def renew_old_snapshot(run: RunDir) -> None:

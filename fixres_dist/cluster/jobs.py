@@ -32,6 +32,7 @@ LEAKING = re.compile(
     rf"(SLURM|SBATCH|SRUN|SALLOC|PMI|PMIX|OMPI|SUBMITIT|TORCHELASTIC|MASTER)_|{slurm.OUR_JOB}$|"
     r"(LOCAL_|GROUP_|ROLE_|NODE_)?(RANK|WORLD_SIZE)$"
 )
+TAKEN_OVER = re.compile(r"SBATCH_(?!\w*_BIND)|SLURM_CLUSTERS$")
 GPUS = "gpus-per-node"
 HERE = shlex.quote(sys.executable)
 # Options of cluster.sbatch that say in other words what a job asks anyway.
@@ -196,7 +197,7 @@ def clean_environment() -> Iterator[None]:
 
 def told_of_the_shell() -> list[str]:
     """sbatch's variables of this shell, which a submission leaves out: sbatch would take them over the run's settings."""
-    return [f"{name}={value}" for name, value in sorted(os.environ.items()) if re.match(r"SBATCH_(?!\w*_BIND)", name)]
+    return [f"{name}={os.environ[name]}" for name in sorted(os.environ) if TAKEN_OVER.match(name)]
 
 
 def asked(text: str) -> str:
@@ -214,13 +215,11 @@ def ask_slurm(text: str, cluster: Cluster) -> str:
         file.write(text)
         file.flush()
         answer = slurm.call("sbatch", "--test-only", file.name)
-    if answer is None:
+    if answer is None or (answer.returncode and slurm.unanswered(answer.stderr)):
         return ""
     said = answer.stderr.strip().replace("sbatch: ", "").replace("error: ", "")
     if answer.returncode == 0:
         return said.splitlines()[-1] if said else "it can start"
-    if any(word in said for word in ("Unable to contact", "configuration source", "configuration file", "timed out")):
-        return ""
     gpus = cluster.gpus_per_node if GPUS in requested(cluster)[0] else 0  # 0: asked in words of cluster.sbatch
     need = slurm.Need(cluster.node_range()[0], gpus, cluster.gpus_per_node * cluster.cpus_per_task)
     if waits := slurm.waits_for_nodes(said, cluster.partition, need):

@@ -162,7 +162,7 @@ def follow(run: RunDir, job: submitit.Job[int], flag: StopFlag) -> bool:
                     os.kill(rank, signal.SIGKILL)
             ended_some, broken_at = True, math.inf
         if flag.signal and not told:
-            again = "; Ctrl-C again leaves them alone" if flag.signal == signal.SIGINT else ""
+            again = "; Ctrl-C again ends them without saving" if flag.signal == signal.SIGINT else ""
             with contextlib.suppress(OSError):  # a terminal that has hung up
                 print(f"stopping {run.name}: its ranks save and leave{again}", flush=True)
             told = True
@@ -193,7 +193,7 @@ def one_broke(run: RunDir, job: submitit.Job[int]) -> bool:
 def copy_new(log: Path, position: int) -> int:
     """Print the log from the byte `position` on; returns its new end."""
     try:
-        with open(log) as file:
+        with open(log, errors="replace") as file:
             file.seek(position)
             text = file.read()
             sys.stdout.write("".join(x for x in text.splitlines(keepends=True) if not logs.ASIDE.match(x)))

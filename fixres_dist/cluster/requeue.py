@@ -18,9 +18,10 @@ from pathlib import Path
 from fixres_dist.base.errors import UserError
 from fixres_dist.base.files import create, remove, write_text
 from fixres_dist.base.small_files import read_lines, read_note
+from fixres_dist.base.watchdog import NO_PROGRESS
 from fixres_dist.cluster import notify, reasons, slurm
 from fixres_dist.runs.rundir import RunDir
-from fixres_dist.runs.states import WORKING, Event, State
+from fixres_dist.runs.states import WORKING, Event, RunState, State
 
 # Flag files of the ranks for the batch script, with a line of text each.
 STOP_UNJUDGED = "REQUEUE"  # a stop signal came, and the ranks could not ask Slurm why
@@ -30,6 +31,8 @@ TOO_SHORT = (
     "the start before was preempted, and killed before it could save: its GraceTime is shorter than a step and a save"
 )
 BROKEN = "BROKEN"  # a rank ended with an error that a retry may mend
+# Of the seconds between a warning and the end: how long Slurm is asked again by rank 0, and then by the batch script.
+RANKS_PATIENCE, BATCH_PATIENCE = 0.25, 0.5
 
 
 def finished(run: RunDir) -> bool:
@@ -40,13 +43,20 @@ def finished(run: RunDir) -> bool:
 
 
 def begin(run: RunDir, world_size: int, nodes: Sequence[str]) -> None:
-    """Rank 0, once it holds the lock. An earlier start that left no other state (killed, node lost) is counted."""
+    """Rank 0, once it holds the lock. An earlier start that left no other state (killed, node lost) is counted.
+
+    Raises UserError in a job that Slurm has started again and again without progress, since nobody else would end that.
+    """
     state, job = run.state(), slurm.own_job()
-    changes: dict[str, object] = {"job_id": job} if job else {}
+    # Without a job of its own the run has left Slurm, if it was there; the command of a local start has noted its id.
+    changes: dict[str, object] = {"job_id": job} if job or state.slurm_job else {}
     if state.state in WORKING:
         late = (run.root / PREEMPTED).exists()
         changes["restarts"] = state.restarts_with("preempted" if late else "failure")
         run.event(Event.LOST, reason=TOO_SHORT if late else "the start before was killed, or its node was lost")
+        if job and not late:
+            check_losses(run, state)
+            changes["last_failure_step"] = run.saved_step()
     for left in (run.failed, run.root / STOP_UNJUDGED, run.root / BROKEN, run.root / PREEMPTED):
         remove(left)
     run.event(Event.STARTED, world_size=world_size, nodes=list(nodes), job_id=job, step=run.saved_step())
@@ -61,13 +71,26 @@ def begin(run: RunDir, world_size: int, nodes: Sequence[str]) -> None:
     run.update_state(Event.STARTED, **changes)
 
 
+def check_losses(run: RunDir, state: RunState) -> None:
+    """Raises UserError where the start before was lost without progress, as were more before it than may be retried."""
+    losses, step = state.restarts.get("failure", 0) + 1, run.saved_step()
+    if losses > run.config().cluster.max_restarts and step <= state.last_failure_step:
+        nodes = f", the last one on {','.join(state.nodes)}" if state.nodes else ""
+        raise UserError(
+            f"{losses} starts were killed or lost their node{nodes}, and there is no progress since step {max(0, step)}; more "
+            f"than cluster.max_restarts are not tried again. A node that runs out of memory ends so too (cluster.mem). "
+            f"Next: {run.command('logs')}, then {run.command('resume')}"
+        )
+
+
 def stopped(run: RunDir, number: int, step: int, signal_delay_s: float) -> str:
     """Rank 0, after the agreed stop is saved: requeue the job or leave it cancelled; returns a sentence about it.
 
     `number` is the signal's, `signal_delay_s` how long before the time limit Slurm was asked to warn.
     """
     name, job = signal.Signals(number).name, slurm.own_job()
-    shown = slurm.show(job) if job else None
+    patience_s = RANKS_PATIENCE * signal_delay_s
+    shown = slurm.show(job, patience_s) if job else None
     if job and shown is None:  # a container without Slurm's programs: the batch script can ask
         run.event(Event.STOP_REQUESTED, signal=name, step=step)
         run.update_state(Event.STOP_REQUESTED, reason=name, eta_s=None)
@@ -75,7 +98,8 @@ def stopped(run: RunDir, number: int, step: int, signal_delay_s: float) -> str:
         return f"{name}: saved at step {step}; the batch script asks Slurm why, and the job continues from there."
     why = slurm.why_stopped(shown, signal_delay_s) if shown else slurm.Stop("cancelled")
     run.event(Event.STOP_REQUESTED, signal=name, step=step, reason=why.reason)
-    return f"{name}: saved at step {step}; " + settle(run, job or "", why, f"{name} at step {step}")
+    what = f"{name} at step {step}"
+    return f"{name}: saved at step {step}; " + settle(run, job or "", why, what, patience_s, by_rank=True)
 
 
 def broke(run: RunDir, why: str, next_command: str) -> None:
@@ -84,7 +108,7 @@ def broke(run: RunDir, why: str, next_command: str) -> None:
     if slurm.own_job() is None:
         run.fail(why, next_command)
         return
-    if "SLURM_PROCID" in os.environ:
+    if "SLURM_PROCID" in os.environ and not why.startswith(NO_PROGRESS):  # that names the ranks which others wait for
         why = f"rank {os.environ['SLURM_PROCID']} on {os.environ.get('SLURMD_NODENAME', 'its node')}: {why}"
     broken = run.root / BROKEN
     try:
@@ -108,14 +132,29 @@ def leave_to_batch_script(run: RunDir, what: str) -> None:
     write_text(run.root / STOP_UNJUDGED, what + "\n")
 
 
-def settle(run: RunDir, job: str, why: slurm.Stop, what: str) -> str:
-    """Record and carry out what follows from a stop; returns a sentence. Recorded first: a requeue kills its caller."""
+def settle(
+    run: RunDir,
+    job: str,
+    why: slurm.Stop,
+    what: str,
+    patience_s: float,
+    by_rank: bool = False,
+    recorded: bool = False,
+) -> str:
+    """Record and carry out what follows from a stop; returns a sentence. Recorded first: a requeue kills its caller.
+
+    `by_rank`: the batch script can still do it, if Slurm does not answer. `recorded`: a rank has recorded it, and got no answer.
+    """
     if why.reason == "cancelled":
         run.cancel(f"{what}; the same command goes on from there")
         return "the same command goes on from there."
     reason = "preempted" if why.reason == "asked" else why.reason
-    write_requeued(run, reason, what, {})
-    refused = "" if why.by_slurm else slurm.requeue(job)
+    if not recorded:
+        write_requeued(run, reason, what, {})
+    refused = "" if why.by_slurm else slurm.requeue(job, patience_s)
+    if refused and by_rank and slurm.unanswered(refused):
+        leave_to_batch_script(run, what)
+        return "Slurm does not answer; the batch script asks again, and the job continues from there."
     if refused:
         run.fail(f"{reason} ({what}), and Slurm refused to requeue job {job}: {refused}", run.command("resume"))
         return read_note(run.failed)
@@ -144,25 +183,29 @@ def ended(run: RunDir, code: int) -> None:
     if code == 0 and settled and not told:
         return  # srun also ends with 0 when Slurm kills the step, so the state decides
     try:
-        cluster, shown = run.config().cluster, slurm.show(job)
+        cluster = run.config().cluster
     except UserError as error:
         run.fail(str(error), run.command("status"), final=True)
         return
-    if shown is None:
-        failed(run, job, code, cluster.max_restarts)
+    patience_s = BATCH_PATIENCE * cluster.signal_delay_s
+    shown = slurm.show(job, patience_s)
+    if shown is None and not told:
+        failed(run, job, code, cluster.max_restarts, patience_s)
         return
-    why = slurm.why_stopped(shown, cluster.signal_delay_s)
+    why = slurm.why_stopped(shown, cluster.signal_delay_s) if shown else slurm.Stop("asked")
     if settled and (why.by_slurm or why.reason == "cancelled"):
         return  # rank 0 has settled it and was killed while leaving
-    if why.by_slurm and (run.root / BROKEN).exists() and not slurm.was_preempted(shown):
+    if shown and why.by_slurm and (run.root / BROKEN).exists() and not slurm.was_preempted(shown):
         why = slurm.Stop("failure", by_slurm=True)  # a node was lost, and Slurm noticed before the ranks did
-    if why.by_slurm or why.reason in ("preempted", "cancelled") or told or shown.get("JobState") not in slurm.ALIVE:
-        settle(run, job, why, told or ("Slurm ended the step" if code == 0 else f"srun ended with {code}"))
+    left = not shown or shown.get("JobState") not in slurm.ALIVE
+    if told or left or why.by_slurm or why.reason in ("preempted", "cancelled"):
+        what = told or ("Slurm ended the step" if code == 0 else f"srun ended with {code}")
+        settle(run, job, why, what, patience_s, recorded=bool(told) and state.state == State.REQUEUED)
     else:
-        failed(run, job, code, cluster.max_restarts)
+        failed(run, job, code, cluster.max_restarts, patience_s)
 
 
-def failed(run: RunDir, job: str, code: int, max_restarts: int) -> None:
+def failed(run: RunDir, job: str, code: int, max_restarts: int, patience_s: float) -> None:
     """Retry from the last checkpoint where that can help: progress since the failure before, or nodes that were
     busy; and restarts left."""
     state, step = run.state(), run.saved_step()
@@ -181,7 +224,7 @@ def failed(run: RunDir, job: str, code: int, max_restarts: int) -> None:
     else:
         broken.unlink(missing_ok=True)
         write_requeued(run, "failure", why, {"why": why, "step": step}, last_failure_step=step)
-        refused = slurm.requeue(job)
+        refused = slurm.requeue(job, patience_s)
         if not refused:
             return
         why = f"{why}; Slurm refused to requeue job {job}: {refused}"

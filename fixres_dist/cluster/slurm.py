@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import os
 import re
+import shutil
 import subprocess
 import time
 from collections.abc import Iterable, Mapping
@@ -18,6 +19,14 @@ from typing import Literal, NamedTuple
 ANSWERS: dict[tuple[str, ...], tuple[float, dict[str, Queued] | None]] = {}  # of squeue by users: when, what
 OUR_JOB = "FIXRES_JOB"  # set by our batch scripts to their job's raw id: other jobs are somebody's notebook or shell
 ANSWER_S = 20  # clients of a controller that is down wait for minutes
+PATIENCE_S, AGAIN_S = 5.0, 1.0  # how long, and how often, a controller that does not answer is asked again
+UNANSWERED = re.compile(
+    r"does not answer|ended with -|unable to contact|timed out|zero bytes|connect failure|connection refused|"
+    r"configuration (source|file)",
+    re.IGNORECASE,
+)
+# What a person's shell asks of Slurm's clients by default: other rows, columns, clusters and formats of time.
+DEFAULTS = re.compile(r"(SQUEUE|SINFO|SACCT|SCONTROL|SCANCEL)_|SLURM_(CLUSTERS|TIME_FORMAT)$")
 EARLY_S = 90  # Slurm may warn of the time limit a minute early
 ALIVE = ("RUNNING", "SIGNALING", "STOPPED", "SUSPENDED", "CONFIGURING")
 
@@ -58,10 +67,31 @@ class Queued(NamedTuple):
 
 def call(*command: str) -> subprocess.CompletedProcess[str] | None:
     """A Slurm client's answer; None where there is no such program (a container) or it does not answer."""
+    env = {name: value for name, value in os.environ.items() if not DEFAULTS.match(name)}
     try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=ANSWER_S)
+        return subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=ANSWER_S, env=env)
     except (OSError, subprocess.TimeoutExpired):
         return None
+
+
+def insist(*command: str, patience_s: float) -> subprocess.CompletedProcess[str] | None:
+    """`call`, for `patience_s` seconds again where the controller does not answer, since it restarts or is overloaded, or
+    where a stop signal, which goes to every process of a step, has ended the client."""
+    ends = time.monotonic() + patience_s
+    while True:
+        answer = call(*command)
+        if answer is None:
+            again = shutil.which(command[0]) is not None
+        else:
+            again = answer.returncode < 0 or (answer.returncode > 0 and unanswered(answer.stderr))
+        if not again or time.monotonic() > ends:
+            return answer
+        time.sleep(AGAIN_S)
+
+
+def unanswered(said: str) -> bool:
+    """Whether a client's error, or `requeue`'s, says only that it got no answer."""
+    return bool(UNANSWERED.search(said))
 
 
 def own_job(environ: Mapping[str, str] = os.environ) -> str | None:
@@ -78,11 +108,9 @@ def own_job(environ: Mapping[str, str] = os.environ) -> str | None:
     return environ["SLURM_JOB_ID"]
 
 
-def show(job: str) -> dict[str, str] | None:
+def show(job: str, patience_s: float = PATIENCE_S) -> dict[str, str] | None:
     """`scontrol show job`; None where Slurm cannot be asked, or has forgotten the job."""
-    answer = call("scontrol", "show", "job", "-o", job)
-    if answer and answer.returncode < 0:  # the stop signal went to every process of the step, scontrol included
-        answer = call("scontrol", "show", "job", "-o", job)
+    answer = insist("scontrol", "show", "job", "-o", job, patience_s=patience_s)
     if answer is None or answer.returncode:
         return None
     return {key: value for key, equals, value in (item.partition("=") for item in answer.stdout.split()) if equals}
@@ -146,12 +174,12 @@ def seconds_left(job: Mapping[str, str]) -> float:
         return float("inf")
 
 
-def requeue(job: str) -> str:
+def requeue(job: str, patience_s: float) -> str:
     """Put `job` back into the queue. Slurm kills it for that, so everything must be saved before.
 
-    Returns Slurm's refusal; empty if it complied, or has requeued the job already.
+    Returns Slurm's refusal, or that it does not answer (`unanswered`); empty if it complied, or has requeued the job already.
     """
-    answer = call("scontrol", "requeue", job)
+    answer = insist("scontrol", "requeue", job, patience_s=patience_s)
     if answer is None:
         return "scontrol does not answer"
     if answer.returncode == 0:

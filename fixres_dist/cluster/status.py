@@ -27,6 +27,7 @@ STANDING = (
     "SUSPENDED",
     "STOPPED",
     "REQUEUE_HOLD",
+    "RESV_DEL_HOLD",
     "SPECIAL_EXIT",
 )  # squeue's states of jobs that do no work
 IDLE_S = 120.0  # a start compiles, and loaders wait for a file system, for so long without a batch
@@ -96,14 +97,15 @@ def every(runs_dir: Path) -> list[RunDir]:
 def rows(runs: Iterable[RunDir], max_age_s: float = 0.0) -> list[Row]:
     """A row for each run, in this order; asks squeue once, and only if a run may be in the queue.
 
-    `max_age_s`: squeue's last answer is good enough if it is not older, and knows the jobs.
+    `max_age_s`: squeue's last answer is good enough if it is not older, and knows the jobs that were there then.
     """
     states = [(run, run.state()) for run in runs]
     waiting = [(run, state) for run, state in states if state.slurm_job and state.state in UNFINISHED]
     owners = {owner(run.root) for run, _ in waiting}
     queue = slurm.queue(owners, max_age_s) if owners else {}
-    if max_age_s and not {state.slurm_job for _, state in waiting} <= set(queue or ()):
-        queue = slurm.queue(owners)
+    unknown = [state for _, state in waiting if state.slurm_job not in (queue or ())]
+    if max_age_s and queue is not None and any(time.time() - state.updated < max_age_s for state in unknown):
+        queue = slurm.queue(owners)  # of a job that is newer than the answer
     return [readable_row(run, state, queue) for run, state in states]
 
 
@@ -202,7 +204,7 @@ def as_seen(run: RunDir, state: RunState, queue: Mapping[str, slurm.Queued] | No
         reasons.append("squeue does not answer")
     elif job and queue and job in queue:
         shown = queue[job]
-        if now in WORKING and shown.state in ("PENDING", "REQUEUE_HOLD", "SPECIAL_EXIT"):
+        if now in WORKING and shown.state in ("PENDING", "REQUEUE_HOLD", "RESV_DEL_HOLD", "SPECIAL_EXIT"):
             now, reasons = State.REQUEUED, ["Slurm has requeued it"]  # a node was lost, and nobody could write
         reasons.append(words.in_words(job, shown))
         if now not in WORKING and shown.state == "RUNNING":

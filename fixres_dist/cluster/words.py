@@ -8,9 +8,10 @@ from typing import NamedTuple
 from fixres_dist.cluster import slurm
 
 RELEASE = "Next: scontrol release {job}"
+RESERVATION_GONE = "its reservation is gone. Next: scontrol update jobid={job} reservationname="
 # squeue's reasons in words; `status` shows others as Slurm spells them. {job}: its id.
 WORDS = {
-    "BeginTime": "held for about two minutes after a requeue, then it starts by itself",
+    "BeginTime": "held for about two minutes after a requeue, or to the time that was asked for; then it starts by itself",
     "Resources": "waits for free nodes",
     "Priority": "waits behind jobs of higher priority",
     "Dependency": "waits for another job",
@@ -24,8 +25,8 @@ WORDS = {
     "ReqNodeNotAvail": "nodes that it needs are down, drained or reserved; it starts when they are back",
     "Nodes required for job are DOWN": "nodes that it needs are down, drained or reserved; it starts when they are back",
     "Reservation": "waits for its reservation to begin",
-    "ReservationDeleted": "its reservation is gone. Next: scontrol update jobid={job} reservationname=",
-    "ResvDeleted": "its reservation is gone. Next: scontrol update jobid={job} reservationname=",
+    "ReservationDeleted": RESERVATION_GONE,
+    "ResvDeleted": RESERVATION_GONE,
     "Licenses": "waits for licenses",
     "NodeDown": "a node that it needs is down",
     "Cleaning": "its last start is being cleaned up",
@@ -76,6 +77,7 @@ STATES = {
     "CONFIGURING": "its nodes are being set up",
     "SUSPENDED": "suspended, for a job of higher priority or by an administrator (scontrol resume {job}); it keeps its state",
     "STOPPED": "stopped by a signal. Next: scancel --signal=CONT {job}",
+    "RESV_DEL_HOLD": RESERVATION_GONE,
     "REQUEUE_HOLD": f"held after a requeue. {RELEASE}",
     "SPECIAL_EXIT": f"held after a requeue. {RELEASE}",
 }

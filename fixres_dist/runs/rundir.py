@@ -69,6 +69,7 @@ class RunDir:
     floor = File("floor.json")  # with stage one on weights: what the untouched network already gives
     held_out = File("held_out")  # run directory of the first stage one, without the pictures that choose settings
     head_before = File("head_before.safetensors")  # without stage one: the tuned tensors before fixing
+    hung = File("hung")  # where each rank stood when no batch progressed, a file a rank
     metrics = File("metrics.jsonl")
     prepared = File("prepared.sh")  # what slurm/train.sbatch takes from the run's settings
     partial = File("partial")  # what an interrupted evaluation or measurement has found

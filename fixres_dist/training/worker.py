@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import os
+import socket
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
@@ -16,7 +18,7 @@ from fixres_dist.base.errors import EXIT_DONE, EXIT_FAILED, EXIT_USER, StorageEr
 from fixres_dist.base.files import no_room
 from fixres_dist.base.locks import STALE_S
 from fixres_dist.base.signals import StopFlag, Stopped
-from fixres_dist.base.small_files import Damaged, keep_lines, read_lines, write_json
+from fixres_dist.base.small_files import Damaged, keep_lines, read_json, write_json
 from fixres_dist.cluster import requeue, slurm
 from fixres_dist.config import recipes
 from fixres_dist.config.schema import Config
@@ -131,11 +133,17 @@ def watched(run: RunDir, config: Config, startup: StartUp) -> contextlib.Abstrac
 
     def give_up(place: str, limit: float) -> None:
         since = time.time() - limit
-        run.event(watchdog.NO_PROGRESS, rank=rank, at=place, limit_s=limit)
+        # Each in a file of its own: what several nodes append to one file at once can be lost on NFS.
+        run.hung.mkdir(exist_ok=True)
+        write_json(
+            run.hung / f"rank_{rank}.json", asdict(watchdog.Standing(rank, socket.gethostname(), place, time.time()))
+        )
         time.sleep(min(10.0, limit / 4))  # the other ranks tell theirs
-        told = read_lines(run.events, event=str, time=float, rank=int, at=str)
-        told = [x for x in told if x["event"] == watchdog.NO_PROGRESS and x["time"] > since]
-        why = watchdog.reason({line["rank"]: line["at"] for line in told}, world_size, limit)
+        told = []
+        for file in run.hung.glob("rank_*.json"):
+            with contextlib.suppress(Damaged):
+                told.append(read_json(file, watchdog.Standing, "nothing"))
+        why = watchdog.reason([one for one in told if one.time > since], world_size, limit)
         requeue.broke(run, why, f"again, from the last checkpoint: {run.again()}")
 
     return watchdog.watching(limit_s, seen, give_up)

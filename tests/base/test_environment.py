@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import pwd
+import subprocess
 from pathlib import Path
 
 import pytest
 from support.folders import age, as_an_ordinary_user, open_to_all, write_photos
 
+from fixres_dist.base import environment
 from fixres_dist.base.environment import cache_folder, scratch_folder, writable
 from fixres_dist.base.errors import UserError
 from fixres_dist.base.files import owner
@@ -60,3 +62,15 @@ def test_a_cache_of_somebody_else_is_read_and_not_written(
     cache.joinpath("private").mkdir(mode=0o700)
     with as_an_ordinary_user():
         assert not writable(cache / "private" / "features"), "what may not be looked at"
+
+
+def test_a_changed_file_of_another_encoding_is_no_reason_not_to_start(tmp_path: Path) -> None:
+    def git(*words: str) -> None:
+        subprocess.run(["git", "-C", tmp_path, "-c", "user.name=x", "-c", "user.email=x@y", *words], check=True)
+
+    git("init", "-q")
+    (tmp_path / "notes.txt").write_bytes("größe\n".encode("latin-1"))
+    git("add", ".")
+    git("commit", "-qm", "x")
+    (tmp_path / "notes.txt").write_bytes("größer\n".encode("latin-1"))
+    assert "+gr\ufffd\ufffder" in str(environment.git(tmp_path, "diff", "HEAD"))

@@ -231,3 +231,8 @@ def test_status_sees_a_disk_too_full_for_failed(prepared: RunDir, monkeypatch: p
     (row,) = status.rows([prepared])
     assert row.state == "failed"
     assert f"its process is gone; 0.0 MiB are free where {prepared.root} is: make room first. Next" in row.reason
+
+
+def test_a_reason_with_a_name_of_another_encoding_is_written_down(tmp_path: Path) -> None:
+    create(tmp_path / "FAILED", "cannot read gr\udcf6\udcdfe.jpg")
+    assert (tmp_path / "FAILED").read_text() == "cannot read gr\\udcf6\\udcdfe.jpg"

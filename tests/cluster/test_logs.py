@@ -16,7 +16,7 @@ from fixres_dist.base import log_times
 from fixres_dist.base.files import write_text
 from fixres_dist.cli import logs as logs_command
 from fixres_dist.cli.main import main
-from fixres_dist.cluster import logs, slurm
+from fixres_dist.cluster import local, logs, slurm
 from fixres_dist.config import reading
 from fixres_dist.config.schema import Config
 from fixres_dist.runs.rundir import RunDir
@@ -220,3 +220,14 @@ def test_a_rank_notes_when_its_log_grew(tmp_path: Path) -> None:
     with open(tmp_path / "other.txt", "a") as out:
         subprocess.run([sys.executable, "-c", code], stdout=out, cwd=Path(__file__).parents[2], check=True)
     assert not (tmp_path / "other.txt.times").exists()
+
+
+def test_a_log_of_any_bytes_is_followed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Half a character at the end of what is there so far, too: the ranks go on, and so does who follows them."""
+    log = tmp_path / "0_0_log.out"
+    log.write_bytes(b"caf\xe9\ngr\xc3")
+    position = local.copy_new(log, 0)
+    with open(log, "ab") as file:
+        file.write(b"\xb6\n")
+    local.copy_new(log, position)
+    assert capsys.readouterr().out.splitlines()[0] == "caf\ufffd"

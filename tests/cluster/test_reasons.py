@@ -94,29 +94,29 @@ def test_a_rank_says_who_it_is_and_a_cause_replaces_its_consequence(
 
 def test_a_node_that_failed_twice_is_left_out_by_the_next_command(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
-    monkeypatch.setattr(slurm, "requeue", lambda job: asked.append(job) or "")
+    monkeypatch.setattr(slurm, "requeue", lambda job, patience_s: asked.append(job) or "")
     write_log(run, 0, KILLED + CLEANS_UP)
     (run.checkpoints / "step_00000040").mkdir(parents=True)
     (run.checkpoints / "step_00000040" / "meta.json").write_text("{}")
-    requeue.failed(run, "5", 1, 20)
+    requeue.failed(run, "5", 1, 20, 0.0)
     assert asked == ["5"]
-    requeue.failed(run, "5", 1, 20)
+    requeue.failed(run, "5", 1, 20, 0.0)
     assert "n2: task 1: Killed" in run.failed.read_text()
     assert run.command("resume", "cluster.exclude=n2") in run.failed.read_text()
     # A person tries again all the same: it is the third time; and what is left out stays left out.
     write_text(run.config_file, reading.dump(Config(cluster=Cluster(exclude="n[7-9]"))))
     run.failed.unlink()
     write_log(run, 0, "srun: error: n[2,5]: tasks 1,4: Killed\n" + CLEANS_UP)
-    requeue.failed(run, "5", 1, 20)
+    requeue.failed(run, "5", 1, 20, 0.0)
     assert run.command("resume", "cluster.exclude=n[7-9],n2") in run.failed.read_text()
 
 
 def test_nodes_that_fail_all_at_once_are_not_left_out(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(slurm, "requeue", lambda job: "")
+    monkeypatch.setattr(slurm, "requeue", lambda job, patience_s: "")
     run.update_state(nodes=("n1", "n2"))
     write_log(run, 0, "srun: error: n[1-2]: tasks 0-1: Exited with exit code 1\n")
     for _ in range(2):
-        requeue.failed(run, "5", 1, 20)
+        requeue.failed(run, "5", 1, 20, 0.0)
     assert "n[1-2]: tasks 0-1: Exited with exit code 1" in run.failed.read_text()
     assert "exclude" not in run.failed.read_text()
 

@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 from support.clock import own_clock
 
+from fixres_dist.base import watchdog
+from fixres_dist.base.errors import UserError
 from fixres_dist.base.files import write_text
 from fixres_dist.cluster import jobs, reasons, requeue, slurm, status
 from fixres_dist.config import reading
@@ -195,6 +197,90 @@ def test_in_a_container_the_batch_script_asks_and_requeues(
     assert (tmp_path / "bin" / "scontrol.requeued").read_text() == "5\n"
 
 
+def away_for(calls: int, what: str, state: str = "RUNNING") -> str:
+    """scontrol of a controller that gives no answer to the first so many calls of `what` (show or requeue)."""
+    away = f'n=$(cat "$0.n" 2>/dev/null || echo 0); echo $((n + 1)) > "$0.n"; [ $n -ge {calls} ] || {{ echo {AWAY_SAID} >&2; exit 1; }}'
+    return f"if [ $1 = {what} ]; then {away}; fi; {shows(state)}"
+
+
+AWAY_SAID = "slurm_load_jobs error: Unable to contact slurm controller"
+
+
+@pytest.mark.parametrize("what", ["show", "requeue"])
+@pytest.mark.parametrize("calls", [1, 3])
+def test_a_controller_that_is_away_at_a_stop_is_asked_again(
+    run: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str, calls: int
+) -> None:
+    """It restarts, or is overloaded: first rank 0 asks again, then the batch script, and the stop is counted once."""
+    clock = iter(range(0, 10_000, 20))
+    own_clock(monkeypatch, slurm, monotonic=lambda: float(next(clock)), sleep=lambda s: None)
+    programs(tmp_path / "bin", monkeypatch, scontrol=away_for(calls, what))
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:/bin:/usr/bin")
+    saved(run, 40)
+    said = requeue.stopped(run, signal.SIGUSR2, 40, 120)
+    by_batch_script = calls == 3
+    assert ("the batch script ask" in said) == by_batch_script, said
+    requeue.ended(run, 0)
+    assert run.state().state == "requeued", run.state().reason
+    assert (tmp_path / "bin" / "scontrol.requeued").read_text() == "5\n"
+    assert {reason: n for reason, n in run.state().restarts.items() if n} == {"preempted": 1}
+    assert "SIGUSR2" in str(run.state().reason)
+
+
+def test_a_stop_that_slurm_never_explains_is_still_requeued(
+    run: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = iter(range(0, 10_000, 20))
+    own_clock(monkeypatch, slurm, monotonic=lambda: float(next(clock)), sleep=lambda s: None)
+    programs(tmp_path / "bin", monkeypatch, scontrol=away_for(10**6, "show"))
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:/bin:/usr/bin")
+    requeue.stopped(run, signal.SIGUSR2, 0, 30)
+    requeue.ended(run, 0)
+    assert (run.state().state, run.state().restarts["failure"]) == ("requeued", 0)
+    assert (tmp_path / "bin" / "scontrol.requeued").read_text() == "5\n"
+
+
+def test_starts_that_are_lost_again_and_again_end(run: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Slurm requeues the job of a lost node by itself, and no batch script is left to judge it."""
+    programs(tmp_path / "bin", monkeypatch)
+    for losses in (1, 2):  # max_restarts
+        requeue.begin(run, 2, ["n1"])
+        assert run.state().restarts["failure"] == losses
+    saved(run, 40)
+    requeue.begin(run, 2, ["n1"])  # with progress since
+    with pytest.raises(UserError, match=r"4 starts .* the last one on n1.* no progress since step 40.*fixres logs r"):
+        requeue.begin(run, 2, ["n1"])
+    monkeypatch.delenv("FIXRES_JOB")
+    requeue.begin(run, 2, ["n1"])  # a person's start is theirs
+
+
+def test_a_start_outside_of_slurm_has_left_slurms_job(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("FIXRES_JOB")
+    requeue.begin(run, 1, ["here"])
+    assert run.state().job_id is None
+    run.update_state(job_id="local-7")
+    requeue.begin(run, 1, ["here"])
+    assert run.state().job_id == "local-7"
+
+
+def test_a_hang_is_not_blamed_on_the_rank_that_tells_it_first(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_PROCID", "5")
+    monkeypatch.setenv("SLURMD_NODENAME", "n3")
+    why = watchdog.reason([watchdog.Standing(k, f"n{k}", "x" if k == 1 else "y", 0.0) for k in range(4)], 4, 600)
+    requeue.broke(run, why, "")
+    assert (run.root / requeue.BROKEN).read_text() == why
+    assert "rank 1 on n1 in x; rank 0, 2, 3 in y" in why
+    assert reasons.nodes_of(why) == []
+
+
+def test_a_persons_defaults_for_slurms_programs_are_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    programs(tmp_path / "bin", monkeypatch, squeue='echo "5|PENDING|$SQUEUE_STATES$SLURM_CLUSTERS$SLURM_TIME_FORMAT|"')
+    for name in ("SQUEUE_STATES", "SLURM_CLUSTERS", "SLURM_TIME_FORMAT", "SACCT_FORMAT"):
+        monkeypatch.setenv(name, "x")
+    assert (slurm.queue(["me"]) or {})["5"].reason == ""
+    assert jobs.told_of_the_shell() == ["SLURM_CLUSTERS=x"]
+
+
 def test_a_refused_requeue_is_a_failure_with_the_next_command(
     run: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -222,7 +308,10 @@ def test_status_explains_the_requeue_hold_and_vanished_jobs(
     programs(tmp_path / "bin", monkeypatch, squeue="echo x >> $0.calls; echo '5|PENDING|BeginTime|'")
     (row,) = status.rows([run])
     assert (row.state, row.percent) == ("requeued", 50.0)
-    assert "held for about two minutes after a requeue, then it starts by itself (BeginTime)" in row.reason
+    assert (
+        "held for about two minutes after a requeue, or to the time that was asked for; then it starts by itself (BeginTime)"
+        in row.reason
+    )
     status.rows([run, run, run])
     assert (tmp_path / "bin" / "squeue.calls").read_text() == "x\nx\n", "one call for all runs"
     programs(tmp_path / "bin", monkeypatch, squeue="exit 0")

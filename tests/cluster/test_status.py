@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -87,6 +88,11 @@ def seen(run: RunDir, folder: Path, monkeypatch: pytest.MonkeyPatch, squeue: str
         ("SUSPENDED|None|n1|2026-11-28T15:00:00|3:02|1:00:00", "(scontrol resume 5)"),
         ("STOPPED|None|n1", "Next: scancel --signal=CONT 5"),
         ("REQUEUE_HOLD|None|", "Next: scontrol release 5"),
+        (
+            "RESV_DEL_HOLD|Reservation x was deleted|",
+            "reservation is gone. Next: scontrol update jobid=5 reservationname=",
+        ),
+        ("PENDING|BeginTime|", "or to the time that was asked for"),
         ("RUNNING|None|n1|2026-11-28T15:00:00|3:02|1:00:00", "job 5 has used 3:02 of 1:00:00"),
     ],
 )
@@ -198,6 +204,20 @@ def test_a_job_that_squeues_last_answer_does_not_know_is_asked_for(
     fake_slurm(tmp_path / "bin", monkeypatch, squeue="echo '5|RUNNING|None|n1'")
     (row,) = status.rows([run], status.SLURM_EVERY_S)
     assert row.state == State.RUNNING
+
+
+def test_a_job_that_is_gone_is_not_asked_for_at_every_look(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`logs --follow` looks every second, for hours where other runs of a grid go on."""
+    run = make(tmp_path)
+    now = time.time() + 60
+    own_clock(monkeypatch, status, time=lambda: now)
+    for answer, state in ((":", State.FAILED), ("exit 1", State.RUNNING)):
+        monkeypatch.setattr(slurm, "ANSWERS", {})
+        folder = fake_slurm(tmp_path / state, monkeypatch, squeue=answer)
+        for _ in range(5):
+            (row,) = status.rows([run], status.SLURM_EVERY_S)
+        assert row.state == state
+        assert len(calls(folder, "squeue")) == 1
 
 
 def test_cancel_asks_slurm_less_and_less(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -12,14 +13,14 @@ from pathlib import Path
 import pytest
 from support.commands import ROOT, environment, run, tiny
 
-from fixres_dist.base.small_files import read_lines
-from fixres_dist.base.watchdog import reason
+from fixres_dist.base.watchdog import Standing, reason
 from fixres_dist.cluster import status
 from fixres_dist.config.schema import Config
 from fixres_dist.runs import preparation
 from fixres_dist.runs.rundir import RunDir
 from fixres_dist.runs.states import Event, State
 
+HERE = socket.gethostname()
 # At the end of the snapshot's training/step.py.
 HANGS = """
 _backward = backward
@@ -42,9 +43,15 @@ sys.exit(main(sys.argv[1:]))
 @pytest.mark.parametrize(
     ("how", "said"),
     [
-        ("threading.Event().wait()", "rank 1 in training/step.py:"),
-        ("os.kill(os.getpid(), signal.SIGSTOP)", "rank 1 does not answer (suspended, or its node is lost); rank 0 in "),
-        (f"[os.kill(int(pid), signal.SIGSTOP) for pid in open({CHILDREN}).read().split()]", "rank 1 in data/"),
+        ("threading.Event().wait()", f"rank 1 on {HERE} in training/step.py:"),
+        (
+            "os.kill(os.getpid(), signal.SIGSTOP)",
+            f"rank 1 does not answer (suspended, or its node is lost); rank 0 on {HERE} in ",
+        ),
+        (
+            f"[os.kill(int(pid), signal.SIGSTOP) for pid in open({CHILDREN}).read().split()]",
+            f"rank 1 on {HERE} in data/",
+        ),
     ],
     ids=["waits", "suspended", "loader"],
 )
@@ -63,18 +70,20 @@ def test_a_rank_that_hangs_ends_the_run_and_is_named(tmp_path: Path, photos: Pat
     assert following.startswith("Next: again, from the last checkpoint: ")
     state = here.state()
     assert (state.state, state.final) == (State.FAILED, False), "a retry may help"
-    told = [line["rank"] for line in read_lines(here.events) if line["event"] == "no progress for"]
+    told = [int(file.stem.removeprefix("rank_")) for file in here.hung.iterdir()]
     for rank in told:
         (log,) = here.root.glob(f"submitit/*/*_{rank}_log.out")
         assert "in backward" in log.read_text(), "the stack of the main thread"
 
 
 def test_the_fewest_ranks_at_a_place_come_first() -> None:
-    places = dict.fromkeys(range(12), "training/ranks.py:80 highest") | {5: "data/decoding.py:40 load"}
-    text = reason(places, 13, 600)
+    places = {5: "data/decoding.py:40 load"}
+    told = [Standing(k, f"n{k // 4}", places.get(k, "training/ranks.py:80 highest"), 0.0) for k in range(12)]
+    text = reason(told, 13, 600)
     assert text.startswith("no progress for 600 s (run.watchdog_s): rank 12 does not answer (suspended, or")
     assert (
-        "; rank 5 in data/decoding.py:40 load; rank 0, 1, 2, 3, 4, 6, 7, 8 and 3 more in training/ranks.py:80" in text
+        "; rank 5 on n1 in data/decoding.py:40 load; rank 0, 1, 2, 3, 4, 6, 7, 8 and 3 more in training/ranks.py:80"
+        in text
     )
 
 
