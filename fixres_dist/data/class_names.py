@@ -151,10 +151,15 @@ def of_places(places: Mapping[str, int]) -> Classes:
 
 def in_header(path: Path) -> tuple[str, ...]:
     """The class names in a safetensors file's header; empty where it has none."""
+    return unique(parsed(metadata(path).get(NAMES, "[]")))
+
+
+def metadata(path: Path) -> dict[str, str]:
+    """What a safetensors file's header says besides its tensors."""
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
         header = parsed(file.read(check_header(path, length)).decode())
-    return unique(parsed(header.get("__metadata__", {}).get(NAMES, "[]")))
+    return dict(header.get("__metadata__", {}))
 
 
 def check_header(path: Path, length: int) -> int:

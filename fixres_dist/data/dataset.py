@@ -172,6 +172,11 @@ def check_folder(root: Path, data: Data | None = None) -> dict[str, Survey]:
     """What train and val hold. Refuse what can be seen to be wrong without opening an image; raises UserError."""
     data = data or Data()
     surveys = {split: survey(root, split, data) for split in ("train", "val")}
+    if data.labels and not any(found.by_list for found in surveys.values()):
+        raise UserError(
+            f"data.labels={data.labels} is the labels of images without class folders, and both splits have subfolders, which "
+            "are taken for classes. Next: leave data.labels out, or move the images of the split out of its subfolders."
+        )
     for split, found in surveys.items():
         where = root / data.split_name(split)
         if len(found.classes) < 2:

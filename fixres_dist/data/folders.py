@@ -97,8 +97,9 @@ def listing(place: Place) -> Listing:
 def in_classes(folder: Path, passed: Counter[str]) -> Listing:
     root = Directory(".", os.stat(folder).st_mtime_ns, [], ())
     classes = class_folders(folder)
+    on_disk = set(classes.values())
     for entry in os.scandir(folder):
-        if entry.name not in classes.values():
+        if entry.name not in on_disk:
             beside = is_image(entry.name) and not hidden(entry.name)
             passed["image(s) beside the class folders" if beside else name_of(entry)] += 1
     found = [root]

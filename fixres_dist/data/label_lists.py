@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import csv
 import os
 import re
 import struct
 import zlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from fixres_dist.base.errors import UserError
@@ -44,15 +45,8 @@ def read(path: Path, images: Sequence[str]) -> tuple[list[str], Counter[str]]:
         labels = [row[0] for row in rows]
         found = dict(zip(sorted(images, key=os.path.basename), labels, strict=True))
     else:
-        given = {row[0].replace("\\", "/").removeprefix("./"): row[1] for row in rows if len(row) > 1}
-        by_file = {name.rpartition("/")[2]: name for name in given}
-        found, used = {}, set()
-        for image in images:
-            file = image.rpartition("/")[2]
-            keys = (image, by_file.get(file), by_file.get(os.path.splitext(file)[0]))
-            if key := next((key for key in keys if key in given), None):
-                found[image] = given[key]
-                used.add(key)
+        given = by_name(path, rows)
+        found, used = matched(path, given, images)
         if not found:
             raise UserError(
                 f"{path} names none of the {len(images)} images, such as {images[0] if images else '-'}; its first line is "
@@ -65,10 +59,56 @@ def read(path: Path, images: Sequence[str]) -> tuple[list[str], Counter[str]]:
     return [found.get(image, "") for image in images], +passed
 
 
+def by_name(path: Path, rows: Sequence[Sequence[str]]) -> dict[str, str]:
+    """The label of each name in the list. Raises UserError for a name with two."""
+    given: dict[str, str] = {}
+    for row in rows:
+        if len(row) > 1:
+            name = row[0].replace("\\", "/").removeprefix("./")
+            if given.setdefault(name, row[1]) != row[1]:
+                raise UserError(
+                    f"{path} gives {name!r} two labels, {given[name]!r} and {row[1]!r}. Accepted: one for each image."
+                )
+    return given
+
+
+def matched(path: Path, given: Mapping[str, str], images: Sequence[str]) -> tuple[dict[str, str], set[str]]:
+    """The label of each image, under its path below the split, that with folders before it, its file name or that without its
+    ending; and the names that were used. Raises UserError for a name without folders that is that of several images or lines.
+    """
+    files = Counter(name.rpartition("/")[2] for name in given)
+    by_file = {name.rpartition("/")[2]: name for name in given if files[name.rpartition("/")[2]] == 1}
+    longer = [name for name in given if files[name.rpartition("/")[2]] > 1]
+    by_end = {end: name for name in longer for end in ends(name)}
+    found: dict[str, str] = {}
+    used: dict[str, str] = {}
+    for image in images:
+        file = image.rpartition("/")[2]
+        stem = os.path.splitext(file)[0]
+        name = next((n for n in (image, by_end.get(image), by_file.get(file), by_file.get(stem)) if n in given), None)
+        other = used.setdefault(name, image) if name is not None else image
+        if other != image or (name is None and {files[file], files[stem]} - {0, 1}):
+            several = f"{other!r} and {image!r}" if other != image else f"several lines, and none is {image!r}"
+            raise UserError(
+                f"{path} has {file!r} for {several}. Accepted: paths below the split, where file names stand twice."
+            )
+        if name is not None:
+            found[image] = given[name]
+    return found, set(used)
+
+
+def ends(name: str) -> Iterator[str]:
+    """`a/b/c.jpg`, `b/c.jpg`, `c.jpg`."""
+    while name:
+        yield name
+        name = name.partition("/")[2]
+
+
 def fields(line: str) -> list[str]:
     """Name and label of a line, or its label alone."""
     if mark := next((mark for mark in "\t,;" if mark in line), None):
-        cells = [cell.strip().strip("\"'") for cell in line.split(mark)]
+        cells = line.split(mark) if mark == "\t" else next(csv.reader([line], delimiter=mark, skipinitialspace=True))
+        cells = [cell.strip().strip("\"'") for cell in cells]
         cells[1] = box[1] if (box := BOX.match(cells[1])) else cells[1]
         return cells[:2]
     return [part.strip("\"'") for part in line.rsplit(None, 1)]
@@ -86,8 +126,8 @@ def numbered(path: Path, found: dict[str, str]) -> dict[str, str]:
     if numbers and min(numbers.values()) != 0:
         raise UserError(
             f"{path} has numbers from {min(numbers.values())} to {max(numbers.values())}. Accepted: numbers from 0 in the order "
-            f"of the class folders, or class names. ImageNet's devkit counts from 1 in an order of its own: put its {SYNSETS} "
-            f"or {META} beside the list, or take LOC_val_solution.csv."
+            "of the class folders, or class names that are not all numbers. ImageNet's devkit counts from 1 in an order of its "
+            f"own: put its {SYNSETS} or {META} beside the list, or take LOC_val_solution.csv."
         )
     return {image: str(number) for image, number in numbers.items()}
 

@@ -9,7 +9,9 @@ from __future__ import annotations
 import io
 import json
 import os
+import sys
 import tarfile
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,7 +24,7 @@ from fixres_dist.data import checksum_files, order
 from fixres_dist.data.folders import modified_ns
 from fixres_dist.data.headers import read_headers, same_first_bytes, within
 from fixres_dist.data.index import CachedIndex, Index, may_tell, open_shard, read_cached, write_cached
-from fixres_dist.data.layout import CLASSES, Place, class_names
+from fixres_dist.data.layout import CLASSES, Place, class_names, counted
 from fixres_dist.data.progress import Progress
 from fixres_dist.data.tar_members import label_name, read_members
 
@@ -37,6 +39,7 @@ def write_shards(index: Index, out: Path, samples_per_shard: int, progress: Prog
     shuffle only within a buffer. Raises UserError where `out` holds shards of something else, or a file cannot be read.
     """
     out.mkdir(parents=True, exist_ok=True)
+    check_labels(index)
     mark, plan = out / ".source", f"{index.fingerprint} {samples_per_shard}\n"
     if mark.exists() and mark.read_text() != plan:
         raise UserError(
@@ -68,14 +71,27 @@ def write_shards(index: Index, out: Path, samples_per_shard: int, progress: Prog
     return made
 
 
+def check_labels(index: Index) -> None:
+    """Raises UserError for pictures of different labels whose label WebDataset has under one name, that up to the first dot."""
+    labels: dict[str, tuple[int, str]] = {}
+    for label, name in zip(index.labels.tolist(), index.names(), strict=True):
+        other, first = labels.setdefault(label_name(name), (label, name))
+        if other != label:
+            raise UserError(
+                f"{name!r} and {first!r} have other labels, and WebDataset has them under one name, {label_name(name)!r}. "
+                "Accepted: names that differ before their first dot, or folders of their own. Next: rename them."
+            )
+
+
 def write_tar(index: Index, samples: list[int], shard: Path) -> None:
     with whole(shard) as part, tarfile.open(part, "w", format=tarfile.PAX_FORMAT) as tar:
         for sample in samples:
             try:
                 data = index.read(sample).tobytes()
             except OSError as error:
+                step = "the same command again" if error.errno else "--deny-list FILE, which leaves it out"
                 raise UserError(
-                    f"cannot read {index.where(sample)}: {error.strerror}. Next: the same command again."
+                    f"cannot read {index.where(sample)}: {error.strerror or error}. Next: {step}."
                 ) from None
             name = index.name(sample)
             for member, content in ((name, data), (label_name(name), str(int(index.labels[sample])).encode())):
@@ -95,7 +111,10 @@ def load(place: Place, file: Path, progress: Progress | None = None, fresh: bool
     known = {
         path: cached
         for path in (file, folder / INDEX)
-        if may_tell(path, folder) and (cached := read_cached(path)) and cached.index.checksums is not None
+        if may_tell(path, folder)
+        and (cached := read_cached(path))
+        and cached.index.checksums is not None
+        and cached.index.places is not None  # else it is of class folders that stood here
     }
     for path, cached in {} if fresh else known.items():
         if cached.shards == sizes and (modified_ns(path) or 0) >= written:
@@ -152,7 +171,10 @@ def by_shard(index: Index) -> tuple[Samples, Samples]:
 
 def listed(folder: Path, shards: list[Path]) -> Index:
     """The index as far as the tables of contents tell: without sizes and marks."""
-    members = [member for number, shard in enumerate(shards) for member in read_members(shard, number)]
+    passed: Counter[str] = Counter()
+    members = [member for number, shard in enumerate(shards) for member in read_members(shard, number, passed)]
+    if passed:
+        print(f"{folder}: passed over {counted(passed)}", file=sys.stderr, flush=True)
     if len({(member.directory, member.file) for member in members}) < len(members):  # each shard counts from zero
         members = [m._replace(directory=f"{shards[m.place[0]].stem}/{m.directory}".rstrip("/")) for m in members]
     words = sorted({str(member.label) for member in members})

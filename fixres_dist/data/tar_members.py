@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import tarfile
+from collections import Counter
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO, NamedTuple
 
@@ -16,11 +17,16 @@ MOST_CLASSES = 1 << 24
 LARGEST_LABEL = 1 << 20  # bytes of a member that is read to find a label: JSON with a picture's captions fits
 
 
-def label_name(name: str) -> str:
+def key_of(name: str) -> str:
     """WebDataset's key: the path up to the first dot of the file name; dots that it begins with are part of it."""
     folder, slash, file = name.rpartition("/")
     stem, dot, _ = file.lstrip(".").partition(".")
-    return f"{folder}{slash}{file[: len(file) - len(file.lstrip('.'))]}{stem}.cls" if dot else f"{name}.cls"
+    return f"{folder}{slash}{file[: len(file) - len(file.lstrip('.'))]}{stem}" if dot else name
+
+
+def label_name(name: str) -> str:
+    """Where WebDataset has the label of the image `name`."""
+    return f"{key_of(name)}.cls"
 
 
 class Member(NamedTuple):
@@ -54,10 +60,15 @@ class Entry(tarfile.TarInfo):
         return super()._proc_member(tar)  # type: ignore[misc,no-any-return]
 
 
-def read_members(shard: Path, number: int) -> list[Member]:
-    """Every image in a shard, from the tar's headers and the label files; raises UserError."""
+def read_members(shard: Path, number: int, passed: Counter[str] | None = None) -> list[Member]:
+    """Every image in a shard, from the tar's headers and the label files; raises UserError.
+
+    Where a sample has one label (0.cls), a picture under its name (0.png) and more of them (0.mask.png), these are counted
+    in `passed`. `data shard` writes a label for each picture, whatever dots are in its name.
+    """
     images: list[tuple[str, int, int]] = []  # name, first byte, bytes
     labels: dict[str, int | str] = {}
+    written: Counter[str] = Counter()  # label files of each name
     try:
         with tarfile.open(shard, "r:", tarinfo=Entry) as tar, open(shard, "rb") as file:
             for member in tar:
@@ -88,8 +99,14 @@ def read_members(shard: Path, number: int) -> list[Member]:
                         raise UserError(f"{shard} holds label {label} in {name!r}. Accepted: 0 to {MOST_CLASSES - 1}.")
                     if label is not None and (kind == ".cls" or stem not in labels):
                         labels[stem] = label
+                        written[stem] += 1
             if len({type(label) for label in labels.values()}) > 1:
-                raise ValueError("some labels are numbers, others names")
+                by_number, by_name = (next(k for k, v in labels.items() if isinstance(v, t)) for t in (int, str))
+                raise UserError(
+                    f"the labels of {shard} are numbers for some pictures ({by_number!r}: {labels[by_number]}) and names for others "
+                    f"({by_name!r}: {labels[by_name]!r}). Accepted: the one or the other. Next: write it again with `data shard`, from "
+                    "class folders of these names."
+                )
             check_end(file, tar.offset)
     except OSError as error:
         raise UserError(
@@ -99,7 +116,16 @@ def read_members(shard: Path, number: int) -> list[Member]:
         raise UserError(
             f"shard {shard} is torn or no tar: {error}. Next: remove it, and run the same `data shard` command again."
         ) from None
-    return [image_of(shard, name, (number, first, size), labels) for name, first, size in images]
+    plain, pictures = {os.path.splitext(name)[0] for name, *_ in images}, Counter(key_of(name) for name, *_ in images)
+    found = []
+    for name, first, size in images:
+        stem, key = os.path.splitext(name)[0], key_of(name)
+        if stem not in labels and key in labels and key in plain and written[key] < pictures[key]:
+            if passed is not None:
+                passed[f"second picture(s) of a sample ({name.removeprefix(key)})"] += 1
+        else:
+            found.append(image_of(shard, name, (number, first, size), labels))
+    return found
 
 
 def check_end(file: BinaryIO, end: int) -> None:
@@ -115,7 +141,7 @@ def check_end(file: BinaryIO, end: int) -> None:
 
 def image_of(shard: Path, name: str, place: tuple[int, int, int], labels: dict[str, int | str]) -> Member:
     """The image `name` with its label, which stands under its name without the extension, or up to the first dot."""
-    keys = (os.path.splitext(name)[0], label_name(name).removesuffix(".cls"))
+    keys = (os.path.splitext(name)[0], key_of(name))
     label = next((labels[key] for key in keys if key in labels), None)
     if label is None:
         raise UserError(

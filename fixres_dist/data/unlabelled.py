@@ -77,7 +77,10 @@ def bytes_of(picture: Image.Image) -> NDArray[np.uint8]:
     """The picture as a file without loss, whose pixels are decoded as those of any file."""
     file, wide = io.BytesIO(), picture.mode[0] in "IF"
     kept = picture if wide or picture.mode in ("L", "RGB") else picture.convert("RGB")
-    kept.save(file, "TIFF" if picture.mode == "F" else "PNG", compress_level=0)
+    if wide:
+        kept.save(file, "TIFF")  # PNG has no mode for all of them
+    else:
+        kept.save(file, "PNG", compress_level=0)
     return np.frombuffer(file.getvalue(), np.uint8)
 
 

@@ -18,6 +18,7 @@ from fixres_dist.base.errors import UserError, first_line, unknown
 from fixres_dist.config.schema import Data
 from fixres_dist.data import geometry
 
+DROP_PATH = "built_with_drop_path"  # a model's attribute: for builds of it for other sizes
 CROP_MODES = {"center": "shorter", "squash": "both", "border": "longer"}  # timm's -> the side that is scaled
 
 
@@ -144,7 +145,17 @@ def build_model(timm_name: str, num_classes: int, seed: int = 0, drop_path: floa
 
     def create(**options: bool) -> nn.Module:
         rate = {"drop_path_rate": drop_path} if drop_path else {}
-        model: nn.Module = timm.create_model(timm_name, pretrained=False, num_classes=num_classes, **options, **rate)
+        try:
+            model: nn.Module = timm.create_model(
+                timm_name, pretrained=False, num_classes=num_classes, **options, **rate
+            )
+        except TypeError as error:
+            if not rate or (options and "drop_path_rate" not in str(error)):
+                raise
+            raise UserError(
+                f"pretrain.drop_path={drop_path:g}: {timm_name} has no stochastic depth. Next: pretrain.drop_path=0"
+            ) from None
+        setattr(model, DROP_PATH, drop_path)
         return model.eval()
 
     cfg = pretrained_cfg(timm_name) if ":" in timm_name or timm.is_model(timm_name) else None
@@ -152,11 +163,7 @@ def build_model(timm_name: str, num_classes: int, seed: int = 0, drop_path: floa
         torch.manual_seed(seed)
         try:
             return create(dynamic_img_size=True) if cfg is not None and cfg.fixed_input_size else create()
-        except TypeError as error:  # the class has no such option: it takes one size only
-            if "drop_path_rate" in str(error):
-                raise UserError(
-                    f"pretrain.drop_path={drop_path:g}: {timm_name} has no stochastic depth. Next: pretrain.drop_path=0"
-                ) from None
+        except TypeError:  # the class has no such option: it takes one size only
             return create()
         except RuntimeError as error:
             raise UserError(f"timm cannot build {timm_name!r}: {error}") from None

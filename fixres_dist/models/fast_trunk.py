@@ -16,7 +16,7 @@ import torch
 from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from fixres_dist.base.errors import unknown
+from fixres_dist.base.errors import first_line, unknown
 from fixres_dist.base.memory import does_not_fit
 from fixres_dist.config.schema import Run
 from fixres_dist.models import cpu_layers, folding
@@ -192,9 +192,9 @@ def probe(
     if min(best.values()) * pictures >= COMPILE_PAYS_S * len(images):
         try:
             best |= fastest(trunk, dtype, [how for how in choices if how.compile], images)
-        except Exception as error:
+        except Exception as error:  # no compiler on this node, or one that fails: the trunk runs as it is
             if not does_not_fit(error):
-                raise
+                print(f"not compiled (run.compile=false tries it no more): {type(error).__name__}: {first_line(error)}")
     chosen = min(best, key=lambda how: best[how] if how == choices[0] else best[how] * CLEARLY)
     per_image = {str(how): round(1000 * s / len(images), 4) for how, s in best.items()}
     return {"memory_format": chosen.memory_format, "compile": chosen.compile, "ms_per_image": per_image}

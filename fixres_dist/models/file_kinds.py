@@ -14,6 +14,10 @@ from fixres_dist.data.class_names import check_header
 MOST_UNPACKED = 100  # times the size of a zip file: new weights that somebody has zipped stay below
 AGAIN = "Next: download it again"
 UNPACK = "Next: unpack it, and give the file inside"
+JOIN = (
+    "Next: join them, in Python: from glob import glob; from safetensors.torch import load_file, save_file; "
+    "save_file({k: v for f in sorted(glob('DIR/*.safetensors')) for k, v in load_file(f).items()}, 'whole.safetensors')"
+)
 CONVERT = "Accepted: a .safetensors or .pth file with timm's names. Next: convert it where its framework is installed"
 # First bytes, what they are the first bytes of, and the next step.
 KINDS: tuple[tuple[bytes, str, str], ...] = (
@@ -81,7 +85,9 @@ def text_of(head: bytes) -> str:
     if text.startswith("<"):
         what = "web page (HTML)" if "html" in text.lower() else "message of a server (XML)"
         return f"a {what}, not weights: {start!r}. {PAGE}."
-    if '"weight_map"' in text or text.startswith(("{", "[")):
+    if '"weight_map"' in text:
+        return f"the list of the pieces of weights that are in several files. {JOIN}."
+    if text.startswith(("{", "[")):
         return f"a JSON text, not weights: {start!r}. {PAGE}."
     return f"a text, not weights: {start!r}. {PAGE}."
 

@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from fixres_dist.base.errors import UserError
-from fixres_dist.models.build import accepts, copied, meta_forward, own_size
+from fixres_dist.models.build import DROP_PATH, accepts, copied, meta_forward, own_size
 
 REACH = 128  # pixels around a refused size in which accepted ones are looked for
 
@@ -50,10 +50,13 @@ def built_for(model: nn.Module, res: int) -> nn.Module:
         "num_classes": own.num_classes,
     }
     args = {**timm.models.get_model_args(model), "img_size": (res, res)}
+    if rate := getattr(model, DROP_PATH, 0.0):  # which timm leaves out
+        args["drop_path_rate"] = rate
     cfg = {**own.pretrained_cfg, **source}
     with torch.random.fork_rng(devices=[]), device:
         built: nn.Module = timm.create_model(cfg["architecture"], pretrained=True, pretrained_cfg=cfg, **args)
     built.pretrained_cfg = own.pretrained_cfg
+    setattr(built, DROP_PATH, rate)
     return built.to(first.device).eval()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +32,7 @@ CHANGED = (
 class WeightsFile:
     loaded: Mapping[str, Any]  # tensors by name, or a checkpoint that has them among other things
     classes: tuple[str, ...]  # names in the order of the classifier's rows; empty where the file does not say
+    architecture: str = ""  # timm's name of the model that they are of, where the file says
 
 
 def read_file(path: Path) -> WeightsFile:
@@ -38,12 +40,17 @@ def read_file(path: Path) -> WeightsFile:
     if not path.is_file():
         raise recipes.no_weights(path)
     if file_kinds.kind_of(path) == "safetensors":
+        if re.search(r"-\d{5}-of-\d{5}$", path.stem):
+            raise UserError(f"{path} is one of several pieces of a model's weights. {file_kinds.JOIN}.")
         tensors, _ = tensor_files.load(path, CHANGED)
-        return WeightsFile(tensors, class_names.in_header(path) or class_names.beside(path))
+        names = class_names.in_header(path) or class_names.beside(path)
+        return WeightsFile(tensors, names, class_names.metadata(path).get("timm_name", ""))
     loaded = load_pickled(path)
     if not isinstance(loaded, Mapping):
         raise UserError(f"{path} holds no state dict but one {type(loaded).__name__}. {STATE_DICT}")
-    return WeightsFile(loaded, class_names.in_checkpoint(loaded) or class_names.beside(path))
+    arch = loaded.get("arch")  # as timm's CheckpointSaver writes it
+    names = class_names.in_checkpoint(loaded) or class_names.beside(path)
+    return WeightsFile(loaded, names, arch if isinstance(arch, str) else "")
 
 
 def hub_state(timm_name: str, meta: bool = False) -> dict[str, torch.Tensor]:

@@ -63,6 +63,11 @@ def load_weights(model: nn.Module, config: Config, names: Sequence[str] = ()) ->
         origin, file = weights, sources.read_file(Path(weights))
         chosen = state_dicts.choose(file.loaded, list(model.state_dict()), config.model.checkpoint_key, origin)
         state, classes, notes = chosen.state, file.classes, [*chosen.notes]
+        if other := of_another(file.architecture, timm_name):
+            notes.append(
+                f"warning: it says that it is of {other}, which may compute something else with the same tensors than "
+                f"{timm_name}. Next, to be sure: --model {other}"
+            )
         if kinds := {str(v.dtype)[6:] for v in state.values() if v.is_floating_point() and v.dtype != torch.float32}:
             notes.append(f"converted from {', '.join(sorted(kinds))} to float32")
         by_timm = class_names.natural(names)
@@ -75,6 +80,12 @@ def load_weights(model: nn.Module, config: Config, names: Sequence[str] = ()) ->
     state, ordered = in_order(model, fitted(model, state), classes, names, origin, new_classifier)
     fill(model, state, origin, new_classifier)
     return notes + ordered
+
+
+def of_another(named: str, timm_name: str) -> str:
+    """The architecture that a weights file names, where that is none of the model's; tags of weights do not count."""
+    architecture = named.partition(".")[0]
+    return architecture if timm.is_model(architecture) and architecture != timm_name.partition(".")[0] else ""
 
 
 def fitted(model: nn.Module, state: state_dicts.State) -> state_dicts.State:
@@ -114,12 +125,9 @@ def in_order(
             f"{origin} classifies {len(given)} classes, among them the {len(names)} of the data set. Next: data.class_map={file}, "
             "which keeps all of them, or --preset own_classes for a new classifier of these alone"
         )
-    if (
-        list(given) == list(names)
-        or len(given) != len(names)
-        or class_names.unnamed(given)
-        or class_names.unnamed(names)
-    ):
+    if list(given) == list(names) or len(given) != len(names):
+        return state, []
+    if set(given) != set(names) and (class_names.unnamed(given) or class_names.unnamed(names)):
         return state, []
     rows = {n: v for n, v in classifier_tensors(model).items() if n in state and len(state[n]) == len(given)}
     if set(given) == set(names):

@@ -22,7 +22,7 @@ from support.folders import age, write_photos
 
 from fixres_dist.base.errors import UserError
 from fixres_dist.config.schema import Config, Data, Model
-from fixres_dist.data import class_maps, dataset, layout
+from fixres_dist.data import class_maps, dataset, label_lists, layout, shards
 from fixres_dist.data.index import Index
 from fixres_dist.training import plan
 
@@ -134,6 +134,33 @@ def test_a_flat_val_without_a_fitting_list_is_refused(tmp_path: Path, text: str 
     with pytest.raises(UserError) as caught:
         dataset.check_folder(root)
     assert [word for word in words if word not in str(caught.value)] == []
+
+
+@pytest.mark.parametrize(
+    ("rows", "words"),
+    [
+        ("val/images/cam1/0.jpg,ash\nval/images/cam2/0.jpg,birch\n", ["ash", "birch"]),
+        ("cam1/0.jpg,ash\ncam2/0.jpg,birch\n", ["ash", "birch"]),
+        ("0.jpg,ash\n", "has '0.jpg' for 'cam1/0.jpg' and 'cam2/0.jpg'"),
+        ("x/0.jpg,ash\ny/0.jpg,birch\ncam1/0.jpg,ash\n", "has '0.jpg' for several lines, and none is 'cam2/0.jpg'"),
+        ("cam1/0.jpg,ash\ncam1/0.jpg,birch\n", "gives 'cam1/0.jpg' two labels, 'ash' and 'birch'"),
+        ('cam1/0.jpg,"crane, bird"\ncam2/0.jpg,"crane, machine"\n', ["crane, bird", "crane, machine"]),
+    ],
+)
+def test_a_list_gives_each_image_its_own_label_or_is_refused(tmp_path: Path, rows: str, words: str | list[str]) -> None:
+    (tmp_path / "val.csv").write_text(rows)
+    images = ["images/cam1/0.jpg", "images/cam2/0.jpg"] if "images" in rows else ["cam1/0.jpg", "cam2/0.jpg"]
+    if isinstance(words, list):
+        assert label_lists.read(tmp_path / "val.csv", images)[0] == words
+    else:
+        with pytest.raises(UserError, match=words):
+            label_lists.read(tmp_path / "val.csv", images)
+
+
+def test_a_list_that_no_split_takes_is_refused(tmp_path: Path) -> None:
+    root = write_photos(tmp_path / "data", 1, 1)
+    with pytest.raises(UserError, match=r"both splits have subfolders, which are taken for classes\. Next: leave"):
+        dataset.check_folder(root, Data(labels="nothing.csv"))
 
 
 def test_a_split_of_another_name_is_proposed_and_taken(tmp_path: Path) -> None:
@@ -280,6 +307,43 @@ def test_labels_of_shards_may_be_class_names(tmp_path: Path) -> None:
     dataset.check_folder(tmp_path)
     found = dataset.load(tmp_path, "val", str(tmp_path / "cache"))
     assert {found.name(k): found.classes[found.labels[k]] for k in range(2)} == {"0.jpg": "birch", "1.jpg": "ash"}
+
+
+def test_masks_of_a_sample_are_no_samples(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """But pictures with dots in their names, each with a label, are: `data shard` writes those."""
+    for k, name in ((0, "0"), (1, "1")):
+        parts = [(f"{name}.png", JPEG), (f"{name}.mask.png", JPEG), (f"{name}.cls", name.encode())]
+        write_tar(tmp_path / "val" / f"{k}.tar", parts)
+    found = dataset.load(tmp_path, "val", str(tmp_path / "cache"))
+    assert (list(found.names()), found.labels.tolist()) == (["0.png", "1.png"], [0, 1])
+    assert "passed over 2 second picture(s) of a sample (.mask.png)" in capsys.readouterr().err
+    root = write_photos(tmp_path / "data", 2, 1)
+    for folder in (root / "train").iterdir():
+        (folder / "001.jpg").rename(folder / "000.v2.jpg")
+    index = dataset.load(root, "train", str(tmp_path / "cache"))
+    shards.write_shards(index, tmp_path / "out" / "train", 3)
+    again = dataset.load(tmp_path / "out", "train", str(tmp_path / "other"))
+    assert again.fingerprint == index.fingerprint
+
+
+def test_labels_that_shards_cannot_tell_apart_are_refused(tmp_path: Path) -> None:
+    root, names = flat(tmp_path)
+    for k, name in enumerate(names):
+        (root / "val" / name).rename(root / "val" / f"frame.{k}.jpg")
+    (root / "val.txt").write_text(
+        "".join(f"frame.{k}.jpg {wnid}\n" for k, wnid in enumerate([*WNIDS, *WNIDS, *WNIDS][:7]))
+    )
+    index = dataset.load(root, "val", str(tmp_path / "cache"))
+    with pytest.raises(UserError, match=r"have other labels, and WebDataset has them under one name, 'frame\.cls'"):
+        shards.write_shards(index, tmp_path / "out", 3)
+
+
+def test_an_index_of_class_folders_is_none_of_the_shards_that_replace_them(tmp_path: Path) -> None:
+    root = write_photos(tmp_path / "data", 1, 1)
+    dataset.load(root, "val", str(tmp_path / "cache"), checksums=True)
+    shutil.rmtree(root / "val")
+    write_tar(root / "val" / "0.tar", [("0.jpg", JPEG), ("0.cls", b"0")])
+    assert len(dataset.load(root, "val", str(tmp_path / "cache"))) == 1
 
 
 def test_a_split_may_be_a_pattern_of_tar_files(tmp_path: Path) -> None:

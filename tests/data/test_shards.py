@@ -134,7 +134,7 @@ def member(name: str, content: bytes = b"0", kind: bytes = tarfile.REGTYPE) -> t
         (member("/etc/outside.jpg"), "points outside"),
         (member("class_0/link.jpg", kind=tarfile.SYMTYPE), "a link, device or sparse file"),
         (member("class_0/lonely.jpg"), "without its label"),
-        (member("class_0/x.cls", b"seven"), "torn or no tar"),
+        (member("class_0/x.cls", b"seven"), "are numbers for some pictures"),
         (member("class_0/x.cls", b"-1"), "holds label -1 in 'class_0/x.cls'"),
         (member("class_0/x.cls", b"99999999999"), "holds label 99999999999"),
     ],

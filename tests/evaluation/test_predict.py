@@ -174,8 +174,10 @@ def test_python_opens_it_takes_pictures_and_measures(
     with Image.open(name) as picture:
         picture.load()
         wide = Image.fromarray(np.full((90, 80), 30000, np.uint16))
-        found = model.predict([picture, name, "nothing.jpg", picture.convert("RGBA"), wide], top=2)
-    assert [one.image for one in found] == ["picture 0", name, "nothing.jpg", "picture 3", "picture 4"]
+        whole_numbers = Image.fromarray(np.full((90, 80), 200, np.int32))
+        found = model.predict([picture, name, "nothing.jpg", picture.convert("RGBA"), wide, whole_numbers], top=2)
+    assert [one.image for one in found] == ["picture 0", name, "nothing.jpg", *(f"picture {k}" for k in (3, 4, 5))]
+    assert (found[5].classes, bool(found[5].error)) == ((), True), "no scale is known"
     assert found[0].classes == found[1].classes == found[3].classes
     assert found[0].confidences == pytest.approx(found[1].confidences, abs=1e-5)
     assert (found[2].classes, found[2].error) == ((), "No such file or directory")

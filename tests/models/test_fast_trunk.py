@@ -249,6 +249,25 @@ def test_the_usual_arrangement_stays_unless_another_is_clearly_faster(
     assert ("contiguous compiled" in found["ms_per_image"]) == (todo > 1000), "compiling is tried where it may pay"
 
 
+def test_a_compiler_that_does_not_work_costs_a_line_and_no_run(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As on a node without gcc, where run.compile=auto would try it."""
+
+    def no_compiler(body: nn.Module, **_: Any) -> nn.Module:
+        raise RuntimeError("Failed to find C compiler.\nPlease specify via CC")
+
+    timed(monkeypatch, lambda f: 1.0)
+    monkeypatch.setattr(torch, "compile", no_compiler)
+    parts = parts_of(build_model("test_efficientnet", 5), "classifier+bn")
+    own, _ = fast_trunk.prepared(parts.trunk, torch.float32)
+    choices = [CHANNELS_LAST, fast_trunk.Arrangement("contiguous", True)]
+    found = fast_trunk.probe(own, torch.float32, choices, torch.zeros(4, 3, 64, 64), 10**6)
+    assert (found["memory_format"], found["compile"]) == CHANNELS_LAST
+    said = "not compiled (run.compile=false tries it no more): RuntimeError: Failed to find C compiler.\n"
+    assert said in capsys.readouterr().out
+
+
 def test_what_is_tried() -> None:
     def names(device: torch.device, **settings: Any) -> list[str]:
         return [str(how) for how in fast_trunk.candidates(Run(**settings), device)]

@@ -9,6 +9,7 @@ import timm
 import torch
 from safetensors.torch import load_file
 from support.commands import run, tiny
+from timm.layers import DropPath
 
 from fixres_dist.base.errors import UserError
 from fixres_dist.models import weights
@@ -68,6 +69,15 @@ def test_a_model_for_another_size_is_timms_own(name: str, res: int) -> None:
         assert torch.equal(parts.head(*parts.trunk(images)), found(images))
     given = build_model(name, 5, seed=4)
     weights.fill(for_size(given, res), weights.fitted(found, model.state_dict()), "weights of another size")
+
+
+def test_stochastic_depth_goes_with_a_model_to_another_size() -> None:
+    for rate in (0.0, 0.3):
+        model = build_model("test_coatnet", 5, drop_path=rate)
+        for sized in (model, for_size(model, 192), for_size(for_size(model, 192), 224)):
+            assert max([m.drop_prob for m in sized.modules() if isinstance(m, DropPath)], default=0.0) == pytest.approx(
+                rate
+            )
 
 
 def test_what_takes_any_size_is_left_alone() -> None:

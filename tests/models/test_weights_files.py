@@ -301,6 +301,10 @@ NOT_WEIGHTS: dict[str, tuple[bytes, str]] = {
     "html after a mark": ("\ufeff\n <html>ü".encode(), "a web page (HTML)"),
     "xml": (b'<?xml version="1.0"?><Error><Code>AccessDenied</Code>', "a message of a server (XML)"),
     "json": (b'{"error": "Repository not found"}', 'a JSON text, not weights: \'{"error"'),
+    "list of pieces": (
+        b'{"metadata": {}, "weight_map": {"a": "model-00001-of-00002.safetensors"}}',
+        "the list of the pieces",
+    ),
     "text": (b"Entry not found", "a text, not weights: 'Entry not found'"),
     "gzip of a page": (gzip.compress(b"<html>"), "compressed by gzip. Next: unpack it"),
     "tar": (in_tar(), "a tar archive. Next: unpack it"),
@@ -377,6 +381,36 @@ def test_classes_in_another_order_are_mapped_by_name(tmp_path: Path, form: str) 
     assert torch.equal(filled.classifier.weight, state()["classifier.weight"][[1, 2, 0]])
     assert torch.equal(filled.classifier.bias, state()["classifier.bias"][[1, 2, 0]])
     assert said == "its classes stand in another order: mapped by name"
+
+
+def test_folders_that_are_called_by_numbers_are_mapped_too(tmp_path: Path) -> None:
+    """class_0 at place 0 looks like a name that somebody made up; with class_10 before class_2 the order matters."""
+    names = tuple(sorted(f"class_{k}" for k in range(12)))
+    model = build_model(NAME, 12, 7)
+    file = tmp_path / "w.safetensors"
+    save_file(model.state_dict(), file, {"label_names": json.dumps(sorted(names, key=lambda n: int(n[6:])))})
+    filled, said = loaded(file, names=names)
+    assert torch.equal(filled.classifier.bias[names.index("class_10")], model.classifier.bias[10])
+    assert said == "its classes stand in another order: mapped by name"
+
+
+@pytest.mark.parametrize("form", ["header", "arch"])
+def test_weights_that_name_another_architecture_are_warned_of(tmp_path: Path, form: str) -> None:
+    if form == "header":
+        save_file(state(), tmp_path / "w.safetensors", {"timm_name": "test_resnet.r160_in1k"})
+        file = tmp_path / "w.safetensors"
+    else:
+        file = saved(tmp_path, {"state_dict": state(), "arch": "test_resnet"})
+    assert "warning: it says that it is of test_resnet" in loaded(file)[1]
+    save_file(state(), tmp_path / "w.safetensors", {"timm_name": f"{NAME}.r160_in1k"})
+    assert "warning: it says" not in loaded(tmp_path / "w.safetensors")[1]
+
+
+def test_a_piece_of_weights_is_said_to_be_one(tmp_path: Path) -> None:
+    save_file(state(), tmp_path / "model-00001-of-00002.safetensors")
+    assert "is one of several pieces of a model's weights. Next: join them" in refused(
+        tmp_path / "model-00001-of-00002.safetensors"
+    )
 
 
 def test_other_classes_are_refused_or_get_a_new_classifier(tmp_path: Path) -> None:
