@@ -188,10 +188,25 @@ def set_modes(parts: Parts, bn_stats: str) -> None:
     if parts.trunk is not None and bn_stats == "ema":
         for name in parts.tuned.last_bns:
             parts.model.get_submodule(name).train()
+    keep_no_biases(parts.head)
     if parts.everything and bn_stats == "kept":
         for module in parts.model.modules():
             if isinstance(module, _BatchNorm):
                 module.eval()
+
+
+def keep_no_biases(head: nn.Module) -> None:
+    """Attention of LeViT's kind keeps a table of biases, with its graph, wherever its `training` is False: a second backward
+    pass would run through the first one's graph. The flag alone is set, so that its BatchNorms stay as they are."""
+    for module in head.modules():
+        if hasattr(module, "attention_bias_cache"):
+            module.training = True
+            module.attention_bias_cache = {}  # type: ignore[assignment]  # of weights that have been trained since
+
+
+def remembers(head: nn.Module) -> bool:
+    """Whether a forward pass moves the statistics of one of its BatchNorms."""
+    return any(module.training and isinstance(module, _BatchNorm) for module in head.modules())
 
 
 def checkpoint_activations(model: nn.Module, enable: bool) -> None:

@@ -56,14 +56,15 @@ def naming_a_smaller_batch(work: StageSession, in_steps: bool) -> Iterator[None]
         if in_steps:
             images = min(images, -(-stage.tune.global_batch // work.session.ranks.world_size))
         text = f"{images} images of {stage.res} px in a forward pass do not fit into the memory of {device}"
-        if images == 1:
+        if images <= stage.together:
             raise UserError(f"{text}, {ways_out(stage)} ({first_line(error)})") from error
         raise DoesNotFit(f"{text} ({first_line(error)})", images // 2) from error
 
 
 def ways_out(stage: Stage) -> str:
     recompute = ", or run.activation_checkpointing=true" if stage.tune.policy in THROUGH_ALL else ""
-    return f"with policy {stage.tune.policy}. Next: a smaller --res{recompute}"
+    smaller = "a smaller --res" if stage.name == "fix" else "pretrain.res=, smaller"
+    return f"with policy {stage.tune.policy}. Next: {smaller}{recompute}"
 
 
 def largest_that_fits(fits: Callable[[int], bool], cap: int) -> int:

@@ -69,4 +69,10 @@ def pretrained_again(run: RunDir, session: Session, first: list[Stage]) -> bool:
 def lacks_before(run: RunDir, config: Config) -> bool:
     """Whether what was measured before fixing is not there, because it was damaged."""
     wanted = [results.predictions_file(run, "before"), *([] if config.pretrain else [run.head_before])]
-    return not all(file.exists() for file in wanted)
+    other_sizes = (file.with_suffix("") for file in (run.root / "predictions").glob("before-*.npz.damaged"))
+    return not all(file.exists() for file in wanted) or any(map(is_lost, other_sizes))
+
+
+def is_lost(file: Path) -> bool:
+    """Whether a damaged file was put aside, and none has taken its place."""
+    return not file.exists() and file.with_name(f"{file.name}.damaged").exists()

@@ -43,7 +43,7 @@ def stage_gib(config: Config, stage: Stage, costs: Costs, counts: Counts, world_
     step = min(most, -(-tune.global_batch // world_size))
     picture = 3 * costs.res**2 * (1 + 4 + width) / 2**20  # as uint8, as fp32, and cast
     mib = max(step, min(most, -(-without // world_size))) * (picture + costs.peak_mib * width)
-    if tune.policy == "all":
+    if tune.policy in THROUGH_ALL:
         kept = CHECKPOINTED if config.run.activation_checkpointing else 1.0
         mib += step * SAVED * kept * costs.traffic_mib * width / 2
     trainable = costs.trainable(tune.policy, counts.classes)

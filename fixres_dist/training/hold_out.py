@@ -92,15 +92,14 @@ def choose(run: RunDir, session: Session, startup: StartUp) -> Session:
     weights.fill(model, weights.read_state(inner.pretrained), str(inner.pretrained))
     tried = [one for res in sizes(session.config) for one in candidates(run, first.for_size(res), res, todo[-1])]
     put_tensors(model, before)
+    # On every rank from the same candidates: a file that rank 0 has just written may not be there yet for another node.
+    found = Choice(held_out_count(config.tune, len(session.train)), min(tried, key=lambda one: one.loss), tuple(tried))
     if ranks.is_main:
-        found = Choice(
-            held_out_count(config.tune, len(session.train)), min(tried, key=lambda one: one.loss), tuple(tried)
-        )
         write_json(run.chosen, asdict(found), sealed=True)
         run.event("chosen", settings=str(found.chosen), tried=len(tried))
         print(f"{found.table()}\n{found.sentence()}", flush=True)
     ranks.barrier()
-    return replace(session, config=run.config())
+    return replace(session, config=found.applied(session.config))
 
 
 def open_inner(run: RunDir, inner: RunDir, config: Config) -> None:

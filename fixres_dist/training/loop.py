@@ -16,7 +16,7 @@ from torch import nn
 
 from fixres_dist.base.signals import Stopped
 from fixres_dist.models.parts import described, frozen_digest
-from fixres_dist.models.weights import read_state, write_tensors, write_weights
+from fixres_dist.models.weights import fitted, read_state, write_tensors, write_weights
 from fixres_dist.runs import checkpoint
 from fixres_dist.runs.restoring import exchange, put_tensors
 from fixres_dist.runs.rundir import RunDir
@@ -83,7 +83,7 @@ def open_features(training: Training) -> None:
         training.say(work.parts.folded)
     if training.tracker and training.resumed:
         total = training.tracker.total_steps
-        training.say(f"resuming {run.name} at step {step} of {total} ({100 * step / total:.0f}%)")
+        training.say(f"resuming {run.name} at step {step} of {total} ({100 * step / max(1, total):.0f}%)")
 
 
 def measure(training: Training, startup: StartUp) -> None:
@@ -112,12 +112,13 @@ def measure(training: Training, startup: StartUp) -> None:
 
 
 def measure_before_again(training: Training) -> None:
-    """Where head_before.safetensors or predictions/before.npz was damaged: both again, of the tuned tensors at the start."""
+    """Where head_before.safetensors or predictions from before fixing were damaged: again, of the tuned tensors at the start."""
     work, run, model = training.work, training.run, training.work.session.model
     now = exchange(model, training.tuned_before)
     if training.tracker and not work.session.config.pretrain:
         write_tensors(model, run.head_before, work.parts.tuned.tensors)
     training.keep("before", work.evaluate("before, again", training.partial("before-again")))
+    training.measure_other_sizes(again=True)
     put_tensors(model, now)
     training.set_modes()
 
@@ -182,7 +183,8 @@ def take_back(training: Training) -> None:
     """Leave the trained weights `alpha` of the way from those before the stage; statistics stay as they are measured."""
     work, run = training.work, training.run
     file = run.pretrained if work.session.config.pretrain else run.head_before
-    before, now = read_state(file), dict(work.session.model.named_parameters())
+    before = fitted(work.session.model, read_state(file))  # stage one's size may be another
+    now = dict(work.session.model.named_parameters())
     mixed = {
         name: torch.lerp(before[name].to(p), p.detach(), work.stage.tune.alpha)
         for name, p in now.items()

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from fixres_dist.base.commands import command
 from fixres_dist.base.errors import UserError
 from fixres_dist.base.small_files import append
+from fixres_dist.data.dataset import verify_command
 from fixres_dist.data.decoding import Bad
 from fixres_dist.data.index import Index
 from fixres_dist.runs.rundir import RunDir
@@ -42,7 +42,7 @@ def skipping(run: RunDir, ranks: Ranks, most: int | str) -> Callable[[Index, Bad
             print(f"skipped {index.where(bad.sample)}: {bad.reason}", flush=True)
             limit, skipped = max(10, len(index) // 100) if most == "auto" else int(most), run.skipped()
             if skipped > limit:
-                verify = command("data verify", "--data", index.folder.parent)
+                verify = verify_command(index.folder.parent, index.folder.name)
                 raise UserError(
                     f"{skipped} images could not be decoded, the last one {index.where(bad.sample)}: {bad.reason}. Accepted: "
                     f"data.max_skipped={limit}. Next: {verify} lists them; or the same command with a higher data.max_skipped"

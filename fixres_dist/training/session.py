@@ -21,7 +21,7 @@ from fixres_dist.data.requests import Pictures, Request
 from fixres_dist.models import fast_trunk, precision
 from fixres_dist.models.build import Preprocessing
 from fixres_dist.models.network import open_network
-from fixres_dist.models.parts import Parts, parts_of
+from fixres_dist.models.parts import Parts, parts_of, remembers
 from fixres_dist.models.resizing import for_size, largest_batch
 from fixres_dist.runs import looks
 from fixres_dist.runs.rundir import RunDir
@@ -210,8 +210,9 @@ class Session:
     def logits(self, parts: Parts, head: nn.Module, inputs: tuple[torch.Tensor, ...]) -> torch.Tensor:
         """fp32 [n, classes]. A head is fp32, but in low precision like a trunk where whole blocks of it train."""
         with self.arithmetic.low() if parts.trains_blocks else self.arithmetic.fp32():
-            empty = parts.trunk is None and not parts.tuned.buffers and not len(inputs[0])
-            logits: torch.Tensor = head(black(inputs[0]))[:0] if empty else head(*inputs)
+            # Many layers refuse an empty batch; one that remembers what it sees must not see a picture that is not there.
+            empty = not len(inputs[0]) and not remembers(parts.head)
+            logits: torch.Tensor = head(*map(black, inputs))[:0] if empty else head(*inputs)
             return logits.float()
 
     def requests(self, which: Callable[..., Iterator[Request]], index: Index, res: int) -> Iterator[Request]:

@@ -30,6 +30,7 @@ from fixres_dist.runs import checkpoint, snapshots
 from fixres_dist.runs.rundir import RunDir
 from fixres_dist.training import damage, results
 from fixres_dist.training.loop import train_stage
+from fixres_dist.training.predictions import Predictions
 from fixres_dist.training.session import Session
 from fixres_dist.training.stages import Stage
 from fixres_dist.training.throughput import StartUp
@@ -182,13 +183,16 @@ def keep(run: RunDir, place: Place, res: int) -> None:
 def taken(run: RunDir, place: Place, last: Stage) -> bool:
     """Copy the kept result into the run, the weights last; False where there is none. A damaged one is removed."""
     weights = place.result / run.pretrained.name
+    if not (place.result / "result.json").exists():
+        return False
     try:
         found = read_json(place.result / "result.json", Trained, shell("rm", "-r", place.result))
         if file_digest(weights) != found.sha256:
             raise ValueError("its weights have another checksum")
+        Predictions.read(place.result / "predictions.npz")
+        if not (place.result / run.metrics.name).exists():
+            raise ValueError(f"its {run.metrics.name} is gone")
         lines = read_lines(place.result / run.metrics.name)
-    except FileNotFoundError:
-        return False
     except (UserError, OSError, ValueError) as error:
         print(f"{place.result} cannot be used ({error}); stage one is trained again", flush=True)
         shutil.rmtree(place.result, ignore_errors=True)
@@ -227,8 +231,11 @@ def adopt(run: RunDir, session: Session, place: Place, first: list[Stage]) -> No
         if progress.stage not in [one.name for one in first] or step <= run.saved_step():
             return
         lines = read_lines(other.metrics, step=int)
-        if not session.choices() and (other.root / "choices.json").exists():
-            copy(other.root / "choices.json", run.root / "choices.json")
+        theirs = (other.root.parent if other.root.name == run.held_out.name else other.root) / "choices.json"
+        if session.kept and theirs.exists():  # what it has decided makes the bits with which it would have gone on
+            write_json(
+                session.kept, {**session.choices(), **read_json(theirs, dict[str, dict[str, Any]], "")}, sealed=True
+            )
         run.metrics.unlink(missing_ok=True)
         for line in lines:
             if line["step"] <= step:

@@ -126,11 +126,13 @@ class Training:
             self.tracker.evaluation(self.progress.step, label, self.work.stage.res, summary, time.monotonic() - began)
         return predictions
 
-    def measure_other_sizes(self) -> None:
-        """Before fixing, the accuracy at the weights' own size and at timm's test size, where stage one has not told it."""
+    def measure_other_sizes(self, again: bool = False) -> None:
+        """Before fixing, the accuracy at the weights' own size and at timm's test size, where stage one has not told it; or
+        `again` where such a file was damaged."""
         config = self.work.session.config
         for res, why in other_sizes(config, of_weights(config.model)).items():
-            if config.pretrain and res == config.pretrain.res:
+            told = config.pretrain is not None and res == config.pretrain.res
+            if not damage.is_lost(results.predictions_file(self.run, f"before-{res}")) if again else told:
                 continue
             predictions = self.work.evaluate_at(res, f"before, {res} px", self.partial(f"before-{res}", res))
             if predictions is None:

@@ -16,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from fixres_dist.data.order import keyed
 from fixres_dist.data.progress import progress_bar
 from fixres_dist.models import batchnorm
+from fixres_dist.models.parts import keep_no_biases
 from fixres_dist.models.pooled_head import pooled_head
 from fixres_dist.models.precision import LossScale
 from fixres_dist.training.cache.store import Loaded
@@ -84,6 +85,7 @@ def distribute(work: StageSession) -> nn.Module:
     # empty batch come first. They have no gradient and leave the statistics alone.
     modes = {module: module.training for module in parts.head.modules()}
     parts.head.eval()
+    keep_no_biases(parts.head)
     for _ in range(2):
         nothing = torch.zeros(0, 3, work.stage.res, work.stage.res, dtype=torch.uint8)
         torch.autograd.backward(work.logits(head, work.inputs(nothing)).sum())

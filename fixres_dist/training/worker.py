@@ -20,7 +20,7 @@ from fixres_dist.base.locks import STALE_S
 from fixres_dist.base.signals import StopFlag, Stopped
 from fixres_dist.base.small_files import Damaged, keep_lines, read_json, write_json
 from fixres_dist.cluster import requeue, slurm
-from fixres_dist.config import recipes
+from fixres_dist.config import reading, recipes
 from fixres_dist.config.schema import Config
 from fixres_dist.data import backends
 from fixres_dist.models import weights
@@ -152,6 +152,8 @@ def watched(run: RunDir, config: Config, startup: StartUp) -> contextlib.Abstrac
 def train_stages(run: RunDir, config: Config, ranks: Ranks, stack: contextlib.ExitStack, startup: StartUp) -> None:
     """What is left of the run's stages; raises Stopped, once all is saved, where a stop signal has come to any rank."""
     writer = stack.enter_context(checkpoint.Writer(run.checkpoints, lambda **saved: run.event("saved", **saved)))
+    # With a choice of settings that may be too new for another node's view of the folder.
+    config = reading.load(ranks.from_main(lambda: reading.dump(run.config())))
     chooses = config.tune.chooses and not ranks.from_main(run.chosen.exists)
     pretrained = ranks.from_main(run.pretrained.exists)
     session = open_session(
@@ -165,11 +167,11 @@ def train_stages(run: RunDir, config: Config, ranks: Ranks, stack: contextlib.Ex
     todo = stages(config, len(session.train))
     if ranks.is_main:
         begin(run, session, total_steps=todo[-1].stop)
-    if config.pretrain and not pretrained and config.model.weights != "none":
-        measure_floors(run, hold_out.session_of(session, "pretrain"), sorted({stage.res for stage in todo}))
     if chooses:
         session = hold_out.choose(run, session, startup)
         todo = stages(session.config, len(session.train))
+    if config.pretrain and not pretrained and config.model.weights != "none":
+        measure_floors(run, hold_out.session_of(session, "pretrain"), sorted({stage.res for stage in todo}))
     stage_one.train(run, hold_out.session_of(session, "pretrain"), todo, writer, startup)
     ranks.check_stop()
     if config.pretrain:

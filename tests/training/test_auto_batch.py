@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,7 +22,8 @@ from fixres_dist.base.signals import StopFlag
 from fixres_dist.cli.main import main
 from fixres_dist.config import reading, recipes
 from fixres_dist.config.schema import Config
-from fixres_dist.models import batchnorm, fast_trunk, precision
+from fixres_dist.config.stage_settings import Pretrain, Tune
+from fixres_dist.models import batchnorm, costs, fast_trunk, precision
 from fixres_dist.models.build import build_model, preprocessing
 from fixres_dist.models.parts import Parts, parts_of, set_modes
 from fixres_dist.training import auto_batch, estimates, loop, plan, step, worker
@@ -346,3 +348,25 @@ def test_a_plan_for_a_cpu_says_that_memory_is_short(
     assert "Next" not in plan_of(40.0, *local, short.rpartition("Next: ")[2]), "what it names fits"
     assert "Next: a smaller --res, or fewer processes" in plan_of(1.0, *local)
     assert "per GPU" in plan_of(1.0, "--cluster", "slurm")
+
+
+def test_what_backward_keeps_is_counted_wherever_gradients_run_through_all(photos: Path) -> None:
+    """tune.policy=attention trains a part of every block."""
+    need = {}
+    for policy in ("classifier+bn", "attention", "all"):
+        config = reading.parse(
+            Config, {"data": {"root": str(photos), "res": "224"}, "tune": {"policy": policy, "bn_stats": "ema"}}
+        )
+        counted = costs.costs("test_vit", 3, 224)
+        need[policy] = estimates.memory_gib(config, counted, plan.count(config), 1)
+    assert need["classifier+bn"] < need["attention"] <= need["all"]
+
+
+@pytest.mark.parametrize(("name", "said"), [("pretrain", "pretrain.res=, smaller"), ("fix", "a smaller --res")])
+def test_a_pair_that_mixup_mixes_is_not_parted(name: str, said: str) -> None:
+    tune = Pretrain(mixup=0.2) if name == "pretrain" else Tune()
+    stage = Stage(name, tune, 64, "test", 0, 10, 0)
+    images, ranks = stage.together, SimpleNamespace(device="cuda:0", world_size=1)
+    work = SimpleNamespace(batch_per_device=images, session=SimpleNamespace(ranks=ranks), stage=stage)
+    with pytest.raises(UserError, match=said), auto_batch.naming_a_smaller_batch(work, in_steps=False):  # type: ignore[arg-type]
+        raise torch.OutOfMemoryError("CUDA out of memory")

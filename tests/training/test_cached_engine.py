@@ -20,10 +20,15 @@ from fixres_dist.base.small_files import read_lines
 from fixres_dist.config import reading
 from fixres_dist.config.schema import Config
 from fixres_dist.data import dataset, headers
+from fixres_dist.models.parts import parts_of
 from fixres_dist.runs.preparation import prepare
 from fixres_dist.runs.rundir import RunDir
 from fixres_dist.training import worker
-from fixres_dist.training.session import Session
+from fixres_dist.training.cache import build
+from fixres_dist.training.ranks import Ranks
+from fixres_dist.training.session import Session, open_session
+from fixres_dist.training.stage_session import StageSession
+from fixres_dist.training.stages import Stage
 
 
 @pytest.fixture(autouse=True)
@@ -224,3 +229,22 @@ def test_what_cannot_be_cached_is_refused_before_anything_starts(tmp_path: Path,
     assert "test_aug" in done.stderr
     assert "run.engine=stream" in done.stderr
     assert not (tmp_path / "no").exists()
+
+
+def test_features_of_another_decoder_are_others(tmp_path: Path, photos: Path) -> None:
+    """DALI and torch differ by some grey levels."""
+    keys = []
+    for backend in ("torch", "dali"):
+        items = (
+            f"data.root={photos}",
+            "data.res=64",
+            f"data.backend={backend}",
+            "model.weights=none",
+            "model.timm_name=test_resnet",
+        )
+        config = reading.parse(Config, reading.overrides([*items, "tune.policy=classifier", "run.precision=fp32"]))
+        session = open_session(config, Ranks(0, 1, 1, ("here",), torch.device("cpu")))
+        stage = Stage("fix", config.tune, 64, "test", 0, len(session.train), 0)
+        work = StageSession(session, stage, session.with_fast_trunk(parts_of(session.model, "classifier")))
+        keys.append(build.cache_key(work, session.train, 1))
+    assert {name for name in keys[0] if keys[0][name] != keys[1][name]} == {"decoder"}

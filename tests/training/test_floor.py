@@ -19,8 +19,9 @@ from fixres_dist.config import reading, recipes
 from fixres_dist.config.schema import Config
 from fixres_dist.models.build import build_model
 from fixres_dist.runs import preparation, rundir
-from fixres_dist.runs.results import read_floors
-from fixres_dist.training import class_order, floor, worker
+from fixres_dist.runs.results import Results, read_floors
+from fixres_dist.training import class_order, floor, stage_one, worker
+from fixres_dist.training.cache import rule
 from fixres_dist.training.predictions import Predictions
 from fixres_dist.training.ranks import Ranks
 from fixres_dist.training.results import predictions_file
@@ -154,3 +155,33 @@ def test_five_thousand_classes_on_ten_thousand_pictures_are_left_out_with_the_re
     why = floor.of_features(rundir.RunDir(tmp_path), work)
     assert why == "5,000 classes on 10,000 images would take too long"
     assert not (tmp_path / "floor.json").exists()
+
+
+def test_a_start_with_more_room_has_the_first_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where there was none for its features at the start before, which did not come to the end of stage one."""
+    write_photos(tmp_path / "photos", 6, 3)
+    run = preparation.prepare(tmp_path / "run", own_classes(tmp_path, "pretrain.epochs=1", "tune.epochs=1"), "test")
+    with monkeypatch.context() as patched:
+        patched.setattr(rule, "free_bytes", lambda folder: 0)
+        patched.setattr(stage_one, "train", lambda *_: (_ for _ in ()).throw(RuntimeError("killed")))
+        with pytest.raises(RuntimeError, match="killed"):
+            worker.train(run.root, StopFlag())
+    assert not read_floors(run)
+    assert worker.train(run.root, StopFlag()) == 0
+    assert [one.res for one in read_floors(run)] == [32, 64]
+
+
+def test_the_size_that_is_chosen_has_a_first_result(tmp_path: Path) -> None:
+    write_photos(tmp_path / "photos", 6, 3)
+    items = (
+        "pretrain.epochs=1",
+        "tune.epochs=1",
+        "tune.hold_out=0.2",
+        "tune.hold_out_sizes=[96]",
+        "pretrain.classifier=new",
+    )
+    items += ("tune.policy=classifier", "tune.bn_stats=kept", "data.train_transform=test")
+    run = preparation.prepare(tmp_path / "run", own_classes(tmp_path, *items), "test")
+    assert worker.train(run.root, StopFlag()) == 0
+    assert [one.res for one in read_floors(run)] == [32, 96]
+    assert {one.res for one in Results.read(run).floor} == {32, 96}

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from support import commands
 from training.test_shared_stage_one import Steps
 from training.test_step import made as index_of
 
@@ -127,6 +128,31 @@ def test_chosen_settings_are_used_and_a_stop_in_either_stage_one_changes_nothing
     said = report.markdown([calm], rows, others, tmp_path)
     assert "## What calm has chosen" in said
     assert f"of {len(found.tried)} candidates" in said
+
+
+LATE = """
+_read = read
+def read(file, again):
+    import os
+    return _read(file, again) if os.environ.get("SUBMITIT_LOCAL_LOCALID", "0") == "0" else None
+"""
+
+
+def test_a_choice_reaches_ranks_that_do_not_see_its_file_yet(tmp_path: Path, photos: Path) -> None:
+    """NFS remembers for up to a minute that a name was not there. The run is stopped after the choice, too, and goes on."""
+    here = prepared(
+        tmp_path / "late", photos, "cluster.gpus_per_node=2", "run.watchdog_s=60", "tune.hold_out_sizes=[96]"
+    )
+    with open(here.code / "fixres_dist" / "runs" / "choice.py", "a") as file:
+        file.write(LATE)
+    done = commands.run("resume", "late", "--runs-dir", tmp_path, "--cluster", "local", "--gpus-per-node", "2")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert Results.read(here).res == 96
+    for file in (here.done, here.results):
+        file.unlink()
+    done = commands.run("resume", "late", "--runs-dir", tmp_path, "--cluster", "local", "--gpus-per-node", "2")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert Results.read(here).res == 96
 
 
 def test_the_held_out_share_trains_the_head_and_half_of_its_pictures_are_its(

@@ -117,3 +117,52 @@ def test_a_size_that_the_model_does_not_take_is_passed_over(
     said = "not measured at 160 px (the weights' own): test_efficientnet is built for 64 px"
     assert said in capsys.readouterr().out
     assert (Results.read(run).before_at, Results.read(run).best_before) == ({}, None)
+
+
+def test_a_damaged_measurement_at_another_size_is_made_again(tmp_path: Path, photos: Path) -> None:
+    """Else the result would compare with the remaining sizes alone, without a word."""
+    stage_one = (
+        "model.weights=none",
+        "pretrain.res=64",
+        "pretrain.epochs=1",
+        "pretrain.global_batch=28",
+        "data.res=96",
+    )
+    run = finished(tmp_path / "r", photos, *stage_one)
+    first, file = Results.read(run), run.root / "predictions" / "before-64.npz"
+    file.write_bytes(file.read_bytes()[:-9] + b"x" * 9)
+    for made in (run.done, run.results, run.root / "predictions" / "after.npz"):
+        made.unlink()
+    assert worker.train(run.root, StopFlag()) == 0
+    again = Results.read(run)
+    assert (again.before_at[64].top1, again.best_before) == (first.before_at[64].top1, first.best_before)
+
+
+def test_a_run_without_a_step_goes_on_from_its_checkpoint(tmp_path: Path, photos: Path, start: Path) -> None:
+    run = finished(tmp_path / "r", photos, "data.res=64", f"model.weights={start}", "tune.epochs=0")
+    top1 = Results.read(run).after.top1
+    run.done.unlink()
+    assert worker.train(run.root, StopFlag()) == 0
+    assert Results.read(run).after.top1 == top1
+
+
+def test_a_weight_between_old_and_new_goes_with_tables_of_another_size(tmp_path: Path, photos: Path) -> None:
+    """MaxViT's tables of positions are resampled for the test size; those before the stage have stage one's."""
+    config = reading.parse(
+        Config,
+        reading.overrides(
+            [
+                *("model.name=test_maxvit", "model.timm_name=test_maxvit", f"data.root={photos}", *SMALL),
+                *(
+                    "model.weights=none",
+                    "pretrain.res=96",
+                    "data.res=128",
+                    "pretrain.epochs=1",
+                    "pretrain.global_batch=28",
+                ),
+                *("tune.policy=all", "tune.alpha=0.5", "run.batch_per_device=14"),
+            ]
+        ),
+    )
+    preparation.prepare(tmp_path / "r", config, "submit")
+    assert worker.train(tmp_path / "r", StopFlag()) == 0

@@ -15,7 +15,7 @@ from support.clock import own_clock
 
 from fixres_dist.base import locks
 from fixres_dist.base.signals import StopFlag
-from fixres_dist.base.small_files import append, read_lines
+from fixres_dist.base.small_files import append, read_lines, write_json
 from fixres_dist.config import reading
 from fixres_dist.config.schema import Config
 from fixres_dist.runs import preparation
@@ -85,6 +85,10 @@ def test_a_grid_over_sizes_trains_it_once(tmp_path: Path, photos: Path, monkeypa
     for weights in (tmp_path / "cache" / "stage_one").glob("*/result/pretrained.safetensors"):
         weights.write_bytes(weights.read_bytes()[:-1] + b"x")
     assert steps.train(prepared(tmp_path / "damaged", photos, 64)) == (0, 6)
+    for name in ("predictions.npz", "metrics.jsonl"):  # a scratch file system purges single files
+        for file in (tmp_path / "cache" / "stage_one").glob(f"*/result/{name}"):
+            file.unlink()
+        assert steps.train(prepared(tmp_path / f"without {name}", photos, 64)) == (0, 6)
     for folder in (tmp_path / "cache" / "stage_one").iterdir():
         folder.chmod(0o777)
     assert steps.train(prepared(tmp_path / "foreign", photos, 64)) == (0, 6)
@@ -119,6 +123,8 @@ def test_a_stopped_one_is_gone_on_with(tmp_path: Path, photos: Path, monkeypatch
     steps = Steps(monkeypatch)
     stopped, other = prepared(tmp_path / "stopped", photos, 64), prepared(tmp_path / "other", photos, 96)
     assert steps.train(stopped, stop=3) == (1, 4)
+    for run in (stopped, other):
+        write_json(run.root / "choices.json", {"stage one's" if run is stopped else "own": {"x": 1}}, sealed=True)
     (place,) = (tmp_path / "cache" / "stage_one").iterdir()
     held, waits = locks.lock(place / ".lock"), []
     held.__enter__()
@@ -134,6 +140,7 @@ def test_a_stopped_one_is_gone_on_with(tmp_path: Path, photos: Path, monkeypatch
         *("waiting for stage one", "stage one adopted")
     ]
     assert len(waits) == 2
+    assert other.root.joinpath("choices.json").read_text().count("stage one's") == 1, "what the stopped one has decided"
     assert steps.train(stopped) == (0, 0)
     calm = prepared(tmp_path / "calm", photos, 64, "another cache")
     assert steps.train(calm) == (0, 6)

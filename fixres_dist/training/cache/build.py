@@ -17,8 +17,8 @@ import torch
 
 from fixres_dist.base.environment import versions, writable
 from fixres_dist.base.errors import UserError, unknown
-from fixres_dist.base.text import duration
-from fixres_dist.data import order
+from fixres_dist.base.text import decision, duration
+from fixres_dist.data import backends, order
 from fixres_dist.data.index import Index
 from fixres_dist.data.progress import progress_bar
 from fixres_dist.data.requests import make_request
@@ -32,6 +32,8 @@ from fixres_dist.training.stage_session import StageSession
 
 SEGMENT_BATCHES, SEGMENTS = 4, 512  # a segment is the larger of 4 forward passes and 1/512 of the split
 WAIT_S = 2.0  # between looks at whether another run has finished writing the same features
+# Stages without a step: a later start, which may find more room, decides anew, and so does each size.
+PASSING = ("floor", "choice")
 
 
 def cache_key(work: StageSession, index: Index, views: int) -> dict[str, Any]:
@@ -48,6 +50,7 @@ def cache_key(work: StageSession, index: Index, views: int) -> dict[str, Any]:
         "res": res,
         "resize": list(session.resize(res)),
         "mean and std": [list(session.spec.mean), list(session.spec.std)],
+        "decoder": backends.choose(session.config.data.backend, session.ranks.device, session.spec.interpolation)[0],
         "precision": session.arithmetic.name,
         "device": session.ranks.device.type,
         "versions": {name: installed[name] for name in ("torch", "timm")},
@@ -83,7 +86,12 @@ def open_stores(work: StageSession, resumed: bool, tell: Callable[..., None]) ->
         engine, why = rule.choose(setting, stage, streamed, need)
         return {"engine": engine, "why": why}
 
-    engine = session.decided(f"engine of {stage.name} (run.engine={setting})", decide).get("engine")
+    if stage.name in PASSING:
+        engine = (found := ranks.from_main(decide))["engine"]
+        if ranks.is_main:
+            print(decision(f"engine of {stage.name}", found), flush=True)
+    else:
+        engine = session.decided(f"engine of {stage.name} (run.engine={setting})", decide).get("engine")
     if engine not in ("cached", "stream"):
         raise unknown("engine", engine, ("cached", "stream"), "Next: remove the run's choices.json.")
     if engine == "stream" or (setting != "cached" and ranks.from_main(partial(shut, list(stores.values())))):
