@@ -35,11 +35,13 @@ def without_losing(curves: Gains, split: str = "val") -> tuple[float, Gain] | No
 
 
 def read_alphas(run: RunDir) -> dict[str, list[tuple[float, Gain]]]:
-    """Of alpha.json, as `interpolate` writes it; empty where there is none. Raises Damaged."""
+    """Of alpha.json, as `interpolate` writes it; empty where there is none, or one of another size than the run's. Raises Damaged."""
     file = run.root / "alpha.json"
     again = f"{shell('rm', '-r', file)}, then {command('interpolate', '--run', run.root)} again"
+    own = run.config().data.res
     try:
-        curves = read_json(file, dict[str, Any], again)["curves"]
+        found = read_json(file, dict[str, Any], again)
+        curves = found["curves"] if found.get("res", own) == own else {}
         return {name: [(float(row["alpha"]), typed(row, Gain)) for row in rows] for name, rows in curves.items()}
     except FileNotFoundError:
         return {}
@@ -48,14 +50,21 @@ def read_alphas(run: RunDir) -> dict[str, list[tuple[float, Gain]]]:
 
 
 def warning(run: RunDir, sets: Iterable[BeforeAfter]) -> str:
-    """Of a run that loses on one of `sets`: where, and the alpha that gains without, or how to find it; else empty."""
-    losers = [line for line in sets if lost(line.gain)]
+    """Of a run that loses on one of `sets`: where, and the alpha that gains without, or how to find it; else empty.
+
+    Heads are weighed at the run's own size alone, which is what fixing is for: a loss at another is said and no more.
+    """
+    own = run.config().data.res
+    lines = [line for line in sets if lost(line.gain)]
+    losers, elsewhere = ([line for line in lines if (line.res == own) == at_own] for at_own in (True, False))
+    text = ""
+    if elsewhere:
+        text = f"LOST by fixing at another size: {named(elsewhere)}; fixing is for the run's own, {own} px"
     if not losers:
-        return ""
-    names = ", ".join(f"{line.set} at {line.res} px {line.gain}" for line in losers)
+        return text
+    text = f"{text}{'. ' * bool(text)}LOST by fixing: {named(losers)}. "
     curves = read_alphas(run)
     unmeasured = [line.set for line in losers if line.set not in curves]
-    text = f"LOST by fixing: {names}. "
     if unmeasured:
         words = [word for name in unmeasured for word in ("--eval-set", f"{name}=DIR")]
         again = command("interpolate", "--run", run.root, *words)
@@ -65,3 +74,7 @@ def warning(run: RunDir, sets: Iterable[BeforeAfter]) -> str:
     alpha, gain = best
     export = command("export", "--run", run.root, "--alpha", f"{alpha:g}")
     return f"{text}alpha {alpha:g} gains {gain} on val and loses on none of the sets: {export}"
+
+
+def named(lines: Iterable[BeforeAfter]) -> str:
+    return ", ".join(f"{line.set} at {line.res} px {line.gain}" for line in lines)

@@ -299,6 +299,8 @@ def test_a_set_that_lost_is_said_with_the_alpha_that_does_not(tmp_path: Path) ->
         return row.robustness
 
     assert told().startswith(looked_for)
+    (run.root / "alpha.json").write_text(json.dumps({"res": 128, "curves": {"a": []}}))
+    assert told().startswith(looked_for), "of heads that were weighed at another size"
     val = [(0.0, 0.0), (0.25, 0.5), (0.5, 0.9), (1.0, 1.4)]
     assert told({"val": val}).startswith(looked_for)
     steep = {"val": val, "a": [(0.0, 0.0), (0.25, -0.2), (0.5, -0.5), (1.0, -1.0)]}
@@ -306,6 +308,15 @@ def test_a_set_that_lost_is_said_with_the_alpha_that_does_not(tmp_path: Path) ->
     assert told(steep) == f"{start}{gained}fixres export --run {run.root} --alpha 0.25"
     steeper = {"val": val, "a": [(0.0, 0.0), (0.25, -0.9), (0.5, -0.9), (1.0, -1.0)]}
     assert told(steeper) == f"{start}No alpha of alpha.json gains on val without losing there"
+    for name in ("a", "val"):  # --eval-set val=DIR is refused, and an alpha of 320 px says nothing about 128
+        at_128 = {**json.loads((run.root / "evaluations" / "a-320.json").read_text()), "set": name, "res": 128}
+        (run.root / "evaluations" / f"{name}-128.json").write_text(json.dumps(at_128))
+    lines = [f"{name} at 128 px -1.00 (-1.40 to -0.60)" for name in ("a", "val")]
+    elsewhere = f"LOST by fixing at another size: {', '.join(lines)}; fixing is for the run's own, 320 px"
+    assert told(steep) == f"{elsewhere}. {start}{gained}fixres export --run {run.root} --alpha 0.25"
+    (run.root / "evaluations" / "a-320.json").unlink()
+    assert told(steep) == elsewhere
+    (run.root / "evaluations" / "a-320.json").write_text(json.dumps({**at_128, "set": "a", "res": 320}))
     (run.root / "alpha.json").write_text("{")
     run.done.touch()
     ((), (other,)) = report.rows([run])
