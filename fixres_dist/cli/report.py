@@ -46,8 +46,7 @@ def run(args: argparse.Namespace) -> int:
         figures.published_plot(report.published_curves() if report.of_imagenet(rows) else {}, rows, out / "report.png")
     print(f"{text}\n{out / 'report.md'}")
     if args.html:
-        pages = [line for run in runs for row in rows if row.run == run.name for line in run_page.page(run, row, out)]
-        whole = "\n".join([report.markdown([], rows, others, out), *pages])
+        whole = "\n".join([report.markdown([], rows, others, out), *run_page.pages(rows, out)])
         write_text(out / "report.html", html_page(", ".join(run.name for run in runs), whole, out))
         print(out / "report.html")
     return EXIT_DONE

@@ -40,9 +40,19 @@ SHOWN = {
 }
 
 
-def page(run: RunDir, row: Row, out: Path) -> list[str]:
-    """The lines in markdown; draws what is not drawn yet into the folder `out`, from where its pictures are named."""
-    made = draw(run, out)
+def pages(rows: Sequence[Row], out: Path) -> list[str]:
+    """Of each run, in markdown. Runs of different folders may have one name: their files in `out` are told apart by position."""
+    names = [row.root.name for row in rows]
+    if len(set(names)) < len(names):
+        names = [f"{k}-{name}" for k, name in enumerate(names, 1)]
+    return [line for row, name in zip(rows, names, strict=True) for line in page(row, out, name)]
+
+
+def page(row: Row, out: Path, prefix: str) -> list[str]:
+    """The lines in markdown; draws what is not drawn yet into the folder `out`, from where its pictures are named, in files
+    `PREFIX-*.png`."""
+    run = RunDir(row.root)
+    made = draw(run, out, prefix)
     text = [f"## {verbatim(run.name)}", "", f"{verbatim(row.results.sentence(run))}.", ""]
     text += [markdown_table(("", ""), ((name, verbatim(value)) for name, value in facts(run, row).items())), ""]
     for title, wanted in SHOWN.items():
@@ -68,16 +78,16 @@ def places(run: RunDir, name: str, made: dict[str, Path]) -> Sequence[Path]:
     return (run.root / f"{name}.png", run.root / "pictures" / f"{name}.png", *([made[name]] if name in made else []))
 
 
-def draw(run: RunDir, out: Path) -> dict[str, Path]:
+def draw(run: RunDir, out: Path, prefix: str) -> dict[str, Path]:
     """Name -> PNG in `out` of the curves that follow from metrics.jsonl and the predictions."""
     made, lines = {}, read_lines(run.metrics, step=int)
     if lines:
-        made["training"] = out / f"{run.root.name}-training.png"
+        made["training"] = out / f"{prefix}-training.png"
         figures.training_plot(lines, made["training"])
     files = {when: run.root / "predictions" / f"{when}.npz" for when in ("before", "after")}
     found = {when: reliability_of(Predictions.read(file)) for when, file in files.items() if file.exists()}
     if known := {when: one for when, one in found.items() if one}:
-        made["reliability"] = out / f"{run.root.name}-reliability.png"
+        made["reliability"] = out / f"{prefix}-reliability.png"
         figures.reliability_plot(known, made["reliability"])
     return made
 

@@ -166,6 +166,23 @@ def test_a_page_holds_all_of_a_run_and_nothing_from_elsewhere(tmp_path: Path) ->
     assert "<b>SIGTERM" not in page
 
 
+def test_runs_of_one_name_have_their_own_numbers_and_curves(tmp_path: Path) -> None:
+    """`report runs/r1 v2/r1 --html` had four parts, of which two were one run's numbers under the other."""
+    tops = (81.25, 82.5)
+    runs = [
+        made(tmp_path / folder / "r1", "b0", 320, after={**RESULTS["after"], "top1": top})
+        for folder, top in zip(("runs", "v2"), tops, strict=True)
+    ]
+    for run, loss in zip(runs, (1.0, 2.0), strict=True):
+        append(run.metrics, {"step": 5, "stage": "fix", "loss": loss, "time": 2700.0})
+    assert main(["report", *(str(run.root) for run in runs), "--html"]) == 0
+    out = tmp_path / "runs" / "report"
+    page = (out / "report.html").read_text()
+    assert re.findall(r"top-1 78\.70 before, ([\d.]+) after fixing", page) == [f"{top:.2f}" for top in tops]
+    assert page.count("<h2>r1</h2>") == 2
+    assert sorted(file.name for file in out.glob("*-training.png")) == ["1-r1-training.png", "2-r1-training.png"]
+
+
 def test_the_time_of_all_starts_counts(tmp_path: Path) -> None:
     run = RunDir(tmp_path)
     assert device_seconds(run) == 0
