@@ -153,7 +153,7 @@ class Fitted:
     """A temperature, and the expected calibration error in percentage points without it and with it."""
 
     temperature: float
-    fitted_on: str
+    fitted_on: str  # val of the run's data set alone, or another folder's name, which is not `val`
     n: int
     measured_on: str
     ece_before: float
@@ -178,12 +178,12 @@ def fitted_temperature(folder: Path) -> Fitted | None:
 def place(given: str, data: Data) -> Path:
     """The folder that `--temperature-from` names: a split of the data set, or a folder of class folders. Raises UserError."""
     root = dataset.folder(data.root, data.cache).absolute()
-    split, other = root / data.split_name(given), Path(given).absolute()
-    if root / data.train_split in (split, other):
+    split, other, train = root / data.split_name(given), Path(given).absolute(), root / data.train_split
+    folder = other if "/" in given or (other.is_dir() and not split.is_dir()) else split
+    if split == train or folder.resolve() == train.resolve():
         raise UserError(
             f"--temperature-from {given} is what the model was trained on, where it is surer than on other pictures. Accepted: "
             "val, or a folder of class folders with pictures of its own. Next: --temperature-from val"
         )
-    folder = other if "/" in given or (other.is_dir() and not split.is_dir()) else split
     dataset.survey(folder.parent, folder.name, data)  # refuses one that is not there
     return folder

@@ -24,10 +24,13 @@ def fit(model: Classifier, given: str, data: Data, run: RunDir) -> Fitted:
     folder, val = place(given, data), dataset.folder(data.root, data.cache).absolute() / data.val_split
     z, labels = logits(model, folder, data, run)
     temperature, n = fit_temperature(z, labels), len(labels)
-    if folder != val:
+    same = folder.resolve() == val.resolve()
+    if not same:
         z, labels = logits(model, val, data, run)
     before, after = (error(z / t, labels) for t in (1.0, temperature))
-    return Fitted(temperature, "val" if folder == val else folder.name, n, "val", before, after)
+    # Only the run's own is called val; of another folder of that name the folder above it is told too.
+    other = f"{folder.parent.name}/{folder.name}" if folder.name == "val" else folder.name
+    return Fitted(temperature, "val" if same else other, n, "val", before, after)
 
 
 def logits(model: Classifier, folder: Path, data: Data, run: RunDir) -> tuple[NDArray[np.float32], NDArray[np.int64]]:

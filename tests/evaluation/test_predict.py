@@ -259,6 +259,26 @@ def test_a_temperature_is_fitted_written_and_applied(
         assert expected in said
 
 
+def test_another_folder_called_val_is_not_the_runs_own(run: RunDir, photos: Path, tmp_path: Path) -> None:
+    """It was said to be the same pictures as those that the calibration error was measured on; a link to val is."""
+    (tmp_path / "mine" / "val").mkdir(parents=True)
+    for name in CLASSES[:2]:
+        (tmp_path / "mine" / "val" / name).symlink_to(photos / "val" / name)
+    (tmp_path / "link").symlink_to(photos / "val")
+    (tmp_path / "trained").symlink_to(photos / "train")
+    own = "fitted on val (33 images); expected calibration error on val, the same pictures: "
+    other = "fitted on mine/val (22 images); expected calibration error on val: "
+    for place, expected in (("mine/val", other), ("link", own)):
+        words = ("--out", tmp_path / "out", "--temperature-from", tmp_path / place)
+        code, said = called("export", "--run", run.root, *words)
+        assert code == 0, said
+        for text in (said, (tmp_path / "out" / "README.md").read_text()):
+            assert expected in text
+    code, said = called("export", "--run", run.root, "--temperature-from", tmp_path / "trained")
+    assert code == 2
+    assert "is what the model was trained on" in said
+
+
 def copied(run: RunDir, out: Path, **changes: Any) -> Path:
     """The export with `changes` of what config.json says to this program; None takes a key out of the file."""
     out.mkdir()
