@@ -7,6 +7,7 @@ import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 
+from fixres_dist.base.commands import command
 from fixres_dist.base.errors import EXIT_DONE, UserError
 from fixres_dist.base.files import write_text
 from fixres_dist.base.small_files import write_json
@@ -88,8 +89,11 @@ def run(args: argparse.Namespace) -> int:
                 print(f"{export.data_file(out / file)}: its weights; the two belong into one folder")
         else:
             weights.write_weights(model, out / file, config, size, classes)
-    export.write_config(model, out / "config.json", config, res, classes)
-    if fitted := fit_temperature(out, args.temperature_from, run):
+    digest = weights.state_digest(model.state_dict())
+    fitted = None if args.temperature_from else kept_temperature(args, out, digest)
+    export.write_config(model, out / "config.json", config, res, classes, fitted.temperature if fitted else 1.0)
+    if args.temperature_from:
+        fitted = fit_temperature(out / files[0], args.temperature_from, run, digest)
         export.write_config(model, out / "config.json", config, res, classes, fitted.temperature)
     there = sorted(file.name for file in out.glob("model*"))  # other formats too
     card = model_card.text(run, there, export.licence(config), args.alpha, args.push or "", fitted)
@@ -116,17 +120,33 @@ def check(args: argparse.Namespace, config: Config) -> None:
         exported.place(args.temperature_from, config.data)
 
 
-def fit_temperature(out: Path, place: str | None, run: RunDir) -> exported.Fitted | None:
-    """Of the model that is in `out`, on the split or folder `place`; kept beside it. Without `place` none, nor of an earlier export."""
-    (out / exported.TEMPERATURE).unlink(missing_ok=True)
-    if not place:
-        return None
+def kept_temperature(args: argparse.Namespace, out: Path, digest: str) -> exported.Fitted | None:
+    """Of an earlier export in `out`, which holds for its weights in every format. One of other weights is removed, and said."""
+    found = exported.fitted_temperature(out)
+    if not found or found.weights == digest:
+        return found
+    (out / exported.TEMPERATURE).unlink()
+    words = ["--run", args.run, *(["--alpha", f"{args.alpha:g}"] if args.alpha != 1 else [])]
+    words += ["--out", args.out] if args.out else []
+    words += ["--format", args.format] if args.format == "torch" else []  # predict reads no ONNX
+    print(
+        f"warning: {out / exported.TEMPERATURE} ({found.temperature:.4f}) is of other weights, or of an older version, and is "
+        f"removed: the temperature is 1. Next: {command('export', *words, '--temperature-from', 'val')} fits one",
+        file=sys.stderr,
+    )
+    return None
+
+
+def fit_temperature(file: Path, place: str, run: RunDir, digest: str) -> exported.Fitted:
+    """Of the exported weights in `file`, which have the `digest`, on the split or folder `place`; kept beside them."""
+    record = file.with_name(exported.TEMPERATURE)
+    record.unlink(missing_ok=True)
     from fixres_dist.evaluation.classifier import load
     from fixres_dist.evaluation.temperature import fit
 
     data = run.config().data
-    fitted = fit(load(out, settings=[f"data.workers={data.workers}"]), place, data, run)
-    write_json(out / exported.TEMPERATURE, asdict(fitted), sealed=True)
+    fitted = replace(fit(load(file, settings=[f"data.workers={data.workers}"]), place, data, run), weights=digest)
+    write_json(record, asdict(fitted), sealed=True)
     print(fitted.sentence())
     return fitted
 

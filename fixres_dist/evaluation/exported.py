@@ -158,6 +158,7 @@ class Fitted:
     measured_on: str
     ece_before: float
     ece_after: float
+    weights: str = ""  # models.weights.state_digest of those it was fitted for; older versions did not say
 
     def sentence(self) -> str:
         same = ", the same pictures" if self.fitted_on == self.measured_on else ""

@@ -25,6 +25,7 @@ from support.commands import ROOT
 from support.in_process import SETTINGS, called
 
 import fixres_dist
+from fixres_dist.base.commands import command
 from fixres_dist.base.errors import UserError
 from fixres_dist.cli.main import main
 from fixres_dist.config import reading
@@ -246,8 +247,9 @@ def test_a_temperature_is_fitted_written_and_applied(
             assert model.predict(next(iter(evaluated)))[0].confidences[0] == pytest.approx(after[0].max(), abs=1e-4)
     assert main(["report", str(run.root), "--out", str(tmp_path)]) == 0
     assert "r: temperature " in (tmp_path / "report.md").read_text()
+    (run.root / "export" / "temperature.json").unlink()
     assert called("export", "--run", run.root)[0] == 0
-    assert not (run.root / "export" / "temperature.json").exists(), "an export without one has none"
+    assert fixres_dist.load(run.root).temperature == 1, "an export without one has none"
     for place, expected in (
         ("train", "is what the model was trained on"),
         (str(photos / "train"), "is what the model was trained on"),
@@ -257,6 +259,38 @@ def test_a_temperature_is_fitted_written_and_applied(
         code, said = called("export", "--run", run.root, "--out", tmp_path / "no", "--temperature-from", place)
         assert (code, (tmp_path / "no").exists()) == (2, False), said
         assert expected in said
+
+
+def test_a_temperature_stays_with_its_weights(run: RunDir, tmp_path: Path) -> None:
+    """An export in another format set it back to 1, for `predict RUN` too, and said nothing."""
+    out = tmp_path / "out"
+
+    def export(*words: object) -> tuple[str, dict[str, Any], str]:
+        code, said = called("export", "--run", run.root, "--out", out, *words)
+        assert code == 0, said
+        kept = json.loads((out / "config.json").read_text())["fixres"], (out / "README.md").read_text()
+        return said, *kept
+
+    export("--temperature-from", "val")
+    file = out / "temperature.json"
+    fitted = file.read_bytes()
+    temperature = json.loads(fitted)["temperature"]
+    assert temperature != 1
+    for form in ("torch", "onnx", "hub", "safetensors"):
+        said, settings, card = export("--format", form)
+        assert (settings["temperature"], file.read_bytes()) == (temperature, fitted), form
+        assert f"Temperature {temperature:.4f}, fitted on val" in card
+        assert "removed" not in said
+    said, settings, card = export("--alpha", "0.5")
+    assert (settings["temperature"], file.exists(), "Temperature" in card) == (1, False, False)
+    says = (
+        f"({temperature:.4f}) is of other weights, or of an older version, and is removed: the temperature is 1. Next: "
+    )
+    again = command("export", "--run", run.root, "--alpha", "0.5", "--out", out, "--temperature-from", "val")
+    assert f"{file} {says}{again} fits one" in said
+    assert "removed" not in export("--alpha", "0.5")[0]
+    _, settings, _ = export("--format", "torch", "--temperature-from", "val")
+    assert settings["temperature"] == temperature, "of the file written, not of the other that is there"
 
 
 def test_another_folder_called_val_is_not_the_runs_own(run: RunDir, photos: Path, tmp_path: Path) -> None:
