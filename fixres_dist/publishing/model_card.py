@@ -213,6 +213,7 @@ def text(
 ) -> str:
     """The card for a finished run's exported `files`; `licence` is that of the starting weights, where timm knows it. `repo`:
     where on the hub they will be. `fitted`: their temperature."""
+    run = RunDir(run.whole_path)  # which is told from all other text of the card, as `.` is not
     config, results = run.config(), Results.read(run)
     from fixres_dist.models.build import preprocessing
 

@@ -84,9 +84,14 @@ class RunDir:
     @property
     def name(self) -> str:
         """As commands find it in the runs directory: the folder's name; of a command's job RUN/jobs/NAME below its run."""
-        above = self.root.parents[1] if len(self.root.parents) > 1 else self.root
-        below = self.root.parent.name == JOBS and RunDir(above).config_file.exists()
-        return "/".join(self.root.parts[-3:]) if below else self.root.name
+        root = self.whole_path
+        below = root.parent.name == JOBS and RunDir(root.parents[1]).config_file.exists()
+        return "/".join(root.parts[-3:]) if below else root.name
+
+    @property
+    def whole_path(self) -> Path:
+        """`root` from the top, so that `.` has a name too; a link keeps its own."""
+        return Path(os.path.abspath(self.root))
 
     @property
     def result(self) -> str:
@@ -136,11 +141,13 @@ class RunDir:
         """The command that goes on with the run: that by which it was submitted, if no secret was left out of it."""
         if REDACTED not in self.typed:
             return self.submit_command()
-        return command("resume", self.name, "--runs-dir", self.root.absolute().parents[self.name.count("/")])
+        return command("resume", self.name, "--runs-dir", self.whole_path.parents[self.name.count("/")])
 
     def command(self, name: str, *words: str, others: Sequence[str] = ()) -> str:
         """`fixres NAME` for this run, and `others` in the same folder, to be typed where the runs directory was given."""
-        runs = self.root.parents[self.name.count("/")]
+        parts = Path(self.name).parts
+        named = self.root.parts[-len(parts) :] == parts  # `.` does not end with the name
+        runs = (self.root if named else self.whole_path).parents[len(parts) - 1]
         return command(name, self.name, *others, *(() if runs == Path("runs") else ("--runs-dir", runs)), *words)
 
     def finished(self, file: Path) -> Path:

@@ -290,6 +290,17 @@ def test_a_run_that_lost_says_so_in_report_card_and_status(tmp_path: Path) -> No
     assert (row.top1, row.top1_of) == (90.0, "fix epoch 1, 128 px")
 
 
+def test_the_card_is_the_same_from_the_runs_own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    worse = {"delta_top1": -0.5, "delta_ci95": [-0.8, -0.2], "versions": {"torch": "2.14", "timm": "1.0"}}
+    run = made(tmp_path / "b0-320", "b0", 320, **worse)
+    card = model_card.text(run, ["model.safetensors"], None)
+    assert "--run b0-320" in card
+    monkeypatch.chdir(run.root)
+    assert model_card.text(RunDir(Path(".")), ["model.safetensors"], None) == card
+    monkeypatch.chdir(tmp_path)
+    assert model_card.text(RunDir(Path("b0-320")), ["model.safetensors"], None) == card
+
+
 def test_a_set_that_lost_is_said_with_the_alpha_that_does_not(tmp_path: Path) -> None:
     """In report and card; without alpha.json, or without the set in it, the command that looks for one."""
     run = made(tmp_path / "b0-320", "b0", 320, versions={"torch": "2.11", "timm": "1.0"})

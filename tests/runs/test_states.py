@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -78,3 +79,33 @@ def test_a_finished_run_does_not_fail_afterwards(tmp_path: Path) -> None:
     assert run.state().state == State.DONE
     assert run.done.exists()
     assert not run.failed.exists()
+
+
+@pytest.mark.parametrize(
+    ("folder", "root"), [("r", "."), ("r/jobs", ".."), ("r/jobs/j", "../../../r"), ("", "r"), ("r", "../r")]
+)
+def test_a_run_has_its_name_however_its_folder_is_called(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folder: str, root: str
+) -> None:
+    (tmp_path / "r" / "jobs" / "j").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / folder)
+    run = RunDir(Path(root))
+    assert run.name == "r"
+    *others, option, given = shlex.split(run.command("status"))
+    assert others[-2:] == ["status", "r"]
+    assert (option, Path(given).resolve()) == ("--runs-dir", tmp_path.resolve())
+
+
+def test_a_job_has_the_name_of_its_run_in_front_in_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "r" / "jobs" / "j").mkdir(parents=True)
+    RunDir(tmp_path / "r").config_file.touch()
+    for folder, root in (("r/jobs/j", "."), ("r", "jobs/j"), ("", "r/jobs/j")):
+        monkeypatch.chdir(tmp_path / folder)
+        assert RunDir(Path(root)).name == "r/jobs/j"
+        assert "status r/jobs/j --runs-dir" in RunDir(Path(root)).command("status")
+
+
+def test_a_link_to_a_run_keeps_its_own_name(tmp_path: Path) -> None:
+    (tmp_path / "r").mkdir()
+    (tmp_path / "newest").symlink_to("r")
+    assert RunDir(tmp_path / "newest").name == "newest"
