@@ -87,8 +87,12 @@ def shows_sbatch(args: argparse.Namespace) -> bool:
     """Whether a dry run shows what sbatch would get: where Slurm is meant, or asked for by `--show sbatch`."""
     if args.show or args.cluster == "slurm":
         return True
-    here = jobs.default_cluster() == "slurm" or bool(args.nodes or args.profile)
-    return here and (args.cluster is None or (args.command != "submit" and args.cluster == "inline"))
+    return means_slurm(args) and (args.cluster is None or (args.command != "submit" and args.cluster == "inline"))
+
+
+def means_slurm(args: argparse.Namespace) -> bool:
+    """Whether a dry run without --cluster is of a cluster: Slurm is here, or nodes or a profile say that it is elsewhere."""
+    return jobs.default_cluster() == "slurm" or bool(args.nodes or args.profile or args.show)
 
 
 def print_sbatch(config: Config, runs: Sequence[RunDir], at_once: int = 0) -> None:

@@ -83,7 +83,8 @@ def run(args: argparse.Namespace) -> int:
     if args.at_once < 0:
         raise UserError(f"--at-once is {args.at_once}; accepted: 0 (all) or more.")
     kind = args.cluster or jobs.default_cluster()
-    targets = asked_for(args, "slurm" if args.dry_run and args.cluster is None else kind)
+    elsewhere = args.dry_run and args.cluster is None and submission.means_slurm(args)
+    targets = asked_for(args, "slurm" if elsewhere else kind)
     for target in targets:
         submission.check(target.run, target.config, dry=args.dry_run)
     if args.dry_run:
@@ -111,7 +112,8 @@ def work(targets: list[Target], kind: str, args: argparse.Namespace) -> int:
 def dry_run(targets: list[Target], at_once: int, with_sbatch: bool) -> int:
     print("\n".join(targets[0].plan()))
     if len(targets) > 1:
-        print("\n".join(plan.several([(t.run.root, t.config, t.recipe.facts) for t in targets])))
+        known = [(t.run.root, t.config, t.recipe.facts, t.settings.costs) for t in targets]
+        print("\n".join(plan.several(known, targets[0].on_cpu)))
     for group in same_job(targets) if with_sbatch else ():
         submission.print_sbatch(group[0].config, [target.run for target in group], at_once)
     return EXIT_DONE

@@ -160,11 +160,16 @@ def roughly(seconds: float) -> str:
     return f"about {duration(seconds)}" if seconds >= 10 else "less than 10s"
 
 
+def here() -> str:
+    """Where a run on this machine's CPU takes its time, and how good an estimate of that is."""
+    cores = len(os.sched_getaffinity(0))
+    return f"on the {cores} CPUs of this machine (an estimate from multiply-adds, a third to three times)"
+
+
 def time_text(config: Config, costs: Costs, counts: Counts, pictures: int, world_size: int, on_cpu: bool) -> str:
     eta_s, each = seconds(config, costs, counts, pictures, world_size, on_cpu)
     if on_cpu:
-        cores = len(os.sched_getaffinity(0))
-        return f"{roughly(eta_s)} on the {cores} CPUs of this machine (an estimate from multiply-adds, a third to three times)"
+        return f"{roughly(eta_s)} {here()}"
     return (
         f"{roughly(eta_s)} on {world_size} H200 ({each:,.0f} images/s each; an estimate from memory traffic, +-40 %, "
         f"{LEFT_OUT})"

@@ -14,7 +14,7 @@ from fixres_dist.models import nvidia_apex
 from fixres_dist.models.sizes import Sizes, of_weights
 from fixres_dist.runs import wandb_run
 from fixres_dist.training.cache import rule
-from fixres_dist.training.estimates import LEFT_OUT, Counts, memory_text, roughly, seconds, time_text
+from fixres_dist.training.estimates import LEFT_OUT, Counts, here, memory_text, roughly, seconds, time_text
 from fixres_dist.training.stages import Stage, batch_per_device, other_sizes, some_held_out, stages
 
 FEWEST = 20  # held-out images on which settings are chosen
@@ -195,20 +195,24 @@ def before(config: Config, facts: Facts | None) -> tuple[str, float]:
     return f"also measured at {listed}: {cost}" if listed else "", evaluations
 
 
-def several(runs: list[tuple[Path, Config, Facts | None]]) -> list[str]:
-    """Lines for a table or a grid: the estimate of each run, and the sum."""
+def several(runs: list[tuple[Path, Config, Facts | None, Costs | None]], on_cpu: bool = False) -> list[str]:
+    """Lines for a table or a grid: the estimate of each run, and the sum.
+
+    The costs are of a picture, where no recipe has them. `on_cpu`: as in `lines`.
+    """
     lines, total, gpu_s, unknown = [], 0.0, 0.0, 0
-    for root, config, facts in runs:
+    for root, config, facts, counted in runs:
         counts, ranks = count(config), config.cluster.node_range()[0] * config.cluster.gpus_per_node
         stage = stages(config, counts.train)[-1]
-        estimate = (
-            seconds(config, facts, counts, engine_plan(config, facts, counts, stage)[2], ranks) if facts else None
-        )
+        costs, pictures = facts or counted, engine_plan(config, facts, counts, stage)[2]
+        estimate = seconds(config, costs, counts, pictures, ranks, on_cpu) if costs else None
         total, gpu_s = total + (estimate or (0,))[0], gpu_s + (estimate or (0,))[0] * ranks
         unknown += estimate is None
-        lines.append(f"run        {root}: {f'{roughly(estimate[0])} on {ranks}' if estimate else 'not estimated'}")
+        where = f"in {ranks} process(es)" if on_cpu else f"on {ranks}"
+        lines.append(f"run        {root}: {f'{roughly(estimate[0])} {where}' if estimate else 'not estimated'}")
     rest = f"; {unknown} of them not estimated" if unknown else ""
-    what = f"{roughly(total)} one after another, {gpu_s / 3600:,.1f} hours of one H200 (+-40 %, {LEFT_OUT})"
+    of_gpus = f", {gpu_s / 3600:,.1f} hours of one H200 (+-40 %, {LEFT_OUT})"
+    what = f"{roughly(total)} one after another{f' {here()}' if on_cpu else of_gpus}"
     return [*lines, f"{'all':<11}{len(runs)} runs: {what}{rest}"]
 
 

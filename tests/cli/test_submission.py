@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from fixres_dist.base.errors import UserError
+from fixres_dist.cli.main import main
 from fixres_dist.cli.submission import check_model
+from fixres_dist.cluster import jobs
 from fixres_dist.config import reading, recipes
 from fixres_dist.config.schema import Config
 
@@ -24,6 +28,53 @@ def test_a_batch_that_no_gpu_can_index_is_refused(model: str, res: int, batch: i
         check(batch)
     check(most)
     check("auto")
+
+
+@pytest.mark.parametrize(
+    ("slurm_is_here", "more", "on_gpus"),
+    [
+        (False, [], False),
+        (False, ["--nodes", "1"], True),
+        (False, ["--profile", "site.yaml"], True),
+        (False, ["--show", "sbatch"], True),
+        (False, ["--nodes", "1", "--cluster", "local"], False),
+        (True, [], True),
+        (True, ["--cluster", "inline"], False),
+    ],
+)
+def test_a_dry_run_plans_what_the_same_command_would_start(
+    tmp_path: Path,
+    photos: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    slurm_is_here: bool,
+    more: list[str],
+    on_gpus: bool,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setattr(jobs, "default_cluster", lambda: "slurm" if slurm_is_here else "local")
+    monkeypatch.setattr(jobs, "ask_slurm", lambda text, cluster: "")
+    (tmp_path / "site.yaml").write_text("cluster: {partition: gpu}\n")
+    assert main(["submit", "--model", "b0", "--data", str(photos), "--dry-run", *more]) == 0
+    said = capsys.readouterr().out
+    assert ("ranks      8 (1 node(s) x 8)" in said, "ranks      1 (1 node(s) x 1)" in said) == (on_gpus, not on_gpus)
+    assert ("8 H200" in said, "CPUs of this machine" in said) == (on_gpus, not on_gpus)
+    assert ("what sbatch would get" in said) == on_gpus
+
+
+def test_a_grid_sums_what_its_runs_cost_here_without_a_recipe_too(
+    tmp_path: Path, photos: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    words = ["--data", str(photos), "--cluster", "inline", "--runs-dir", str(tmp_path), "--dry-run"]
+    words += ["--preset", "own_classes", "--weights", "none", "--grid", "tune.epochs=1,2"]
+    assert main(["submit", "--model", "resnet10t", *words]) == 0
+    runs = [line for line in capsys.readouterr().out.splitlines() if line.startswith(("run ", "all "))]
+    assert "not estimated" not in "".join(runs)
+    assert "on the " in runs[-1]
+    assert "CPUs of this machine" in runs[-1]
+    assert "H200" not in "".join(runs)
 
 
 def test_both_stages_bound_the_batch() -> None:

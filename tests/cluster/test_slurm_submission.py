@@ -222,14 +222,20 @@ def test_runs_with_other_resources_are_jobs_of_their_own(
         assert all(f"nodes={nodes}-epochs" in text and "--array=0-1%2" in text for text in mine)
 
 
-def test_a_dry_run_of_a_table_sums_its_runs(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["submit", "--table", "2", "--dry-run", "--cluster", "local", "--gpus-per-node", "8"]) == 0
+@pytest.mark.parametrize("where", ["local", "slurm"])
+def test_a_dry_run_of_a_table_sums_its_runs(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], where: str
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert main(["submit", "--table", "2", "--dry-run", "--cluster", where, "--gpus-per-node", "8"]) == 0
     lines = capsys.readouterr().out.splitlines()
     each = [line for line in lines if line.startswith("run        runs/")]
     (total,) = [line for line in lines if line.startswith("all ")]
     assert f"{len(each) - 1} runs: about" in total  # the first line is the plan's
-    assert "one after another" in total
-    assert "without decoding, start-up, compiling and the wait in a queue" in total
+    here = "one after another on the "
+    assert (here in total, "hours of one H200" in total) == (where == "local", where == "slurm")
+    assert ("without decoding, start-up, compiling and the wait in a queue" in total) == (where == "slurm")
+    assert all(line.endswith("in 8 process(es)" if where == "local" else "on 8") for line in each[1:])
 
 
 @pytest.mark.parametrize("in_image", [False, True])
