@@ -58,9 +58,9 @@ def run_local(run: RunDir, processes: int, job: Job, smaller: int = 1) -> int:
         os.environ["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // processes))
     killed_before = memory.kills_for_memory()
     task = job(str(run.root.resolve()))  # before the change of directory: --runs-dir may be relative
+    flag = StopFlag().install()  # before there are ranks: a stop must not end this process and leave them
     with ignored_signals(), contextlib.chdir(run.code):
         started = executor.submit(task)
-    flag = StopFlag().install()
     run.update_state(job_id=f"local-{started.job_id}")
     ended_some = follow(run, started, flag)
     with contextlib.suppress(OSError):

@@ -33,3 +33,21 @@ def test_the_same_command_before_the_ranks_have_met_leaves_the_first_start_alone
         assert first.returncode == 0, said
     assert here.state().state == State.DONE
     assert not here.failed.exists()
+
+
+@pytest.mark.parametrize("ranks", [False, True], ids=["at once", "ranks import"])
+def test_cancel_before_the_ranks_have_met_stops_the_start(tmp_path: Path, photos: Path, ranks: bool) -> None:
+    here = RunDir(tmp_path / "once")
+    start = command(*tiny(tmp_path, "once", photos, 2, "tune.epochs=1"))
+    with subprocess.Popen(start, env=environment(), cwd=ROOT, stdout=subprocess.PIPE, text=True) as first:
+        while not (here.state().job_id if ranks else here.is_locked(START_LOCK)):
+            assert first.poll() is None
+            time.sleep(0.005)
+        assert not here.is_locked()
+        done = run("cancel", "once", "--runs-dir", str(tmp_path))
+        assert done.returncode == 0, done.stderr
+        assert "once is cancelled at step 0. Next: " in done.stdout
+        assert first.wait(timeout=60) != 0
+    assert here.state().state == State.CANCELLED
+    assert not here.is_locked(), "no rank goes on"
+    assert not here.results.exists()

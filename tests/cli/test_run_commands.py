@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import getpass
 import io
 import json
@@ -12,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -26,7 +28,7 @@ from fixres_dist.cli.main import main
 from fixres_dist.cluster import status
 from fixres_dist.config import reading
 from fixres_dist.config.schema import Config
-from fixres_dist.runs.rundir import RunDir
+from fixres_dist.runs.rundir import START_LOCK, RunDir
 from fixres_dist.runs.states import Event
 
 
@@ -148,6 +150,69 @@ def test_cancel_leaves_a_run_of_another_machine(tmp_path: Path, capsys: pytest.C
     run = make(tmp_path, "r")
     with run.lock():
         (run.root / ".lock").write_text("elsewhere 1\n")
+        assert main(["cancel", "r", "--runs-dir", str(tmp_path)]) == 2
+    assert "r runs on elsewhere, outside of Slurm. Next: the same command there." in capsys.readouterr().err
+
+
+STARTER = """import signal, sys; from contextlib import ExitStack; from pathlib import Path
+from fixres_dist.runs.rundir import START_LOCK, RunDir
+with ExitStack() as stack:
+    for path in sys.argv[1:]:
+        RunDir(Path(path)).event("submitted")
+        stack.enter_context(RunDir(Path(path)).lock(START_LOCK))
+    print("locked", flush=True)
+    signal.pause()
+"""
+
+
+@contextlib.contextmanager
+def starting(*runs: RunDir) -> Iterator[subprocess.Popen[str]]:
+    """A command that has prepared these runs and has started none of them."""
+    words = [sys.executable, "-c", STARTER, *(str(run.root) for run in runs)]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout
+        assert process.stdout.readline() == "locked\n"
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+@pytest.mark.parametrize("named", [["g-lr=1", "g-lr=2"], ["g-lr=1"]])
+def test_cancel_of_a_run_that_is_starting_here_ends_its_command(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], named: list[str]
+) -> None:
+    runs = [make(tmp_path, name) for name in ("g-lr=1", "g-lr=2")]
+    with starting(*runs) as process:
+        assert main(["cancel", *named, "--runs-dir", str(tmp_path)]) == 0
+        assert process.wait(timeout=30) == -signal.SIGTERM
+    said = capsys.readouterr().out
+    assert "nothing to cancel" not in said
+    for name in named:
+        assert f"{name} is cancelled at step 0. Next: fixres resume" in said
+    together = f"process {process.pid} starts these too, so they stop with g-lr=1: g-lr=2"
+    assert (together in said) == (len(named) == 1)
+
+
+def test_cancel_of_a_queued_run_does_not_stop_the_one_before_it_unasked(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    done, first, second = (make(tmp_path, name) for name in ("g-lr=0", "g-lr=1", "g-lr=2"))
+    with starting(done, first, second) as process:
+        done.finish()
+        with first.lock():
+            assert main(["cancel", "g-lr=0", "--runs-dir", str(tmp_path)]) == 0
+            assert "g-lr=0 is done, so there is nothing to cancel" in capsys.readouterr().out
+            assert main(["cancel", "g-lr=2", "--runs-dir", str(tmp_path)]) == 2
+        assert process.poll() is None
+    refused = f"g-lr=2 waits until g-lr=1 has ended: process {process.pid} starts both, and a stop ends both. Next: "
+    assert f"{refused}fixres cancel g-lr=2 g-lr=1 --runs-dir {tmp_path}" in capsys.readouterr().err
+
+
+def test_cancel_leaves_a_run_that_starts_on_another_machine(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = make(tmp_path, "r")
+    with run.lock(START_LOCK):
+        (run.root / START_LOCK).write_text("elsewhere 1\n")
         assert main(["cancel", "r", "--runs-dir", str(tmp_path)]) == 2
     assert "r runs on elsewhere, outside of Slurm. Next: the same command there." in capsys.readouterr().err
 

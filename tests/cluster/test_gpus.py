@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from submitit.local import local as submitit_local
+from support.in_process import handlers_kept
 
 from fixres_dist.base.errors import UserError
 from fixres_dist.cli.main import main
@@ -89,11 +90,11 @@ def test_local_ranks_get_the_callers_gpus(tmp_path: Path, monkeypatch: pytest.Mo
             monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
         else:
             monkeypatch.setenv("CUDA_VISIBLE_DEVICES", chosen)
-        with pytest.raises(Started):
+        with pytest.raises(Started), handlers_kept():
             local.run_local(run, processes, TrainJob)
     nvidia_smi(tmp_path / "none", monkeypatch, "", code=127)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5")
-    with pytest.raises(Started):
+    with pytest.raises(Started), handlers_kept():
         local.run_local(run, 2, TrainJob)
     assert given == ["4,5", "4", "0,1", "", f"{eight().split()[5][:-1]},7", "4,5"]
 
