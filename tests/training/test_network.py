@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from collections import Counter
@@ -65,6 +66,9 @@ def test_every_byte_between_two_ranks_is_accounted_for(tmp_path: Path, photos: P
         assert calls["measure_statistics"] == 1 + 2 + 2
         assert moved.pop("loop") == 2 * 8 * STEPS, "two flags a step"
         assert moved.pop("read") == 5 * 8 * STEPS, "the logged scalars, here at every step"
-        assert moved.pop("train_stages") == 8 + (8 + 6), "a flag before the stage; whether stage one is complete"
+        settings = 8 + 1 + len(json.dumps((tmp_path / "counted" / "config.yaml").read_text()))
+        assert moved.pop("train_stages") == 8 + (8 + 6) + settings, (
+            "a flag before the stage; is stage one complete; settings"
+        )
         assert moved.pop("open_stage") == 8 + 5, "whether what was measured before fixing is lost"
         assert moved == {}, "something else was sent"
