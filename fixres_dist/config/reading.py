@@ -190,21 +190,27 @@ def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
 def overrides(items: list[str]) -> dict[str, dict[str, Any] | None]:
     """`["tune.epochs=3"]` as a two-level mapping; `pretrain=none` drops stage one.
 
-    Raises UserError for another form or an unknown section; `parse` checks the keys.
+    Raises UserError for another form, an unknown section, or a key of the stage one that is dropped; `parse` checks the keys.
     """
-    result: dict[str, Any] = {}
+    keys: dict[str, Any] = {}
     for item in items:
         path, equals, value = item.partition("=")
         section, dot, key = path.partition(".")
         if item == "pretrain=none":
-            result["pretrain"] = None
-        elif not (equals and dot and key):
+            continue
+        if not (equals and dot and key):
             raise UserError(f"cannot read {item!r}; accepted: section.key=value, such as tune.epochs=3.")
-        elif section not in (sections := get_type_hints(Config)):
+        if section not in (sections := get_type_hints(Config)):
             raise unknown("section", section, sections, "Keys are written section.key=value.")
-        else:
-            result.setdefault(section, {})[key] = value
-    return result
+        keys.setdefault(section, {})[key] = value
+    if "pretrain=none" not in items:
+        return keys
+    if "pretrain" in keys:
+        raise UserError(
+            f"pretrain=none drops stage one, and pretrain.{next(iter(keys['pretrain']))} is given. "
+            "Next: leave out one of the two."
+        )
+    return {**keys, "pretrain": None}
 
 
 def load(text: str) -> Config:

@@ -102,3 +102,12 @@ def test_policy_all_keeps_ordinary_batch_statistics() -> None:
 def test_stage_one_can_be_dropped() -> None:
     base = {"pretrain": {"epochs": "3"}}
     assert reading.parse(Config, reading.merge(base, reading.overrides(["pretrain=none"]))).pretrain is None
+
+
+@pytest.mark.parametrize("items", [("pretrain=none", "pretrain.epochs=3"), ("pretrain.epochs=3", "pretrain=none")])
+def test_a_setting_of_a_stage_one_that_is_dropped_is_refused(items: tuple[str, str]) -> None:
+    """In one order it was a traceback, in the other the epochs were lost without a word."""
+    with pytest.raises(
+        UserError, match=r"pretrain=none drops stage one, and pretrain\.epochs is given.*Next: leave out"
+    ):
+        reading.overrides(list(items))
