@@ -25,6 +25,7 @@ from fixres_dist.config.schema import Config
 Section = TypeVar("Section")
 LONGEST_YAML = 1 << 20  # characters: a class list or a script does not belong into a configuration
 MOST_VALUES = 100_000
+EMPTY = (None, "", "null", "~")  # a key that YAML leaves empty, as one whose lines are all comments
 DEEPEST = 200  # brackets within brackets: the time that YAML takes grows with their square
 
 # Keys in which two starts of one run may differ: they change speed, place or reporting, never the result's meaning.
@@ -93,10 +94,14 @@ def convert(value: Any, hint: Any, where: str) -> Any:
             raise unknown(f"value for {where}", value, accepted)
         return value
     if origin is tuple:
+        if value in EMPTY:
+            return ()
         items = read_yaml(value) if isinstance(value, str) and value.startswith("[") else value
         items = items if isinstance(items, list | tuple) else [items]
         return tuple(convert(item, accepted[0], where) for item in items)
     if origin is not None:  # Mapping[str, str]
+        if value in EMPTY:
+            return {}
         items = read_yaml(value) if isinstance(value, str) else value
         if not isinstance(items, Mapping):
             raise UserError(f"{where} is {value!r}; accepted: a mapping such as {{NAME: value}}.")
@@ -105,6 +110,10 @@ def convert(value: Any, hint: Any, where: str) -> Any:
                 raise UserError(f"{where} has {item!r} at {key}; accepted: one value for each name.")
         return {str(key): str(item) for key, item in items.items()}
     if hint is str:
+        if isinstance(value, Mapping | list | tuple):
+            raise UserError(
+                f"{where} is {value!r}; accepted: text, such as n1,n2, in quotes where it begins with a bracket."
+            )
         return "" if value is None else str(value)
     if hint is bool:
         if (text := str(value).lower()) not in ("true", "false"):

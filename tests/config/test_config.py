@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from fixres_dist.base.errors import UserError
@@ -111,3 +113,26 @@ def test_a_setting_of_a_stage_one_that_is_dropped_is_refused(items: tuple[str, s
         UserError, match=r"pretrain=none drops stage one, and pretrain\.epochs is given.*Next: leave out"
     ):
         reading.overrides(list(items))
+
+
+@pytest.mark.parametrize("key", ["setup", "srun_args", "env", "sbatch"])
+@pytest.mark.parametrize("value", ["", "null", "~", "\n    # - --container-image=a:b"])
+def test_a_list_or_mapping_without_entries_is_empty(key: str, value: str, tmp_path: Path) -> None:
+    """It became one empty argument, with which srun starts nothing."""
+    profile = tmp_path / "site.yaml"
+    profile.write_text(f"cluster:\n  {key}: {value}\n  partition: gpu\n")
+    read = reading.parse(Config, reading.read_profile(profile)).cluster
+    assert not getattr(read, key)
+    assert not getattr(parsed(f"cluster.{key}=").cluster, key)
+    assert read.partition == "gpu"
+
+
+def test_empty_sizes_are_none() -> None:
+    assert parsed("tune.hold_out_sizes=").tune.hold_out_sizes == ()
+
+
+@pytest.mark.parametrize("value", ["exclude: [n1, n2]", "exclude: {n1: n2}", "setup: [[a, b]]", "srun_args: {a: b}"])
+def test_a_list_or_mapping_for_text_is_refused(value: str) -> None:
+    """It became the text of a Python list in the job."""
+    with pytest.raises(UserError, match=r"cluster\.\w+ is .*; accepted: text, such as n1,n2"):
+        reading.load(f"cluster: {{{value}}}")
