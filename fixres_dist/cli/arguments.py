@@ -32,7 +32,8 @@ def add_job(p: argparse.ArgumentParser) -> None:
     where.add_argument("--cluster", choices=("slurm", "local", "inline"), default="inline", help=text)
     add_profile(where)
     where.add_argument("--nodes", metavar="N", help="of the job; default: 1")
-    where.add_argument("--gpus-per-node", metavar="G", help="ranks per node; default: the profile's, or the run's")
+    text = "ranks per node; default: the profile's, or the run's; with local: this machine's GPUs, or one process"
+    where.add_argument("--gpus-per-node", metavar="G", help=text)
     where.add_argument("--dry-run", action="store_true", help="check, print the job's sbatch text; write nothing")
     add_show(where)
     p.set_defaults(job=None)  # in a job: evaluation/inputs.py's Job

@@ -22,7 +22,7 @@ from fixres_dist.cli.arguments import add_accept_change, add_overrides, add_prof
 from fixres_dist.cli.settings import Settings, settle
 from fixres_dist.cluster import grid, jobs
 from fixres_dist.cluster.gpus import check as check_gpus
-from fixres_dist.cluster.gpus import visible
+from fixres_dist.cluster.gpus import ranks_here, visible
 from fixres_dist.config import reading, recipes
 from fixres_dist.config.schema import Config
 from fixres_dist.runs import preparation, rundir, starts
@@ -267,7 +267,7 @@ def configure(args: argparse.Namespace, kind: str) -> Settings:
         given = reading.read_profile(args.profile)
     gpus = args.gpus_per_node
     if gpus is None and kind != "slurm":
-        gpus = str(max(1, len(visible())) if kind == "local" else 1)
+        gpus = str(ranks_here() if kind == "local" else 1)
     if args.res and not args.res.isdigit():
         square = "a whole number of pixels, the side of a square, such as 224"
         raise UserError(f"--res is {args.res!r}; accepted: {square}. Next: --grid data.res=224,256 for several.")

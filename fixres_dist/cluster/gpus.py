@@ -36,6 +36,11 @@ def visible() -> tuple[str, ...]:
     return tuple(found) if len(set(found)) == len(found) else ()  # CUDA shows none where one is named twice
 
 
+def ranks_here() -> int:
+    """How many ranks `--cluster local` has where nobody says it: one for each GPU, or one process without any."""
+    return max(1, len(visible()))
+
+
 @functools.cache
 def installed(path: str) -> tuple[str, ...]:
     """Names of all GPUs of this machine: their indices, GPU-UUIDs and MIG-UUIDs; empty: none. `path`: where programs are.

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from fixres_dist.base.environment import cache_folder, scratch_folder, writable
 from fixres_dist.base.errors import UserError
+from fixres_dist.cluster import gpus
 from fixres_dist.config import reading, recipes
 from fixres_dist.config.schema import Config, Model
 from fixres_dist.models import sizes
@@ -64,8 +65,14 @@ def with_data(args: argparse.Namespace, values: Mapping[str, Any], data: dict[st
 
 
 def with_cluster(args: argparse.Namespace, values: Mapping[str, Any]) -> dict[str, Any]:
-    """`values` with the settings of the command's job: those of the run or recipe < --profile < flags; one node by default."""
-    asked = {"nodes": args.nodes or "1", "gpus_per_node": args.gpus_per_node}
+    """`values` with the settings of the command's job: those of the run or recipe < --profile < flags; one node by default.
+
+    In processes of this machine, which is another than the run's or the profile's, a rank for each of its GPUs by default.
+    """
+    ranks = args.gpus_per_node
+    if ranks is None and args.cluster == "local" and not args.job:
+        ranks = gpus.ranks_here()
+    asked = {"nodes": args.nodes or "1", "gpus_per_node": ranks}
     flags = {"cluster": {key: value for key, value in asked.items() if value is not None}}
     return reading.merge(reading.merge(values, reading.read_profile(args.profile) if args.profile else {}), flags)
 

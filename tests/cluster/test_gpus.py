@@ -45,6 +45,17 @@ def split() -> str:
     return f"GPU 0: NVIDIA H200 (UUID: {UUIDS[0]})\n{parts}GPU 1: NVIDIA H200 (UUID: {UUIDS[1]})\n"
 
 
+def finished(root: Path, data: Path) -> Path:
+    """A run directory as far as a dry run of an evaluation reads it; it had the schema's eight ranks."""
+    model = {"name": "test_efficientnet", "timm_name": "test_efficientnet"}
+    run = preparation.prepare(root, reading.parse(Config, {"model": model, "data": {"root": str(data)}}), "typed")
+    for file in (run.pretrained, run.root / "export" / "model.safetensors"):
+        file.parent.mkdir(exist_ok=True)
+        file.touch()
+    (run.root / "class_index.json").write_text('{"0": "ash", "1": "birch", "2": "cedar"}')
+    return run.root
+
+
 @pytest.mark.parametrize(
     ("chosen", "expected"),
     [
@@ -141,6 +152,26 @@ def test_without_nvidia_smi_torch_counts_where_there_is_a_driver(
     with pytest.raises(UserError, match="offers 2"):
         gpus.check(3, "--gpus-per-node ")
     gpus.installed.cache_clear()
+
+
+@pytest.mark.parametrize("words", [["evaluate"], ["sweep", "--res", "64"], ["interpolate"], ["extract", "--out", "x"]])
+def test_a_command_in_processes_of_this_machine_has_one_for_each_of_its_gpus(
+    words: list[str], photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It had as many as the run: eight without another word, on a machine with two GPUs."""
+    run, site = finished(tmp_path / "r", photos), tmp_path / "site.yaml"
+    site.write_text("cluster: {gpus_per_node: 4}\n")
+    dry = [*words, "--run", str(run), "--cluster", "local", "--dry-run"]
+    nvidia_smi(tmp_path / "bin", monkeypatch, eight())
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5")
+    for more, found in (([], 2), (["--profile", str(site)], 2), (["--gpus-per-node", "1"], 1)):
+        assert main([*dry, *more]) == 0
+        assert f"{words[0]} on 1 node(s) x {found}\n" in capsys.readouterr().out
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert main(dry) == 0
+    assert f"{words[0]} on 1 node(s) x 1\n" in capsys.readouterr().out
+    assert main([*dry[:-3], "--dry-run"]) == 0
+    assert f"{words[0]} on 1 node(s) x 8\n" in capsys.readouterr().out, "a job has the run's"
 
 
 def test_torch_counts_all_gpus_in_a_process_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
