@@ -16,7 +16,16 @@ from fixres_dist.cli import as_job
 from fixres_dist.cli.arguments import add_job, add_source
 from fixres_dist.config import reading
 from fixres_dist.config.schema import Config, Data
-from fixres_dist.evaluation.inputs import Subject, check, model_config, opened, parts_with, subjects, weights_after
+from fixres_dist.evaluation.inputs import (
+    OWN_LABELS,
+    Subject,
+    check,
+    model_config,
+    opened,
+    parts_with,
+    subjects,
+    weights_after,
+)
 from fixres_dist.runs.rundir import RunDir
 
 if TYPE_CHECKING:
@@ -123,11 +132,18 @@ def crop_settings(config: Config, choices: dict[str, list[str]]) -> list[Data]:
 
 
 def others(items: list[str]) -> list[Subject]:
-    found = []
+    """The runs of --also; raises UserError for a label that another curve has, since one would take the other's place."""
+    found: list[Subject] = []
     for item in items:
         label, equals, folder = item.partition("=")
-        if not equals:
+        if not (equals and label):
             raise UserError(f"--also is {item!r}; accepted: LABEL=RUN, such as control=runs/demo-control.")
+        taken = (*OWN_LABELS, *(subject.label for subject in found))
+        if label in taken:
+            raise UserError(
+                f"--also is {item!r}, and {label} is another curve's label; accepted: any but {', '.join(taken)}. "
+                f"Next: --also another-{item}"
+            )
         found.append(Subject(label, weights_after(RunDir(Path(folder)))))
     return found
 

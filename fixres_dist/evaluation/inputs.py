@@ -117,8 +117,11 @@ class Job:
 class Subject:
     """One set of weights to evaluate."""
 
-    label: str  # before, after, checkpoint, or what the user calls it
+    label: str  # one of OWN_LABELS, or what the user calls it
     weights: Path | None  # None: those that the configuration names
+
+
+OWN_LABELS = ("before", "after", "checkpoint")  # of what `subjects` gives
 
 
 def subjects(run: Path | None) -> list[Subject]:

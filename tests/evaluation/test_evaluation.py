@@ -486,6 +486,16 @@ def mistakes(finished: Path, photos: Path, tmp_path_factory: pytest.TempPathFact
         ),
         ("sweep --run {RUN} --res 64 --also c={TMP}/nowhere", ["nowhere is no run directory"]),
         ("sweep --run {RUN} --res 64 --also c={TMP}/working", ["Next: STATUS working --runs-dir {TMP}"]),
+        *(
+            (f"sweep --run {{RUN}} --res 64 {also}", [f"{label} is another curve's label", "before, after, checkpoint"])
+            for also, label in (
+                ("--also before={RUN}", "before"),
+                ("--also after={RUN}", "after"),
+                ("--also checkpoint={RUN}", "checkpoint"),
+                ("--also c={RUN} --also c={RUN}", "c"),
+            )
+        ),
+        ("sweep --run {RUN} --res 64 --also ={RUN}", ["accepted: LABEL=RUN"]),
     ],
 )
 def test_mistakes_get_one_helpful_message(
