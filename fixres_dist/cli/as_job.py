@@ -24,12 +24,26 @@ from fixres_dist.runs.rundir import JOBS, START_LOCK, RunDir
 from fixres_dist.runs.states import Event
 from fixres_dist.runs.task import Task
 
-WHERE = ("--cluster", "--profile", "--nodes", "--gpus-per-node")
+OF_JOB = ("--nodes", "--gpus-per-node")
+WHERE = ("--cluster", "--profile", *OF_JOB)
 
 
-def asked(args: argparse.Namespace) -> bool:
-    """Whether the command is to become a job; within one it does its work."""
-    return args.job is None and (args.cluster != "inline" or args.dry_run)
+def asked(args: argparse.Namespace, of_job: Sequence[str] = OF_JOB) -> bool:
+    """Whether the command is to become a job; within one it does its work.
+
+    Raises UserError for an option that is `of_job` where none is asked for. A profile is not: it also says where data is.
+    """
+    if args.job:
+        return False
+    if args.cluster != "inline" or args.dry_run:
+        return True
+    for name in of_job:
+        if value := getattr(args, name.removeprefix("--").replace("-", "_")):
+            raise UserError(
+                f"{name} {value} is of a job, and {args.command} works in this process; accepted: with --cluster. "
+                f"Next: --cluster slurm {name} {value}, or --cluster local for processes of this machine"
+            )
+    return False
 
 
 def start(

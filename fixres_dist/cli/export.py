@@ -63,8 +63,9 @@ def run(args: argparse.Namespace) -> int:
     sizes = parse_sizes(args.res) if args.res else [res]
     files = [FORMATS[args.format].format(size) for size in (sizes if args.format == "onnx" else [res])]
     weights_after(run)
-    if as_job.asked(args):
-        return as_job.start(args, job_config(args, config), str(out), len(files))
+    job = None if args.job else job_config(args, config)  # in this process too: it refuses what an export does not take
+    if job and as_job.asked(args, (*as_job.OF_JOB, "--profile")):
+        return as_job.start(args, job, str(out), len(files))
     from fixres_dist.evaluation.interpolation import interpolated, starting_state
     from fixres_dist.models import weights
     from fixres_dist.models.resizing import for_size
@@ -160,8 +161,8 @@ def job_config(args: argparse.Namespace, config: Config) -> Config:
         )
     if (args.nodes or "1", args.gpus_per_node or "1") != ("1", "1"):
         raise UserError("an export is one process. Next: leave out --nodes and --gpus-per-node.")
-    args.gpus_per_node = "1"
-    cluster = reading.merge(with_cluster(args, {"cluster": asdict(config.cluster)}), given)["cluster"]
+    one = argparse.Namespace(**{**vars(args), "gpus_per_node": "1"})
+    cluster = reading.merge(with_cluster(one, {"cluster": asdict(config.cluster)}), given)["cluster"]
     return replace(config, cluster=reading.parse(Cluster, cluster, "cluster"))
 
 

@@ -109,6 +109,11 @@ def check(args: argparse.Namespace, names: list[str]) -> None:
             x for x in (args.data and f"--data {args.data}", args.res and f"--res {args.res}", *args.overrides) if x
         )
         raise UserError(f"{given} is for points to train, and no --model is given. Next: --model M, or leave it out.")
+    if args.dry_run and not args.model:
+        raise UserError(
+            "--dry-run is the plan of points to train, and no --model is given: the report of runs is written at once. "
+            "Next: --model M, or leave it out."
+        )
     if args.model and not all(models(args)):
         raise UserError(f"--model is {args.model!r}; accepted: names between commas, such as b0,b1.")
     if "/" in args.name or args.name in ("", ".", ".."):

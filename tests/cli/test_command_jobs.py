@@ -195,3 +195,38 @@ def test_refusals_come_before_the_queue(
     monkeypatch.setenv("PATH", "/nowhere")
     assert call("evaluate", "--run", run, "--cluster", "slurm") == 2
     assert "--cluster local" in capsys.readouterr().err
+
+
+def test_what_is_of_a_job_is_refused_where_none_is_asked_for(
+    runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Four nodes were asked for, and one process evaluated; an export took any setting."""
+    run, site = ("--run", runs / "r"), tmp_path / "site.yaml"
+    site.write_text("cluster: {partition: gpu}\n")
+    monkeypatch.chdir(tmp_path)
+    export = ("export", *run, "--out", "out")
+    for words, told in {
+        ("evaluate", *run, "--nodes", 4): "--nodes 4 is of a job, and evaluate works in this process",
+        ("evaluate", *run, "--softmax", "s.npy", "--nodes", 4): "--nodes 4 is of a job",
+        (
+            "sweep",
+            *run,
+            "--res",
+            64,
+            "--gpus-per-node",
+            8,
+        ): "Next: --cluster slurm --gpus-per-node 8, or --cluster local",
+        ("interpolate", *run, "--nodes", 4): "interpolate works in this process",
+        ("extract", *run, "--out", "out", "--nodes", 4): "extract works in this process",
+        (*export, "garbage.x=1"): "unknown section 'garbage'",
+        (*export, "cluster.tiem=1"): "Did you mean 'cluster.time'",
+        (*export, "run.precision=nonsense"): "settings of its job alone",
+        (*export, "--nodes", 7): "an export is one process",
+        (*export, "--gpus-per-node", 1): "--gpus-per-node 1 is of a job, and export works in this process",
+        (*export, "--profile", "gone.yaml"): "no profile",
+        (*export, "--profile", site): f"--profile {site} is of a job, and export works in this process",
+    }.items():
+        assert call(*words) == 2, words
+        assert told in capsys.readouterr().err, words
+    assert not (tmp_path / "out").exists()
+    assert call("evaluate", *run, "--profile", site, *SMALL) == 0, "a profile may say where the data is"

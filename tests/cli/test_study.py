@@ -223,6 +223,7 @@ def test_the_sizes_of_a_model_by_default(tmp_path: Path) -> None:
         ("--model test_vit --data DIR tune.epoch=3", "Did you mean 'tune.epochs'?"),
         ("--model test_vit --data DIR nothing-here", "unknown run 'nothing-here'"),
         ("RUN --res 64", "--res 64 is for points to train, and no --model is given"),
+        ("RUN --dry-run", "--dry-run is the plan of points to train, and no --model is given"),
         ("RUN tune.epochs=3", "tune.epochs=3 is for points to train"),
         ("RUN --name x nothing", "unknown run 'nothing'"),
     ],
