@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import tarfile
 from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO, NamedTuple
 
@@ -100,13 +101,7 @@ def read_members(shard: Path, number: int, passed: Counter[str] | None = None) -
                     if label is not None and (kind == ".cls" or stem not in labels):
                         labels[stem] = label
                         written[stem] += 1
-            if len({type(label) for label in labels.values()}) > 1:
-                by_number, by_name = (next(k for k, v in labels.items() if isinstance(v, t)) for t in (int, str))
-                raise UserError(
-                    f"the labels of {shard} are numbers for some pictures ({by_number!r}: {labels[by_number]}) and names for others "
-                    f"({by_name!r}: {labels[by_name]!r}). Accepted: the one or the other. Next: write it again with `data shard`, from "
-                    "class folders of these names."
-                )
+            check_kinds(shard, labels)
             check_end(file, tar.offset)
     except OSError as error:
         raise UserError(
@@ -116,16 +111,37 @@ def read_members(shard: Path, number: int, passed: Counter[str] | None = None) -
         raise UserError(
             f"shard {shard} is torn or no tar: {error}. Next: remove it, and run the same `data shard` command again."
         ) from None
-    plain, pictures = {os.path.splitext(name)[0] for name, *_ in images}, Counter(key_of(name) for name, *_ in images)
-    found = []
+    return list(members(shard, number, images, labels, written, Counter() if passed is None else passed))
+
+
+def members(
+    shard: Path,
+    number: int,
+    images: Sequence[tuple[str, int, int]],
+    labels: dict[str, int | str],
+    written: Counter[str],
+    passed: Counter[str],
+) -> Iterator[Member]:
+    """The images (name, first byte, bytes) with their labels, as read_members has them."""
+    plain = {os.path.splitext(name)[0] for name, *_ in images}
+    pictures = Counter(key_of(name) for name, *_ in images)
     for name, first, size in images:
         stem, key = os.path.splitext(name)[0], key_of(name)
         if stem not in labels and key in labels and key in plain and written[key] < pictures[key]:
-            if passed is not None:
-                passed[f"second picture(s) of a sample ({name.removeprefix(key)})"] += 1
+            passed[f"second picture(s) of a sample ({name.removeprefix(key)})"] += 1
         else:
-            found.append(image_of(shard, name, (number, first, size), labels))
-    return found
+            yield image_of(shard, name, (number, first, size), labels)
+
+
+def check_kinds(shard: Path, labels: dict[str, int | str]) -> None:
+    """Raises UserError for labels of which some are numbers and others names."""
+    if len({type(label) for label in labels.values()}) > 1:
+        by_number, by_name = (next(k for k, v in labels.items() if isinstance(v, t)) for t in (int, str))
+        raise UserError(
+            f"the labels of {shard} are numbers for some pictures ({by_number!r}: {labels[by_number]}) and names for others "
+            f"({by_name!r}: {labels[by_name]!r}). Accepted: the one or the other. Next: write it again with `data shard`, from "
+            "class folders of these names."
+        )
 
 
 def check_end(file: BinaryIO, end: int) -> None:
