@@ -197,11 +197,11 @@ def set_modes(parts: Parts, bn_stats: str) -> None:
 
 def keep_no_biases(head: nn.Module) -> None:
     """Attention of LeViT's kind keeps a table of biases, with its graph, wherever its `training` is False: a second backward
-    pass would run through the first one's graph. The flag alone is set, so that its BatchNorms stay as they are."""
+    pass would run through the first one's graph. The flag alone is set, so that its BatchNorms stay as they are; timm drops
+    the table whenever a mode is set."""
     for module in head.modules():
         if hasattr(module, "attention_bias_cache"):
             module.training = True
-            module.attention_bias_cache = {}  # type: ignore[assignment]  # of weights that have been trained since
 
 
 def remembers(head: nn.Module) -> bool:

@@ -59,8 +59,8 @@ def test_a_table_of_biases_is_made_anew_at_every_step(policy: str) -> None:
     inputs = session.inputs(parts, pictures)
     session.model.eval()
     session.logits(parts, parts.head, inputs)  # an evaluation before training
+    set_modes(parts, "kept")
     for _ in range(2):
-        set_modes(parts, "kept")
         session.logits(parts, parts.head, inputs).sum().backward()
         with torch.no_grad():
             for p in parts.head.parameters():
