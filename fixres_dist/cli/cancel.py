@@ -61,8 +61,8 @@ def stop(run: RunDir, starter: int = 0) -> Callable[[], bool] | None:
         os.kill(process(run, ".lock"), signal.SIGTERM)  # its ranks agree on the signal
         return lambda: wait(lambda: not run.is_locked(), most_s=FIRST_S)
     if starter:
-        has_left(run, starter)
-        return lambda: wait(lambda: has_left(run, starter), most_s=FIRST_S)
+        stop_starter(run, starter)
+        return lambda: wait(lambda: stop_starter(run, starter), most_s=FIRST_S)
     print(f"{run.name} is {status.rows([run])[0].state}, so there is nothing to cancel")
     return None
 
@@ -104,8 +104,9 @@ def check_others(run: RunDir, pid: int, named: Sequence[RunDir]) -> None:
         print(f"process {pid} starts these too, so they stop with {run.name}: {', '.join(o.name for o in others)}")
 
 
-def has_left(run: RunDir, pid: int) -> bool:
-    """Whether process `pid` has left the run that it was to start; if not, tells it once more: it is deaf while it makes ranks."""
+def stop_starter(run: RunDir, pid: int) -> bool:
+    """Tell process `pid`, which is to start the run, to stop; returns whether it has left. Once is not enough: it is deaf while
+    it makes ranks."""
     if not run.is_locked(START_LOCK) or holder(run.root / START_LOCK) != (socket.gethostname(), pid):
         return True
     with contextlib.suppress(ProcessLookupError):

@@ -22,14 +22,8 @@ from fixres_dist.runs.states import UNFINISHED, WORKING, Event, RunState, State
 
 FULL_BELOW = 16 * 2**20  # bytes; with less, a full disk is the likely end
 SLURM_EVERY_S = 30.0  # how often commands that go on looking ask Slurm; the files they read all the time
-STANDING = (
-    "PENDING",
-    "SUSPENDED",
-    "STOPPED",
-    "REQUEUE_HOLD",
-    "RESV_DEL_HOLD",
-    "SPECIAL_EXIT",
-)  # squeue's states of jobs that do no work
+HELD = ("REQUEUE_HOLD", "RESV_DEL_HOLD", "SPECIAL_EXIT")  # squeue's states of jobs that wait to be released
+STANDING = ("PENDING", "SUSPENDED", "STOPPED", *HELD)  # of jobs that do no work
 IDLE_S = 120.0  # a start compiles, and loaders wait for a file system, for so long without a batch
 GRACE_S = 60.0  # a job appears in squeue, or leaves it, a moment before its run directory says so
 
@@ -204,7 +198,7 @@ def as_seen(run: RunDir, state: RunState, queue: Mapping[str, slurm.Queued] | No
         reasons.append("squeue does not answer")
     elif job and queue and job in queue:
         shown = queue[job]
-        if now in WORKING and shown.state in ("PENDING", "REQUEUE_HOLD", "RESV_DEL_HOLD", "SPECIAL_EXIT"):
+        if now in WORKING and shown.state in ("PENDING", *HELD):
             now, reasons = State.REQUEUED, ["Slurm has requeued it"]  # a node was lost, and nobody could write
         reasons.append(words.in_words(job, shown))
         if now not in WORKING and shown.state == "RUNNING":

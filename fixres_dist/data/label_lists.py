@@ -86,15 +86,19 @@ def matched(path: Path, given: Mapping[str, str], images: Sequence[str]) -> tupl
         file = image.rpartition("/")[2]
         stem = os.path.splitext(file)[0]
         name = next((n for n in (image, by_end.get(image), by_file.get(file), by_file.get(stem)) if n in given), None)
-        other = used.setdefault(name, image) if name is not None else image
-        if other != image or (name is None and {files[file], files[stem]} - {0, 1}):
-            several = f"{other!r} and {image!r}" if other != image else f"several lines, and none is {image!r}"
-            raise UserError(
-                f"{path} has {file!r} for {several}. Accepted: paths below the split, where file names stand twice."
-            )
+        if name is None and max(files[file], files[stem]) > 1:
+            raise ambiguous(path, file, f"several lines, and none is {image!r}")
         if name is not None:
+            if (other := used.setdefault(name, image)) != image:
+                raise ambiguous(path, file, f"{other!r} and {image!r}")
             found[image] = given[name]
     return found, set(used)
+
+
+def ambiguous(path: Path, file: str, what: str) -> UserError:
+    return UserError(
+        f"{path} has {file!r} for {what}. Accepted: where file names stand twice, a line for each with its path below the split."
+    )
 
 
 def ends(name: str) -> Iterator[str]:

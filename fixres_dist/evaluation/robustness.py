@@ -56,7 +56,8 @@ def warning(run: RunDir, sets: Iterable[BeforeAfter]) -> str:
     """
     own = run.config().data.res
     lines = [line for line in sets if lost(line.gain)]
-    losers, elsewhere = ([line for line in lines if (line.res == own) == at_own] for at_own in (True, False))
+    losers = [line for line in lines if line.res == own]
+    elsewhere = [line for line in lines if line.res != own]
     text = ""
     if elsewhere:
         text = f"LOST by fixing at another size: {named(elsewhere)}; fixing is for the run's own, {own} px"

@@ -80,7 +80,7 @@ def on_features(run: RunDir, session: Session, res: int) -> StageSession:
     stage = Stage("floor", Tune(policy="classifier"), res, "test", 0, len(session.train), session.config.run.seed)
     parts = parts_of(session.model, "classifier")
     work = StageSession(session, stage, session.with_fast_trunk(parts, res))
-    return open_stores(work, resumed=False, tell=run.event)
+    return open_stores(work, resumed=False, tell=run.event, decide_anew=True)
 
 
 def of_features(run: RunDir, work: StageSession) -> str:

@@ -145,7 +145,7 @@ def candidates(run: RunDir, session: Session, res: int, fix: Stage) -> list[Cand
         policy = "classifier"  # the last norm has no statistics
     stage = Stage("choice", replace(fix.tune, policy=policy), res, "test", 0, len(samples), fix.seed)  # type: ignore[arg-type]
     work = StageSession(session, stage, session.with_fast_trunk(parts_of(session.model, policy), res))
-    work = open_stores(work, resumed=False, tell=run.event)
+    work = open_stores(work, resumed=False, tell=run.event, decide_anew=True)
     if not work.stores:
         raise UserError(
             f"no room for the features at {res} px on which settings are to be chosen. Accepted: run.feature_cache=DIR with more "

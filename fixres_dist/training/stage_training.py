@@ -131,8 +131,11 @@ class Training:
         `again` where such a file was damaged."""
         config = self.work.session.config
         for res, why in other_sizes(config, of_weights(config.model)).items():
-            told = config.pretrain is not None and res == config.pretrain.res
-            if not damage.is_lost(results.predictions_file(self.run, f"before-{res}")) if again else told:
+            if again:
+                known = not damage.is_lost(results.predictions_file(self.run, f"before-{res}"))
+            else:
+                known = config.pretrain is not None and res == config.pretrain.res
+            if known:
                 continue
             predictions = self.work.evaluate_at(res, f"before, {res} px", self.partial(f"before-{res}", res))
             if predictions is None:

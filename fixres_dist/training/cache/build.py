@@ -32,8 +32,6 @@ from fixres_dist.training.stage_session import StageSession
 
 SEGMENT_BATCHES, SEGMENTS = 4, 512  # a segment is the larger of 4 forward passes and 1/512 of the split
 WAIT_S = 2.0  # between looks at whether another run has finished writing the same features
-# Stages without a step: a later start, which may find more room, decides anew, and so does each size.
-PASSING = ("floor", "choice")
 
 
 def cache_key(work: StageSession, index: Index, views: int) -> dict[str, Any]:
@@ -57,11 +55,14 @@ def cache_key(work: StageSession, index: Index, views: int) -> dict[str, Any]:
     }
 
 
-def open_stores(work: StageSession, resumed: bool, tell: Callable[..., None]) -> StageSession:
+def open_stores(
+    work: StageSession, resumed: bool, tell: Callable[..., None], decide_anew: bool = False
+) -> StageSession:
     """`work` with the features of its train and val pictures, written where they are missing; as it is where it streams.
 
     Checksums of features that exist are compared. `resumed`: pictures that could not be decoded stay out. `tell`: an event of
-    the run. Raises Stopped, and UserError where run.engine=cached cannot be done (rule.py).
+    the run. `decide_anew`: whether it streams is no choice of the run's, since no step is taken: a later start may find more room,
+    and each size needs its own. Raises Stopped, and UserError where run.engine=cached cannot be done (rule.py).
     """
     session, stage, trunk = work.session, work.stage, work.parts.trunk
     setting, ranks = session.config.run.engine, session.ranks
@@ -86,7 +87,7 @@ def open_stores(work: StageSession, resumed: bool, tell: Callable[..., None]) ->
         engine, why = rule.choose(setting, stage, streamed, need)
         return {"engine": engine, "why": why}
 
-    if stage.name in PASSING:
+    if decide_anew:
         engine = (found := ranks.from_main(decide))["engine"]
         if ranks.is_main:
             print(decision(f"engine of {stage.name}", found), flush=True)
